@@ -1,0 +1,494 @@
+"""Data: files -> documents -> packed token batches.
+
+Reads text, source code, JSONL, Parquet and Hugging Face datasets into documents in a stable order, holds some
+of them out, and packs token ids into windows. A tokenizer is passed in; nothing here knows of models,
+modules, devices or training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import re
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from growlm.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import torch
+
+# What is read from a folder. No .json: it is settings and data more often than text.
+PROSE = ".txt .md .rst .tex .html"
+CODE = (
+    ".py .pyi .c .h .cc .cpp .hpp .cu .cuh .cs .css .go .hs .java .jl .js .jsx .kt .lua .php .r .rb .rs"
+    " .scala .sh .sql .swift .ts .tsx"
+)
+SUFFIXES = frozenset(f"{PROSE} {CODE} .jsonl .parquet".split())
+
+FILES_LISTED = 1000  # a folder with more files than this is recorded as one source
+HELD_OUT_PASSAGES = 4  # a long held-out document is truncated to so many passages
+# A tokenizer holds some 200 bytes for every token of a call, so a call gets so many texts of bounded length.
+TOKENIZE_TEXTS = 256
+TOKENIZE_CHARS = 1 << 15
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One text, and where it came from: `notes/a.md`, or `more.jsonl:17` (line or row, counted from 1)."""
+
+    text: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What the manifest records of one source.
+
+    `sha256` and `bytes` are of the file. Of a folder with more than 1000 files they are of its list of
+    `sha256  path` lines and the sum; of a hub dataset, which is no one file, of the text itself.
+    """
+
+    path: str
+    sha256: str
+    bytes: int
+    documents: int
+
+
+@dataclass(frozen=True)
+class TextData:
+    """The documents of one body of text, in a stable order, and the sources that they were read from."""
+
+    documents: list[Document]
+    sources: list[Source]
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over the documents' texts in order; a run may only be resumed on the same one."""
+        return _digest_of(self.documents)[0]
+
+
+def read(paths: Sequence[str | Path], *, text_key: str = "text", separator: str | None = None) -> TextData:
+    """Documents of files, folders and hub datasets, in the order given.
+
+    A folder is walked in sorted order, links followed; hidden, binary and unknown files are skipped (see
+    `SUFFIXES`). A file that is named itself is read as UTF-8 text if its suffix is unknown. A text file is
+    one document, or several with `separator` (such as a blank line, `"\\n\\n"`). `.jsonl` and `.parquet` hold
+    one a line or row, under `text_key`. `hub:owner/name[:split]` is loaded with `datasets` (split `train`
+    unless told; `train[:1000]` works), and so is `hub:folder`. Blank documents are dropped, as are nulls in
+    Parquet and hub columns.
+
+    Raises `DataError` for what is missing, unreadable, malformed or empty, `ConfigError` for an empty
+    separator.
+    """
+    if isinstance(paths, str | Path):
+        paths = [paths]
+    if separator == "":
+        raise ConfigError("the separator is empty; leave it out, or give one such as a blank line")
+    data = TextData([], [])
+    for spec in paths:
+        try:
+            documents, sources = _read_spec(spec, text_key, separator)
+        except OSError as error:
+            where = spec if error.filename is None else error.filename
+            reason = _one_line(error.strerror or error)
+            raise DataError(f"{where}: cannot be read ({reason}); check its permissions") from error
+        data.documents.extend(documents)
+        data.sources.extend(sources)
+    if not data.documents:
+        names = ", ".join(str(spec) for spec in paths[:3]) + (", ..." if len(paths) > 3 else "")
+        found = f"no text in {names}: all of it is empty" if names else "no source of text was named"
+        raise DataError(f"{found}; give files, folders or hub:owner/name that hold text")
+    return data
+
+
+def _read_spec(spec: str | Path, text_key: str, separator: str | None) -> tuple[list[Document], list[Source]]:
+    path, name = Path(spec), str(spec)
+    if not name or not os.path.exists(path):
+        hub = re.fullmatch(r"hub:([^:]+)(?::(.+))?", name)
+        if hub is None:
+            advice = "check the path, or name a dataset as hub:owner/name"
+            raise DataError(f"{name!r}: no such file or folder; {advice}")
+        documents = _read_hub(name, hub[1], hub[2] or "train", text_key)
+        return documents, [Source(name, *_digest_of(documents), len(documents))]
+    files = list(_walk(path)) if path.is_dir() else [path]
+    if not files:
+        kinds = " ".join(sorted(SUFFIXES))
+        raise DataError(f"{name}: no file to read in this folder; give one with any of {kinds}")
+    documents, sources = [], []
+    for file in files:
+        found, sha256, size = _read_file(file, _name(file), text_key, separator)
+        documents.extend(found)
+        sources.append(Source(_name(file), sha256, size, len(found)))
+    if len(files) > FILES_LISTED:
+        lines = (f"{s.sha256}  {_name(f.relative_to(path))}\n" for f, s in zip(files, sources, strict=True))
+        sha256 = hashlib.sha256("".join(lines).encode()).hexdigest()
+        sources = [Source(_name(path), sha256, sum(s.bytes for s in sources), len(documents))]
+    return documents, sources
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Files of known kinds, sorted within each folder; one that links reach again is not entered again."""
+
+    def refuse(error: OSError) -> None:
+        raise error  # os.walk would pass over an unreadable folder in silence
+
+    entered = set()
+    for root, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
+        real = os.path.realpath(root)
+        if real in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            path = Path(root, name)
+            suffix = path.suffix.lower()
+            if name.startswith(".") or suffix not in SUFFIXES or not path.is_file():
+                continue
+            if suffix != ".parquet":
+                with path.open("rb") as file:
+                    if b"\0" in file.read(8192):
+                        continue
+            yield path
+
+
+def _read_file(path: Path, name: str, key: str, separator: str | None) -> tuple[list[Document], str, int]:
+    """(documents, sha256, bytes); the hash is of the very bytes that were read."""
+    suffix = path.suffix.lower()
+    if suffix == ".jsonl":
+        return _read_jsonl(path, name, key)
+    if suffix == ".parquet":
+        return _read_parquet(path, name, key)
+    content = path.read_bytes()
+    if b"\0" in content:
+        raise DataError(f"{name}: a binary file (zero byte at offset {content.index(0)}); give text in UTF-8")
+    text = _decode(content, name).replace("\r\n", "\n")
+    documents = [Document(text, name)]
+    if separator is not None:
+        documents = [Document(part, f"{name}:{n}") for n, part in enumerate(text.split(separator), 1)]
+    return _not_blank(documents), hashlib.sha256(content).hexdigest(), len(content)
+
+
+def _read_jsonl(path: Path, name: str, text_key: str) -> tuple[list[Document], str, int]:
+    documents: list[Document] = []
+    sha256, offset = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            sha256.update(line)
+            text, where = _decode(line, name, offset), f"{name}:{number}"
+            offset += len(line)
+            if not text.strip():
+                continue
+            try:
+                record = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                reason = f"not JSON ({_one_line(error)})"
+                raise DataError(f"{where}: {reason}; every line must be one JSON object") from error
+            if not isinstance(record, dict):
+                raise DataError(f"{where}: {_kind(record)}, expected a JSON object with key {text_key!r}")
+            if text_key not in record:
+                raise DataError(f"{where}: {_lacks('key', text_key, record)}")
+            documents.append(Document(_string(record[text_key], text_key, where), where))
+    return _not_blank(documents), sha256.hexdigest(), offset
+
+
+def _read_parquet(path: Path, name: str, text_key: str) -> tuple[list[Document], str, int]:
+    import pyarrow
+    import pyarrow.parquet
+
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            if text_key not in table.schema_arrow.names:
+                raise DataError(f"{name}: {_lacks('column', text_key, table.schema_arrow.names)}")
+            groups = table.iter_batches(columns=[text_key])
+            values = (value for group in groups for value in group.column(0).to_pylist())
+            return _rows(values, text_key, name), sha256, path.stat().st_size
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{name}: not a Parquet file ({_one_line(error)}); write it again") from error
+
+
+def _read_hub(name: str, dataset: str, split: str, text_key: str) -> list[Document]:
+    import datasets
+
+    try:
+        table = datasets.load_dataset(dataset, split=split)
+    except Exception as error:  # no common class: hub, network, cache, split and format errors all end here
+        advice = "check its name, split and your network, or download it and give its files"
+        raise DataError(f"{name}: the dataset cannot be loaded ({_one_line(error)}); {advice}") from error
+    if text_key not in table.column_names:
+        raise DataError(f"{name}: {_lacks('column', text_key, table.column_names)}")
+    groups = table.select_columns([text_key]).iter(batch_size=1000)
+    return _rows((value for group in groups for value in group[text_key]), text_key, name)
+
+
+def _rows(values: Iterable[object], text_key: str, name: str) -> list[Document]:
+    """Documents of a column. A null is how a column says "nothing here", so unlike JSONL's it is no error."""
+    rows = ((value, f"{name}:{number}") for number, value in enumerate(values, 1) if value is not None)
+    return _not_blank([Document(_string(value, text_key, where), where) for value, where in rows])
+
+
+def _string(value: object, text_key: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {text_key!r} is {_kind(value)}, expected a string; correct it or drop it")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell what is no text; a tokenizer would refuse it later
+        raise DataError(f"{where}: {text_key!r} holds half of a surrogate pair; remove it") from error
+    return value
+
+
+def _decode(content: bytes, name: str, offset: int = 0) -> str:
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        found = f"byte 0x{content[error.start]:02x} at offset {offset + error.start}"
+        raise DataError(f"{name}: not UTF-8 ({found}); convert it to UTF-8") from error
+    return text.removeprefix("\ufeff") if offset == 0 else text
+
+
+def _not_blank(documents: list[Document]) -> list[Document]:
+    return [document for document in documents if document.text and not document.text.isspace()]
+
+
+def _digest_of(documents: Iterable[Document]) -> tuple[str, int]:
+    """(sha256, bytes) of the texts in order; each length goes first, so that where one ends counts too."""
+    sha256, size = hashlib.sha256(), 0
+    for document in documents:
+        content = document.text.encode()
+        sha256.update(len(content).to_bytes(8, "little") + content)
+        size += len(content)
+    return sha256.hexdigest(), size
+
+
+def _name(path: Path) -> str:
+    # On Linux a file's name can be bytes that are no text, which a manifest could not hold.
+    return os.fsencode(path.as_posix()).decode(errors="replace")
+
+
+def _kind(value: object) -> str:
+    return "null" if value is None else f"of type {type(value).__name__}"
+
+
+def _lacks(what: str, text_key: str, found: Iterable[str]) -> str:
+    names = [repr(name) for name in found]
+    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    return f"no {what} {text_key!r} among {shown or 'none'}; name the one that holds the text with --text-key"
+
+
+def _one_line(reason: object) -> str:
+    return " ".join(str(reason).split())[:300]
+
+
+def _require(name: str, value: float, least: float, most: float = float("inf")) -> None:
+    if not least <= value <= most:
+        wanted = f"at least {least}" if most == float("inf") else f"{least} to {most}"
+        raise ConfigError(f"{name} is {value}, expected {wanted}")
+
+
+def split(
+    data: TextData,
+    *,
+    fraction: float = 0.02,
+    at_least: int = 16,
+    at_most: int = 128,
+    seed: int = 0,
+    passage_chars: int = 2000,
+) -> tuple[list[Document], list[Document]]:
+    """(train, held-out), both in the order of `data`.
+
+    Whole documents are held out if at least `4 * at_least` differ, each truncated to a few passages.
+    Otherwise every document is cut into passages of about `passage_chars` characters, some passages are held
+    out, and the stretches between them are the training documents. No copy of a held-out text, white space
+    around it aside, stays in train.
+
+    The texts whose hash with `seed` is in the lowest `fraction` are held out, whatever else is in the data.
+    The bounds `at_least`, `at_most` and a quarter of all texts take more or fewer of the lowest hashes. At
+    the first two bounds, more data can still return a held-out text to train, but never take one out of
+    train.
+
+    Raises `DataError` if fewer than four texts differ, `ConfigError` for a setting out of range.
+    """
+    _require("fraction", fraction, 0, 0.25)
+    _require("at_least", at_least, 1)
+    _require("at_most", at_most, at_least)
+    _require("passage_chars", passage_chars, 1)
+    units = [[document.text] for document in data.documents]
+    if len({document.text.strip() for document in data.documents}) < 4 * at_least:
+        units = [list(_cut(document.text, passage_chars)) for document in data.documents]
+    ranks = [[_rank(text, seed) for text in unit] for unit in units]
+    candidates = sorted(set(itertools.chain.from_iterable(ranks)) - {_rank("", seed)})
+    below = bisect_left(candidates, int(fraction * 2**64).to_bytes(8, "big"))
+    count = min(max(below, at_least), at_most, len(candidates) // 4)
+    if not count:
+        found = f"{len(candidates)} different passages of about {passage_chars} characters, expected 4"
+        raise DataError(f"too little text to hold some out for evaluation: {found}; give more text")
+    chosen = set(candidates[:count])
+    train: list[Document] = []
+    held: dict[bytes, Document] = {}
+    for document, unit, ranked in zip(data.documents, units, ranks, strict=True):
+        for out, stretch in itertools.groupby(zip(unit, ranked, strict=True), lambda pair: pair[1] in chosen):
+            if not out:
+                train.append(Document("".join(text for text, _ in stretch), document.source))
+                continue
+            for text, rank in stretch:
+                start = itertools.islice(_cut(text, passage_chars), HELD_OUT_PASSAGES)
+                held.setdefault(rank, Document("".join(start), document.source))
+    # Truncating or joining could have made a training text equal to a held-out one after all.
+    texts = {document.text.strip() for document in held.values()} | {""}
+    return [document for document in train if document.text.strip() not in texts], list(held.values())
+
+
+def _rank(text: str, seed: int) -> bytes:
+    return hashlib.sha256(f"{seed}\0{text.strip()}".encode()).digest()
+
+
+def _cut(text: str, chars: int) -> Iterator[str]:
+    """Pieces of about `chars` (half to 1.5 times) that join to `text`, cut at a paragraph, line or space."""
+    start = 0
+    while len(text) - start > 1.5 * chars:
+        end = start + chars
+        for mark in ("\n\n", "\n", " "):
+            found = text.rfind(mark, start + chars // 2, end)
+            if found >= 0:
+                end = found + len(mark)
+                break
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+@dataclass(frozen=True, eq=False)
+class PackedTokens:
+    """Windows of one stream of token ids: `tokens` (N, T + 1) int32, read-only, T the sequence length.
+
+    Row i holds the inputs `[:-1]` and the labels `[1:]`. Rows overlap by one token, so that every token of
+    the stream but the first is a label exactly once.
+    """
+
+    tokens: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, indices: Sequence[int] | np.ndarray | slice) -> torch.LongTensor:
+        """The rows at `indices` as a batch (b, T + 1) of int64."""
+        import torch
+
+        rows: Any = torch.from_numpy(self.tokens[indices].astype(np.int64))
+        return rows
+
+    @property
+    def num_tokens(self) -> int:
+        """Labels in all rows."""
+        return len(self) * (self.tokens.shape[1] - 1)
+
+
+def pack(
+    documents: Iterable[Document],
+    tokenizer: Any,
+    sequence_length: int,
+    *,
+    max_tokens: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> PackedTokens:
+    """Windows of `sequence_length` labels over all documents, each followed by end-of-text.
+
+    `tokenizer` is a `PreTrainedTokenizerFast`; special tokens written out in a text become those tokens.
+    Texts of more than about thirty thousand characters are tokenized in pieces. At most `max_tokens`
+    labels are kept, and an incomplete last window is dropped. `progress` is told the number of documents
+    done.
+
+    Raises `DataError` for less than one window, `ConfigError` for a tokenizer without an end-of-text token.
+    """
+    _require("sequence_length", sequence_length, 1)
+    if max_tokens is not None:
+        _require("max_tokens", max_tokens, sequence_length)
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("the tokenizer has no end-of-text token to join documents; set its eos_token")
+    end = np.array([tokenizer.eos_token_id], dtype=np.int32)
+    parts: list[np.ndarray] = []
+    total = 0
+    for done, ids in enumerate(_token_ids(documents, tokenizer), 1):
+        parts += [ids, end]
+        total += len(ids) + 1
+        if progress is not None:
+            progress(done)
+        if max_tokens is not None and total > max_tokens:
+            break
+    if total <= sequence_length:
+        found = f"{total} tokens, sequence length {sequence_length}"
+        raise DataError(f"less than one sequence: {found}; give more text or a smaller --sequence-length")
+    stream = np.concatenate(parts)[: None if max_tokens is None else max_tokens + 1]
+    windows = np.lib.stride_tricks.sliding_window_view(stream, sequence_length + 1)
+    return PackedTokens(windows[::sequence_length])
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """Consecutive token ids of one document, and that document's place in what was given."""
+
+    tokens: list[int]
+    document_index: int
+
+
+def passages(
+    documents: Iterable[Document], tokenizer: Any, sequence_length: int, *, limit: int | None = None
+) -> list[Passage]:
+    """Every document by itself in pieces of at most `sequence_length` tokens, for evaluation one by one.
+
+    There is no end-of-text, and pieces of less than two tokens, which predict nothing, are dropped. At most
+    `limit` passages, the first ones, are returned.
+    """
+    _require("sequence_length", sequence_length, 2)
+    found = (
+        Passage(ids[start : start + sequence_length].tolist(), index)
+        for index, ids in enumerate(_token_ids(documents, tokenizer))
+        for start in range(0, len(ids) - 1, sequence_length)  # from the last token alone nothing starts
+    )
+    return list(itertools.islice(found, limit))
+
+
+def _token_ids(documents: Iterable[Document], tokenizer: Any) -> Iterator[np.ndarray]:
+    """Token ids (n,) int32 of each document in turn."""
+    parts: list[np.ndarray] = []
+    pieces = _pieces(documents)
+    while batch := list(itertools.islice(pieces, TOKENIZE_TEXTS)):
+        encoded = tokenizer(
+            [piece for piece, _ in batch],
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # a document may well be longer than the model's context
+        )
+        for (_, last), ids in zip(batch, encoded["input_ids"], strict=True):
+            parts.append(np.array(ids, dtype=np.int32))
+            if last:
+                yield np.concatenate(parts)
+                parts = []
+
+
+def _pieces(documents: Iterable[Document]) -> Iterator[tuple[str, bool]]:
+    """(text to tokenize at once, whether it ends its document)"""
+    for document in documents:
+        *pieces, last = _cut(document.text, TOKENIZE_CHARS)
+        yield from ((piece, False) for piece in pieces)
+        yield last, True
+
+
+def batches(num_rows: int, batch_size: int, *, seed: int, epoch: int) -> list[np.ndarray]:
+    """Row indices of an epoch's batches: each row once, shuffled by seed and epoch; the last may be short."""
+    _require("batch_size", batch_size, 1)
+    _require("seed", seed, 0)
+    order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_rows)
+    return [order[start : start + batch_size] for start in range(0, num_rows, batch_size)]

@@ -1,0 +1,42 @@
+"""Errors that a user or a file can cause. Each message says what failed, where, and what to do next, in one line.
+
+What only a bug of ours can cause is an `assert`, never one of these.
+"""
+
+from __future__ import annotations
+
+
+class GrowlmError(Exception):
+    """Base class: the command line prints its message in one line and exits with status 1."""
+
+
+class DataError(GrowlmError):
+    """A text source is missing, empty, too short or malformed."""
+
+
+class BaseModelError(GrowlmError):
+    """A base is missing, of an unknown family, or not the one that a store was made for."""
+
+
+class StoreError(GrowlmError):
+    """A store cannot be created, opened or changed as asked."""
+
+
+class IntegrityError(StoreError):
+    """A file of a store is not what its manifest says."""
+
+
+class UnknownModuleError(StoreError):
+    """A module name that the store does not hold. Never answered by the base in silence."""
+
+
+class BudgetError(GrowlmError):
+    """The weights asked for do not fit the memory budget."""
+
+
+class ConfigError(GrowlmError):
+    """A setting is out of range, or two settings contradict each other."""
+
+
+class Interrupted(GrowlmError):
+    """A long run was stopped by the user; the message says how to go on."""

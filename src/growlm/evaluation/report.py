@@ -1,0 +1,298 @@
+"""Report: one evaluation result as a self-contained web page and a JSON file.
+
+Knows the dictionary that `growlm eval --json` prints. Does not know models or stores, and measures nothing.
+Names and texts in a result come from users: each is escaped, and the page forbids itself to load anything.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from growlm.errors import ConfigError, DataError
+from growlm.evaluation import plots
+from growlm.evaluation.plots import human_bytes, number
+
+
+def write_report(result: dict[str, Any], out_dir: Path) -> Path:
+    """Write `index.html` and `eval.json` into `out_dir`, made if needed, and return the page's path.
+
+    Both files are replaced whole, the page last, so a page always has its numbers beside it.
+
+    Raises DataError when `result` holds no perplexity and ConfigError when `out_dir` cannot be written.
+    """
+    if not result.get("perplexity"):
+        raise DataError('report: the result holds no "perplexity"; give it what `growlm eval --json` prints')
+    out_dir = Path(out_dir)
+    numbers = json.dumps(result, indent=2) + "\n"
+    page = _page(result)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        _replace(out_dir / "eval.json", numbers)
+        _replace(out_dir / "index.html", page)
+    except OSError as error:
+        raise ConfigError(f"report: cannot write: {error}; choose another folder") from error
+    return out_dir / "index.html"
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(text.encode("utf-8", "replace"))  # a lone surrogate in a sample becomes "?"
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _page(result: Mapping[str, Any]) -> str:
+    store = result.get("store")
+    title = f"growlm evaluation: {store}" if store else "growlm evaluation"
+    facts = {"base": "base: ", "date": "", "growlm": "growlm "}
+    known = " · ".join(label + escape(str(result[key])) for key, label in facts.items() if result.get(key))
+    header = f"<header><h1>{escape(title)}</h1><p>{known}</p></header>"
+    body = [header, _tiles(result), _perplexity(result["perplexity"])]
+    sections: dict[str, Callable[[Any], str]] = {
+        "routing": _routing, "forgetting_detail": _forgetting, "memory": _memory, "samples": _samples,
+    }  # fmt: skip
+    body += [section(result[key]) for key, section in sections.items() if result.get(key)]
+    return PAGE.format(title=escape(title), css=_css(), body="\n".join(body))
+
+
+def _css() -> str:
+    light, dark = (
+        " ".join(f"--{role}: {colour};" for role, colour in colours.items()) for colours in (plots.LIGHT, plots.DARK)
+    )
+    return f":root {{ {light} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n{CSS}"
+
+
+def _tiles(result: Mapping[str, Any]) -> str:
+    perplexity, routing = result["perplexity"], result.get("routing") or {}
+    forgetting, detail = result.get("forgetting"), result.get("forgetting_detail")
+    own, routed = (_mean(_reduction(row, key) for row in perplexity.values()) for key in ("module", "routed"))
+    tiles = [
+        ("mean perplexity reduction", _percent(routed),
+         f"over {_count(len(perplexity), 'domain')}, routed; with each domain's own module {_percent(own)}"),
+        ("retained gain", _percent(routing.get("retained_gain")),
+         "share of the improvement of each domain's own module that automatic routing keeps"),
+        ("router accuracy", _percent(routing.get("accuracy")),
+         "share of documents sent to the module of their own domain"),
+        ("forgetting", "–" if forgetting is None else f"{forgetting:.3g}",
+         _checked(detail) if detail else "what earlier modules lost; 0 means nothing"),
+    ]  # fmt: skip
+    if memory := result.get("memory"):
+        note = f"of {human_bytes(memory['total_bytes'])} in total: base, router and one module at a time"
+        tiles.append(("resident memory", human_bytes(memory["resident_bytes"]), note))
+    items = (f"<div><dt>{escape(name)}</dt><dd><b>{escape(value)}</b><span>{escape(note)}</span></dd></div>"
+             for name, value, note in tiles)  # fmt: skip
+    return f'<dl class="tiles">{"".join(items)}</dl>'
+
+
+def _perplexity(perplexity: Mapping[str, Mapping[str, Any]]) -> str:
+    head = ["domain", "base", "own module", "routed", "reduction", "tokens", "documents"]
+    rows = [
+        [name, *(number(row.get(key)) for key in ("base", "module", "routed")),
+         _percent(_reduction(row, "routed")), *(_integer(row.get(key)) for key in ("tokens", "documents"))]
+        for name, row in ((name, perplexity[name]) for name in plots.by_base(perplexity))
+    ]  # fmt: skip
+    alt = f"Bars of perplexity for {_count(len(rows), 'domain')}: base, own module and routed"
+    figure = _svg(plots.perplexity_figure(perplexity), "perplexity", alt)
+    text = (
+        "How surprised the model is by held-out text of each domain. Lower is better. Grey is the base. "
+        "Blue is the base with the domain's own module, orange with the module that the router chose. Where "
+        "orange is as short as blue, routing costs nothing. On a log axis a bar starts at 1, perfect "
+        "prediction, and its length is the loss. Reduction compares routed with base."
+    )
+    return _section("Perplexity per domain", text, [figure], _table("Perplexity per domain", head, rows))
+
+
+def _routing(routing: Mapping[str, Any]) -> str:
+    if not (confusion := routing.get("confusion")):
+        return ""
+    rows, columns = plots.confusion_axes(confusion)
+    cells = []
+    for name in rows:
+        row = confusion[name]
+        total = sum(row.values())
+        right = row.get(name, 0) / total if total else None
+        cells.append([name, _percent(right), *(_integer(row.get(column, 0)) for column in columns)])
+    alt = f"Heat map of the modules that the router chose for documents of {_count(len(rows), 'domain')}"
+    figure = _svg(plots.confusion_figure(confusion), "confusion", alt)
+    text = (
+        "Each row is a true domain, each column the module that the router chose for its documents. The "
+        "fuller a cell's colour, the larger its share of the row. A perfect router fills the diagonal only. "
+        "“none” means that the router found no module that fits, and the base answered alone. Retained gain: "
+        "share of the improvement of each domain's own module that automatic routing keeps, summed log-loss "
+        "over documents. A wrong choice between two similar modules costs accuracy, but little gain."
+    )
+    table = _table("Documents by true domain and chosen module", ["true domain", "right", *columns], cells)
+    return _section("Router", text, [figure], table)
+
+
+def _forgetting(detail: Mapping[str, Sequence[str]]) -> str:
+    changed = set(detail.get("changed", ()))
+    same = [name for name in detail.get("checked", ()) if name not in changed]
+    listed = (("identical", same), ("changed", sorted(changed)))
+    items = "".join(f"<li>{state}: {escape(', '.join(names) or '–')}</li>" for state, names in listed)
+    text = f"What was there before the last learn, before and after it: {_checked(detail)}."
+    return f"<section><h2>Forgetting</h2><p>{escape(text)}</p><ul>{items}</ul></section>"
+
+
+def _memory(memory: Mapping[str, Any]) -> str:
+    steps = plots.growth(memory)
+    other = steps[0][1] - memory["base_bytes"] - memory["router_bytes"]
+    parts = [
+        ["base", *_sizes(memory["base_bytes"]), "", ""],
+        ["router", *_sizes(memory["router_bytes"]), *map(human_bytes, steps[0])],
+        *([name, *_sizes(size), *map(human_bytes, step)]
+          for (name, size), step in zip(memory["modules"].items(), steps[1:], strict=True)),
+        *([["other files", *_sizes(other), "", ""]] if other > 0 else []),
+        ["resident", *_sizes(memory["resident_bytes"]), "", ""],
+        ["total", *_sizes(memory["total_bytes"]), "", ""],
+    ]  # fmt: skip
+    resident, total = human_bytes(memory["resident_bytes"]), human_bytes(memory["total_bytes"])
+    ends = f"resident {resident}, total {total}"
+    bars = _svg(plots.memory_figure(memory), "memory", f"Two stacked bars: {ends}")
+    added = f"with {_count(len(steps) - 1, 'module')} added"
+    lines = _svg(plots.growth_figure(memory), "growth", f"Two lines, {added}: {ends}")
+    text = (
+        "Resident is what must be in memory to answer: base, router and the largest module. Total is "
+        "everything on disk. The lines show both as modules are added one by one, in the table's order. "
+        "Total grows with every module, resident only when a module is larger than all before it."
+    )
+    head = ["part", "size", "bytes", "resident so far", "total so far"]
+    return _section("Memory", text, [bars, lines], _table("Bytes per part", head, parts))
+
+
+def _samples(samples: Iterable[Mapping[str, Any]]) -> str:
+    items = []
+    for sample in samples:
+        domain, module = sample.get("domain"), sample.get("module") or plots.NO_MODULE
+        items.append(
+            f"<article><h3>{escape(str(domain))} <small>answered with {escape(str(module))}</small></h3>"
+            f'<pre class="prompt">{escape(str(sample.get("prompt", "")))}</pre>'
+            f"<pre>{escape(str(sample.get('text', '')))}</pre></article>"
+        )
+    text = "A prompt of each domain, and how the model went on with the module that the router chose."
+    return f"<section><h2>Samples</h2><p>{text}</p>{''.join(items)}</section>"
+
+
+def _svg(figure: Figure, name: str, alt: str) -> str:
+    return plots.to_svg(figure, name, f"{alt}. The table that follows has the numbers.")
+
+
+def _section(title: str, text: str, figures: Sequence[str], table: str) -> str:
+    drawn = "".join(f'<figure class="scroll" tabindex="0">{figure}</figure>' for figure in figures)
+    drawn = f'<div class="figures">{drawn}</div>' if drawn else ""
+    body = f'<div class="pair">{drawn}{table}</div>'
+    return f"<section><h2>{escape(title)}</h2><p>{escape(text)}</p>{body}</section>"
+
+
+def _table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    columns = "".join(f'<th scope="col"><span>{escape(name)}</span></th>' for name in head)
+    lines = ""
+    for first, *rest in rows:
+        cells = "".join(f"<td{ZERO * (cell == '0')}>{escape(cell)}</td>" for cell in rest)
+        lines += f'<tr><th scope="row"><span>{escape(first)}</span></th>{cells}</tr>\n'
+    name, wide = escape(caption), " wide" * (len(head) > 8)
+    return (f'<div class="scroll table{wide}" role="region" tabindex="0" aria-label="{name}"><table>'
+            f"<caption>{name}</caption><thead><tr>{columns}</tr></thead>\n<tbody>{lines}</tbody>"
+            "</table></div>")  # fmt: skip
+
+
+def _reduction(row: Mapping[str, Any], key: str) -> float | None:
+    base, value = row.get("base"), row.get(key)
+    return None if not base or value is None else 1 - value / base
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    return sum(known) / len(known) if known else None
+
+
+def _checked(detail: Mapping[str, Sequence[str]]) -> str:
+    checked, changed = len(detail.get("checked", ())), len(detail.get("changed", ()))
+    return f"{_count(checked, 'part')} compared bit for bit, {changed or 'none'} changed"
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None or not math.isfinite(share) else f"{share:.1%}"
+
+
+def _integer(value: int | None) -> str:
+    return "–" if value is None else f"{value:,}"
+
+
+def _sizes(size: int) -> tuple[str, str]:
+    return human_bytes(size), f"{size:,}"
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+ZERO = ' class="zero"'
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{title}</title>
+<style>
+{css}
+</style>
+</head>
+<body>
+<main>
+{body}
+<footer><p>The same numbers in full: <a href="eval.json">eval.json</a></p></footer>
+</main>
+</body>
+</html>
+"""
+
+CSS = """* { box-sizing: border-box; }
+:root { color-scheme: light dark; }
+body { margin: 0; background: var(--surface); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
+main { max-width: 70rem; margin: 0 auto; padding: 1.5rem 1rem; }
+h1, h2, h3 { line-height: 1.25; margin: 0; overflow-wrap: anywhere; }
+h1 { font-size: 1.7rem; } h2 { font-size: 1.3rem; } h3 { font-size: 1rem; }
+header p, footer, small, .tiles span, .zero { color: var(--muted); }
+p, ul { margin: .4rem 0 1rem; max-width: 46rem; overflow-wrap: anywhere; }
+a { color: var(--module); }
+section { border-top: 1px solid var(--grid); padding: 1.5rem 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(11.5rem, 1fr)); gap: .75rem; }
+.tiles > div { border: 1px solid var(--grid); border-radius: .5rem; padding: .75rem .9rem; }
+.tiles dt { font-size: .85rem; } .tiles dd { margin: 0; }
+.tiles b, .tiles span { display: block; } .tiles b { font-size: 1.6rem; }
+.tiles span { font-size: .8rem; line-height: 1.35; }
+.pair { display: flex; flex-wrap: wrap; gap: 1rem 2rem; align-items: flex-start; }
+.figures, figure { margin: 0; max-width: 100%; }
+figure svg { display: block; max-width: 100%; height: auto; }
+figure svg text { font-family: system-ui, sans-serif !important; }
+.scroll { overflow: auto; max-width: 100%; }
+.scroll:focus-visible { outline: 2px solid var(--module); outline-offset: 2px; }
+.table { flex: 1 1 26rem; } .wide { flex-basis: 100%; }
+table { border-collapse: separate; border-spacing: 0; font-size: .85rem; font-variant-numeric: tabular-nums; }
+caption { text-align: left; color: var(--muted); padding-bottom: .3rem; }
+th, td { padding: .25rem .45rem; text-align: right; white-space: nowrap; }
+tr > * { border-bottom: 1px solid var(--grid); vertical-align: bottom; }
+th:first-child { text-align: left; padding-left: 0; }
+th:first-child { position: sticky; left: 0; background: var(--surface); }
+th span { display: inline-block; width: max-content; max-width: 10rem; white-space: normal;
+  overflow-wrap: break-word; }
+th { font-weight: 500; } thead th { color: var(--muted); }
+article { margin: 1rem 0; }
+pre { margin: .4rem 0; padding: .6rem .8rem; border: 1px solid var(--grid); border-radius: .4rem;
+  white-space: pre-wrap; overflow-wrap: anywhere; font: .85rem/1.5 ui-monospace, monospace; }
+.prompt { color: var(--muted); border-style: dashed; }"""

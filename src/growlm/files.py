@@ -1,0 +1,271 @@
+"""Files: hashes, safetensors in one read, folders that appear complete or not at all.
+
+Knows bytes and paths. Does not know what a store or a module is. Nothing here ever unpickles.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from growlm.errors import IntegrityError, StoreError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_BLOCK = 1 << 20
+_MAX_HEADER = 100_000_000  # the format's own limit
+
+
+def sha256_file(path: Path) -> str:
+    """Hash of a file's bytes, read in blocks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class HashMemo:
+    """Hashes of large files, remembered by size, inode and time of change, so that an unchanged file is read once.
+
+    Kept in a JSON file that may be deleted at any time.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._known: dict[str, list[Any]] = json.loads(path.read_text())
+        except (OSError, ValueError):
+            self._known = {}
+
+    def sha256(self, path: Path) -> str:
+        stat = path.stat()
+        key, mark = str(path.resolve()), [stat.st_size, stat.st_ino, stat.st_mtime_ns]
+        known = self._known.get(key)
+        if not isinstance(known, list) or known[:3] != mark:
+            known = [*mark, sha256_file(path)]
+            self._known[key] = known
+            # A store on a read-only disk still opens; the next reader hashes again.
+            with suppress(OSError, StoreError):
+                write_atomic(self._path, json.dumps(self._known).encode())
+        return known[3]
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Replaces a file in one step: after a crash it holds the old bytes or the new ones."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "wb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        _readable(name)
+        os.replace(name, path)
+    except BaseException as error:
+        Path(name).unlink(missing_ok=True)
+        raise_if_full(error, path, len(content))
+        raise
+    sync(path.parent)
+
+
+def _readable(path: str | Path) -> None:
+    """Gives a file the permissions that a plain `open` would have given it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(path, 0o666 & ~mask)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file or folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def raise_if_full(error: BaseException, path: Path, num_bytes: int) -> None:
+    """Turns a failed write for want of room into an error that says how much was asked for.
+
+    Raises:
+        StoreError: `error` says that the disk, a quota or a size limit is exhausted.
+    """
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    text = str(error)
+    if full or "No space left" in text or "os error 28" in text or "os error 27" in text:
+        free = shutil.disk_usage(path.parent if path.parent.exists() else Path.cwd()).free
+        raise StoreError(
+            f"{path}: no room to write {num_bytes:,} bytes ({free:,} free on this disk); "
+            "nothing was changed; free some space and run the command again"
+        ) from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Writes a safetensors file, waits for the disk, returns the file's sha256.
+
+    Raises:
+        StoreError: no room on the disk.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    num_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
+    try:
+        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, path)
+        _readable(path)
+        sync(path)
+    except (OSError, SafetensorError) as error:
+        raise_if_full(error, path, num_bytes)
+        raise
+    return sha256_file(path)
+
+
+def read_tensors(path: Path, *, sha256: str | None = None) -> dict[str, Tensor]:
+    """Reads a safetensors file with one copy: from the page cache into one buffer, of which the tensors are views.
+
+    Args:
+        sha256: what the file's hash must be; None where it was checked before.
+
+    Raises:
+        IntegrityError: the file is missing, truncated, malformed, or its hash differs.
+    """
+    import torch
+
+    try:
+        with open(path, "rb", buffering=0) as f:
+            size = os.fstat(f.fileno()).st_size
+            prefix = f.read(8)
+            header_size = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or not 0 < header_size <= min(size - 8, _MAX_HEADER):
+                raise IntegrityError(f"{path}: truncated or not a safetensors file ({size} bytes)")
+            header = f.read(header_size)
+            data = torch.empty(size - 8 - header_size, dtype=torch.uint8)
+            view, done = memoryview(data.numpy()), 0
+            while done < len(view):
+                count = f.readinto(view[done:])
+                if not count:
+                    raise IntegrityError(f"{path}: truncated while it was read")
+                done += count
+    except FileNotFoundError:
+        raise IntegrityError(f"{path}: file is missing; restore it or learn the module again") from None
+    if sha256 is not None:
+        digest = hashlib.sha256(prefix)
+        digest.update(header)
+        digest.update(view)
+        if digest.hexdigest() != sha256:
+            raise IntegrityError(
+                f"{path}: sha256 {digest.hexdigest()[:12]}..., manifest says {sha256[:12]}...; "
+                "restore the file or learn the module again"
+            )
+    try:
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        tensors = {name: _view(data, entry) for name, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+        raise IntegrityError(f"{path}: malformed safetensors header ({error})") from None
+    return tensors
+
+
+def _view(data: Tensor, entry: dict[str, Any]) -> Tensor:
+    import torch
+
+    dtypes = {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "I64": torch.int64,
+        "I32": torch.int32,
+        "I16": torch.int16,
+        "I8": torch.int8,
+        "U8": torch.uint8,
+        "BOOL": torch.bool,
+    }
+    start, stop = entry["data_offsets"]
+    if not 0 <= start <= stop <= len(data):
+        raise ValueError(f"offsets {start}..{stop} outside {len(data)} bytes")
+    dtype = dtypes[entry["dtype"]]
+    return data[start:stop].view(dtype).view(entry["shape"])
+
+
+@contextmanager
+def new_folder(final: Path, scratch: Path, manifest: str) -> Iterator[Path]:
+    """A folder that appears at `final` complete or not at all.
+
+    Yields a scratch folder to write into. Its files are synced, `manifest` must be among them and is written last by
+    the caller; then the folder is renamed to `final`.
+
+    Raises:
+        StoreError: `final` exists, or the disk is full.
+    """
+    scratch.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=scratch, prefix=f"{os.getpid()}-"))
+    try:
+        yield work
+        assert (work / manifest).exists()
+        for file in work.iterdir():
+            sync(file)
+        sync(work)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        if final.exists():
+            raise StoreError(f"{final}: exists already; run the command again")
+        os.rename(work, final)
+        sync(final.parent)
+    except BaseException as error:
+        shutil.rmtree(work, ignore_errors=True)
+        raise_if_full(error, final, 0)
+        raise
+
+
+def remove_folder(folder: Path, scratch: Path) -> None:
+    """Deletes a folder so that no one ever sees half of it: renamed away first."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    gone = Path(tempfile.mkdtemp(dir=scratch, prefix=f"{os.getpid()}-")) / "gone"
+    os.rename(folder, gone)
+    sync(folder.parent)
+    shutil.rmtree(gone.parent, ignore_errors=True)
+
+
+def clear_scratch(scratch: Path) -> None:
+    """Removes what killed processes left in a scratch folder; names begin with the process id."""
+    for left in scratch.iterdir() if scratch.exists() else ():
+        pid = left.name.split("-")[0]
+        if pid.isdigit() and not _alive(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Holds an advisory lock that dies with the process. Yields False if `wait` is false and another holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            fcntl.flock(f, fcntl.LOCK_UN)

@@ -1,0 +1,1 @@
+"""Layers: tensors in, tensors out. Nothing here imports more than torch."""

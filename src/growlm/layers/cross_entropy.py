@@ -1,0 +1,128 @@
+"""Cross-entropy of a linear head, a chunk of tokens at a time.
+
+The logits of a large vocabulary are the largest tensor of a training step. Here they exist for one chunk only: the loss
+and its gradients are made in one walk, so that the backward pass has nothing left to do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# n tokens, d hidden size, v vocabulary, r own rows
+
+_CHUNK = 1 << 23  # logits held at a time
+
+
+def token_losses(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    rows: Tensor | None = None,
+    ids: Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Log-loss of every token in nats, (n,) float32, without gradient. Arguments as in `linear_cross_entropy`."""
+    losses, _, _, _ = _walk(hidden, weight, rows, ids, labels, softcap, (False, False, False))
+    return losses
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    rows: Tensor | None = None,
+    ids: Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Mean cross-entropy of `softmax(hidden @ weight.T)`.
+
+    Args:
+        hidden: (n, d), after the final norm; its dtype is that of the matrix products.
+        weight: output head (v, d).
+        labels: (n,).
+        rows, ids: (r, d) and (r,): added to the head's rows `ids`; gradients reach `rows` alone if `weight` is frozen.
+        softcap: logits are bounded to +-softcap by tanh, as gemma2 does.
+
+    Returns:
+        A float32 scalar in nats a token.
+    """
+    return _LinearCrossEntropy.apply(hidden, weight, rows, ids, labels, softcap)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        rows: Tensor | None,
+        ids: Tensor | None,
+        labels: Tensor,
+        softcap: float | None,
+    ) -> Tensor:
+        losses, *gradients = _walk(hidden, weight, rows, ids, labels, softcap, ctx.needs_input_grad[:3])
+        ctx.save_for_backward(*gradients)
+        return losses.mean()
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> Any:
+        gradients = [None if g is None else g * outputs[0].to(g.dtype) for g in ctx.saved_tensors]
+        return (*gradients, None, None, None)
+
+
+def _walk(
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Tensor | None,
+    ids: Tensor | None,
+    labels: Tensor,
+    softcap: float | None,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Losses (n,), and the gradients of their mean with respect to hidden, weight and rows, where needed."""
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        dtype = hidden.dtype
+        head = weight.to(dtype)
+        if rows is not None:
+            assert ids is not None
+            head = head.index_add(0, ids, rows.to(dtype))
+        all_rows = ids is not None and len(ids) == len(weight)
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        for_hidden = torch.empty_like(hidden) if needs[0] else None
+        for_weight = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None
+        for_rows = torch.zeros_like(rows, dtype=torch.float32) if needs[2] and rows is not None else None
+        size = max(_CHUNK // len(weight), 16)
+        for at in range(0, len(hidden), size):
+            h, y = hidden[at : at + size], labels[at : at + size, None]
+            logits = (h @ head.T).float()
+            if softcap is not None:
+                logits = logits.div_(softcap).tanh_()
+                slope = 1 - logits.square() if any(needs) else None
+                logits = logits.mul_(softcap)
+            log_sum = logits.logsumexp(-1, keepdim=True)
+            losses[at : at + size] = (log_sum - logits.gather(-1, y))[:, 0]
+            if not any(needs):
+                continue
+            # Gradient of the mean: (softmax - one_hot) / n.
+            logits = logits.sub_(log_sum).exp_()
+            logits.scatter_add_(-1, y, torch.full_like(log_sum, -1.0))
+            if softcap is not None:
+                logits = logits.mul_(slope)
+            g = logits.mul_(1.0 / len(hidden)).to(dtype)
+            if for_hidden is not None:
+                torch.mm(g, head, out=for_hidden[at : at + size])
+            if for_weight is not None:
+                for_weight += g.T @ h
+            if for_rows is not None:
+                for_rows += (g if all_rows else g.index_select(1, ids)).T @ h  # type: ignore[arg-type]
+        return (
+            losses,
+            for_hidden,
+            None if for_weight is None else for_weight.to(weight.dtype),
+            None if for_rows is None or rows is None else for_rows.to(rows.dtype),
+        )

@@ -1,0 +1,260 @@
+"""Knowledge modules: new parameters beside a frozen base. This file is the contract that every kind keeps.
+
+A module is asked for five things, and engine, learning, store and evaluation ask for nothing else:
+`fork`, the first base layer whose output it changes; `extend`, the layers to run with it; `rows`, its vocabulary rows;
+`state_dict` and `config`, what is saved. Nothing here changes a base, except `attach`, which `detach` undoes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from growlm.errors import ConfigError, IntegrityError
+from growlm.modules.base import Base, Step, tensor_bytes
+from growlm.modules.vocabulary import VocabularyRows
+
+__all__ = ["KINDS", "KnowledgeModule", "ModuleConfig", "ModuleSet", "attach", "attached", "detach", "kind_of"]
+
+KINDS = {"blocks": "growlm.modules.blocks:Blocks"}
+
+
+class ModuleConfig(BaseModel):
+    """What the manifest records of a module's shape. Unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class KnowledgeModule(nn.Module, ABC):
+    """New parameters for one base.
+
+    Attributes:
+        config: its shape, as saved.
+        fork: first base layer whose output it changes; `num_layers` of the base if none.
+        rows: its vocabulary rows.
+        identity: tells it from every other module and version; part of the key of its key-value caches.
+    """
+
+    kind: ClassVar[str]
+    Config: ClassVar[type[ModuleConfig]]
+
+    config: ModuleConfig
+    fork: int
+    rows: VocabularyRows
+    identity: str
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.identity = f"unsaved-{uuid.uuid4().hex}"
+
+    @classmethod
+    @abstractmethod
+    def create(cls, base: Base, config: Any, row_ids: Tensor | None = None) -> Self:
+        """A new module in float32 that leaves the base's logits bit-equal. `row_ids` (r,): tokens with own rows."""
+
+    @classmethod
+    @abstractmethod
+    def restore(cls, base: Base, config: Any, tensors: dict[str, Tensor], where: str) -> Self:
+        """The module saved as `tensors`, which it uses as they are, without copying or initialising.
+
+        Raises:
+            IntegrityError: the tensors are not those of a module of this config on this base.
+        """
+
+    @abstractmethod
+    def extend(self, steps: Sequence[Step]) -> list[Step]:
+        """All layers to run with this module, from all those without it. Leaves those before `fork` as they are."""
+
+    @abstractmethod
+    def cache_slots(self, base: Base) -> int:
+        """How many slots of a key-value cache a forward pass with this module uses."""
+
+    @abstractmethod
+    def extended_config(self, config: Any) -> Any:
+        """A copy of the base's transformers config that describes base and module together as one checkpoint."""
+
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def num_bytes(self) -> int:
+        return tensor_bytes(self.parameters()) + tensor_bytes(self.buffers())
+
+
+def kind_of(name: str) -> type[KnowledgeModule]:
+    """The class of a module kind.
+
+    Raises:
+        ConfigError: no such kind.
+    """
+    if name not in KINDS:
+        raise ConfigError(f"module kind {name!r} does not exist; kinds are {', '.join(KINDS)}")
+    home, _, cls = KINDS[name].partition(":")
+    return getattr(importlib.import_module(home), cls)
+
+
+class ModuleSet:
+    """The modules active for a request (none: the base itself), as the layers and projections to run.
+
+    Raises:
+        ConfigError: modules that cannot be active together.
+    """
+
+    def __init__(self, base: Base, modules: Sequence[KnowledgeModule] = ()) -> None:
+        if len(modules) > 1:
+            kinds = ", ".join(m.kind for m in modules)
+            raise ConfigError(f"modules of kinds {kinds} cannot be active together; choose one")
+        self.base = base
+        self.modules = tuple(modules)
+        self.fork = min((m.fork for m in modules), default=base.num_layers)
+        steps = base.steps()
+        for module in modules:
+            steps = module.extend(steps)
+        self.steps = steps
+        self.rows = modules[0].rows if modules else VocabularyRows()
+        self.cache_slots = max((m.cache_slots(base) for m in modules), default=base.num_layers)
+        names = "\n".join(sorted(m.identity for m in modules))
+        self.digest = hashlib.sha256(names.encode()).hexdigest() if modules else "base"
+
+    def embed(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
+        return self.rows.embed(self.base, hidden, input_ids)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Logits (b, t, v) from the last layer's output (b, t, d)."""
+        return self.rows.logits(self.base, self.base.norm(hidden))
+
+    def hidden(self, input_ids: Tensor, *, visible: Tensor | None = None) -> Tensor:
+        """The last layer's output (b, t, d), before the final norm, without a cache."""
+        hidden, shared = self.base.begin(input_ids, visible=visible)
+        hidden = self.base.embed_positions(self.embed(hidden, input_ids), shared.positions)
+        return self.base.run(hidden, self.steps, shared)
+
+    def logits(self, input_ids: Tensor, *, visible: Tensor | None = None) -> Tensor:
+        """Logits (b, t, v) of `input_ids` (b, t), without a cache."""
+        return self.project(self.hidden(input_ids, visible=visible))
+
+
+class _HeadWithRows(nn.Module):
+    def __init__(self, head: nn.Module, rows: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.rows = head, rows
+
+    @property
+    def weight(self) -> Tensor:
+        return self.inner.weight  # type: ignore[return-value]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.rows.add_to(self.inner(hidden), hidden)  # type: ignore[operator]
+
+
+class _EmbeddingWithRows(nn.Module):
+    def __init__(self, embedding: nn.Module, rows: nn.Module, scale: float) -> None:
+        super().__init__()
+        self.inner, self.rows, self.scale = embedding, rows, scale
+
+    @property
+    def weight(self) -> Tensor:
+        return self.inner.weight  # type: ignore[return-value]
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.rows.add_to(self.inner(input_ids), input_ids, self.scale)  # type: ignore[operator]
+
+
+def attach(model: Any, module: KnowledgeModule) -> None:
+    """Makes a transformers model run with `module`: its own `forward`, `generate` and cache work on.
+
+    Changes the model in place, for one module at a time; `detach` gives it back as it was. The engine does not use
+    this: it runs any number of modules beside one base that nobody changes.
+
+    Raises:
+        ConfigError: a module is attached already.
+        BaseModelError: the family is not supported.
+    """
+    if hasattr(model, "_growlm_detached"):
+        raise ConfigError("this model has a module attached already; detach it first")
+    base = Base(model, freeze=False)
+    anatomy, decoder = base.anatomy, base.decoder
+    layers = [step.layer for step in module.extend(base.steps())]
+    state = {
+        "config": model.config,
+        "layers": getattr(decoder, anatomy.layers),
+        "indices": [getattr(layer, anatomy.attention).layer_idx for layer in layers],
+        "extended": layers,
+        "head": base.head,
+        "embedding": base.embedding,
+    }
+    setattr(decoder, anatomy.layers, nn.ModuleList(layers))
+    _number(layers, anatomy.attention, range(len(layers)))
+    _set_config(model, decoder, module.extended_config(model.config))
+    if module.rows.head is not None:
+        setattr(model, anatomy.head, _HeadWithRows(base.head, module.rows.head))
+    if module.rows.input is not None:
+        wrapped = _EmbeddingWithRows(base.embedding, module.rows.input, base.embedding_scale)
+        setattr(decoder, anatomy.embedding, wrapped)
+    model._growlm_detached = state
+
+
+def detach(model: Any) -> None:
+    """Undoes `attach`: the model's layers, config, head and embedding are the same objects as before.
+
+    Raises:
+        ConfigError: nothing is attached.
+    """
+    state = model.__dict__.pop("_growlm_detached", None)
+    if state is None:
+        raise ConfigError("this model has no module attached")
+    _set_config(model, None, state["config"])
+    base = Base(model, freeze=False)
+    _number(state["extended"], base.anatomy.attention, state["indices"])
+    setattr(base.decoder, base.anatomy.layers, state["layers"])
+    setattr(base.decoder, base.anatomy.embedding, state["embedding"])
+    setattr(model, base.anatomy.head, state["head"])
+    _set_config(model, base.decoder, state["config"])
+
+
+@contextmanager
+def attached(model: Any, module: KnowledgeModule) -> Iterator[Any]:
+    """`attach` for the length of a `with` block."""
+    attach(model, module)
+    try:
+        yield model
+    finally:
+        detach(model)
+
+
+def assign(skeleton: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+    """Gives a module built on the meta device its tensors, as they are.
+
+    Raises:
+        IntegrityError: names or shapes differ; the message names the first that does.
+    """
+    wanted = dict(skeleton.state_dict())
+    for name in sorted(wanted.keys() ^ tensors.keys()):
+        what = "is missing" if name in wanted else "is unexpected"
+        raise IntegrityError(f"{where}: tensor {name!r} {what}; restore the file or learn the module again")
+    for name, tensor in tensors.items():
+        if tensor.shape != wanted[name].shape:
+            raise IntegrityError(
+                f"{where}: tensor {name!r} has shape {tuple(tensor.shape)}, expected {tuple(wanted[name].shape)}; "
+                "restore the file or learn the module again"
+            )
+    skeleton.load_state_dict(tensors, assign=True)
+    skeleton.requires_grad_(False)
+
+
+def _number(layers: Sequence[nn.Module], attention: str, indices: Sequence[int]) -> None:
+    for layer, index in zip(layers, indices, strict=True):
+        getattr(layer, attention).layer_idx = index
+
+
+def _set_config(model: Any, decoder: Any, config: Any) -> None:
+    model.config = config
+    if decoder is not None:
+        decoder.config = config

@@ -1,0 +1,221 @@
+"""Base: the frozen language model, run from any layer to any layer.
+
+Knows how a family embeds, masks, rotates and projects; runs its own decoder layers and any others of the same call
+signature in any order. Knows nothing of modules, stores or caches beyond the one method that attention calls.
+
+Computes what the family's own `forward` computes, operation for operation: the results are bit-equal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from growlm.modules.anatomy import Anatomy, anatomy_of
+
+# b batch, t new tokens, s tokens seen so far and new ones, d hidden size, v vocabulary
+
+
+class KeyValueCache(Protocol):
+    """What attention needs of a cache: store the new keys and values of one slot, return all of them."""
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]: ...
+
+
+class Step(NamedTuple):
+    """One decoder layer to run, and the attention pattern that it wants."""
+
+    layer: nn.Module
+    attention: str  # "full_attention" or "sliding_attention"
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What every layer of one forward pass shares."""
+
+    positions: Tensor  # (b or 1, t)
+    masks: dict[str, Tensor | None]  # per attention pattern: (b, 1, t, s), or None for plain causal
+    rotary: tuple[Tensor, Tensor] | None
+    cache: KeyValueCache | None
+
+
+class Base:
+    """A causal language model of a supported family, frozen, in evaluation mode.
+
+    Args:
+        model: a transformers `...ForCausalLM`.
+        where: what to call it in messages.
+        freeze: put the model in evaluation mode and its parameters out of autograd's reach, in place.
+
+    Raises:
+        BaseModelError: the family is not supported.
+    """
+
+    def __init__(self, model: Any, where: str = "base", *, freeze: bool = True) -> None:
+        self.where = where
+        self.fingerprint: str | None = None  # known where the base came from a folder
+        self.anatomy: Anatomy = anatomy_of(model.config, where)
+        self.model = model.eval().requires_grad_(False) if freeze else model
+        self.config = model.config
+        self.decoder = getattr(model, self.anatomy.decoder)
+        self.embedding = getattr(self.decoder, self.anatomy.embedding)
+        self.final_norm = getattr(self.decoder, self.anatomy.norm)
+        self.head: nn.Module = getattr(model, self.anatomy.head)
+        self.layers: list[nn.Module] = list(getattr(self.decoder, self.anatomy.layers))
+        self.num_layers = len(self.layers)
+        self.hidden_size: int = self.config.hidden_size
+        self.vocab_size: int = self.config.vocab_size
+        self.softcap: float | None = getattr(self.config, "final_logit_softcapping", None)
+        self._eager = self.config._attn_implementation == "eager"
+        self._window: int | None = getattr(self.config, "sliding_window", None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head_weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.head_weight.device
+
+    @property
+    def head_weight(self) -> Tensor:
+        """Rows of the output head, (v, d)."""
+        return self.head.weight  # type: ignore[return-value]
+
+    @property
+    def embedding_scale(self) -> float:
+        """What a stored embedding row is multiplied by when it is read."""
+        return math.sqrt(self.hidden_size) if self.anatomy.scaled_embedding else 1.0
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest text in tokens that learned positions allow; None where positions are rotary."""
+        return self.config.max_position_embeddings if self.anatomy.positions else None
+
+    def num_bytes(self) -> int:
+        """Bytes of all weights, shared ones counted once."""
+        return tensor_bytes(self.model.parameters()) + tensor_bytes(self.model.buffers())
+
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    def attention_pattern(self, index: int) -> str:
+        """Attention pattern of base layer `index`."""
+        if self.anatomy.sliding_everywhere:
+            return "full_attention" if self._window is None else "sliding_attention"
+        types = getattr(self.config, "layer_types", None)
+        return types[index] if types else "full_attention"
+
+    def steps(self, start: int = 0, stop: int | None = None) -> list[Step]:
+        """The base's own layers from `start` up to `stop`."""
+        stop = self.num_layers if stop is None else stop
+        return [Step(self.layers[i], self.attention_pattern(i)) for i in range(start, stop)]
+
+    def begin(
+        self,
+        input_ids: Tensor,
+        *,
+        past: int = 0,
+        visible: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> tuple[Tensor, Pass]:
+        """Embeds `input_ids` (b, t) and prepares what all layers share.
+
+        Args:
+            past: tokens already in `cache`.
+            visible: (b, past + t) bool, False where a row is padded (on the left); None when nothing is padded.
+
+        Returns:
+            Hidden states (b, t, d), and the pass to hand to `run`.
+        """
+        num_new = input_ids.shape[1]
+        if visible is None:
+            positions = torch.arange(past, past + num_new, device=input_ids.device)[None]
+        else:
+            positions = (visible.long().cumsum(-1) - 1).clamp_(min=0)[:, past:]
+        hidden = self.embedding(input_ids)
+        return hidden, self.pass_for(hidden, positions, past=past, visible=visible, cache=cache)
+
+    def pass_for(
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        *,
+        past: int = 0,
+        visible: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Pass:
+        """The pass for hidden states (b, t, d) that already exist, at `positions` (b or 1, t)."""
+        patterns = {self.attention_pattern(i) for i in range(self.num_layers)}
+        masks = {p: self._mask(p, hidden, past=past, visible=visible) for p in patterns}
+        rotary = None
+        if self.anatomy.positions is None:
+            rotary = self.decoder.rotary_emb(hidden, position_ids=positions)
+        return Pass(positions, masks, rotary, cache)
+
+    def embed_positions(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """Adds learned positions, where the family has them: the input of layer 0."""
+        if self.anatomy.positions is None:
+            return hidden
+        return hidden + getattr(self.decoder, self.anatomy.positions)(positions)
+
+    def run(self, hidden: Tensor, steps: Sequence[Step], shared: Pass) -> Tensor:
+        """Runs layers in order: (b, t, d) -> (b, t, d)."""
+        arguments: dict[str, Any] = {
+            "position_ids": shared.positions,
+            "use_cache": shared.cache is not None,
+            self.anatomy.cache_argument: shared.cache,
+        }
+        if shared.rotary is not None:
+            arguments["position_embeddings"] = shared.rotary
+        for layer, attention in steps:
+            hidden = layer(hidden, attention_mask=shared.masks[attention], **arguments)
+        return hidden
+
+    def norm(self, hidden: Tensor) -> Tensor:
+        return self.final_norm(hidden)
+
+    def cap(self, logits: Tensor) -> Tensor:
+        """The family's bound on logits, where it has one."""
+        if self.softcap is None:
+            return logits
+        return torch.tanh(logits / self.softcap) * self.softcap
+
+    def logits(self, input_ids: Tensor, *, visible: Tensor | None = None) -> Tensor:
+        """The base's own logits, (b, t, v)."""
+        hidden, shared = self.begin(input_ids, visible=visible)
+        hidden = self.run(self.embed_positions(hidden, shared.positions), self.steps(), shared)
+        return self.cap(self.head(self.norm(hidden)))
+
+    def _mask(self, pattern: str, hidden: Tensor, *, past: int, visible: Tensor | None) -> Tensor | None:
+        num_new = hidden.shape[1]
+        total = past + num_new
+        window = self._window if pattern == "sliding_attention" else None
+        windowed = window is not None and total >= window
+        plain = not windowed and (num_new == 1 or past == 0)
+        if plain and visible is None and (num_new == 1 or not self._eager):
+            return None
+        query = torch.arange(past, total, device=hidden.device)[:, None]
+        key = torch.arange(total, device=hidden.device)[None]
+        mask = key <= query
+        if windowed:
+            mask = mask & (key > query - window)
+        mask = mask[None, None]
+        if visible is not None:
+            mask = mask & visible[:, None, None].bool()
+        if not self._eager:
+            # A row of padding sees nothing; let it see itself, so that its softmax is defined.
+            return mask if visible is None else mask | (key == query)
+        return torch.zeros(mask.shape, dtype=hidden.dtype, device=hidden.device).masked_fill_(
+            ~mask, torch.finfo(hidden.dtype).min
+        )
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors. (`parameters()` yields a tied weight once.)"""
+    return sum(t.numel() * t.element_size() for t in tensors)

@@ -1,0 +1,118 @@
+"""Blocks: whole decoder layers of the base's own family, learned for one domain (IP-LLM, section 4; equation 3).
+
+Placed after the base's last layer, as the paper has it, or interleaved with its layers, as block expansion does.
+A new layer starts as a copy of the base layer before it whose writes into the residual stream are zeroed: the identity,
+yet with attention patterns and features that already fit the base.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from growlm.modules import KnowledgeModule, ModuleConfig, assign
+from growlm.modules.anatomy import anatomy_of
+from growlm.modules.base import Base, Step
+from growlm.modules.vocabulary import VocabularyRows
+
+
+class BlocksConfig(ModuleConfig):
+    """Shape of a `blocks` module.
+
+    `after[i]` base layers run before new layer i, which was made from base layer `sources[i]` and attends in its
+    pattern. Both follow from the other settings and the base's depth, and are recorded so that a manifest alone
+    says what the module is.
+    """
+
+    num_layers: int = Field(default=4, ge=1, le=1024)
+    placement: Literal["top", "interleaved"] = "top"
+    vocabulary: Literal["none", "head", "both"] = "head"
+    after: tuple[int, ...] = ()
+    sources: tuple[int, ...] = ()
+
+    def resolve(self, depth: int) -> BlocksConfig:
+        """With `after` and `sources` filled in for a base of `depth` layers."""
+        if self.after:
+            return self
+        if self.placement == "top":
+            after = (depth,) * self.num_layers
+        else:
+            first = depth // 3
+            after = tuple(first + -(-(i + 1) * (depth - first) // self.num_layers) for i in range(self.num_layers))
+        return self.model_copy(update={"after": after, "sources": tuple(max(a - 1, 0) for a in after)})
+
+
+class Blocks(KnowledgeModule):
+    """`num_layers` decoder layers beside a frozen base. See `BlocksConfig`."""
+
+    kind = "blocks"
+    Config = BlocksConfig
+    config: BlocksConfig
+
+    def __init__(self, base: Base, config: BlocksConfig, rows: VocabularyRows) -> None:
+        super().__init__()
+        self.config = config.resolve(base.num_layers)
+        self.rows = rows
+        # Own input rows change the input of layer 0.
+        self.fork = 0 if rows.input is not None else self.config.after[0]
+        self._attention = base.anatomy.attention
+        self._patterns = [base.attention_pattern(s) for s in self.config.sources]
+        self.layers = nn.ModuleList()
+        for slot, source in enumerate(self.config.sources, start=base.num_layers):
+            layer = type(base.layers[source])(base.config, layer_idx=source)
+            # Slots of the key-value cache are labels: new layers take those behind the base's, wherever they run.
+            getattr(layer, self._attention).layer_idx = slot
+            self.layers.append(layer.eval())
+
+    @classmethod
+    def create(cls, base: Base, config: BlocksConfig, row_ids: Tensor | None = None) -> Self:
+        module = cls(base, config, VocabularyRows.create(base, config.vocabulary, row_ids))
+        with torch.no_grad():
+            for layer, source in zip(module.layers, module.config.sources, strict=True):
+                layer.load_state_dict(base.layers[source].state_dict())
+                parameters = dict(layer.named_parameters())
+                for name, value in base.anatomy.zeroed:
+                    if name in parameters:
+                        parameters[name].fill_(value)
+        return module.float().to(base.device)
+
+    @classmethod
+    def restore(cls, base: Base, config: BlocksConfig, tensors: dict[str, Tensor], where: str) -> Self:
+        own_rows = {k.removeprefix("rows."): v for k, v in tensors.items() if k.startswith("rows.")}
+        rows = VocabularyRows.restore(own_rows, base, where)
+        with torch.device("meta"):
+            module = cls(base, config, rows)
+        assign(module, tensors, where)
+        return module
+
+    def extend(self, steps: Sequence[Step]) -> list[Step]:
+        extended: list[Step] = []
+        start = 0
+        for layer, pattern, after in zip(self.layers, self._patterns, self.config.after, strict=True):
+            extended += [*steps[start:after], Step(layer, pattern)]
+            start = after
+        return [*extended, *steps[start:]]
+
+    def cache_slots(self, base: Base) -> int:
+        return base.num_layers + len(self.layers)
+
+    def extended_config(self, config: Any) -> Any:
+        extended = copy.deepcopy(config)
+        depth = config.num_hidden_layers
+        order: list[int] = []  # per layer of the deeper model, the base layer whose settings it has
+        start = 0
+        for after, source in zip(self.config.after, self.config.sources, strict=True):
+            order += [*range(start, after), source]
+            start = after
+        order += range(start, depth)
+        for name in anatomy_of(config, "base").per_layer_settings:
+            setting = getattr(config, name, None)
+            if setting is not None:
+                setattr(extended, name, [setting[i] for i in order])
+        extended.num_hidden_layers = len(order)
+        return extended

@@ -1,0 +1,534 @@
+"""Store: the base's identity and the modules on disk. Versions, hashes, and the promise that a kill loses nothing.
+
+A module is a folder that appears by one rename, its manifest written last. Nothing here trains, routes or runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from growlm import __version__
+from growlm.errors import BaseModelError, GrowlmError, IntegrityError, StoreError, UnknownModuleError
+from growlm.files import (
+    HashMemo,
+    clear_scratch,
+    locked,
+    new_folder,
+    read_tensors,
+    remove_folder,
+    sha256_file,
+    write_atomic,
+    write_tensors,
+)
+from growlm.modules import checkpoint
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from growlm.modules import KnowledgeModule
+    from growlm.modules.base import Base
+
+FORMAT = 1
+_M = TypeVar("_M", bound="_Manifest")
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+WEIGHTS = "module.safetensors"
+MANIFEST = "module.json"
+
+
+class _Manifest(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class StoreManifest(_Manifest):
+    """store.json."""
+
+    format: int = FORMAT
+    growlm: str = __version__
+    created: str
+    base: str  # a hub id, or a folder: relative to the store where possible
+    base_fingerprint: str
+    tokenizer_fingerprint: str
+    dtype: str  # in which the base is held and run, and modules are saved
+
+
+class ModuleManifest(_Manifest):
+    """module.json of one version of one module."""
+
+    format: int = FORMAT
+    growlm: str = __version__
+    created: str
+    name: str
+    version: int
+    kind: str
+    config: dict[str, Any]
+    base_fingerprint: str
+    tokenizer_fingerprint: str
+    dtype: str
+    files: dict[str, str]  # sha256 of every file beside this one
+    bytes: int
+    parameters: int
+    training: dict[str, Any]
+
+
+class RouterManifest(_Manifest):
+    """router.json beside tensors that the router keeps."""
+
+    format: int = FORMAT
+    growlm: str = __version__
+    created: str
+    files: dict[str, str]
+
+
+@dataclass(frozen=True)
+class StoredModule:
+    """One version of a module on disk. Its manifest is read when first asked for."""
+
+    name: str
+    version: int
+    folder: Path
+
+    @cached_property
+    def manifest(self) -> ModuleManifest:
+        """
+        Raises:
+            IntegrityError: the manifest is missing, malformed, has unknown keys, or belongs elsewhere.
+            StoreError: a newer format.
+        """
+        manifest = _read_manifest(self.folder / MANIFEST, ModuleManifest)
+        if (manifest.name, manifest.version) != (self.name, self.version):
+            raise IntegrityError(
+                f"{self.folder / MANIFEST}: says {manifest.name}/{manifest.version}; folders were moved by hand"
+            )
+        return manifest
+
+    @property
+    def kind(self) -> str:
+        return self.manifest.kind
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its weights once loaded."""
+        return self.manifest.bytes
+
+    @property
+    def parameters(self) -> int:
+        return self.manifest.parameters
+
+
+class Store:
+    """A folder with a base's identity and its knowledge modules. Made by `create` or `open`.
+
+    Attributes:
+        path: the folder.
+        manifest: what store.json says.
+    """
+
+    def __init__(self, path: Path, manifest: StoreManifest) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    # Creating and opening
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        base: str | Path,
+        *,
+        dtype: str = "auto",
+    ) -> Store:
+        """Makes a new store for a base: a local checkpoint folder or a hub id.
+
+        Args:
+            dtype: in which the base is held and run: float32, bfloat16, float16, or auto for the checkpoint's own.
+
+        Raises:
+            StoreError: the folder exists and is not empty.
+            BaseModelError: no such base, or a family that is not supported.
+        """
+        path = Path(path).expanduser()
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            known = " (it is a store: open it)" if (path / "store.json").exists() else ""
+            raise StoreError(f"{path}: exists already{known}; choose another folder")
+        if dtype not in ("auto", *checkpoint.DTYPES):
+            raise StoreError(f"dtype {dtype!r} is not one of auto, {', '.join(checkpoint.DTYPES)}")
+        folder = checkpoint.resolve(base)
+        checkpoint.read_config(folder)
+        local = Path(base).expanduser().is_dir()
+        (path / "modules").mkdir(parents=True, exist_ok=True)
+        memo = HashMemo(path / "cache" / "hashes.json")
+        manifest = StoreManifest(
+            created=_now(),
+            base=os.path.relpath(folder.resolve(), path.resolve()) if local else str(base),
+            base_fingerprint=checkpoint.fingerprint(folder, memo.sha256),
+            tokenizer_fingerprint=checkpoint.tokenizer_fingerprint(folder),
+            dtype=checkpoint.stored_dtype(folder) if dtype == "auto" else dtype,
+        )
+        write_atomic(path / "store.json", manifest.model_dump_json(indent=2).encode())
+        return cls(path, manifest)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Store:
+        """Opens a store. Reads its manifest only: the cost does not depend on how many modules it holds.
+
+        Raises:
+            StoreError: not a store, or a newer format.
+        """
+        path = Path(path).expanduser()
+        if not (path / "store.json").is_file():
+            raise StoreError(f'{path}: not a store (no store.json); make one with "growlm new {path} --base BASE"')
+        return cls(path, _read_manifest(path / "store.json", StoreManifest))
+
+    # The modules
+
+    @property
+    def modules(self) -> dict[str, StoredModule]:
+        """The current version of every module, by name, in the names' order. Lists folders, opens no file."""
+        return {name: self._current(name, versions) for name, versions in self._versions()}
+
+    def module(self, name: str, version: int | None = None) -> StoredModule:
+        """One module, the current version unless told.
+
+        Raises:
+            UnknownModuleError: the store does not hold it.
+        """
+        check_name(name)
+        versions = _complete_versions(self.path / "modules" / name)
+        if not versions:
+            known = ", ".join(list(self.modules)[:20]) or "none yet"
+            raise UnknownModuleError(f"{self.path}: no module {name!r}; modules are: {known}")
+        if version is not None and version not in versions:
+            raise UnknownModuleError(f"{self.path}: module {name!r} has no version {version}; versions are {versions}")
+        chosen = versions[-1] if version is None else version
+        return StoredModule(name, chosen, self.path / "modules" / name / str(chosen))
+
+    def commit(
+        self,
+        name: str,
+        module: KnowledgeModule,
+        training: dict[str, Any],
+        files: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ) -> StoredModule:
+        """Saves a module as the next version of `name`, in the store's dtype. It is there wholly or not at all.
+
+        Args:
+            training: how it was made, for the manifest.
+            files: more tensors to keep beside the weights, by file name.
+
+        Raises:
+            StoreError: the disk is full; nothing was changed.
+        """
+        import torch
+
+        check_name(name)
+        dtype = getattr(torch, self.manifest.dtype)
+        weights = {k: v.to(dtype) if v.is_floating_point() else v for k, v in module.state_dict().items()}
+        clear_scratch(self.scratch)
+        with self.lock():
+            versions = _complete_versions(self.path / "modules" / name)
+            version = versions[-1] + 1 if versions else 1
+            final = self.path / "modules" / name / str(version)
+            if final.exists():  # a folder without its manifest: not a version, whatever it is
+                remove_folder(final, self.scratch)
+            with new_folder(final, self.scratch, MANIFEST) as folder:
+                hashes = {WEIGHTS: write_tensors(folder / WEIGHTS, weights)}
+                for file, tensors in (files or {}).items():
+                    hashes[file] = write_tensors(folder / file, tensors)
+                manifest = ModuleManifest(
+                    created=_now(),
+                    name=name,
+                    version=version,
+                    kind=module.kind,
+                    config=module.config.model_dump(mode="json"),
+                    base_fingerprint=self.manifest.base_fingerprint,
+                    tokenizer_fingerprint=self.manifest.tokenizer_fingerprint,
+                    dtype=self.manifest.dtype,
+                    files=hashes,
+                    bytes=sum(t.numel() * t.element_size() for t in weights.values()),
+                    parameters=module.num_parameters(),
+                    training=training,
+                )
+                (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2))
+        return StoredModule(name, version, final)
+
+    def remove(self, name: str) -> None:
+        """Withdraws a module, all its versions. Everything else keeps its bytes.
+
+        Raises:
+            UnknownModuleError: the store does not hold it.
+        """
+        self.module(name)
+        with self.lock():
+            remove_folder(self.path / "modules" / name, self.scratch)
+
+    def load(self, name: str, base: Base, *, version: int | None = None, verify: bool = True) -> KnowledgeModule:
+        """A module, ready to run on `base`.
+
+        Args:
+            verify: compare the weights' hash with the manifest's; once a file was checked, it need not be again.
+
+        Raises:
+            UnknownModuleError: the store does not hold it.
+            IntegrityError: its files are not what its manifest says.
+            BaseModelError: it was made for another base, tokenizer or dtype.
+        """
+        from growlm.modules import kind_of
+
+        stored = self.module(name, version)
+        manifest = stored.manifest
+        where = str(stored.folder / WEIGHTS)
+        self._check_base(manifest, base)
+        kind = kind_of(manifest.kind)
+        try:
+            config = kind.Config.model_validate(manifest.config)
+        except ValidationError as error:
+            raise IntegrityError(f"{stored.folder / MANIFEST}: config: {_first(error)}") from None
+        if WEIGHTS not in manifest.files:
+            raise IntegrityError(f"{stored.folder / MANIFEST}: names no {WEIGHTS}; learn {name!r} again")
+        digest = manifest.files[WEIGHTS]
+        tensors = read_tensors(Path(where), sha256=digest if verify else None)
+        if base.device.type != "cpu":
+            tensors = {k: v.to(base.device) for k, v in tensors.items()}
+        module = kind.restore(base, config, tensors, where)
+        module.identity = f"{name}@{stored.version}:{digest}"
+        return module
+
+    # The base
+
+    @property
+    def base_folder(self) -> Path:
+        """Where the base's files are.
+
+        Raises:
+            BaseModelError: it is not there any more.
+        """
+        recorded = self.manifest.base
+        local = self.path / recorded
+        if local.is_dir() or recorded.startswith((".", "/")):
+            if not local.is_dir():
+                raise BaseModelError(
+                    f'{local}: the base of {self.path} is not there; put it back, or change "base" in '
+                    f"{self.path / 'store.json'}"
+                )
+            return checkpoint.resolve(local)
+        return checkpoint.resolve(recorded)
+
+    def check_base(self) -> Path:
+        """The base's folder, once its config, weights and tokenizer are known to be those of this store.
+
+        Raises:
+            BaseModelError: it is missing or has changed.
+        """
+        folder = self.base_folder
+        memo = HashMemo(self.path / "cache" / "hashes.json")
+        found = checkpoint.fingerprint(folder, memo.sha256)
+        if found != self.manifest.base_fingerprint:
+            raise BaseModelError(
+                f"{folder}: not the base that {self.path} was made for (fingerprint {found[:12]}..., the store "
+                f"says {self.manifest.base_fingerprint[:12]}...); restore it, or make a new store"
+            )
+        if checkpoint.tokenizer_fingerprint(folder) != self.manifest.tokenizer_fingerprint:
+            raise BaseModelError(
+                f"{folder}: its tokenizer has changed since {self.path} was made; restore it, or make a new store"
+            )
+        return folder
+
+    def base_bytes(self) -> int:
+        """Bytes that the base takes once loaded, from its files' headers."""
+        return checkpoint.loaded_bytes(self.base_folder, self.manifest.dtype)
+
+    def load_base(self, *, device: str = "cpu") -> Base:
+        """The frozen base, checked.
+
+        Raises:
+            BaseModelError: it is missing, has changed, or cannot be loaded.
+        """
+        from growlm.modules.base import Base
+
+        folder = self.check_base()
+        model = checkpoint.load_model(folder, self.manifest.dtype)
+        base = Base(model.to(device), str(folder))
+        base.fingerprint = self.manifest.base_fingerprint
+        return base
+
+    def load_tokenizer(self) -> Any:
+        return checkpoint.load_tokenizer(self.base_folder)
+
+    # The router's files
+
+    @property
+    def router_path(self) -> Path:
+        return self.path / "router"
+
+    def router_file(self, name: str) -> dict[str, Tensor] | None:
+        """Tensors that the router keeps under `name`, their hash checked; None if there are none.
+
+        Raises:
+            IntegrityError: the file is not what its manifest says.
+        """
+        folder = self._router_version(name)
+        if folder is None:
+            return None
+        manifest = _read_manifest(folder / "router.json", RouterManifest)
+        if set(manifest.files) != {"router.safetensors"}:
+            raise IntegrityError(f"{folder / 'router.json'}: does not name router.safetensors; delete {folder.parent}")
+        return read_tensors(folder / "router.safetensors", sha256=manifest.files["router.safetensors"])
+
+    def write_router_file(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Replaces the tensors kept under `name`. The caller holds the lock."""
+        old = self._router_version(name)
+        version = int(old.name) + 1 if old else 1
+        with new_folder(self.router_path / name / str(version), self.scratch, "router.json") as folder:
+            hashes = {"router.safetensors": write_tensors(folder / "router.safetensors", tensors)}
+            manifest = RouterManifest(created=_now(), files=hashes)
+            (folder / "router.json").write_text(manifest.model_dump_json(indent=2))
+        if old is not None:
+            remove_folder(old, self.scratch)
+
+    def drop_router_file(self, name: str) -> None:
+        """Forgets what is kept under `name`, where there is any."""
+        if (self.router_path / name).is_dir():
+            remove_folder(self.router_path / name, self.scratch)
+
+    def _router_version(self, name: str) -> Path | None:
+        versions = _complete_versions(self.router_path / name, "router.json")
+        return self.router_path / name / str(versions[-1]) if versions else None
+
+    # The store itself
+
+    @property
+    def scratch(self) -> Path:
+        """For what is being written; nothing in it counts."""
+        return self.path / "scratch"
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Held while folders appear or go, by one process at a time."""
+        with locked(self.path / "lock"):
+            yield
+
+    def verify(self) -> list[str]:
+        """Reads every file and names each that is not what its manifest says, a line each; empty when all is well."""
+        problems: list[str] = []
+        try:
+            self.check_base()
+            folder = self.base_folder
+            if checkpoint.fingerprint(folder, sha256_file) != self.manifest.base_fingerprint:
+                problems.append(f"{folder}: not the base that this store was made for")
+        except GrowlmError as error:
+            problems.append(str(error))
+        for folder in sorted(self.router_path.glob("*/*")):
+            try:
+                problems += _check_files(folder, _read_manifest(folder / "router.json", RouterManifest).files)
+            except GrowlmError as error:
+                problems.append(str(error))
+        for name, versions in self._versions():
+            for version in versions:
+                folder = self.path / "modules" / name / str(version)
+                try:
+                    manifest = StoredModule(name, version, folder).manifest
+                except GrowlmError as error:
+                    problems.append(str(error))
+                    continue
+                problems += _check_files(folder, manifest.files)
+                for field in ("base_fingerprint", "tokenizer_fingerprint", "dtype"):
+                    if getattr(manifest, field) != getattr(self.manifest, field):
+                        problems.append(f"{folder / MANIFEST}: {field} is not the store's")
+                known = {MANIFEST, *manifest.files}
+                problems += [
+                    f"{file}: not named in the manifest" for file in sorted(folder.iterdir()) if file.name not in known
+                ]
+        return problems
+
+    def _check_base(self, manifest: ModuleManifest, base: Base) -> None:
+        wanted = (manifest.base_fingerprint, manifest.tokenizer_fingerprint, manifest.dtype)
+        mine = (self.manifest.base_fingerprint, self.manifest.tokenizer_fingerprint, self.manifest.dtype)
+        where = f"{self.path}/modules/{manifest.name}/{manifest.version}"
+        if wanted != mine:
+            raise BaseModelError(f"{where}: made for another base, tokenizer or dtype than this store's; learn it here")
+        if base.fingerprint != manifest.base_fingerprint:
+            raise BaseModelError(f"{where}: made for another base than {base.where}; load the store's own base")
+        if str(base.dtype).removeprefix("torch.") != manifest.dtype:
+            raise BaseModelError(f"{where}: made for {manifest.dtype}, the base is held in {base.dtype}")
+
+    def _versions(self) -> Iterator[tuple[str, list[int]]]:
+        folder = self.path / "modules"
+        for name in sorted(e.name for e in os.scandir(folder) if e.is_dir()) if folder.is_dir() else ():
+            if _NAME.fullmatch(name) and (versions := _complete_versions(folder / name)):
+                yield name, versions
+
+    def _current(self, name: str, versions: list[int]) -> StoredModule:
+        return StoredModule(name, versions[-1], self.path / "modules" / name / str(versions[-1]))
+
+
+def check_name(name: str) -> None:
+    """
+    Raises:
+        StoreError: not a name that a module can have.
+    """
+    if not _NAME.fullmatch(name) or ".." in name:
+        raise StoreError(
+            f"module name {name!r} is not allowed: use 1 to 64 of a-z, 0-9, '.', '_', '-', beginning with a letter or "
+            "digit, without '..'"
+        )
+
+
+def _complete_versions(folder: Path, manifest: str = MANIFEST) -> list[int]:
+    try:
+        with os.scandir(folder) as entries:
+            found = [e.name for e in entries if e.name.isdigit()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(int(v) for v in found if os.path.exists(os.path.join(folder, v, manifest)))
+
+
+def _read_manifest(path: Path, kind: type[_M]) -> _M:
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise IntegrityError(f"{path}: file is missing; restore it") from None
+    except (ValueError, OSError) as error:
+        raise IntegrityError(f"{path}: not readable JSON ({error}); restore it") from None
+    found = content.get("format") if isinstance(content, dict) else None
+    if isinstance(found, int) and found > FORMAT:
+        raise StoreError(f"{path}: format {found}, this growlm reads up to {FORMAT}; install a newer growlm")
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        raise IntegrityError(f"{path}: {_first(error)}; restore it or use the growlm that wrote it") from None
+
+
+def _first(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(p) for p in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {where!r}"
+    return f"{where}: {first['msg']}"
+
+
+def _check_files(folder: Path, files: Mapping[str, str]) -> list[str]:
+    problems = []
+    for name, digest in files.items():
+        path = folder / name
+        if Path(name).name != name:
+            problems.append(f"{folder}: manifest names a file outside its folder: {name!r}")
+        elif not path.is_file():
+            problems.append(f"{path}: file is missing")
+        elif (found := sha256_file(path)) != digest:
+            problems.append(f"{path}: sha256 {found[:12]}..., manifest says {digest[:12]}...")
+    return problems
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

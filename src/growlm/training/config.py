@@ -1,0 +1,117 @@
+"""Settings of the verbs that train: the only home of their defaults. Command-line flags derive from these classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from growlm.errors import ConfigError
+from growlm.units import parse_count, parse_size
+
+PRESETS: Mapping[str, Mapping[str, int]] = {
+    # A llama each, embeddings tied; parameters with its own vocabulary: about 1 M, 8 M and 42 M.
+    "tiny": {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 2048},
+    "small": {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "vocab_size": 8192},
+    "base": {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "vocab_size": 16384},
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What both verbs share.
+
+    Attributes:
+        tokens: training tokens in all (a number, or "2M"); None reads the data `epochs` times.
+        sequence_length: tokens a row; rows a step are `batch_size`.
+        learning_rate: peak, reached after `warmup` (a share of all steps), then a cosine down to a tenth.
+        precision: bfloat16, float32, or auto: bfloat16 where the processor has instructions for it.
+        separator: cuts text files into documents, e.g. a blank line; by default a file is one document.
+        checkpoint_seconds: how often progress is saved; a run that is killed goes on from there.
+    """
+
+    tokens: int | str | None = None
+    epochs: int = 1
+    sequence_length: int = 512
+    batch_size: int = 8
+    learning_rate: float | None = None
+    warmup: float = 0.05
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    seed: int = 0
+    precision: str = "auto"
+    text_key: str = "text"
+    separator: str | None = None
+    checkpoint_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.tokens is not None:
+            object.__setattr__(self, "tokens", parse_count(self.tokens))
+        for name in ("epochs", "sequence_length", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.learning_rate is not None and not 0 < self.learning_rate < 1:
+            raise ConfigError(f"learning_rate is {self.learning_rate}; it must be between 0 and 1")
+        if not 0 <= self.warmup < 1:
+            raise ConfigError(f"warmup is {self.warmup}; it is a share of all steps, from 0 to below 1")
+        if self.precision not in ("auto", "bfloat16", "float32"):
+            raise ConfigError(f"precision {self.precision!r} is not one of auto, bfloat16, float32")
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class PretrainConfig(TrainConfig):
+    """Settings of `growlm pretrain`.
+
+    Attributes:
+        preset: tiny, small or base: a llama of about 1, 8 or 42 million parameters.
+        config: path of a transformers config.json to use instead of a preset.
+        vocab_size: of the byte-level BPE trained on the data; None takes the preset's or config's.
+    """
+
+    preset: str = "small"
+    config: str | None = None
+    vocab_size: int | None = None
+    sequence_length: int = 256
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.config is None and self.preset not in PRESETS:
+            raise ConfigError(f"preset {self.preset!r} is not one of {', '.join(PRESETS)}")
+
+
+@dataclass(frozen=True)
+class LearnConfig(TrainConfig):
+    """Settings of `growlm learn`.
+
+    Attributes:
+        kind: of the module: blocks.
+        num_layers: new decoder layers.
+        placement: top (after the base's last layer) or interleaved (between its layers: learns more, shares less).
+        vocabulary: own rows of the output head (head), of the input embedding too (both), or none.
+        max_rows: the most tokens that get rows of their own.
+        feature_cache: disk space for the base's outputs when the data is read more than once.
+        router_samples: passages of which the router keeps a trace (a vector each, no text).
+    """
+
+    kind: str = "blocks"
+    num_layers: int = 4
+    placement: str = "top"
+    vocabulary: str = "head"
+    max_rows: int = 8192
+    feature_cache: int | str = "2GB"
+    router_samples: int = 256
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "feature_cache", parse_size(self.feature_cache))
+        if self.placement not in ("top", "interleaved"):
+            raise ConfigError(f"placement {self.placement!r} is not one of top, interleaved")
+        if self.vocabulary not in ("none", "head", "both"):
+            raise ConfigError(f"vocabulary {self.vocabulary!r} is not one of none, head, both")
+        for name in ("num_layers", "max_rows", "router_samples"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")

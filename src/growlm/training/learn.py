@@ -1,0 +1,346 @@
+"""Learn: one body of text becomes one module, trained beside the frozen base on its own data alone (IP-LLM, phase 2).
+
+Below the fork the base runs without gradient, and its output is kept where it will be read again. Knows the contract of
+modules and nothing of any one kind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from growlm import data as text_data
+from growlm import router
+from growlm.errors import ConfigError, DataError, StoreError
+from growlm.files import locked
+from growlm.layers.cross_entropy import linear_cross_entropy
+from growlm.modules import KnowledgeModule, ModuleSet, kind_of
+from growlm.modules.base import Base
+from growlm.modules.scoring import num_labels, passage_losses
+from growlm.modules.vocabulary import choose_rows
+from growlm.store import Store, check_name
+from growlm.training.config import LearnConfig
+from growlm.training.features import FeatureCache
+from growlm.training.loop import compute_dtype, saved_step, train
+from growlm.training.progress import say, training_bar
+
+HELDOUT_FILE = "heldout.jsonl"  # what pretrain leaves beside a base: general text to tell domains from
+_SAMPLE_ROWS = 64  # rows of training text on which the base is asked what it knows
+_GENERAL_SAMPLES = 256
+
+
+@dataclass(frozen=True)
+class LearnResult:
+    """What was learned. Losses are in nats a token on held-out text; `tokens` counts every token trained on."""
+
+    name: str
+    version: int
+    loss_before: float
+    loss_after: float
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def learn(
+    store: Store,
+    name: str,
+    data: Sequence[str | Path],
+    config: LearnConfig | None = None,
+    *,
+    update: bool = False,
+    restart: bool = False,
+    progress: bool | None = None,
+) -> LearnResult:
+    """Trains a new module on `data` and adds it to the store and its router.
+
+    A run that was stopped goes on where it was when it is called again with the same arguments.
+
+    Args:
+        data: files, folders or `hub:owner/name`.
+        update: allow `name` to exist; the module becomes its next version.
+        restart: forget what a stopped run with the same arguments had done.
+        progress: show a bar on stderr; by default where stderr is a terminal.
+
+    Raises:
+        StoreError: `name` is not allowed or is taken, or the disk is full.
+        DataError: data that is missing, malformed or too little.
+        BaseModelError: the store's base is missing or has changed.
+        Interrupted: stopped by the user; progress is saved.
+    """
+    config = config or LearnConfig()
+    check_name(name)
+    old = store.modules.get(name)
+    if old is not None and not update:
+        raise StoreError(
+            f"{store.path}: module {name!r} exists (version {old.version}); use --update to learn its next version"
+        )
+    kind = kind_of(config.kind)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    corpus = text_data.read(data, text_key=config.text_key, separator=config.separator)
+    train_documents, heldout_documents = text_data.split(corpus, seed=config.seed)
+    store.check_base()
+    tokenizer = store.load_tokenizer()
+    say(f"{name}: {len(corpus.documents):,} documents; tokenizing", progress)
+    packed = text_data.pack(
+        train_documents,
+        tokenizer,
+        config.sequence_length,
+        max_tokens=config.tokens,  # type: ignore[arg-type]
+    )
+    heldout = [p.tokens for p in text_data.passages(heldout_documents, tokenizer, config.sequence_length)]
+    if not heldout:
+        raise DataError(f"{', '.join(map(str, data))}: held-out text is shorter than two tokens; give more text")
+
+    run = _run_id(store, name, corpus.digest, config)
+    work = store.path / "work" / f"{name}-{run[:16]}"
+    with locked(store.path / "work" / f"{name}-{run[:16]}.lock", wait=False) as mine:
+        if not mine:
+            raise StoreError(f"{store.path}: the same learning of {name!r} is running already; wait for it")
+        if restart:
+            shutil.rmtree(work, ignore_errors=True)
+        if done := saved_step(work):
+            say(f"{name}: going on after step {done} of an earlier run (--restart begins anew)", progress)
+        base = store.load_base(device=device)
+        if base.max_positions is not None and config.sequence_length > base.max_positions:
+            raise ConfigError(
+                f"sequence_length is {config.sequence_length}; {base.where} has {base.max_positions} positions"
+            )
+        if not router.has_general(store):
+            _describe_general(store, base, tokenizer, config.sequence_length, progress)
+
+        learning = _Learning(base, kind, config, packed, heldout, work)
+        with training_bar(name, progress) as report:
+            seconds = learning.run(_resume_hint(), report)
+        before, after = learning.loss_before, learning.heldout_loss()
+
+        crops = _sample_passages(packed, config.router_samples, config.seed)
+        evidence = router.evidence(base, crops, heldout[: config.router_samples], seed=config.seed)
+        tokens = learning.num_tokens
+        training = {
+            "sources": [asdict(s) for s in corpus.sources],
+            "documents": len(corpus.documents),
+            "tokens": tokens,
+            "seed": config.seed,
+            "settings": config.to_json(),
+            "loss_before": before,
+            "loss_after": after,
+            "seconds": seconds,
+        }
+        stored = store.commit(name, learning.module, training, {router.EVIDENCE: evidence})
+        router.add_domain(store, stored, old)
+        shutil.rmtree(work, ignore_errors=True)
+    return LearnResult(name, stored.version, before, after, tokens, seconds, tokens / max(seconds, 1e-9))
+
+
+class _Learning:
+    """One run: a module in float32, the base in the dtype of the matrix products."""
+
+    def __init__(
+        self,
+        base: Base,
+        kind: type[KnowledgeModule],
+        config: LearnConfig,
+        packed: text_data.PackedTokens,
+        heldout: list[list[int]],
+        work: Path,
+    ) -> None:
+        self.base, self.config, self.packed, self.heldout, self.work = base, config, packed, heldout, work
+        self.dtype = compute_dtype(config.precision, base.device.type)
+        torch.manual_seed(config.seed)
+        full = base.model.state_dict() if base.dtype != self.dtype else None
+        originals = {k: v.clone() for k, v in full.items()} if full is not None else None
+        if originals is not None:
+            base.model.to(self.dtype)
+        self.loss_before, row_ids = self._ask_base()
+        if originals is not None:
+            # The module is made from the base's weights as they are stored.
+            base.model.to(next(iter(originals.values())).dtype).load_state_dict(originals)
+        settings = {k: getattr(config, k) for k in kind.Config.model_fields if hasattr(config, k)}
+        self.module = kind.create(base, kind.Config(**settings), row_ids)
+        if originals is not None:
+            del originals, full
+            base.model.to(self.dtype)
+        self.modules = ModuleSet(base, [self.module])
+        self.fork = self.modules.fork
+        epochs = self._epochs()
+        self._order = [
+            text_data.batches(len(packed), config.batch_size, seed=config.seed, epoch=e) for e in range(epochs)
+        ]
+        steps = sum(len(e) for e in self._order)
+        if config.tokens is not None:
+            row_tokens = config.batch_size * config.sequence_length
+            steps = min(steps, max(1, math.ceil(int(config.tokens) / row_tokens)))
+        self._steps = [rows for epoch in self._order for rows in epoch][:steps]
+        self._cache: FeatureCache | None = None
+        if len(self._steps) > len(self._order[0]) and self.fork > 0 and int(config.feature_cache) > 0:
+            shape = (config.sequence_length, base.hidden_size)
+            self._cache = FeatureCache(work / "features.bin", len(packed), shape, int(config.feature_cache))
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self._tokens_of(i) for i in range(len(self._steps)))
+
+    def run(self, resume_hint: str, report: Callable[[Any], None]) -> float:
+        self.work.mkdir(parents=True, exist_ok=True)
+        try:
+            return train(
+                dict(self.module.named_parameters()),
+                self._loss,
+                len(self._steps),
+                self._tokens_of,
+                self.config,
+                self.config.learning_rate or default_rate(self.base.hidden_size),
+                folder=self.work,
+                resume_hint=resume_hint,
+                report=report,
+            )
+        finally:
+            if self._cache is not None:
+                self._cache.close()
+
+    def heldout_loss(self) -> float:
+        """Nats a token on held-out text, with the module as it is."""
+        with self._autocast():
+            return float(passage_losses(self.modules, self.heldout).sum()) / num_labels(self.heldout)
+
+    def _ask_base(self) -> tuple[float, Tensor]:
+        """The base's held-out loss, and the tokens that it knows least of those the domain uses."""
+        base, vocab = self.base, self.base.vocab_size
+        alone = ModuleSet(base)
+        loss = float(passage_losses(alone, self.heldout).sum()) / num_labels(self.heldout)
+        lost = torch.zeros(vocab, dtype=torch.float64)
+
+        def per_token(labels: Tensor, losses: Tensor) -> None:
+            lost.index_add_(0, labels.cpu(), losses.double().cpu())
+
+        if self.config.vocabulary != "none":
+            sample = _sample_passages(self.packed, _SAMPLE_ROWS, self.config.seed)
+            passage_losses(alone, sample, per_token=per_token)
+        counts = np.bincount(self.packed.tokens[:, 1:].reshape(-1), minlength=vocab)
+        return loss, choose_rows(lost, torch.from_numpy(counts), self.config.max_rows)
+
+    def _epochs(self) -> int:
+        if self.config.tokens is None:
+            return self.config.epochs
+        return max(1, math.ceil(int(self.config.tokens) / self.packed.num_tokens))
+
+    def _tokens_of(self, step: int) -> int:
+        return len(self._steps[step]) * self.config.sequence_length
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.dtype != torch.float32
+        return torch.autocast(self.base.device.type, dtype=self.dtype, enabled=enabled)
+
+    def _features(self, rows: np.ndarray) -> Tensor:
+        input_ids = self.packed[rows][:, :-1].to(self.base.device)
+        with torch.no_grad():
+            hidden, shared = self.base.begin(input_ids)
+            hidden = self.base.embed_positions(hidden, shared.positions)
+            return self.base.run(hidden, self.modules.steps[: self.fork], shared)
+
+    def _loss(self, step: int) -> Tensor:
+        base, rows = self.base, self._steps[step]
+        labels = self.packed[rows][:, 1:].to(base.device)
+        with self._autocast():
+            if self.fork == 0:
+                input_ids = self.packed[rows][:, :-1].to(base.device)
+                hidden = self.modules.hidden(input_ids)
+            else:
+                if self._cache is None:
+                    hidden = self._features(rows)
+                else:
+                    hidden = self._cache.get(rows, self._features).to(base.device, self.dtype)
+                positions = torch.arange(hidden.shape[1], device=base.device)[None]
+                shared = base.pass_for(hidden, positions)
+                hidden = base.run(hidden, self.modules.steps[self.fork :], shared)
+            hidden = base.norm(hidden).to(self.dtype)
+        own = self.module.rows.head
+        return linear_cross_entropy(
+            hidden.flatten(0, 1),
+            base.head_weight,
+            labels.flatten(),
+            rows=None if own is None else own.rows,
+            ids=None if own is None else own.ids,
+            softcap=base.softcap,
+        )
+
+
+def default_rate(hidden_size: int) -> float:
+    """Peak learning rate where none is given: modules start as the identity and want more than finetuning does."""
+    return 3e-3 * min(1.0, math.sqrt(256 / hidden_size))
+
+
+def _describe_general(store: Store, base: Base, tokenizer: Any, length: int, progress: bool | None) -> None:
+    """Shows the router general text: what lies beside the base, or else what the base itself writes."""
+    beside = store.base_folder / HELDOUT_FILE
+    if beside.is_file():
+        describe_general(store, base, tokenizer, [beside], length=length)
+        return
+    say("router: no general text was given; the base writes a sample of its own (see --general)", progress)
+    texts = _written_by_base(base, tokenizer)
+    router.write_general(store, base, texts[::2], texts[1::2])
+
+
+def describe_general(
+    store: Store, base: Base, tokenizer: Any, paths: Sequence[str | Path], *, length: int = 512
+) -> None:
+    """Shows the router general text from files: what is none of the modules' business.
+
+    Raises:
+        DataError: the files are missing, malformed or empty.
+    """
+    documents = text_data.read(paths).documents
+    found = [p.tokens for p in text_data.passages(documents, tokenizer, length) if len(p.tokens) > 1]
+    if len(found) < 4:
+        raise DataError(f"{', '.join(map(str, paths))}: too little text to learn what general text is; give more")
+    order = np.random.default_rng(0).permutation(len(found))[: 2 * _GENERAL_SAMPLES]
+    chosen = [found[i] for i in order]
+    heldout = max(len(chosen) // 4, 1)
+    router.write_general(store, base, chosen[heldout:], chosen[:heldout])
+
+
+@torch.no_grad()
+def _written_by_base(base: Base, tokenizer: Any, *, texts: int = 96, tokens: int = 64) -> list[list[int]]:
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise DataError(f"{base.where}: its tokenizer has no end-of-text token; give general text with --general")
+    generator = torch.Generator(base.device).manual_seed(0)
+    ids = torch.full((texts, 1), start, device=base.device)
+    for _ in range(tokens):
+        logits = base.logits(ids)[:, -1].float()
+        ids = torch.cat([ids, torch.multinomial(logits.softmax(-1), 1, generator=generator)], dim=-1)
+    return ids[:, 1:].tolist()
+
+
+def _sample_passages(packed: text_data.PackedTokens, count: int, seed: int) -> list[list[int]]:
+    rows = np.random.default_rng(seed).permutation(len(packed))[:count]
+    return packed.tokens[np.sort(rows)].tolist()
+
+
+def _run_id(store: Store, name: str, data_digest: str, config: LearnConfig) -> str:
+    """Tells a run from every other: what decides its result, and nothing else."""
+    settings = config.to_json()
+    for key in ("checkpoint_seconds",):
+        settings.pop(key)
+    version = store.modules[name].version if name in store.modules else 0
+    parts = [name, version, data_digest, settings, store.manifest.base_fingerprint, torch.get_num_threads()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _resume_hint() -> str:
+    return "run the same command again to go on"

@@ -1,0 +1,198 @@
+"""Loop: optimiser steps, schedule, checkpoints, interruption, progress. One loop for pretraining and learning.
+
+Knows parameters and a function that gives a step's loss; does not know what is being trained.
+A run that is killed and started again ends with the same bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from growlm.errors import Interrupted
+from growlm.files import read_tensors, write_atomic, write_tensors
+from growlm.training.config import TrainConfig
+
+_POINTER = "checkpoint.json"
+_MIN_RATE = 0.1  # share of the peak that the cosine ends at
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a progress display is told after a step."""
+
+    step: int
+    num_steps: int
+    loss: float  # nats a token, smoothed over the last steps
+    tokens: int  # seen in this process
+    seconds: float  # spent in this process
+
+
+def rate_at(step: int, num_steps: int, peak: float, warmup: float) -> float:
+    """Learning rate of a step: a linear rise over the first `warmup` share, then a cosine to a tenth of the peak."""
+    rising = max(round(warmup * num_steps), 1)
+    if step < rising:
+        return peak * (step + 1) / rising
+    share = (step - rising) / max(num_steps - rising, 1)
+    return peak * (_MIN_RATE + (1 - _MIN_RATE) * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def train(
+    parameters: Mapping[str, nn.Parameter],
+    loss_of_step: Callable[[int], Tensor],
+    num_steps: int,
+    tokens_of_step: Callable[[int], int],
+    config: TrainConfig,
+    learning_rate: float,
+    *,
+    folder: Path,
+    resume_hint: str,
+    report: Callable[[StepReport], None] | None = None,
+    decay: Callable[[str, nn.Parameter], bool] = lambda name, p: p.ndim >= 2,
+) -> float:
+    """Runs all steps that are left and returns the seconds that training took, earlier runs included.
+
+    Args:
+        loss_of_step: the loss of step i, with gradients to follow; a function of i and the parameters alone.
+        folder: holds checkpoints; the newest there is continued from.
+        resume_hint: what to tell a user who interrupts.
+        decay: which parameters get weight decay.
+
+    Raises:
+        Interrupted: by Ctrl-C or a termination signal, after a checkpoint.
+        StoreError: no room for a checkpoint.
+    """
+    decayed = [p for n, p in parameters.items() if decay(n, p)]
+    others = [p for n, p in parameters.items() if not decay(n, p)]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True
+    )
+    done, spent = _restore(folder, parameters, optimizer)
+    started = saved = time.monotonic()
+    smooth: float | None = None
+    tokens = 0
+    with _signals() as stop:
+        for step in range(done, num_steps):
+            for group in optimizer.param_groups:
+                group["lr"] = rate_at(step, num_steps, learning_rate, config.warmup)
+            loss = loss_of_step(step)
+            loss.backward()
+            if config.clip > 0:
+                nn.utils.clip_grad_norm_(parameters.values(), config.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            tokens += tokens_of_step(step)
+            now = time.monotonic()
+            if report is not None:
+                value = float(loss.detach())
+                smooth = value if smooth is None else 0.9 * smooth + 0.1 * value
+                report(StepReport(step + 1, num_steps, smooth, tokens, now - started))
+            last = step + 1 == num_steps
+            if stop.is_set() or last or now - saved > config.checkpoint_seconds:
+                _save(folder, parameters, optimizer, step + 1, spent + now - started)
+                saved = time.monotonic()
+            if stop.is_set() and not last:
+                raise Interrupted(f"stopped after step {step + 1} of {num_steps}; {resume_hint}")
+    return spent + time.monotonic() - started
+
+
+def saved_step(folder: Path) -> int:
+    """Steps done by the newest checkpoint in `folder`; 0 if there is none."""
+    pointer = _pointer(folder)
+    return pointer["step"] if pointer else 0
+
+
+def _pointer(folder: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((folder / _POINTER).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _save(
+    folder: Path,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    seconds: float,
+) -> None:
+    tensors: dict[str, Tensor] = {"random": torch.get_rng_state()}
+    for name, p in parameters.items():
+        tensors[f"parameter.{name}"] = p
+        for key, value in optimizer.state[p].items():
+            tensors[f"{key}.{name}"] = value
+    folder.mkdir(parents=True, exist_ok=True)
+    file = f"step-{step}.safetensors"
+    digest = write_tensors(folder / file, tensors)
+    # The pointer is written last: what it names is complete.
+    write_atomic(
+        folder / _POINTER,
+        json.dumps({"step": step, "seconds": seconds, "file": file, "sha256": digest}).encode(),
+    )
+    for old in folder.glob("step-*.safetensors"):
+        if old.name != file:
+            old.unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def _restore(
+    folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> tuple[int, float]:
+    pointer = _pointer(folder)
+    if pointer is None:
+        return 0, 0.0
+    tensors = read_tensors(folder / pointer["file"], sha256=pointer["sha256"])
+    torch.set_rng_state(tensors.pop("random"))
+    for name, p in parameters.items():
+        p.copy_(tensors.pop(f"parameter.{name}"))
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            if f"{key}.{name}" in tensors:
+                optimizer.state[p][key] = tensors[f"{key}.{name}"].clone()
+    return pointer["step"], pointer["seconds"]
+
+
+@contextmanager
+def _signals() -> Iterator[threading.Event]:
+    """Sets an event on Ctrl-C or termination, so that a step is never cut in half; a second one stops at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def compute_dtype(precision: str, device: str = "cpu") -> torch.dtype:
+    """The dtype of matrix products: float32, or bfloat16 where asked for or where the processor is made for it."""
+    if precision != "auto":
+        return getattr(torch, precision)
+    if device != "cpu":
+        return torch.bfloat16
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
