@@ -4,8 +4,8 @@ Knows what the base's last layer says about a text and what was kept of each dom
 Every kind of router answers through `Router.route`, so that the engine and evaluation need not know which it is.
 
 The `gaussian` kind is linear discriminant analysis that grows: one mean a domain and one covariance for all, both from
-sums. The sums are of integers, so that they are exact: a domain added later, earlier, or taken out again leaves the same
-bits (guarantee 9), and no old text is needed.
+sums. The sums are of integers, so that they are exact: a domain added later, earlier, or taken out again leaves the
+same bits (guarantee 9), and no old text is needed.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Router(ABC):
 def pool(hidden: Tensor, visible: Tensor | None = None) -> Tensor:
     """One vector a text: the mean over tokens of (b, t, d), scaled to root mean square 1; (b, d) float32.
 
-    The first token is left out of texts that have another: attention parks on it, and its state says little of the text.
+    The first token is left out of texts that have another: attention parks on it, and its state says little.
     """
     hidden = hidden.float()
     batch, tokens, _ = hidden.shape

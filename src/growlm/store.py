@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 _M = TypeVar("_M", bound="_Manifest")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_RESERVED = ("auto", "base", "general", "none")
 WEIGHTS = "module.safetensors"
 MANIFEST = "module.json"
 
@@ -72,6 +73,7 @@ class ModuleManifest(_Manifest):
     version: int
     kind: str
     config: dict[str, Any]
+    fork: int  # first base layer whose output it changes
     base_fingerprint: str
     tokenizer_fingerprint: str
     dtype: str
@@ -251,6 +253,7 @@ class Store:
                     version=version,
                     kind=module.kind,
                     config=module.config.model_dump(mode="json"),
+                    fork=module.fork,
                     base_fingerprint=self.manifest.base_fingerprint,
                     tokenizer_fingerprint=self.manifest.tokenizer_fingerprint,
                     dtype=self.manifest.dtype,
@@ -477,6 +480,8 @@ def check_name(name: str) -> None:
     Raises:
         StoreError: not a name that a module can have.
     """
+    if name in _RESERVED:
+        raise StoreError(f"module name {name!r} is not allowed: it means something else to the engine; choose another")
     if not _NAME.fullmatch(name) or ".." in name:
         raise StoreError(
             f"module name {name!r} is not allowed: use 1 to 64 of a-z, 0-9, '.', '_', '-', beginning with a letter or "

@@ -73,6 +73,7 @@ class Base:
         self.softcap: float | None = getattr(self.config, "final_logit_softcapping", None)
         self._eager = self.config._attn_implementation == "eager"
         self._window: int | None = getattr(self.config, "sliding_window", None)
+        self._patterns = sorted({self.attention_pattern(i) for i in range(self.num_layers)})
 
     @property
     def dtype(self) -> torch.dtype:
@@ -151,8 +152,7 @@ class Base:
         cache: KeyValueCache | None = None,
     ) -> Pass:
         """The pass for hidden states (b, t, d) that already exist, at `positions` (b or 1, t)."""
-        patterns = {self.attention_pattern(i) for i in range(self.num_layers)}
-        masks = {p: self._mask(p, hidden, past=past, visible=visible) for p in patterns}
+        masks = {p: self._mask(p, hidden, past=past, visible=visible) for p in self._patterns}
         rotary = None
         if self.anatomy.positions is None:
             rotary = self.decoder.rotary_emb(hidden, position_ids=positions)

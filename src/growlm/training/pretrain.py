@@ -63,8 +63,8 @@ def pretrain(
 ) -> PretrainResult:
     """Trains a tokenizer and a model on `data` and saves them to `out` as a transformers checkpoint.
 
-    Beside them lie `pretrain.json`, what was done, and `heldout.jsonl`, the held-out text. A run that was stopped goes on
-    where it was when it is called again with the same arguments.
+    Beside them lie `pretrain.json`, what was done, and `heldout.jsonl`, the held-out text. A run that was stopped goes
+    on where it was when it is called again with the same arguments.
 
     Raises:
         StoreError: `out` exists and holds something else, or the disk is full.

@@ -1,0 +1,234 @@
+"""Generation: prefill and decode for a batch whose rows run under different module sets.
+
+Below the lowest fork all rows share the base's work; above it every group runs its own layers. Knows layers through
+`ModuleSet` only; does not know which module a row should have, nor where modules come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from growlm.engine.kv import KVCache
+from growlm.engine.sampling import SamplingConfig, sample
+from growlm.modules import ModuleSet
+from growlm.modules.base import Base, Pass
+from growlm.router import pad_left
+
+# b batch, t new tokens, s tokens seen so far and new ones, d hidden size, v vocabulary
+
+
+@dataclass
+class Prefilled:
+    """What the base made of a batch of prompts, once for all module sets.
+
+    Attributes:
+        input_ids: (b, t), padded on the left; without the `past` tokens that were in the cache already.
+        visible: (b, past + t) bool, or None where nothing is padded.
+        cache: keys and values of the base's layers.
+        hidden: the input of layer f, (b, t, d), for every fork f asked for.
+        last: the base's last states after the final norm, (b, t, d); None if it was not run that far.
+    """
+
+    input_ids: Tensor
+    visible: Tensor | None
+    past: int
+    shared: Pass
+    cache: KVCache
+    hidden: dict[int, Tensor]
+    last: Tensor | None
+
+
+@dataclass
+class Group:
+    """Rows of a batch that run under one module set."""
+
+    modules: ModuleSet
+    rows: list[int]
+
+
+@torch.inference_mode()
+def prefill(
+    base: Base,
+    texts: Sequence[Sequence[int]],
+    forks: Collection[int],
+    *,
+    whole: bool = True,
+    past: int = 0,
+    cache: KVCache | None = None,
+) -> Prefilled:
+    """Runs the base over prompts.
+
+    Args:
+        texts: token ids; the new ones where `cache` holds `past` tokens (of a single text) already.
+        forks: where module sets may branch off.
+        whole: run all layers, for the router; else only up to the last fork.
+    """
+    input_ids, visible = pad_left(texts, base.device)
+    assert past == 0 or visible is None
+    cache = KVCache(base.num_layers) if cache is None else cache
+    embedded, shared = base.begin(input_ids, past=past, visible=visible, cache=cache)
+    states = base.embed_positions(embedded, shared.positions)
+    hidden: dict[int, Tensor] = {}
+    at = 0
+    for fork in sorted(forks):
+        states = base.run(states, base.steps(at, fork), shared)
+        hidden[fork], at = states, fork
+    last = None
+    if whole:
+        states = base.run(states, base.steps(at), shared)
+        hidden[base.num_layers] = states
+        last = base.norm(states)
+    return Prefilled(input_ids, visible, past, shared, cache, hidden, last)
+
+
+class _Running:
+    """One group while it decodes: its module set, its share of the batch and its own keys and values."""
+
+    def __init__(self, group: Group, start: int, cache: KVCache) -> None:
+        self.modules = group.modules
+        self.start, self.stop = start, start + len(group.rows)
+        self.cache = cache
+
+    def part(self, tensor: Tensor) -> Tensor:
+        return tensor[self.start : self.stop] if tensor.shape[0] > 1 else tensor
+
+    def share(self, shared: Pass) -> Pass:
+        masks = {k: None if m is None else self.part(m) for k, m in shared.masks.items()}
+        rotary = shared.rotary
+        if rotary is not None:
+            rotary = (self.part(rotary[0]), self.part(rotary[1]))
+        return Pass(self.part(shared.positions), masks, rotary, self.cache)
+
+
+@torch.inference_mode()
+def decode(
+    prefilled: Prefilled,
+    groups: Sequence[Group],
+    config: SamplingConfig,
+    end_tokens: Collection[int],
+    on_token: Callable[[int, int], bool],
+) -> KVCache:
+    """Writes the answers of a batch.
+
+    Args:
+        groups: the rows to run, each in one group; rows of the batch in no group are left alone.
+        end_tokens: tokens that end a row; not reported.
+        on_token: told a row and its next token; returns whether the row goes on.
+
+    Returns:
+        Keys and values of the rows that were left at the end, the prompts' included.
+    """
+    base = groups[0].modules.base
+    joint = min(g.modules.fork for g in groups)
+    rows = [r for g in groups for r in g.rows]
+    everything = rows == list(range(len(prefilled.input_ids)))
+    chosen = None if everything else torch.tensor(rows, device=base.device)
+    prefix = prefilled.cache.select(chosen, 0, joint)
+    visible = prefilled.visible
+    if visible is not None and chosen is not None:
+        visible = visible[chosen]
+    running: list[_Running] = []
+    logits: list[Tensor] = []
+    for group in groups:
+        own = None if everything and len(groups) == 1 else torch.tensor(group.rows, device=base.device)
+        state, out = _begin(prefilled, group, own, joint, running[-1].stop if running else 0)
+        running.append(state)
+        logits.append(out)
+
+    generators = [torch.Generator(base.device).manual_seed(config.seed) for _ in rows]
+    length = prefilled.past + prefilled.input_ids.shape[1]
+    live = torch.ones(len(rows), dtype=torch.bool)
+    for count in range(1, config.max_new_tokens + 1):
+        tokens = sample(torch.cat(logits)[:, -1], config, generators)
+        for at, token in enumerate(tokens.tolist()):
+            if live[at] and (token in end_tokens or not on_token(rows[at], token)):
+                live[at] = False
+        if count == config.max_new_tokens or not live.any():
+            break
+        if int(live.sum()) * 2 <= len(rows):
+            kept = torch.nonzero(live)[:, 0]
+            prefix = prefix.select(kept.to(base.device))
+            running = _compact(running, live)
+            rows = [rows[i] for i in kept.tolist()]
+            generators = [generators[i] for i in kept.tolist()]
+            tokens = tokens[kept.to(base.device)]
+            visible = None if visible is None else visible[kept.to(base.device)]
+            live = live[kept]
+        if visible is not None:
+            visible = torch.cat([visible, visible.new_ones(len(rows), 1)], dim=-1)
+        logits = _step(base, tokens[:, None], joint, prefix, running, past=length, visible=visible)
+        length += 1
+    return prefix.extended(running[0].modules.cache_slots).joined(running[0].cache, joint)
+
+
+def _begin(prefilled: Prefilled, group: Group, rows: Tensor | None, joint: int, start: int) -> tuple[_Running, Tensor]:
+    """Runs a group's own layers over the prompts: what the base did below the group's fork is not done again."""
+    modules, base = group.modules, group.modules.base
+    cache = prefilled.cache.select(rows, joint, modules.fork).extended(modules.cache_slots)
+    if prefilled.past:
+        cache = prefilled.cache.select(rows, joint).extended(modules.cache_slots)
+    running = _Running(group, start, cache)
+    if rows is None:
+        shared = replace(prefilled.shared, cache=cache)
+    else:
+
+        def part(tensor: Tensor) -> Tensor:
+            return tensor[rows] if tensor.shape[0] > 1 else tensor
+
+        before = prefilled.shared
+        masks = {k: None if m is None else part(m) for k, m in before.masks.items()}
+        rotary = None if before.rotary is None else (part(before.rotary[0]), part(before.rotary[1]))
+        shared = Pass(part(before.positions), masks, rotary, cache)
+    if modules.fork == 0:
+        input_ids = prefilled.input_ids if rows is None else prefilled.input_ids[rows]
+        hidden = modules.embed(base.embedding(input_ids), input_ids)
+        hidden = base.embed_positions(hidden, shared.positions)
+    else:
+        hidden = prefilled.hidden[modules.fork]
+        hidden = hidden if rows is None else hidden[rows]
+    hidden = base.run(hidden, modules.steps[modules.fork :], shared)
+    return running, modules.project(hidden[:, -1:])
+
+
+def _step(
+    base: Base,
+    tokens: Tensor,
+    joint: int,
+    prefix: KVCache,
+    running: Sequence[_Running],
+    *,
+    past: int,
+    visible: Tensor | None,
+) -> list[Tensor]:
+    embedded, shared = base.begin(tokens, past=past, visible=visible, cache=prefix)
+    hidden = embedded
+    if joint > 0:
+        hidden = base.run(base.embed_positions(hidden, shared.positions), base.steps(0, joint), shared)
+    logits = []
+    for group in running:
+        own = hidden if len(running) == 1 else hidden[group.start : group.stop]
+        group_pass = group.share(shared) if len(running) > 1 else replace(shared, cache=group.cache)
+        if joint == 0:
+            own_tokens = tokens if len(running) == 1 else tokens[group.start : group.stop]
+            own = base.embed_positions(group.modules.embed(own, own_tokens), group_pass.positions)
+        own = base.run(own, group.modules.steps[joint:], group_pass)
+        logits.append(group.modules.project(own))
+    return logits
+
+
+def _compact(running: Sequence[_Running], live: Tensor) -> list[_Running]:
+    """The groups without the rows that have ended; groups that have none left are gone."""
+    compacted: list[_Running] = []
+    start = 0
+    for group in running:
+        kept = torch.nonzero(live[group.start : group.stop])[:, 0]
+        if len(kept):
+            device = group.modules.base.device
+            cache = group.cache.select(kept.to(device))
+            compacted.append(_Running(Group(group.modules, kept.tolist()), start, cache))
+            start += len(kept)
+    return compacted
