@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import FAMILIES, SETTINGS, WINDOW, make_base, make_model, random_ids
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from growlm.errors import BaseModelError
+from growlm.modules import anatomy
 from growlm.modules.base import Base
+from tiny import FAMILIES, SETTINGS, WINDOW, make_base, make_model, random_ids
 
 # Settings within a family that change how its layers are masked, rotated or wired.
 VARIANTS = [
@@ -22,6 +23,8 @@ VARIANTS = [
     ("phi3", {"sliding_window": None}),
     ("gpt2", {"scale_attn_weights": False}),
 ]
+# gemma2 caps its attention scores, which transformers does in eager attention only.
+IMPLEMENTATIONS = [(f, i) for f in FAMILIES for i in ("sdpa", "eager") if (f, i) != ("gemma2", "sdpa")]
 # Below, at and above the sliding window, where masks begin to differ.
 LENGTHS = [1, WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW]
 
@@ -85,7 +88,8 @@ def test_logits_equal_transformers_bitwise_with_eager_attention(family):
     base = make_base(family, attn_implementation="eager")
     for tokens in LENGTHS:
         input_ids = random_ids(2, tokens)
-        assert torch.equal(base.logits(input_ids), base.model(input_ids).logits), tokens
+        # Keys copied into a cache have other strides, for which gpt2's matrix products round otherwise.
+        assert torch.equal(base.logits(input_ids), base.model(input_ids, use_cache=False).logits), tokens
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -99,23 +103,18 @@ def test_logits_equal_transformers_bitwise_in_bfloat16(family):
         assert torch.equal(logits, base.model(input_ids).logits), tokens
 
 
-def test_the_window_matters_where_a_family_has_one(base):
-    """Else the lengths above would not test it."""
-    if base.config.model_type not in ("mistral", "gemma2", "phi3"):
-        pytest.skip("no window")
-    first = random_ids(1, 3 * WINDOW)
-    second = first.clone()
-    second[0, 0] += 1
-    layers = base.num_layers
-    with torch.no_grad():
-        changed = (base.logits(first) != base.logits(second)).any(-1)[0].nonzero().max()
-    if base.anatomy.sliding_everywhere:
-        assert layers * (WINDOW - 1) >= changed >= WINDOW
-    assert "sliding_attention" in {step.attention for step in base.steps()}
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "phi3"])
+@torch.no_grad()
+def test_tokens_beyond_the_window_are_not_seen(family):
+    """Else the lengths above would test nothing."""
+    narrow, wide = make_base(family), make_base(family, sliding_window=200)
+    assert "sliding_attention" in {step.attention for step in narrow.steps()}
+    within, beyond = random_ids(2, WINDOW), random_ids(2, WINDOW + 1)
+    torch.testing.assert_close(narrow.logits(within), wide.logits(within), atol=1e-5, rtol=1e-4)
+    assert (narrow.logits(beyond) - wide.logits(beyond))[:, -1].abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "implementation"), IMPLEMENTATIONS)
 @torch.no_grad()
 def test_left_padding_changes_nothing(family, implementation):
     base = make_base(family, attn_implementation=implementation)
@@ -167,8 +166,7 @@ def test_reading_in_pieces_with_a_cache_equals_reading_at_once(base, chunks, pad
     torch.testing.assert_close(pieces[seen], whole[seen], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt2"])
+@pytest.mark.parametrize(("family", "implementation"), IMPLEMENTATIONS)
 def test_either_attention_reads_in_pieces(family, implementation):
     base = make_base(family, attn_implementation=implementation)
     input_ids, visible = left_padded(random_ids(2, 30), [30, 27], 30)
@@ -217,8 +215,6 @@ def test_a_base_is_frozen_and_in_evaluation_mode():
 
 
 def test_families_are_those_of_the_table():
-    from growlm.modules import anatomy
-
     assert list(anatomy.FAMILIES) == FAMILIES == list(SETTINGS)
 
 

@@ -421,6 +421,28 @@ class Store:
         with locked(self.path / "lock"):
             yield
 
+    def status(self) -> dict[str, Any]:
+        """What the store holds: base, modules, parameters in all, and at most active for a prompt."""
+        base = checkpoint.num_parameters(self.base_folder)
+        modules = [
+            {
+                "name": m.name,
+                "version": m.version,
+                "kind": m.kind,
+                "bytes": m.bytes,
+                "parameters": m.parameters,
+            }
+            for m in self.modules.values()
+        ]
+        sizes = [m.parameters for m in self.modules.values()]
+        return {
+            "base": self.manifest.base,
+            "base_parameters": base,
+            "modules": modules,
+            "total_parameters": base + sum(sizes),
+            "active_parameters": base + max(sizes, default=0),
+        }
+
     def verify(self) -> list[str]:
         """Reads every file and names each that is not what its manifest says, a line each; empty when all is well."""
         problems: list[str] = []

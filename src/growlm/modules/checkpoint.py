@@ -136,6 +136,11 @@ def loaded_bytes(folder: Path, dtype: str) -> int:
     return sum(math.prod(entry["shape"]) * size for entry in _entries(folder))
 
 
+def num_parameters(folder: Path) -> int:
+    """Parameters of a checkpoint, from the files' headers alone."""
+    return sum(math.prod(entry["shape"]) for entry in _entries(folder))
+
+
 def _entries(folder: Path) -> list[dict[str, Any]]:
     entries = []
     for file in weight_files(folder):

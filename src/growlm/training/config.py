@@ -22,10 +22,17 @@ class TrainConfig:
     """What both verbs share.
 
     Attributes:
-        tokens: training tokens in all (a number, or "2M"); None reads the data `epochs` times.
-        sequence_length: tokens a row; rows a step are `batch_size`.
-        learning_rate: peak, reached after `warmup` (a share of all steps), then a cosine down to a tenth.
-        precision: bfloat16, float32, or auto: bfloat16 where the processor has instructions for it.
+        tokens: training tokens in all, e.g. 500000 or 2M; by default the data is read --epochs times.
+        sequence_length: tokens a row.
+        batch_size: rows a step.
+        epochs: how often the data is read where --tokens is not given.
+        learning_rate: at its peak, then down a cosine to a tenth; by default set from the width.
+        warmup: share of all steps over which the learning rate rises.
+        weight_decay: of matrices; norms and biases have none.
+        clip: largest norm of the gradient; 0 does not clip.
+        seed: of everything random.
+        text_key: key of the text in JSONL, column in Parquet.
+        precision: of matrix products: bfloat16, float32, or auto: bfloat16 where the processor has instructions for it.
         separator: cuts text files into documents, e.g. a blank line; by default a file is one document.
         checkpoint_seconds: how often progress is saved; a run that is killed goes on from there.
     """
@@ -68,7 +75,7 @@ class PretrainConfig(TrainConfig):
     Attributes:
         preset: tiny, small or base: a llama of about 1, 8 or 42 million parameters.
         config: path of a transformers config.json to use instead of a preset.
-        vocab_size: of the byte-level BPE trained on the data; None takes the preset's or config's.
+        vocab_size: of the byte-level BPE trained on the data; by default the preset's or the config's.
     """
 
     preset: str = "small"
@@ -88,7 +95,7 @@ class LearnConfig(TrainConfig):
     """Settings of `growlm learn`.
 
     Attributes:
-        kind: of the module: blocks.
+        kind: of module: blocks.
         num_layers: new decoder layers.
         placement: top (after the base's last layer) or interleaved (between its layers: learns more, shares less).
         vocabulary: own rows of the output head (head), of the input embedding too (both), or none.

@@ -26,6 +26,7 @@ from growlm.files import locked
 from growlm.layers.cross_entropy import linear_cross_entropy
 from growlm.modules import KnowledgeModule, ModuleSet, kind_of
 from growlm.modules.base import Base
+from growlm.modules.probe import probe
 from growlm.modules.scoring import num_labels, passage_losses
 from growlm.modules.vocabulary import choose_rows
 from growlm.store import Store, check_name
@@ -116,6 +117,7 @@ def learn(
         if done := saved_step(work):
             say(f"{name}: going on after step {done} of an earlier run (--restart begins anew)", progress)
         base = store.load_base(device=device)
+        base_dtype = base.dtype
         if base.max_positions is not None and config.sequence_length > base.max_positions:
             raise ConfigError(
                 f"sequence_length is {config.sequence_length}; {base.where} has {base.max_positions} positions"
@@ -123,10 +125,19 @@ def learn(
         if not router.has_general(store):
             _describe_general(store, base, tokenizer, config.sequence_length, progress)
 
-        learning = _Learning(base, kind, config, packed, heldout, work)
+        learning = _Learning(base, kind, config, packed, work)
         with training_bar(name, progress) as report:
-            seconds = learning.run(_resume_hint(), report)
-        before, after = learning.loss_before, learning.heldout_loss()
+            seconds = learning.run(report)
+        # From here on as the engine will run it: base and module in the store's dtype.
+        if learning.dtype != base_dtype:
+            base = store.load_base(device=device)
+        weights = {
+            k: v.detach().to(base_dtype) if v.is_floating_point() else v
+            for k, v in learning.module.state_dict().items()
+        }
+        module = kind.restore(base, learning.module.config, weights, name)
+        alone, together = ModuleSet(base), ModuleSet(base, [module])
+        before, after = (float(passage_losses(m, heldout).sum()) / num_labels(heldout) for m in (alone, together))
 
         crops = _sample_passages(packed, config.router_samples, config.seed)
         evidence = router.evidence(base, crops, heldout[: config.router_samples], seed=config.seed)
@@ -140,8 +151,9 @@ def learn(
             "loss_before": before,
             "loss_after": after,
             "seconds": seconds,
+            "probe": {"base": probe(alone), "module": probe(together)},
         }
-        stored = store.commit(name, learning.module, training, {router.EVIDENCE: evidence})
+        stored = store.commit(name, module, training, {router.EVIDENCE: evidence})
         router.add_domain(store, stored, old)
         shutil.rmtree(work, ignore_errors=True)
     return LearnResult(name, stored.version, before, after, tokens, seconds, tokens / max(seconds, 1e-9))
@@ -156,17 +168,16 @@ class _Learning:
         kind: type[KnowledgeModule],
         config: LearnConfig,
         packed: text_data.PackedTokens,
-        heldout: list[list[int]],
         work: Path,
     ) -> None:
-        self.base, self.config, self.packed, self.heldout, self.work = base, config, packed, heldout, work
+        self.base, self.config, self.packed, self.work = base, config, packed, work
         self.dtype = compute_dtype(config.precision, base.device.type)
         torch.manual_seed(config.seed)
         full = base.model.state_dict() if base.dtype != self.dtype else None
         originals = {k: v.clone() for k, v in full.items()} if full is not None else None
         if originals is not None:
             base.model.to(self.dtype)
-        self.loss_before, row_ids = self._ask_base()
+        row_ids = self._least_known()
         if originals is not None:
             # The module is made from the base's weights as they are stored.
             base.model.to(next(iter(originals.values())).dtype).load_state_dict(originals)
@@ -195,7 +206,7 @@ class _Learning:
     def num_tokens(self) -> int:
         return sum(self._tokens_of(i) for i in range(len(self._steps)))
 
-    def run(self, resume_hint: str, report: Callable[[Any], None]) -> float:
+    def run(self, report: Callable[[Any], None]) -> float:
         self.work.mkdir(parents=True, exist_ok=True)
         try:
             return train(
@@ -206,33 +217,27 @@ class _Learning:
                 self.config,
                 self.config.learning_rate or default_rate(self.base.hidden_size),
                 folder=self.work,
-                resume_hint=resume_hint,
+                resume_hint="run the same command again to go on",
                 report=report,
             )
         finally:
             if self._cache is not None:
                 self._cache.close()
 
-    def heldout_loss(self) -> float:
-        """Nats a token on held-out text, with the module as it is."""
-        with self._autocast():
-            return float(passage_losses(self.modules, self.heldout).sum()) / num_labels(self.heldout)
-
-    def _ask_base(self) -> tuple[float, Tensor]:
-        """The base's held-out loss, and the tokens that it knows least of those the domain uses."""
-        base, vocab = self.base, self.base.vocab_size
-        alone = ModuleSet(base)
-        loss = float(passage_losses(alone, self.heldout).sum()) / num_labels(self.heldout)
+    def _least_known(self) -> Tensor | None:
+        """Of the tokens that the domain uses, those that the base knows least."""
+        if self.config.vocabulary == "none":
+            return None
+        vocab = self.base.vocab_size
         lost = torch.zeros(vocab, dtype=torch.float64)
 
         def per_token(labels: Tensor, losses: Tensor) -> None:
             lost.index_add_(0, labels.cpu(), losses.double().cpu())
 
-        if self.config.vocabulary != "none":
-            sample = _sample_passages(self.packed, _SAMPLE_ROWS, self.config.seed)
-            passage_losses(alone, sample, per_token=per_token)
+        sample = _sample_passages(self.packed, _SAMPLE_ROWS, self.config.seed)
+        passage_losses(ModuleSet(self.base), sample, per_token=per_token)
         counts = np.bincount(self.packed.tokens[:, 1:].reshape(-1), minlength=vocab)
-        return loss, choose_rows(lost, torch.from_numpy(counts), self.config.max_rows)
+        return choose_rows(lost, torch.from_numpy(counts), self.config.max_rows)
 
     def _epochs(self) -> int:
         if self.config.tokens is None:
@@ -340,7 +345,3 @@ def _run_id(store: Store, name: str, data_digest: str, config: LearnConfig) -> s
     version = store.modules[name].version if name in store.modules else 0
     parts = [name, version, data_digest, settings, store.manifest.base_fingerprint, torch.get_num_threads()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _resume_hint() -> str:
-    return "run the same command again to go on"

@@ -1,0 +1,594 @@
+"""Command line: one command per verb. Parses, calls, prints; computes nothing.
+
+Results go to stdout, progress to stderr; errors take one line and exit with status 1.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import click
+import typer
+
+from growlm import __version__
+from growlm.errors import ConfigError, GrowlmError
+from growlm.training.config import LearnConfig, PretrainConfig
+from growlm.units import format_count, format_size
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    help="A language model that grows: a frozen base, and knowledge modules learned one by one, kept on disk, chosen "
+    "by a router and loaded when a prompt needs them.",
+)
+
+StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Memory = Annotated[
+    str | None, typer.Option("--memory", metavar="SIZE", help="Budget for all weights in memory, e.g. 2GB.")
+]
+ModuleChoice = Annotated[
+    str, typer.Option("--module", metavar="NAME", help="auto (the router chooses), base, or a module's name.")
+]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+DataPaths = Annotated[
+    list[str],
+    typer.Option(
+        "--data",
+        metavar="PATH...",
+        help="Files or folders of .txt, .md, .jsonl, .parquet or source code, or hub:owner/name; everything up to the "
+        "next option.",
+        show_default=False,
+    ),
+]
+
+
+def from_config(config: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command an option for every field of a config class: its type, its default, its line of the docstring.
+
+    The command receives the config object as its argument `config`.
+    """
+
+    def wrap(command: Callable[..., None]) -> Callable[..., None]:
+        own = {n: p for n, p in inspect.signature(command, eval_str=True).parameters.items() if n != "config"}
+        hints = get_type_hints(config)
+        docs = _field_docs(config)
+        names = [f.name for f in fields(config)]
+
+        def run(**arguments: Any) -> None:
+            settings = {name: arguments.pop(name) for name in names}
+            command(**arguments, config=config(**settings))
+
+        parameters = list(own.values())
+        for f in fields(config):
+            # A number with a unit is written as text.
+            kind = str if hints[f.name] in (int | str, int | str | None) else hints[f.name]
+            kind = str | None if hints[f.name] == int | str | None else kind
+            option = typer.Option(f"--{f.name.replace('_', '-')}", help=docs.get(f.name, ""))
+            parameters.append(
+                inspect.Parameter(
+                    f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=Annotated[kind, option]
+                )
+            )
+        ordered = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+        run.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in ordered}
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        return run
+
+    return wrap
+
+
+def _field_docs(config: type) -> dict[str, str]:
+    """The `Attributes:` of a config class and of its parents: one sentence or two a field."""
+    docs: dict[str, str] = {}
+    for cls in reversed(config.__mro__):
+        _, _, listed = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")
+        for entry in re.split(r"\n(?=    \S)", listed):
+            names, colon, text = entry.strip().partition(": ")
+            if colon and all(n.isidentifier() for n in names.split(", ")):
+                sentence = " ".join(text.split())
+                docs |= {name: sentence[:1].upper() + sentence[1:] for name in names.split(", ")}
+    return docs
+
+
+@app.command()
+@from_config(PretrainConfig)
+def pretrain(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the checkpoint.", show_default=False)],
+    data: DataPaths,
+    config: Any,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin anew instead of resuming.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a small base model from scratch: tokenizer and weights, an ordinary transformers checkpoint.
+
+    Run the same command again to go on after Ctrl-C or a kill.
+
+    Examples:
+
+        growlm pretrain base/ --data notes/ more.jsonl --preset small --tokens 4M
+
+        growlm pretrain base/ --data text.parquet --config my-model/config.json --epochs 2
+    """
+    from growlm.training.pretrain import pretrain as run
+
+    result = run(out, data, config, restart=restart)
+    if as_json:
+        return _print_json(result.to_json())
+    print(
+        f"{out}: {format_count(result.parameters)} parameters, vocabulary {result.vocab_size:,}; held-out loss "
+        f"{result.loss_before:.3f} -> {result.loss_after:.3f} after {result.tokens:,} tokens "
+        f"({result.tokens_per_second:,.0f} tokens/s)"
+    )
+    return None
+
+
+@app.command()
+def new(
+    store: StorePath,
+    base: Annotated[str, typer.Option("--base", help="Checkpoint folder, or a hub id.", show_default=False)],
+    dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16, or auto.")] = "auto",
+    general: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--general",
+            metavar="PATH...",
+            help="General text, from which the router learns what belongs to no module. By default the held-out text "
+            "beside the base, or else text that the base writes.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a store for a base model.
+
+    Examples:
+
+        growlm new brain --base base/
+
+        growlm new brain --base Qwen/Qwen2.5-0.5B --dtype bfloat16 --general news.jsonl
+    """
+    from growlm.store import Store
+
+    if general:
+        from growlm import data
+
+        data.read(general)  # before anything is made
+    made = Store.create(store, base, dtype=dtype)
+    if general:
+        from growlm.training.learn import describe_general
+
+        describe_general(made, made.load_base(), made.load_tokenizer(), general)
+    if as_json:
+        return _print_json(made.manifest.model_dump())
+    print(f"{store}: made for {base} ({made.manifest.dtype}, {format_size(made.base_bytes())})")
+    return None
+
+
+@app.command()
+@from_config(LearnConfig)
+def learn(
+    store: StorePath,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Of the module.", show_default=False)],
+    data: DataPaths,
+    config: Any,
+    update: Annotated[bool, typer.Option("--update", help="NAME exists: learn its next version.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin anew instead of resuming.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Learn a body of text as a new module. The base and all other modules keep their bytes.
+
+    Run the same command again to go on after Ctrl-C or a kill.
+
+    Examples:
+
+        growlm learn brain medicine --data pubmed.jsonl
+
+        growlm learn brain law --data statutes/ --epochs 3 --placement interleaved
+    """
+    from growlm.store import Store
+    from growlm.training.learn import learn as run
+
+    result = run(Store.open(store), name, data, config, update=update, restart=restart)
+    if as_json:
+        return _print_json(result.to_json())
+    print(
+        f"{name} version {result.version}: held-out loss {result.loss_before:.3f} -> {result.loss_after:.3f} after "
+        f"{result.tokens:,} tokens in {result.seconds:,.0f} s ({result.tokens_per_second:,.0f} tokens/s)"
+    )
+    return None
+
+
+@app.command()
+def route(
+    store: StorePath,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", show_default=False)],
+    memory: Memory = None,
+    as_json: Json = False,
+) -> None:
+    """Say which module the router would choose for a prompt.
+
+    Example:
+
+        growlm route brain "What does aspirin inhibit?"
+    """
+    with _engine(store, memory) as engine:
+        answer = engine.route(prompt)
+    if as_json:
+        return _print_json({"module": answer.module, "scores": answer.scores})
+    print(answer.module or "none of the modules")
+    for name, score in list(answer.scores.items())[:10]:
+        print(f"  {score:6.1%}  {name}")
+    return None
+
+
+@app.command()
+def generate(
+    store: StorePath,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", show_default=False)],
+    module: ModuleChoice = "auto",
+    memory: Memory = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens")] = 128,
+    temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option("--top-k", help="0 keeps all.")] = 0,
+    top_p: Annotated[float, typer.Option("--top-p")] = 1.0,
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="Text that ends the answer; repeatable.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Answer a prompt with the module that the router chooses, as it is written.
+
+    Examples:
+
+        growlm generate brain "What does aspirin inhibit?" --memory 2GB
+
+        growlm generate brain "Article 1." --module law --temperature 0.8 --top-p 0.95 --seed 7
+    """
+    sampling = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+        "stop": tuple(stop or ()),
+    }
+    with _engine(store, memory) as engine:
+        if as_json:
+            answer = engine.generate(prompt, module=_module(module), **sampling)
+            return _print_json(answer.to_json())
+        result = _print_stream(engine.stream(prompt, module=_module(module), **sampling))
+    _note(
+        f"[{result.module or 'base'}; {format_size(result.resident_bytes)} of weights in memory"
+        f"{'; loaded ' + ', '.join(result.loaded) if result.loaded else ''}]"
+    )
+    return None
+
+
+@app.command()
+def chat(
+    store: StorePath,
+    module: ModuleChoice = "auto",
+    memory: Memory = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens")] = 256,
+    temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.7,
+    top_p: Annotated[float, typer.Option("--top-p")] = 0.95,
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+) -> None:
+    """Talk to a store. Every turn is routed anew; /module NAME fixes one, /module auto undoes it, /new begins anew.
+
+    Example:
+
+        growlm chat brain --memory 2GB
+    """
+    from growlm.chat import Chat
+
+    with _engine(store, memory) as engine:
+        talk = Chat(engine, _module(module), max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+        _note("/module NAME, /new, /quit")
+        turn = 0
+        while True:
+            try:
+                line = input("> " if sys.stdin.isatty() else "").strip()
+            except EOFError:
+                return
+            try:
+                if line in ("/quit", "/exit"):
+                    return
+                if line == "/new":
+                    talk.reset()
+                elif line.startswith("/module"):
+                    talk.choose(_module(line.removeprefix("/module").strip() or "auto"))
+                elif line.startswith("/"):
+                    _note("commands are /module NAME, /new, /quit")
+                elif line:
+                    turn += 1
+                    result = _print_stream(talk.say(line, seed=seed + turn))
+                    _note(f"[{result.module or 'base'}]")
+            except GrowlmError as error:
+                _note(f"error: {error}")
+
+
+@app.command(name="eval")
+def evaluate(
+    store: StorePath,
+    data: Annotated[
+        list[str],
+        typer.Option(
+            "--data",
+            metavar="NAME=PATH...",
+            help="Held-out text by module; none=PATH is text that belongs to no module.",
+            show_default=False,
+        ),
+    ],
+    report: Annotated[Path | None, typer.Option("--report", help="Write a page with figures to this folder.")] = None,
+    memory: Memory = None,
+    sequence_length: Annotated[int, typer.Option("--sequence-length")] = 512,
+    max_documents: Annotated[int, typer.Option("--max-documents", help="Of each domain; 0 for all.")] = 200,
+    route_tokens: Annotated[int, typer.Option("--route-tokens", help="Of each document, for the router.")] = 256,
+    text_key: Annotated[str, typer.Option("--text-key")] = "text",
+    separator: Annotated[str | None, typer.Option("--separator")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure perplexity, routing and forgetting on held-out text.
+
+    Examples:
+
+        growlm eval brain --data medicine=heldout.txt law=heldout2.txt --report report/
+
+        growlm eval brain --data law=heldout2.txt none=news.txt --json
+    """
+    from growlm.evaluation import EvalConfig
+    from growlm.evaluation import evaluate as run
+    from growlm.store import Store
+
+    paths: dict[str, list[str]] = {}
+    for item in data:
+        name, equals, path = item.partition("=")
+        if not equals or not name or not path:
+            raise ConfigError(f"--data {item!r}: write it as NAME=PATH, e.g. medicine=heldout.txt")
+        paths.setdefault(name, []).append(path)
+    settings = EvalConfig(sequence_length, max_documents, route_tokens, text_key, separator)
+    result = run(Store.open(store), dict(paths), settings, memory=memory).to_json()
+    if report is not None:
+        from growlm.evaluation.report import write_report
+
+        page = write_report(result, report)
+        _note(f"report: {page}")
+    if as_json:
+        return _print_json(result)
+    _print_eval(result)
+    return None
+
+
+@app.command()
+def status(store: StorePath, as_json: Json = False) -> None:
+    """List a store's modules, their sizes, and what is active for a prompt.
+
+    Example:
+
+        growlm status brain
+    """
+    from growlm.store import Store
+
+    found = Store.open(store).status()
+    if as_json:
+        return _print_json(found)
+    print(f"base {found['base']}: {format_count(found['base_parameters'])} parameters")
+    width = max((len(m["name"]) for m in found["modules"]), default=0)
+    for m in found["modules"]:
+        print(
+            f"  {m['name']:<{width}}  version {m['version']}  {m['kind']}  {format_size(m['bytes']):>9}  "
+            f"{format_count(m['parameters'])} parameters"
+        )
+    print(
+        f"total {format_count(found['total_parameters'])} parameters, active at most "
+        f"{format_count(found['active_parameters'])}"
+    )
+    return None
+
+
+@app.command()
+def verify(store: StorePath, as_json: Json = False) -> None:
+    """Read every file of a store and name each that is not what it should be.
+
+    Example:
+
+        growlm verify brain
+    """
+    from growlm.store import Store
+
+    opened = Store.open(store)
+    problems = opened.verify()
+    if as_json:
+        _print_json({"ok": not problems, "problems": problems})
+    elif not problems:
+        print(f"{store}: {len(opened.modules)} modules, every file as it should be")
+    else:
+        print("\n".join(problems))
+    if problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def remove(
+    store: StorePath,
+    name: Annotated[str, typer.Argument(metavar="NAME", show_default=False)],
+    yes: Yes = False,
+    as_json: Json = False,
+) -> None:
+    """Withdraw a module, all its versions. Everything else keeps its bytes.
+
+    Example:
+
+        growlm remove brain law
+    """
+    from growlm.store import Store
+
+    opened = Store.open(store)
+    current = opened.module(name)
+    plan = f"remove {name} (version {current.version} and all before it) from {store}"
+    if not yes:
+        if not sys.stdin.isatty():
+            raise ConfigError(f"{plan}? there is no one to ask; add --yes")
+        if not typer.confirm(f"{plan}?", err=True):
+            raise typer.Exit(1)
+    opened.remove(name)
+    if as_json:
+        return _print_json({"removed": name, "version": current.version})
+    print(f"removed {name}")
+    return None
+
+
+@app.command()
+def export(
+    store: StorePath,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the checkpoint.", show_default=False)],
+    module: Annotated[str, typer.Option("--module", metavar="NAME", show_default=False)],
+    version: Annotated[int | None, typer.Option("--version", help="By default the current one.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the base with one module as an ordinary transformers checkpoint, for any engine.
+
+    Example:
+
+        growlm export brain out/ --module medicine
+    """
+    from growlm.modules.export import export as run
+    from growlm.store import Store
+
+    path = run(Store.open(store), out, module, version=version)
+    if as_json:
+        return _print_json({"path": str(path), "module": module})
+    print(f'{path}: base and {module}; load it with AutoModelForCausalLM.from_pretrained("{path}")')
+    return None
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder for base, store and report.")] = Path("demo-out"),
+    fast: Annotated[bool, typer.Option("--fast", help="A smaller base and less text: under two minutes.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Grow a model from text that is already on this machine: pretrain, learn three domains, evaluate, report.
+
+    Example:
+
+        growlm demo --fast
+    """
+    from growlm.demo.run import demo as run
+
+    result = run(out, fast=fast)
+    if as_json:
+        return _print_json(result.to_json())
+    print("\n".join(result.lines()))
+    return None
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(__version__)
+
+
+def _engine(store: Path, memory: str | None) -> Any:
+    from growlm.engine import Engine
+    from growlm.store import Store
+
+    return Engine(Store.open(store), memory=memory)
+
+
+def _module(name: str) -> str | None:
+    return None if name == "base" else name
+
+
+def _print_stream(pieces: Any) -> Any:
+    for piece in pieces:
+        if isinstance(piece, str):
+            print(piece, end="", flush=True)
+        else:
+            print(flush=True)
+            return piece
+    raise AssertionError("a stream ends with its result")
+
+
+def _print_json(content: Any) -> None:
+    print(json.dumps(content, ensure_ascii=False))
+
+
+def _note(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _print_eval(result: dict[str, Any]) -> None:
+    width = max(len("domain"), *(len(n) for n in result["perplexity"]))
+    print(f"{'domain':<{width}}  {'base':>9}  {'module':>9}  {'routed':>9}")
+    for name, row in result["perplexity"].items():
+        print(f"{name:<{width}}  {row['base']:>9.2f}  {row['module']:>9.2f}  {row['routed']:>9.2f}")
+    routing = result["routing"]
+    kept = routing["retained_gain"]
+    print(
+        f"router accuracy {routing['accuracy']:.1%}, retained gain {'-' if kept is None else f'{kept:.1%}'}, "
+        f"forgetting {result['forgetting']:.3g}"
+    )
+
+
+def _spread(arguments: Sequence[str]) -> list[str]:
+    """Lets --data and --general take several values: `--data a b` becomes `--data a --data b`."""
+    spread: list[str] = []
+    many: str | None = None
+    for argument in arguments:
+        if argument in ("--data", "--general"):
+            many, first = argument, True
+            continue
+        if argument.startswith("-") and argument != "-":
+            if many is not None and first:
+                spread.append(many)  # without a value: click says what is missing
+            many = None
+        if many is not None:
+            spread += [many, argument]
+            first = False
+        else:
+            spread.append(argument)
+    if many is not None and first:
+        spread.append(many)
+    return spread
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: every error that a user or a file can cause becomes one line and a non-zero exit status."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        status = app(_spread(given), prog_name="growlm", standalone_mode=False)
+        sys.exit(status if isinstance(status, int) else 0)
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message())
+        sys.exit(2)
+    except click.ClickException as error:
+        command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "growlm"
+        _note(f"{command}: {error.format_message()}; see {command} --help")
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        _note("growlm: interrupted; nothing was changed")
+        sys.exit(1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except GrowlmError as error:
+        _note(f"growlm: {error}")
+        sys.exit(1)
+    except OSError as error:
+        _note(f"growlm: {error.filename or 'file'}: {error.strerror or error}")
+        sys.exit(1)

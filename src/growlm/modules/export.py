@@ -1,0 +1,78 @@
+"""Export: the base with one module as an ordinary transformers checkpoint, which needs no code of ours.
+
+Possible because a module's layers are the family's own: base and `blocks` together are a deeper model of that family.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from growlm.errors import StoreError
+from growlm.files import raise_if_full, sync
+from growlm.modules import KnowledgeModule, attach
+from growlm.modules.base import Base
+from growlm.modules.vocabulary import InputRows
+
+if TYPE_CHECKING:
+    from growlm.store import Store
+
+
+def export(store: Store, out: str | Path, module: str, *, version: int | None = None) -> Path:
+    """Writes base and module to the folder `out`, tokenizer included. It appears complete or not at all.
+
+    Raises:
+        StoreError: `out` exists and is not empty, or the disk is full.
+        UnknownModuleError: no such module.
+    """
+    out = Path(out).expanduser()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise StoreError(f"{out}: exists already; choose another folder")
+    store.module(module, version)
+    base = store.load_base()
+    loaded = store.load(module, base, version=version)
+    model = merge(base, loaded)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+    try:
+        model.save_pretrained(work)
+        store.load_tokenizer().save_pretrained(work)
+        for file in work.iterdir():
+            sync(file)
+        work.chmod(0o755)
+        if out.is_dir():
+            out.rmdir()
+        work.rename(out)
+        sync(out.parent)
+    except BaseException as error:
+        shutil.rmtree(work, ignore_errors=True)
+        raise_if_full(error, out, base.num_bytes() + loaded.num_bytes())
+        raise
+    return out
+
+
+@torch.no_grad()
+def merge(base: Base, module: KnowledgeModule) -> Any:
+    """The base's transformers model, made deeper in place: its layers, config, head and embedding include the module.
+
+    Vocabulary rows are added to the weights that they differ from; embedding and head are untied where only one of
+    them has rows, or where both have their own.
+    """
+    model, anatomy = base.model, base.anatomy
+    attach(model, module)
+    if module.rows.head is not None or module.rows.input is not None:
+        if module.rows.head is not None:
+            head = nn.Linear(base.hidden_size, base.vocab_size, bias=False, device="meta")
+            head.weight = nn.Parameter(module.rows.head.merged(base.head_weight), requires_grad=False)
+            setattr(model, anatomy.head, head)
+        if isinstance(module.rows.input, InputRows):
+            merged = module.rows.input.merged(base.embedding.weight)
+            base.embedding.weight = nn.Parameter(merged, requires_grad=False)
+        setattr(base.decoder, anatomy.embedding, base.embedding)
+        model.config.tie_word_embeddings = False
+    return model
