@@ -151,7 +151,7 @@ def read_tensors(path: Path, *, sha256: str | None = None) -> dict[str, Tensor]:
                 raise IntegrityError(f"{path}: truncated or not a safetensors file ({size} bytes)")
             header = f.read(header_size)
             data = torch.empty(size - 8 - header_size, dtype=torch.uint8)
-            view, done = memoryview(data.numpy()), 0
+            view, done = as_bytes(data), 0
             while done < len(view):
                 count = f.readinto(view[done:])
                 if not count:
@@ -175,6 +175,13 @@ def read_tensors(path: Path, *, sha256: str | None = None) -> dict[str, Tensor]:
     except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise IntegrityError(f"{path}: malformed safetensors header ({error})") from None
     return tensors
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor in main memory, not copied."""
+    import torch
+
+    return memoryview(tensor.view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
 
 
 def _view(data: Tensor, entry: dict[str, Any]) -> Tensor:

@@ -430,7 +430,7 @@ def _sampling(options: dict[str, Any]) -> SamplingConfig:
 
 
 def _end_tokens(base: Any, tokenizer: Any) -> set[int]:
-    ends: set[int] = set()
+    ends: set[Any] = set()
     for holder in (base.config, getattr(base.model, "generation_config", None), tokenizer):
         value = getattr(holder, "eos_token_id", None)
         ends |= set(value) if isinstance(value, list | tuple) else {value}

@@ -100,6 +100,7 @@ def _walk(
         for at in range(0, len(hidden), size):
             h, y = hidden[at : at + size], labels[at : at + size, None]
             logits = (h @ head.T).float()
+            slope = None
             if softcap is not None:
                 logits = logits.div_(softcap).tanh_()
                 slope = 1 - logits.square() if any(needs) else None
@@ -111,7 +112,7 @@ def _walk(
             # Gradient of the mean: (softmax - one_hot) / n.
             logits = logits.sub_(log_sum).exp_()
             logits.scatter_add_(-1, y, torch.full_like(log_sum, -1.0))
-            if softcap is not None:
+            if slope is not None:
                 logits = logits.mul_(slope)
             g = logits.mul_(1.0 / len(hidden)).to(dtype)
             if for_hidden is not None:

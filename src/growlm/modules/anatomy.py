@@ -41,7 +41,7 @@ _PRE_NORM = (
     ("mlp.down_proj.weight", 0.0),
     ("mlp.down_proj.bias", 0.0),
 )
-_LLAMA = {
+_LLAMA: dict[str, Any] = {
     "decoder": "model",
     "embedding": "embed_tokens",
     "layers": "layers",

@@ -195,8 +195,8 @@ class Base:
     def _mask(self, pattern: str, hidden: Tensor, *, past: int, visible: Tensor | None) -> Tensor | None:
         num_new = hidden.shape[1]
         total = past + num_new
-        window = self._window if pattern == "sliding_attention" else None
-        windowed = window is not None and total >= window
+        window = self._window if pattern == "sliding_attention" and self._window else total + 1
+        windowed = total >= window
         plain = not windowed and (num_new == 1 or past == 0)
         if plain and visible is None and (num_new == 1 or not self._eager):
             return None

@@ -168,7 +168,7 @@ def load_model(folder: Path, dtype: str) -> Any:
     weight_files(folder)
     logging.disable_progress_bar()
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=getattr(torch, dtype),
@@ -178,6 +178,7 @@ def load_model(folder: Path, dtype: str) -> Any:
         )
     except Exception as error:
         raise BaseModelError(f"{folder}: cannot be loaded ({str(error).strip().splitlines()[0]})") from None
+    model, report = loaded
     missing = sorted(report.get("missing_keys") or ())
     if missing:
         raise BaseModelError(f"{folder}: its weights lack {missing[0]!r} and {len(missing) - 1} more")

@@ -10,6 +10,7 @@ from typing import TypedDict
 
 import torch
 
+from growlm.files import as_bytes
 from growlm.modules import ModuleSet
 from growlm.modules.scoring import num_labels, passage_losses
 
@@ -29,6 +30,6 @@ def probe(modules: ModuleSet) -> Probe:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(modules.base.vocab_size, (1, _TOKENS), generator=generator)
     logits = modules.logits(ids.to(modules.base.device)).cpu().contiguous()
-    digest = hashlib.sha256(logits.view(torch.uint8).numpy()).hexdigest()
+    digest = hashlib.sha256(as_bytes(logits)).hexdigest()
     passage = ids.tolist()
     return {"logits": digest, "loss": float(passage_losses(modules, passage).sum()) / num_labels(passage)}

@@ -97,8 +97,7 @@ class VocabularyRows(nn.Module):
             ids, rows = tensors.pop(f"{name}.ids", None), tensors.pop(f"{name}.rows", None)
             if ids is None and rows is None:
                 continue
-            fits = ids is not None and rows is not None and rows.shape == (len(ids), base.hidden_size)
-            if not fits or (len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < base.vocab_size):
+            if ids is None or rows is None or rows.shape != (len(ids), base.hidden_size) or not _known(ids, base):
                 raise IntegrityError(f"{where}: its {name} rows do not fit the base; learn the module again")
             parts[name] = kind(ids, rows)
         return cls(**parts)  # type: ignore[arg-type]
@@ -138,6 +137,10 @@ def choose_rows(loss_by_token: Tensor, count_by_token: Tensor, max_rows: int) ->
     rank = loss_by_token + 1e-6 * mean * count_by_token
     order = torch.argsort(rank.masked_fill(~used, -1.0), descending=True, stable=True)
     return order[: min(max_rows, int(used.sum()))].sort().values
+
+
+def _known(ids: Tensor, base: Base) -> bool:
+    return len(ids) == 0 or 0 <= int(ids.min()) <= int(ids.max()) < base.vocab_size
 
 
 def _merge(weight: Tensor, ids: Tensor, rows: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from growlm.files import as_bytes
+
 
 class FeatureCache:
     """Rows (t, d) on disk, bounded in bytes: the first rows that fit are kept, others are computed each time.
@@ -41,7 +43,7 @@ class FeatureCache:
             for row, value in zip(missing.tolist(), fresh, strict=True):
                 self._keep(row, value)
         for at in np.flatnonzero(kept).tolist():
-            buffer = memoryview(out[at].view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
+            buffer = as_bytes(out[at])
             count = os.preadv(self._file, [buffer], int(rows[at]) * self._row_bytes)
             assert count == self._row_bytes
         return out
@@ -49,7 +51,7 @@ class FeatureCache:
     def _keep(self, row: int, value: Tensor) -> None:
         if row >= self._room:
             return
-        content = memoryview(value.contiguous().view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
+        content = as_bytes(value.contiguous())
         try:
             count = os.pwrite(self._file, content, row * self._row_bytes)
         except OSError:

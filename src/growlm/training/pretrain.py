@@ -256,7 +256,7 @@ def _model_config(config: PretrainConfig) -> Any:
             raise ConfigError(f"{path}: not a readable transformers config ({str(error).splitlines()[0]})") from None
         anatomy_of(model_config, str(path))
     else:
-        sizes = dict(PRESETS[config.preset])
+        sizes: dict[str, Any] = dict(PRESETS[config.preset])
         hidden = sizes["hidden_size"]
         model_config = LlamaConfig(
             **sizes,

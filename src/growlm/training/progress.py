@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from growlm.training.loop import StepReport
 
@@ -34,7 +34,7 @@ def counting_bar(title: str, total: int, show: bool | None = None) -> Iterator[C
 
 
 @contextmanager
-def bar(title: str, show: bool | None, note: str) -> Iterator[tuple[Progress, int]]:
+def bar(title: str, show: bool | None, note: str) -> Iterator[tuple[Progress, TaskID]]:
     shown = sys.stderr.isatty() if show is None else show
     columns = [TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn(note), TimeRemainingColumn()]
     with Progress(*columns, console=Console(stderr=True), disable=not shown) as progress:
