@@ -128,6 +128,17 @@ def test_left_padding_changes_nothing(family, implementation):
             torch.testing.assert_close(logits[row, -n:], alone, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_padding_sees_itself(family):
+    """A softmax over nothing is undefined on some devices, and would reach the text through the values."""
+    base = make_base(family)
+    padded, visible = left_padded(random_ids(2, 2 * WINDOW), [3, 2 * WINDOW], 2 * WINDOW)
+    _, shared = base.begin(padded, visible=visible)
+    for mask in shared.masks.values():
+        assert mask.shape == (2, 1, 2 * WINDOW, 2 * WINDOW)
+        assert mask.any(-1).all()
+
+
 @pytest.mark.parametrize("tokens", [WINDOW - 3, 2 * WINDOW])
 def test_two_halves_equal_the_whole_bitwise(base, tokens):
     input_ids = random_ids(2, tokens)

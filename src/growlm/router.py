@@ -35,8 +35,9 @@ NONE = "none"
 _SCALE = 1024  # steps a unit: pooled states have root mean square 1 and are kept as int16
 _SUMS = "gaussian"
 _GENERAL = "general"
-_MIN_CROP = 8  # tokens of the shortest text that the router is shown while learning
-_SHRINK = 0.05  # share of the covariance replaced by its mean variance in every direction
+_SHORTEST, _LONGEST = 8, 256  # tokens of the texts that the router is shown while learning
+_CUTS = 4  # lengths that each passage is cut to
+_SHRINK = 0.003  # least share of the covariance between features that is taken away
 
 
 @dataclass(frozen=True)
@@ -128,35 +129,39 @@ class GaussianRouter(Router):
 def evidence(
     base: Base, train: Sequence[Sequence[int]], heldout: Sequence[Sequence[int]], *, seed: int = 0
 ) -> dict[str, Tensor]:
-    """What the router needs to know of a domain: pooled states of passages cut to random lengths.
+    """What the router needs to know of a domain: pooled states of the beginnings of passages.
 
     Args:
-        train, heldout: token ids of passages.
+        train, heldout: token ids of passages, at least one each.
 
     Returns:
         `vectors` and `heldout`, int16 (n, d) each; no text, no tokens.
     """
     return {
-        "vectors": _pooled_crops(base, train, seed=seed),
-        "heldout": _pooled_crops(base, heldout, seed=seed + 1),
+        "vectors": _pooled_beginnings(base, train, seed=seed),
+        "heldout": _pooled_beginnings(base, heldout, seed=seed + 1),
     }
 
 
-def _pooled_crops(base: Base, passages: Sequence[Sequence[int]], *, seed: int) -> Tensor:
+@torch.no_grad()
+def _pooled_beginnings(base: Base, passages: Sequence[Sequence[int]], *, seed: int) -> Tensor:
+    """Pooled states (n, d) of each passage cut to several lengths. Prompts are short, so lengths are log-uniform; one
+    forward pass gives them all, because attention is causal."""
     generator = torch.Generator().manual_seed(seed)
-    crops = []
-    for tokens in passages:
-        shortest = min(_MIN_CROP, len(tokens))
-        share = float(torch.rand((), generator=generator))
-        length = round(shortest * (len(tokens) / shortest) ** share)  # log-uniform: prompts are short
-        start = int(torch.randint(len(tokens) - length + 1, (), generator=generator))
-        crops.append(list(tokens[start : start + length]))
-    rows = torch.zeros(len(crops), base.hidden_size)
-    order = sorted(range(len(crops)), key=lambda i: len(crops[i]))
-    for at in range(0, len(order), 16):
-        chosen = order[at : at + 16]
-        rows[chosen] = pool(*base_states(base, [crops[i] for i in chosen])).cpu()
-    return (rows * _SCALE).round().clamp(-32768, 32767).to(torch.int16)
+    rows: list[Tensor] = []
+    for at in range(0, len(passages), 16):
+        some = [list(p[:_LONGEST]) for p in passages[at : at + 16]]
+        lengths = torch.tensor([len(p) for p in some])
+        padded = torch.zeros(len(some), int(lengths.max()), dtype=torch.long)
+        for row, tokens in enumerate(some):
+            padded[row, : len(tokens)] = torch.tensor(tokens)
+        states, _ = base_states(base, padded.tolist())
+        shortest = lengths.clamp(max=_SHORTEST)
+        for _ in range(_CUTS):
+            share = torch.rand(len(some), generator=generator)
+            cut = (shortest * (lengths / shortest) ** share).round().long()
+            rows.append(pool(states, torch.arange(padded.shape[1]) < cut[:, None]).cpu())
+    return (torch.cat(rows) * _SCALE).round().clamp(-32768, 32767).to(torch.int16)
 
 
 @torch.no_grad()
@@ -259,9 +264,10 @@ def _fit(
     # Scatter within classes: every sample's square, less what the class means explain.
     within = gram.double() - sums.T @ means
     covariance = within / max(float(counts.sum()) - len(classes), 1.0) / _SCALE**2
-    variance = covariance.diagonal().mean().clamp(min=1e-12)
-    shrink = max(_SHRINK, len(covariance) / (len(covariance) + float(counts.sum())))
-    covariance = (1 - shrink) * covariance + shrink * variance * torch.eye(len(covariance), dtype=torch.float64)
+    # Few samples for many features make a covariance that is sure of too much: keep more of its diagonal alone.
+    shrink = min(max(_SHRINK, 0.05 * len(covariance) / float(counts.sum())), 0.5)
+    variance = covariance.diagonal().clamp(min=1e-9)
+    covariance = (1 - shrink) * covariance + torch.diag(shrink * variance + 1e-9)
     # x^T cov^-1 x = |x^T inv(L)^T|^2 with cov = L L^T.
     lower = torch.linalg.cholesky(covariance)
     whiten = torch.linalg.solve_triangular(lower, torch.eye(len(lower), dtype=torch.float64), upper=False).T

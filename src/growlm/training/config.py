@@ -101,7 +101,7 @@ class LearnConfig(TrainConfig):
         vocabulary: own rows of the output head (head), of the input embedding too (both), or none.
         max_rows: the most tokens that get rows of their own.
         feature_cache: disk space for the base's outputs when the data is read more than once.
-        router_samples: passages of which the router keeps a trace (a vector each, no text).
+        router_samples: passages of which the router keeps a trace (vectors, no text).
     """
 
     kind: str = "blocks"
@@ -110,7 +110,7 @@ class LearnConfig(TrainConfig):
     vocabulary: str = "head"
     max_rows: int = 8192
     feature_cache: int | str = "2GB"
-    router_samples: int = 256
+    router_samples: int = 512
 
     def __post_init__(self) -> None:
         super().__post_init__()

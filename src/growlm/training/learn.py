@@ -37,7 +37,7 @@ from growlm.training.progress import say, training_bar
 
 HELDOUT_FILE = "heldout.jsonl"  # what pretrain leaves beside a base: general text to tell domains from
 _SAMPLE_ROWS = 64  # rows of training text on which the base is asked what it knows
-_GENERAL_SAMPLES = 256
+_GENERAL_SAMPLES = 512
 
 
 @dataclass(frozen=True)
@@ -313,7 +313,7 @@ def describe_general(
     found = [p.tokens for p in text_data.passages(documents, tokenizer, length) if len(p.tokens) > 1]
     if len(found) < 4:
         raise DataError(f"{', '.join(map(str, paths))}: too little text to learn what general text is; give more")
-    order = np.random.default_rng(0).permutation(len(found))[: 2 * _GENERAL_SAMPLES]
+    order = np.random.default_rng(0).permutation(len(found))[:_GENERAL_SAMPLES]
     chosen = [found[i] for i in order]
     heldout = max(len(chosen) // 4, 1)
     router.write_general(store, base, chosen[heldout:], chosen[:heldout])

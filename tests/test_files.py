@@ -1,0 +1,565 @@
+"""Files: tensors are read back exactly or refused, and what is written is there whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import stat
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from growlm import files
+from growlm.errors import IntegrityError, StoreError
+from growlm.files import (
+    HashMemo,
+    clear_scratch,
+    locked,
+    new_folder,
+    raise_if_full,
+    read_tensors,
+    remove_folder,
+    sha256_file,
+    write_atomic,
+    write_tensors,
+)
+
+FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+DTYPES = [*FLOATS, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
+SHAPES = [(), (0,), (1,), (7,), (3, 0, 2), (2, 3, 5)]
+
+many = settings(max_examples=200, deadline=None)
+
+
+def random_tensor(dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(len(shape))
+    return (torch.randn(shape, generator=generator) * 50).to(dtype)
+
+
+def same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    def content(t: torch.Tensor) -> tuple:
+        return t.dtype, tuple(t.shape), t.contiguous().reshape(-1).view(torch.uint8).tolist()
+
+    return {k: content(v) for k, v in left.items()} == {k: content(v) for k, v in right.items()}
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    return {
+        str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
+        for p in sorted(folder.rglob("*"))
+        if p.exists()
+    }
+
+
+@contextmanager
+def largest_file(num_bytes: int) -> Iterator[None]:
+    """As a full disk does, the system refuses to write any file beyond `num_bytes`."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+# Tensors
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_read_tensors_equals_safetensors(tmp_path, dtype):
+    tensors = {f"t{i}": random_tensor(dtype, shape) for i, shape in enumerate(SHAPES)}
+    save_file(tensors, tmp_path / "t.safetensors", metadata={"format": "pt"})
+    found = read_tensors(tmp_path / "t.safetensors")
+    assert same_bits(found, load_file(tmp_path / "t.safetensors"))
+    assert same_bits(found, tensors)
+
+
+def test_read_tensors_equals_safetensors_for_all_dtypes_in_one_file(tmp_path):
+    tensors = {f"{dtype}{shape}": random_tensor(dtype, shape) for dtype in DTYPES for shape in SHAPES}
+    save_file(tensors, tmp_path / "t.safetensors")
+    assert same_bits(read_tensors(tmp_path / "t.safetensors"), load_file(tmp_path / "t.safetensors"))
+
+
+def test_write_tensors_is_read_back_by_both_readers(tmp_path):
+    path = tmp_path / "t.safetensors"
+    tensors = {
+        "strided": torch.arange(12.0).reshape(3, 4).T,
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+        "half": torch.arange(5).bfloat16(),
+    }
+    digest = write_tensors(path, tensors)
+    assert digest == sha256_file(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert same_bits(read_tensors(path, sha256=digest), {k: v.detach() for k, v in tensors.items()})
+    assert same_bits(load_file(path), read_tensors(path))
+
+
+def test_tensors_share_one_buffer(tmp_path):
+    save_file({"a": torch.ones(4), "b": torch.zeros(3, dtype=torch.int16)}, tmp_path / "t.safetensors")
+    found = read_tensors(tmp_path / "t.safetensors")
+    assert len({t.untyped_storage().data_ptr() for t in found.values()}) == 1
+
+
+SAMPLE = {"weight": torch.arange(12.0).reshape(3, 4), "ids": torch.arange(5), "half": torch.ones(3).bfloat16()}
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory) -> bytes:
+    path = tmp_path_factory.mktemp("sample") / "t.safetensors"
+    save_file(SAMPLE, path)
+    return path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def scratch_file(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("scratch") / "t.safetensors"
+
+
+@many
+@given(share=st.floats(0, 1, exclude_max=True))
+@example(0.0)
+def test_a_truncated_file_is_refused(sample, scratch_file, share):
+    scratch_file.write_bytes(sample[: int(share * len(sample))])
+    with pytest.raises(IntegrityError, match=r"t\.safetensors"):
+        read_tensors(scratch_file)
+
+
+@many
+@given(share=st.floats(0, 1, exclude_max=True), mask=st.integers(1, 255))
+def test_a_flipped_byte_is_refused_by_its_hash(sample, scratch_file, share, mask):
+    changed = bytearray(sample)
+    changed[int(share * len(sample))] ^= mask
+    scratch_file.write_bytes(changed)
+    with pytest.raises(IntegrityError, match=r"t\.safetensors"):
+        read_tensors(scratch_file, sha256=hashlib.sha256(sample).hexdigest())
+
+
+@many
+@given(share=st.floats(0, 1, exclude_max=True), mask=st.integers(1, 255))
+def test_a_flipped_byte_of_unknown_hash_never_crashes(sample, scratch_file, share, mask):
+    header_size = 8 + int.from_bytes(sample[:8], "little")
+    changed = bytearray(sample)
+    changed[int(share * header_size)] ^= mask
+    scratch_file.write_bytes(changed)
+    try:
+        found = read_tensors(scratch_file)
+    except IntegrityError:
+        return
+    assert all(isinstance(t, torch.Tensor) for t in found.values())
+
+
+def write_raw(path: Path, header: object, data: bytes = b"") -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return path
+
+
+numbers = st.integers(-8, 40) | st.sampled_from([2**31, 2**63, -(2**70), 10**30]) | st.floats(allow_nan=False)
+leaves = st.none() | st.booleans() | numbers | st.text(max_size=4) | st.sampled_from(["F32", "I16", "U8", "F8_E4M3"])
+entry = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["F32", "F64", "BF16", "I16", "U8", "BOOL", "f32", ""]) | leaves,
+        "shape": st.lists(numbers, max_size=3) | leaves,
+        "data_offsets": st.lists(numbers, min_size=1, max_size=3) | leaves,
+    }
+)
+anything = st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner))
+
+
+@many
+@given(header=st.dictionaries(st.text(max_size=3), entry | anything, max_size=3) | anything)
+@example(header=b"[" * 100_000)
+@example(header=b"\xff\xfe")
+@example(header={"a": {"dtype": [], "shape": [1], "data_offsets": [0, 4]}})
+@example(header={"a": {"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 4]}})
+def test_no_header_crashes(scratch_file, header):
+    write_raw(scratch_file, header, bytes(24))
+    try:
+        found = read_tensors(scratch_file)
+    except IntegrityError:
+        return
+    assert all(isinstance(t, torch.Tensor) and t.nbytes <= 24 for t in found.values())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "offsets"),
+    [
+        ("F32", [2], [0, 1_000_000]),
+        ("F32", [6], [0, 1_000_000]),
+        ("F32", [1], [-4, 24]),
+        ("F32", [0], [28, 28]),
+        ("F32", [2], [24, 32]),
+        ("F32", [2], [20, 28]),
+        ("F32", [1], [-4, 0]),
+        ("F32", [1], [8, 4]),
+        ("F32", [3], [0, 8]),
+        ("F32", [2, 2], [0, 8]),
+        ("F64", [1], [0, 4]),
+        ("F99", [2], [0, 8]),
+        ("F32", [2], [0]),
+        ("F32", [2], [0, 4, 8]),
+        ("F32", [-1], [0, 8]),
+    ],
+)
+def test_a_header_that_contradicts_its_file_is_refused(tmp_path, dtype, shape, offsets):
+    header = {"good": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}
+    path = write_raw(tmp_path / "t.safetensors", header, bytes(24))
+    assert set(read_tensors(path)) == {"good"}
+    header["bad"] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+    with pytest.raises(IntegrityError, match="malformed"):
+        read_tensors(write_raw(path, header, bytes(24)))
+
+
+@pytest.mark.parametrize("size", [0, 2**63, 2**64 - 1, 10**9])
+def test_a_header_size_beyond_the_file_is_refused_before_it_is_believed(tmp_path, size):
+    path = tmp_path / "t.safetensors"
+    path.write_bytes(size.to_bytes(8, "little") + b"{}" + bytes(100))
+    with pytest.raises(IntegrityError, match="not a safetensors file"):
+        read_tensors(path)
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path):
+    with pytest.raises(IntegrityError, match="missing"):
+        read_tensors(tmp_path / "t.safetensors")
+    with pytest.raises(StoreError, match=str(tmp_path)):
+        read_tensors(tmp_path)
+
+
+def test_a_pickle_is_refused_and_not_run(tmp_path):
+    class Canary:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.save(Canary(), tmp_path / "t.safetensors")
+    with pytest.raises(IntegrityError):
+        read_tensors(tmp_path / "t.safetensors")
+    assert not (tmp_path / "ran").exists()
+
+
+# Writing
+
+
+def test_write_atomic_replaces(tmp_path):
+    path = tmp_path / "deep" / "f.json"
+    write_atomic(path, b"old")
+    write_atomic(path, b"new")
+    assert contents(tmp_path) == {"deep": None, "deep/f.json": b"new"}
+
+
+def test_write_atomic_gives_the_permissions_of_a_plain_file(tmp_path):
+    write_atomic(tmp_path / "a", b"x")
+    (tmp_path / "b").write_bytes(b"x")
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == stat.S_IMODE((tmp_path / "b").stat().st_mode)
+
+
+def break_call(monkeypatch, name: str, error: BaseException) -> None:
+    def broken(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(os, name, broken)
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace", "chmod"])
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "input/output error"), KeyboardInterrupt()], ids=repr)
+def test_a_failing_write_leaves_the_old_file_alone(tmp_path, monkeypatch, call, error):
+    write_atomic(tmp_path / "f", b"old")
+    with monkeypatch.context() as patch:
+        break_call(patch, call, error)
+        with pytest.raises(type(error)):
+            write_atomic(tmp_path / "f", b"new")
+    assert contents(tmp_path) == {"f": b"old"}
+
+
+def test_write_atomic_never_shows_a_part(tmp_path, monkeypatch):
+    """Whenever the operating system is asked for something, the file holds the old bytes or the new ones."""
+    path, seen = tmp_path / "f", set()
+    write_atomic(path, b"old")
+    for call in ("fsync", "replace", "chmod"):
+        original = getattr(os, call)
+
+        def watched(*args, original=original):
+            seen.add(path.read_bytes())
+            result = original(*args)
+            seen.add(path.read_bytes())
+            return result
+
+        monkeypatch.setattr(os, call, watched)
+    os.link(path, tmp_path / "old")
+    write_atomic(path, b"new" * 1000)
+    assert seen == {b"old", b"new" * 1000}
+    assert (tmp_path / "old").read_bytes() == b"old"  # the old file was not written to
+
+
+def test_write_atomic_on_a_full_disk_says_how_much_was_asked_for(tmp_path):
+    write_atomic(tmp_path / "f", b"old")
+    with largest_file(1000), pytest.raises(StoreError, match="no room to write 5,000 bytes"):
+        write_atomic(tmp_path / "f", bytes(5000))
+    assert contents(tmp_path) == {"f": b"old"}
+
+
+def test_write_tensors_on_a_full_disk_says_how_much_was_asked_for(tmp_path):
+    with largest_file(10_000), pytest.raises(StoreError, match="no room to write 400,000 bytes") as caught:
+        write_tensors(tmp_path / "t.safetensors", {"w": torch.zeros(100_000)})
+    assert "free" in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_every_kind_of_full_disk_is_told_apart_from_other_errors(tmp_path, number):
+    with pytest.raises(StoreError, match=r"1,234 bytes .* nothing was changed"):
+        raise_if_full(OSError(number, "full"), tmp_path / "f", 1234)
+    raise_if_full(OSError(errno.EIO, "broken"), tmp_path / "f", 1234)
+    raise_if_full(ValueError("other"), tmp_path / "f", 1234)
+
+
+# Folders
+
+
+def make_folder(final: Path, scratch: Path) -> None:
+    with new_folder(final, scratch, "m.json") as folder:
+        (folder / "data").write_bytes(b"data")
+        assert not final.exists()
+        (folder / "m.json").write_bytes(b"{}")
+
+
+def test_new_folder_appears_complete(tmp_path):
+    make_folder(tmp_path / "deep" / "final", tmp_path / "scratch")
+    assert contents(tmp_path) == {
+        "deep": None,
+        "deep/final": None,
+        "deep/final/data": b"data",
+        "deep/final/m.json": b"{}",
+        "scratch": None,
+    }
+
+
+def test_new_folder_can_be_read_by_those_who_can_read_a_plain_folder(tmp_path):
+    (tmp_path / "plain").mkdir()
+    make_folder(tmp_path / "final", tmp_path / "scratch")
+    wanted = stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+    assert oct(stat.S_IMODE((tmp_path / "final").stat().st_mode)) == oct(wanted)
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), SystemExit(1)], ids=repr)
+def test_new_folder_leaves_nothing_after_an_exception(tmp_path, error):
+    def fail() -> None:
+        with new_folder(tmp_path / "final", tmp_path / "scratch", "m.json") as folder:
+            (folder / "m.json").write_bytes(b"{}")
+            raise error
+
+    with pytest.raises(type(error)):
+        fail()
+    assert contents(tmp_path) == {"scratch": None}
+
+
+@pytest.mark.parametrize("call", ["fsync", "rename"])
+def test_new_folder_leaves_nothing_when_the_disk_fails(tmp_path, monkeypatch, call):
+    break_call(monkeypatch, call, OSError(errno.EIO, "input/output error"))
+    with pytest.raises(OSError, match="input/output"):
+        make_folder(tmp_path / "final", tmp_path / "scratch")
+    assert contents(tmp_path) == {"scratch": None}
+
+
+def test_new_folder_without_its_manifest_does_not_appear(tmp_path):
+    with pytest.raises(AssertionError), new_folder(tmp_path / "final", tmp_path / "scratch", "m.json") as folder:
+        (folder / "data").write_bytes(b"data")
+    assert contents(tmp_path) == {"scratch": None}
+
+
+def test_new_folder_does_not_replace_another(tmp_path):
+    make_folder(tmp_path / "final", tmp_path / "scratch")
+    before = contents(tmp_path)
+    with (
+        pytest.raises(StoreError, match="exists already"),
+        new_folder(tmp_path / "final", tmp_path / "scratch", "m.json") as folder,
+    ):
+        (folder / "m.json").write_bytes(b"other")
+    assert contents(tmp_path) == before
+
+
+def test_new_folder_on_a_full_disk(tmp_path):
+    with (
+        largest_file(1000),
+        pytest.raises(StoreError, match="no room"),
+        new_folder(tmp_path / "final", tmp_path / "scratch", "m.json") as folder,
+    ):
+        (folder / "m.json").write_bytes(bytes(5000))
+    assert contents(tmp_path) == {"scratch": None}
+
+
+def test_all_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Every file and the folder are synced before the rename, and the folder that holds the new name after it."""
+    events: list[tuple[str, object]] = []
+    fsync, rename = os.fsync, os.rename
+
+    def watched_fsync(handle):
+        events.append(("sync", os.fstat(handle).st_ino))
+        fsync(handle)
+
+    def watched_rename(source, target):
+        inodes = {p.stat().st_ino for p in [Path(source), *Path(source).iterdir()]}
+        rename(source, target)
+        events.append(("rename", inodes))
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "rename", watched_rename)
+    make_folder(tmp_path / "deep" / "final", tmp_path / "scratch")
+    (at,) = [i for i, (kind, _) in enumerate(events) if kind == "rename"]
+    assert len(events[at][1]) == 3
+    assert events[at][1] <= {inode for _, inode in events[:at]}
+    assert ("sync", (tmp_path / "deep").stat().st_ino) in events[at + 1 :]
+
+
+def test_remove_folder_leaves_nothing(tmp_path):
+    make_folder(tmp_path / "final", tmp_path / "scratch")
+    remove_folder(tmp_path / "final", tmp_path / "scratch")
+    assert contents(tmp_path) == {"scratch": None}
+
+
+def test_clear_scratch_takes_what_dead_processes_left_and_nothing_else(tmp_path):
+    # A process id that no living process has: that of one that has ended and was waited for.
+    ended = multiprocessing.get_context("spawn").Process(target=int)
+    ended.start()
+    ended.join()
+    for name in (f"{ended.pid}-abc", f"{os.getpid()}-abc", "1-abc", "notes"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "f").write_bytes(b"x")
+    clear_scratch(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([f"{os.getpid()}-abc", "1-abc", "notes"])
+    clear_scratch(tmp_path / "absent")
+
+
+# Locks
+
+
+def test_a_lock_is_held_by_one(tmp_path):
+    path = tmp_path / "deep" / "lock"
+    with locked(path) as first, locked(path, wait=False) as second:
+        assert (first, second) == (True, False)
+    with locked(path, wait=False) as third:
+        assert third
+
+
+def test_a_lock_waits_for_its_holder(tmp_path):
+    order, held = [], threading.Event()
+
+    def hold() -> None:
+        with locked(tmp_path / "lock"):
+            held.set()
+            threading.Event().wait(0.2)
+            order.append("holder done")
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert held.wait(10)
+    with locked(tmp_path / "lock"):
+        order.append("waiter")
+    holder.join()
+    assert order == ["holder done", "waiter"]
+
+
+def test_a_lock_is_free_after_an_exception(tmp_path):
+    with pytest.raises(ValueError, match="x"), locked(tmp_path / "lock"):
+        raise ValueError("x")
+    with locked(tmp_path / "lock", wait=False) as mine:
+        assert mine
+
+
+def hold_and_die(path: Path) -> None:
+    with locked(path):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_lock_dies_with_its_process(tmp_path):
+    process = multiprocessing.get_context("spawn").Process(target=hold_and_die, args=(tmp_path / "lock",))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert (tmp_path / "lock").exists()
+    with locked(tmp_path / "lock", wait=False) as mine:
+        assert mine
+
+
+# Hashes that are remembered
+
+
+@pytest.fixture
+def counted(monkeypatch) -> list[Path]:
+    """Files that were hashed in full."""
+    read: list[Path] = []
+
+    def counting(path: Path) -> str:
+        read.append(path)
+        return sha256_file(path)
+
+    monkeypatch.setattr(files, "sha256_file", counting)
+    return read
+
+
+def test_hash_memo_reads_an_unchanged_file_once(tmp_path, counted):
+    path = tmp_path / "weights"
+    path.write_bytes(b"one")
+    digest = hashlib.sha256(b"one").hexdigest()
+    memo = HashMemo(tmp_path / "memo.json")
+    assert [memo.sha256(path), memo.sha256(path)] == [digest, digest]
+    assert HashMemo(tmp_path / "memo.json").sha256(path) == digest
+    assert counted == [path]
+
+
+def test_hash_memo_notices_a_changed_file(tmp_path, counted):
+    path = tmp_path / "weights"
+    memo = HashMemo(tmp_path / "memo.json")
+    path.write_bytes(b"one")
+    memo.sha256(path)
+
+    path.write_bytes(b"two")  # of the same size, in place
+    os.utime(path, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns + 1))
+    assert memo.sha256(path) == hashlib.sha256(b"two").hexdigest()
+
+    stamp = path.stat()
+    (tmp_path / "other").write_bytes(b"six")  # of the same size and time, another file
+    os.utime(tmp_path / "other", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    (tmp_path / "other").rename(path)
+    assert HashMemo(tmp_path / "memo.json").sha256(path) == hashlib.sha256(b"six").hexdigest()
+
+    path.write_bytes(b"three")
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # of the same time, another size
+    assert HashMemo(tmp_path / "memo.json").sha256(path) == hashlib.sha256(b"three").hexdigest()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "3", "{}"])
+def test_hash_memo_survives_a_spoilt_memory(tmp_path, content):
+    (tmp_path / "memo.json").write_text(content)
+    (tmp_path / "weights").write_bytes(b"one")
+    digest = hashlib.sha256(b"one").hexdigest()
+    assert HashMemo(tmp_path / "memo.json").sha256(tmp_path / "weights") == digest
+
+
+def test_hash_memo_survives_a_spoilt_entry(tmp_path):
+    path = tmp_path / "weights"
+    path.write_bytes(b"one")
+    digest = HashMemo(tmp_path / "memo.json").sha256(path)
+    good = json.loads((tmp_path / "memo.json").read_text())
+    for entry in ([], None, "x", next(iter(good.values()))[:3]):
+        (tmp_path / "memo.json").write_text(json.dumps(dict.fromkeys(good, entry)))
+        assert HashMemo(tmp_path / "memo.json").sha256(path) == digest
+
+
+def test_hash_memo_works_where_nothing_can_be_written(tmp_path):
+    (tmp_path / "weights").write_bytes(b"one")
+    (tmp_path / "file").write_bytes(b"")
+    memo = HashMemo(tmp_path / "file" / "memo.json")
+    assert memo.sha256(tmp_path / "weights") == hashlib.sha256(b"one").hexdigest()

@@ -1,0 +1,649 @@
+"""Learn: new text is learned, nothing else changes, and a run that was stopped ends with the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from growlm.errors import BaseModelError, ConfigError, DataError, Interrupted, StoreError
+from growlm.modules import ModuleSet
+from growlm.modules.base import Base
+from growlm.modules.scoring import num_labels, passage_losses
+from growlm.router import base_states, load_router, names_of
+from growlm.store import Store
+from growlm.training import loop
+from growlm.training.config import LearnConfig
+from growlm.training.learn import LearnResult, learn
+from tiny import TEXT, random_ids, save_base
+
+ROOMS = ["kitchen", "cellar", "attic", "garage", "garden", "hall"]
+IDS = random_ids(2, 9)
+
+
+def lease(number: int) -> str:
+    room, day = ROOMS[number % 6], number % 28 + 1
+    return f"The tenant of {room} {number} pays {number * 7 % 90} crowns on day {day}."
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def config(**changes: Any) -> LearnConfig:
+    return LearnConfig(**{"sequence_length": 16, "batch_size": 4, "num_layers": 1, "precision": "float32", **changes})
+
+
+def run(store: Store, name: str = "law", *, source: Path | None = None, update: bool = False, **changes: Any):
+    source = source or store.path.parent / "leases.jsonl"
+    return learn(store, name, [source], config(**changes), update=update, progress=False)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Faster for models this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A base with general text beside it, text to learn, and an empty store that knows the general text."""
+    home = tmp_path_factory.mktemp("made")
+    save_base(home / "base")
+    write_jsonl(home / "base" / "heldout.jsonl", [f"{text} {n}" for n in range(12) for text in TEXT])
+    write_jsonl(home / "leases.jsonl", [lease(n) for n in range(80)])
+    write_jsonl(home / "drugs.jsonl", [f"Drug {n} inhibits enzyme {n * 5 % 31} and reduces fever." for n in range(80)])
+    Store.create(home / "store", home / "base")
+    return home
+
+
+@pytest.fixture
+def home(made, tmp_path) -> Path:
+    return shutil.copytree(made, tmp_path / "home")
+
+
+@pytest.fixture
+def store(home) -> Store:
+    return Store.open(home / "store")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def weights_of(store: Store, name: str = "law", version: int = 1) -> bytes:
+    return (store.path / "modules" / name / str(version) / "module.safetensors").read_bytes()
+
+
+def assert_nothing_left(store: Store) -> None:
+    """Locks aside, which have a test of their own."""
+    left = [*(store.path / "work").glob("*"), *(store.path / "scratch").glob("*")]
+    assert [p.name for p in left if not (p.suffix == ".lock" and p.stat().st_size == 0)] == []
+
+
+@contextmanager
+def at_step(wanted: int, action: Callable[[], object]) -> Iterator[None]:
+    """Does something when a step of training begins, once."""
+    done = []
+    original = loop.rate_at
+
+    def watched(step: int, *arguments: Any) -> float:
+        if step == wanted and not done:
+            done.append(step)
+            action()
+        return original(step, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "rate_at", watched)
+        yield
+    assert done
+
+
+def interrupt() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+# What is learned
+
+
+def test_learning_lowers_the_loss_of_text_it_never_saw(home, store):
+    result = run(store, epochs=4)
+    base = store.load_base()
+    tokenizer = store.load_tokenizer()
+    unseen = [tokenizer(lease(n))["input_ids"] for n in range(1000, 1030)]
+    module = store.load("law", base)
+    before, after = (
+        float(passage_losses(modules, unseen).sum()) / num_labels(unseen)
+        for modules in (ModuleSet(base), ModuleSet(base, [module]))
+    )
+    assert after < 0.7 * before
+    assert result.loss_after < 0.7 * result.loss_before
+    assert result.loss_before == pytest.approx(before, rel=0.1)
+    assert result.loss_after == pytest.approx(after, rel=0.3)
+
+
+def test_the_result_and_the_manifest_say_the_same(home, store):
+    result = run(store, epochs=2, seed=3)
+    assert isinstance(result, LearnResult)
+    manifest = Store.open(store.path).module("law").manifest
+    training = manifest.training
+    assert (result.name, result.version) == (manifest.name, manifest.version) == ("law", 1)
+    assert training["loss_before"] == result.loss_before
+    assert training["loss_after"] == result.loss_after
+    assert training["tokens"] == result.tokens
+    assert training["seconds"] == result.seconds > 0
+    assert result.tokens_per_second == pytest.approx(result.tokens / result.seconds)
+    assert training["documents"] == 80
+    assert training["seed"] == 3
+    assert training["settings"] == config(epochs=2, seed=3).to_json()
+    (source,) = training["sources"]
+    content = (home / "leases.jsonl").read_bytes()
+    assert (source["path"], source["bytes"], source["documents"]) == (str(home / "leases.jsonl"), len(content), 80)
+    assert source["sha256"] == hashlib.sha256(content).hexdigest()
+    assert json.loads(json.dumps(result.to_json()))["name"] == "law"
+    loaded = store.load("law", store.load_base())
+    assert manifest.parameters == loaded.num_parameters()
+    assert manifest.bytes == loaded.num_bytes()
+
+
+def test_losses_are_those_of_the_module_as_it_was_saved(home):
+    store = Store.create(home / "half", home / "base", dtype="bfloat16")
+    result = run(store)
+    base = store.load_base()
+    tensors = load_file(store.module("law").folder / "module.safetensors")
+    assert {t.dtype for t in tensors.values()} == {torch.bfloat16, torch.int64}
+    tokenizer = store.load_tokenizer()
+    texts = [tokenizer(lease(n))["input_ids"][:16] for n in range(80)]
+    losses = [
+        float(passage_losses(modules, texts).sum()) / num_labels(texts)
+        for modules in (ModuleSet(base), ModuleSet(base, [store.load("law", base)]))
+    ]
+    assert result.loss_before == pytest.approx(losses[0], rel=0.1)
+    assert result.loss_after == pytest.approx(losses[1], rel=0.3)
+    assert losses[1] < losses[0]
+
+
+def test_a_family_of_another_shape_learns(home):
+    """gemma2: norms behind the projections, scaled embeddings, capped logits, sliding windows."""
+    save_base(home / "gemma2", "gemma2")
+    result = run(Store.create(home / "other", home / "gemma2"))
+    assert result.loss_after < 0.95 * result.loss_before
+
+
+@pytest.mark.parametrize(
+    ("changes", "fork", "rows"),
+    [
+        ({"vocabulary": "none"}, 3, set()),
+        ({"vocabulary": "head"}, 3, {"head"}),
+        ({"vocabulary": "both"}, 0, {"head", "input"}),
+        ({"placement": "interleaved", "num_layers": 2, "vocabulary": "none"}, 2, set()),
+        ({"placement": "interleaved", "num_layers": 3}, 2, {"head"}),
+        ({"precision": "bfloat16", "vocabulary": "both"}, 0, {"head", "input"}),
+        ({"precision": "auto"}, 3, {"head"}),
+    ],
+    ids=str,
+)
+def test_every_shape_of_module_learns(store, changes, fork, rows):
+    result = run(store, **changes)
+    assert result.loss_after < 0.95 * result.loss_before
+    module = store.load("law", store.load_base())
+    assert module.fork == fork
+    assert len(module.layers) == changes.get("num_layers", 1)
+    assert {name for name in ("head", "input") if getattr(module.rows, name) is not None} == rows
+    assert_nothing_left(store)
+
+
+def test_rows_are_for_tokens_that_the_text_uses_and_no_more_than_allowed(store):
+    run(store, max_rows=10)
+    ids = store.load("law", store.load_base()).rows.head.ids.tolist()
+    tokenizer = store.load_tokenizer()
+    used = {i for n in range(80) for i in tokenizer(lease(n))["input_ids"]} | {tokenizer.eos_token_id}
+    assert len(ids) == 10
+    assert set(ids) <= used
+
+
+def test_the_number_of_tokens_bounds_the_run(store):
+    per_step = 4 * 16
+    assert run(store, tokens=5 * per_step).tokens == 5 * per_step
+    assert run(store, tokens=300, update=True).tokens == pytest.approx(300, abs=per_step)
+    once = run(store, update=True).tokens
+    assert run(store, epochs=3, update=True).tokens == 3 * once
+    assert once < run(store, tokens=f"{2 * once}", update=True).tokens <= 2 * once + per_step
+
+
+def test_the_router_knows_what_was_learned(home, store):
+    run(store, "law")
+    run(store, "med", source=home / "drugs.jsonl")
+    base, tokenizer = store.load_base(), store.load_tokenizer()
+    router = load_router(store)
+    assert router.names == ["law", "med"]
+    for name, text in (("law", lease(777)), ("med", "Drug 500 inhibits enzyme 9 and reduces fever.")):
+        answers = names_of(router.route(*base_states(base, [tokenizer(text)["input_ids"]])))
+        assert answers == [name]
+    assert store.verify() == []
+
+
+# Guarantee 1: isolation
+
+
+def test_base_and_earlier_modules_keep_their_bytes_and_outputs(home, store):
+    run(store, "law")
+    before = contents(home / "base"), contents(store.path / "modules" / "law"), (store.path / "store.json").read_bytes()
+    base = store.load_base()
+    outputs = [ModuleSet(base, m).logits(IDS) for m in ([], [store.load("law", base)])]
+    run(store, "med", source=home / "drugs.jsonl", vocabulary="both", num_layers=2)
+    run(store, "med", source=home / "drugs.jsonl", update=True)
+    assert before == (
+        contents(home / "base"),
+        contents(store.path / "modules" / "law"),
+        (store.path / "store.json").read_bytes(),
+    )
+    base = store.load_base()
+    again = [ModuleSet(base, m).logits(IDS) for m in ([], [store.load("law", base)])]
+    assert all(torch.equal(a, b) for a, b in zip(outputs, again, strict=True))
+
+
+def test_what_was_learned_before_does_not_change_what_is_learned(home, store):
+    run(store, "law")
+    other = Store.create(home / "other", home / "base")
+    run(other, "med", source=home / "drugs.jsonl")
+    run(other, "law")
+    assert contents(store.path / "modules" / "law" / "1")["module.safetensors"] == weights_of(other)
+    assert (
+        contents(store.path / "modules" / "law" / "1")["router.safetensors"]
+        == (contents(other.path / "modules" / "law" / "1")["router.safetensors"])
+    )
+
+
+# Guarantee 10: the same run gives the same module
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_same_seed_gives_the_same_bytes(home, store, precision):
+    other = Store.create(home / "other", home / "base")
+    run(store, precision=precision)
+    torch.rand(1000)  # whatever this process has drawn before
+    run(other, precision=precision)
+    assert weights_of(store) == weights_of(other)
+    run(other, precision=precision, seed=1, update=True)
+    assert weights_of(other, version=2) != weights_of(store)
+
+
+@pytest.mark.parametrize(("precision", "limit"), [("float32", 0), ("float32", "4kB"), ("bfloat16", 0)])
+def test_the_feature_cache_changes_the_speed_and_not_the_result(home, store, precision, limit):
+    other = Store.create(home / "other", home / "base")
+    run(store, epochs=2, feature_cache="1GB", precision=precision)
+    run(other, epochs=2, feature_cache=limit, precision=precision)
+    assert weights_of(store) == weights_of(other)
+
+
+RUNS = {
+    "one epoch": {},
+    "two epochs": {"epochs": 2},
+    "bfloat16": {"epochs": 2, "precision": "bfloat16"},
+    "interleaved": {"epochs": 2, "placement": "interleaved", "num_layers": 2, "vocabulary": "both"},
+}
+
+
+def num_steps(store: Store, changes: dict) -> int:
+    steps: list[int] = []
+    with at_step(0, lambda: None), pytest.MonkeyPatch.context() as patch:
+        original = loop.rate_at
+
+        def counting(step: int, total: int, *rest: Any) -> float:
+            steps.append(total)
+            return original(step, total, *rest)
+
+        patch.setattr(loop, "rate_at", counting)
+        run(store, **changes)
+    return steps[0]
+
+
+@pytest.mark.parametrize("name", list(RUNS))
+def test_an_interrupted_run_goes_on_to_the_same_bytes(home, store, name):
+    changes = RUNS[name]
+    steps = num_steps(store, changes)
+    other = Store.create(home / "other", home / "base")
+    for at in (3, steps // 2 + 1, steps - 2):  # stopped again and again, in every epoch
+        with at_step(at, interrupt), pytest.raises(Interrupted, match=f"stopped after step {at + 1} of {steps}"):
+            run(other, **changes)
+        assert other.modules == {}
+        assert other.verify() == []
+    begun = []
+    with at_step(steps - 1, lambda: begun.append(True)):
+        run(other, **changes)
+    assert weights_of(other) == weights_of(store)
+    assert_nothing_left(other)
+
+
+def test_a_run_that_goes_on_does_not_begin_anew(store):
+    with at_step(9, interrupt), pytest.raises(Interrupted):
+        run(store)
+    first: list[int] = []
+    original = loop.rate_at
+
+    def watched(step: int, *arguments: Any) -> float:
+        first.append(step)
+        return original(step, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "rate_at", watched)
+        run(store)
+    assert first[0] == 10
+
+
+def test_a_finished_run_leaves_no_lock(store):
+    run(store)
+    run(store, update=True)
+    assert [p.name for p in (store.path / "work").glob("*")] == []
+
+
+def test_restart_begins_anew_and_ends_the_same(home, store):
+    with at_step(9, interrupt), pytest.raises(Interrupted):
+        run(store)
+    with at_step(0, lambda: None):
+        learn(store, "law", [home / "leases.jsonl"], config(), restart=True, progress=False)
+    other = Store.create(home / "other", home / "base")
+    run(other)
+    assert weights_of(store) == weights_of(other)
+    assert_nothing_left(store)
+
+
+def test_other_settings_or_data_do_not_go_on_with_a_stopped_run(home, store):
+    with at_step(9, interrupt), pytest.raises(Interrupted):
+        run(store)
+    with at_step(0, lambda: None):
+        run(store, "other")
+    with at_step(0, lambda: None):
+        run(store, learning_rate=1e-4)
+    write_jsonl(home / "leases.jsonl", [lease(n) for n in range(81)])
+    with at_step(0, lambda: None):
+        run(store, update=True)
+
+
+def test_features_do_not_depend_on_the_batch_that_they_were_computed_in(home, store, monkeypatch):
+    """Matrix libraries round a row differently in batches of different sizes, here so much that it cannot be missed.
+
+    After a stop the features of early rows are computed again, in the batches of another epoch.
+    """
+    original = Base.run
+
+    def rounded(self: Base, hidden: Tensor, *arguments: Any) -> Tensor:
+        return original(self, hidden, *arguments) * (1 + len(hidden) / 64)
+
+    monkeypatch.setattr(Base, "run", rounded)
+    changes = {"epochs": 2, "batch_size": 5}
+    steps = num_steps(store, changes)
+    other = Store.create(home / "other", home / "base")
+    for at in (steps // 4, steps * 2 // 3):
+        with at_step(at, interrupt), pytest.raises(Interrupted):
+            run(other, **changes)
+    run(other, **changes)
+    assert weights_of(other) == weights_of(store)
+
+
+# Processes: killed, and several at once. A helper, fresh and with one thread, forks a child for each.
+
+KILLS = [("one epoch", 1), ("two epochs", 15), ("two epochs", 45)]
+
+
+def forked(action: Callable[[], object]) -> int:
+    """Starts an action in a child process; returns the child's id."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            action()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    return pid
+
+
+def exit_code(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def kill_in_its_course(home: Path, number: int) -> None:
+    """A run that is killed in its course, and then goes on and is finished, in the store `home/kill-<number>`."""
+    name, at = KILLS[number]
+    store = Store.create(home / f"kill-{number}", home / "base")
+
+    def until_killed() -> None:
+        with at_step(at, lambda: os.kill(os.getpid(), signal.SIGKILL)):
+            run(store, checkpoint_seconds=0.0, **RUNS[name])
+
+    assert exit_code(forked(until_killed)) == -signal.SIGKILL
+    assert Store.open(store.path).modules == {}
+    first = []
+    with at_step(at, lambda: first.append(at)):
+        run(store, **RUNS[name])
+
+
+def interrupt_from_outside(home: Path) -> None:
+    """Ctrl-C as a terminal sends it, to a process that is in the middle of training."""
+
+    def until_interrupted() -> None:
+        try:
+            with at_step(4, (home / "begun").touch):
+                run(Store.create(home / "stopped", home / "base"), epochs=1000)
+        except Interrupted:
+            os._exit(7)
+
+    pid = forked(until_interrupted)
+    while not (home / "begun").exists():
+        assert os.waitpid(pid, os.WNOHANG) == (0, 0)
+    os.kill(pid, signal.SIGINT)
+    assert exit_code(pid) == 7
+
+
+def many_processes(home: Path) -> None:
+    torch.set_num_threads(1)
+    children = {f"kill {n}": forked(lambda n=n: kill_in_its_course(home, n)) for n in range(len(KILLS))}
+    children["ctrl-c"] = forked(lambda: interrupt_from_outside(home))
+    codes = {name: exit_code(pid) for name, pid in children.items()}
+    # Three names at once, on a store that has never learned anything.
+    store = Store.open(home / "store")
+    children = {name: forked(lambda name=name: run(store, name)) for name in ("law", "lease", "rent")}
+    codes |= {name: exit_code(pid) for name, pid in children.items()}
+    (home / "codes.json").write_text(json.dumps(codes))
+
+
+@pytest.fixture(scope="module")
+def processes(made, tmp_path_factory) -> Path:
+    home = shutil.copytree(made, tmp_path_factory.mktemp("processes") / "home")
+    helper = multiprocessing.get_context("spawn").Process(target=many_processes, args=(home,))
+    helper.start()
+    helper.join(120)
+    assert helper.exitcode == 0
+    return home
+
+
+def code_of(processes: Path, name: str) -> int:
+    return json.loads((processes / "codes.json").read_text())[name]
+
+
+@pytest.mark.parametrize("number", range(len(KILLS)), ids=str)
+def test_a_killed_run_goes_on_to_the_same_bytes(home, store, processes, number):
+    assert code_of(processes, f"kill {number}") == 0
+    resumed = Store.open(processes / f"kill-{number}")
+    run(store, **RUNS[KILLS[number][0]])
+    assert weights_of(resumed) == weights_of(store)
+    assert resumed.verify() == []
+    assert_nothing_left(resumed)
+
+
+def test_learning_several_names_at_once_all_succeed(processes):
+    assert [code_of(processes, name) for name in ("law", "lease", "rent")] == [0, 0, 0]
+    store = Store.open(processes / "store")
+    assert list(store.modules) == ["law", "lease", "rent"]
+    assert weights_of(store, "law") == weights_of(store, "rent")
+    assert load_router(store).names == ["law", "lease", "rent"]
+    assert store.verify() == []
+    assert_nothing_left(store)
+
+
+def test_ctrl_c_stops_after_a_step(processes):
+    assert code_of(processes, "ctrl-c") == 0
+    store = Store.open(processes / "stopped")
+    assert store.modules == {}
+    assert store.verify() == []
+
+
+# Refusals
+
+
+def test_the_same_run_twice_at_once_is_refused(store):
+    refused = []
+
+    def again() -> None:
+        with pytest.raises(StoreError, match="running already") as caught:
+            run(store)
+        refused.append(str(caught.value))
+
+    with at_step(3, again):
+        run(store)
+    assert "law" in refused[0]
+    assert store.module("law").version == 1
+    assert_nothing_left(store)
+
+
+def test_a_taken_name_wants_update(store):
+    run(store)
+    before = contents(store.path / "modules")
+    with pytest.raises(StoreError, match=r"module 'law' exists \(version 1\); use --update"):
+        run(store)
+    assert contents(store.path / "modules") == before
+    assert run(store, update=True, seed=1).version == 2
+    assert store.module("law").version == 2
+    assert load_router(store).names == ["law"]
+    assert run(store, "new", update=True).version == 1
+
+
+def test_a_name_that_is_taken_while_it_is_learned_is_not_replaced_unasked(home, store):
+    """Two runs of one name, with different settings: the second to finish was not told to update."""
+    with at_step(3, lambda: run(store, seed=1)), pytest.raises(StoreError, match="exists"):
+        run(store)
+    assert store.module("law").version == 1
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "A"])
+def test_bad_names_are_refused_before_any_work(store, name):
+    with pytest.raises(StoreError, match="not allowed"):
+        learn(store, name, ["no such file"], config())
+
+
+def refused(error: type[Exception], store: Store, source: Path | None = None, **changes: Any) -> str:
+    before = contents(store.path / "modules")
+    with pytest.raises(error) as caught:
+        run(store, source=source, **changes)
+    assert "\n" not in str(caught.value)
+    assert contents(store.path / "modules") == before
+    assert_nothing_left(store)
+    return str(caught.value)
+
+
+def test_bad_data_is_refused(home, store):
+    assert "no such file" in refused(DataError, store, home / "absent.txt")
+    (home / "empty.txt").write_text(" \n")
+    refused(DataError, store, home / "empty.txt")
+    (home / "short.txt").write_text("Three words only.")
+    refused(DataError, store, home / "short.txt")
+    (home / "bad.jsonl").write_text('{"text": "fine"}\n{"text": 3}\n')
+    assert "bad.jsonl:2" in refused(DataError, store, home / "bad.jsonl")
+    assert "'body'" in refused(DataError, store, text_key="body")
+    assert "smaller --sequence-length" in refused(DataError, store, sequence_length=100_000)
+
+
+def test_bad_settings_are_refused(store):
+    for changes in (
+        {"kind": "bricks"},
+        {"num_layers": 0},
+        {"placement": "bottom"},
+        {"vocabulary": "all"},
+        {"precision": "int8"},
+        {"tokens": "many"},
+        {"tokens": 3},
+        {"batch_size": 0},
+        {"epochs": 0},
+        {"sequence_length": 1},
+        {"learning_rate": 0.0},
+        {"learning_rate": 2.0},
+        {"warmup": 1.0},
+        {"feature_cache": "big"},
+        {"max_rows": 0},
+        {"router_samples": 0},
+    ):
+        refused(ConfigError, store, **changes)
+
+
+def test_sequences_longer_than_learned_positions_are_refused(home):
+    save_base(home / "gpt2", "gpt2", n_positions=32)
+    store = Store.create(home / "other", home / "gpt2")
+    assert "32 positions" in refused(ConfigError, store, sequence_length=33)
+
+
+def test_sequences_as_long_as_learned_positions_are_learned(home):
+    save_base(home / "gpt2", "gpt2", n_positions=32)
+    result = run(Store.create(home / "other", home / "gpt2"), sequence_length=32)
+    assert result.loss_after < result.loss_before
+
+
+def test_a_changed_base_is_refused(home, store):
+    path = home / "base" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    refused(BaseModelError, store)
+
+
+def test_general_text_that_is_too_little_is_refused(home):
+    write_jsonl(home / "base" / "heldout.jsonl", ["One line."])
+    refused(DataError, Store.create(home / "other", home / "base"))
+
+
+def test_a_base_without_general_text_writes_its_own(home):
+    (home / "base" / "heldout.jsonl").unlink()
+    store = Store.create(home / "other", home / "base")
+    run(store)
+    assert load_router(store).names == ["law"]
+
+
+def test_progress_is_a_bar_on_stderr_and_nothing_on_stdout(home, store, capfd):
+    learn(store, "law", [home / "leases.jsonl"], config(), progress=True)
+    shown = capfd.readouterr()
+    assert shown.out == ""
+    assert "80 documents" in shown.err
+    learn(store, "law", [home / "leases.jsonl"], config(seed=1), update=True, progress=False)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_full_disk_stops_the_run_with_the_number_of_bytes(home, store):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(StoreError, match=r"no room to write [\d,]{5,} bytes"):
+            run(store)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert store.modules == {}
+    assert store.verify() == []
+    assert run(store).version == 1

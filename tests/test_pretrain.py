@@ -1,0 +1,417 @@
+"""Pretrain: text in, an ordinary checkpoint out; complete or absent, and the same bytes whether stopped or not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from growlm.errors import BaseModelError, ConfigError, DataError, Interrupted, StoreError
+from growlm.modules import ModuleSet
+from growlm.modules.base import Base
+from growlm.modules.scoring import num_labels, passage_losses
+from growlm.store import Store
+from growlm.training import loop
+from growlm.training.config import LearnConfig, PretrainConfig
+from growlm.training.learn import learn
+from growlm.training.pretrain import default_rate, new_model, pretrain, train_tokenizer
+from tiny import SETTINGS
+
+ANIMALS = ["fox", "dog", "cat", "owl", "hare", "wolf", "crow", "toad"]
+VERBS = ["sees", "follows", "feeds", "hears", "warns"]
+PLACES = ["river", "hill", "barn", "wood", "well", "road"]
+
+
+def story(number: int) -> str:
+    first, second = ANIMALS[number % 8], ANIMALS[number * 5 % 7]
+    return f"The {first} {VERBS[number % 5]} the {second} by the {PLACES[number * 3 % 6]} on day {number}."
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Faster for models this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def write_text(path: Path, count: int = 200) -> Path:
+    path.write_text("".join(json.dumps({"text": story(n)}) + "\n" for n in range(count)))
+    return path
+
+
+def write_config(folder: Path, family: str, **changes: Any) -> Path:
+    AutoConfig.for_model(family, **{**SETTINGS[family], **changes}).save_pretrained(folder)
+    return folder / "config.json"
+
+
+@pytest.fixture
+def home(tmp_path) -> Path:
+    write_text(tmp_path / "text.jsonl")
+    write_config(tmp_path / "llama", "llama")
+    return tmp_path
+
+
+def settings_of(home: Path, **changes: Any) -> PretrainConfig:
+    small = {"sequence_length": 24, "batch_size": 8, "config": str(home / "llama" / "config.json")}
+    return PretrainConfig(**{**small, "precision": "float32", "learning_rate": 5e-3, **changes})
+
+
+def run(home: Path, out: str = "out", *, restart: bool = False, **changes: Any):
+    return pretrain(home / out, [home / "text.jsonl"], settings_of(home, **changes), restart=restart, progress=False)
+
+
+def weights_of(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def assert_only(home: Path, *names: str) -> None:
+    """Nothing but what was there and what was asked for: no scratch, no lock."""
+    assert sorted(p.name for p in home.iterdir()) == sorted(["llama", "text.jsonl", *names])
+
+
+@contextmanager
+def at_step(wanted: int, action: Callable[[], object]) -> Iterator[None]:
+    """Does something when a step of training begins, once."""
+    done = []
+    original = loop.rate_at
+
+    def watched(step: int, *arguments: Any) -> float:
+        if step == wanted and not done:
+            done.append(step)
+            action()
+        return original(step, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "rate_at", watched)
+        yield
+    assert done
+
+
+def interrupt() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+# What comes out
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_the_folder_is_a_checkpoint_that_transformers_loads(home, family):
+    path = write_config(home / family, family)
+    result = run(home, config=str(path))
+    out = home / "out"
+    model, report = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert model.config.model_type == family
+    assert model.config.num_hidden_layers == AutoConfig.from_pretrained(path).num_hidden_layers
+    assert model.config.vocab_size == len(tokenizer) == result.vocab_size
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    assert sum(p.numel() for p in model.parameters()) == result.parameters
+    for text in (story(12345), "  spaces,\ttabs\n\nand ünïcödé: 漢字 🦉 3.14159"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    ids = tokenizer("The fox", return_tensors="pt")["input_ids"]
+    assert model.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, ids.shape[1] + 4)
+    assert_only(home, "out", *({family} - {"llama"}))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_loss_falls_for_text_it_never_saw(home, precision):
+    result = run(home, epochs=6, precision=precision)
+    assert result.loss_after < 0.6 * result.loss_before
+    base = Base(AutoModelForCausalLM.from_pretrained(home / "out", dtype=torch.float32))
+    tokenizer = AutoTokenizer.from_pretrained(home / "out")
+    unseen = [tokenizer(story(n))["input_ids"] for n in range(1000, 1030)]
+    loss = float(passage_losses(ModuleSet(base), unseen).sum()) / num_labels(unseen)
+    assert loss < 0.7 * result.loss_before
+
+
+def test_the_losses_are_of_the_text_that_was_held_out(home):
+    result = run(home)
+    held_out = [json.loads(line)["text"] for line in (home / "out" / "heldout.jsonl").read_text().splitlines()]
+    assert len(held_out) == 16
+    assert set(held_out) <= {story(n) for n in range(200)}
+    base = Base(AutoModelForCausalLM.from_pretrained(home / "out"))
+    tokenizer = AutoTokenizer.from_pretrained(home / "out")
+    ids = [tokenizer(text)["input_ids"] for text in held_out]
+    pieces = [piece[i : i + 24] for piece in ids for i in range(0, len(piece) - 1, 24)]
+    loss = float(passage_losses(ModuleSet(base), pieces).sum()) / num_labels(pieces)
+    assert result.loss_after == pytest.approx(loss, rel=1e-4)
+
+
+def test_the_record_says_what_was_done(home):
+    result = run(home, epochs=2, seed=5)
+    record = json.loads((home / "out" / "pretrain.json").read_text())
+    assert {k: record[k] for k in result.to_json()} == result.to_json()
+    assert record["settings"] == settings_of(home, epochs=2, seed=5).to_json()
+    (source,) = record["sources"]
+    content = (home / "text.jsonl").read_bytes()
+    assert (source["sha256"], source["bytes"]) == (hashlib.sha256(content).hexdigest(), len(content))
+    assert result.tokens == 2 * run(home, "once", seed=5).tokens
+    assert result.tokens_per_second == pytest.approx(result.tokens / result.seconds)
+
+
+def test_the_number_of_tokens_bounds_the_run(home):
+    assert run(home, "a", tokens=3 * 8 * 24).tokens == 3 * 8 * 24
+    assert run(home, "b", tokens="1k").tokens == pytest.approx(1000, abs=8 * 24)
+    once = run(home, "c").tokens
+    assert once < run(home, "d", tokens=2 * once).tokens <= 2 * once + 8 * 24
+
+
+def test_a_preset_is_a_llama_with_its_own_vocabulary(home):
+    result = pretrain(
+        home / "out",
+        [home / "text.jsonl"],
+        PretrainConfig(preset="tiny", vocab_size=300, sequence_length=16, batch_size=4, tokens=128),
+        progress=False,
+    )
+    config = AutoConfig.from_pretrained(home / "out")
+    assert (config.model_type, config.hidden_size, config.num_hidden_layers) == ("llama", 128, 4)
+    assert config.tie_word_embeddings
+    assert config.vocab_size == result.vocab_size == 300
+    assert config.max_position_embeddings >= 2048
+
+
+def test_what_was_pretrained_is_a_base_to_learn_on(home):
+    run(home)
+    store = Store.create(home / "store", home / "out")
+    law = home / "law.jsonl"
+    rules = [f"Rule {n}: no toad shall pass gate {n % 9}." for n in range(80)]
+    law.write_text("".join(json.dumps({"text": rule}) + "\n" for rule in rules))
+    config = LearnConfig(sequence_length=16, batch_size=4, num_layers=1)
+    result = learn(store, "law", [law], config, progress=False)
+    assert result.loss_after < result.loss_before
+    assert store.verify() == []
+
+
+# The parts
+
+
+def test_digits_stay_single_and_every_text_can_be_written():
+    tokenizer = train_tokenizer([story(n) for n in range(200)] + ["2024 2024 2024"] * 50, 400)
+    assert len(tokenizer) <= 400
+    assert [tokenizer.decode([i]) for i in tokenizer("2024")["input_ids"]] == ["2", "0", "2", "4"]
+    assert tokenizer.decode(tokenizer("\x00\x7f\u2028é")["input_ids"]) == "\x00\x7f\u2028é"
+    assert tokenizer.convert_ids_to_tokens(tokenizer.eos_token_id) == "<|endoftext|>"
+    with pytest.raises(ConfigError, match="at least 257"):
+        train_tokenizer(["text"], 256)
+
+
+def test_the_tokenizer_does_not_depend_on_chance():
+    texts = [story(n) for n in range(200)]
+    first, second = (train_tokenizer(texts, 350).backend_tokenizer.to_str() for _ in range(2))
+    assert first == second
+
+
+def test_a_new_model_follows_its_seed_and_writes_small_into_the_residual_stream():
+    config = AutoConfig.for_model("llama", **SETTINGS["llama"])
+    first, again, other = new_model(config, 0), new_model(config, 0), new_model(config, 1)
+    weights = dict(first.named_parameters())
+    assert all(torch.equal(p, weights[name]) for name, p in again.named_parameters())
+    assert not torch.equal(other.lm_head.weight, first.lm_head.weight)
+    for layer in first.model.layers:
+        attention, feed_forward = layer.self_attn, layer.mlp
+        for small, plain in ((attention.o_proj, attention.q_proj), (feed_forward.down_proj, feed_forward.up_proj)):
+            ratio = small.weight.std().item() / plain.weight.std().item()
+            assert ratio == pytest.approx((2 * 3) ** -0.5, rel=0.15)
+
+
+def test_the_default_rate_falls_with_the_width():
+    rates = [default_rate(width) for width in (64, 256, 1024, 4096)]
+    assert rates == sorted(rates, reverse=True)
+    assert 0 < rates[-1] < rates[0] < 0.01
+
+
+# Guarantee 10: the same run gives the same bytes
+
+
+def test_the_same_seed_gives_the_same_bytes(home):
+    run(home, "a")
+    torch.rand(1000)
+    run(home, "b")
+    run(home, "c", seed=1)
+    assert weights_of(home / "a") == weights_of(home / "b")
+    assert weights_of(home / "a") != weights_of(home / "c")
+    assert (home / "a" / "tokenizer.json").read_bytes() == (home / "b" / "tokenizer.json").read_bytes()
+
+
+def steps_of(home: Path, **changes: Any) -> int:
+    found: list[int] = []
+    original = loop.rate_at
+
+    def watched(step: int, total: int, *rest: Any) -> float:
+        found.append(total)
+        return original(step, total, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "rate_at", watched)
+        run(home, "whole", **changes)
+    return found[0]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(home, family, precision):
+    """gpt2 has dropout: the state of the random numbers goes on, too."""
+    changes = {"config": str(write_config(home / family, family)), "epochs": 2, "precision": precision}
+    steps = steps_of(home, **changes)
+    for at in (2, steps // 2, steps - 2):
+        with at_step(at, interrupt), pytest.raises(Interrupted, match=f"stopped after step {at + 1} of {steps}"):
+            run(home, **changes)
+        assert not (home / "out").exists()
+    seen = []
+    with at_step(steps - 1, lambda: seen.append(True)):
+        run(home, **changes)
+    assert weights_of(home / "out") == weights_of(home / "whole")
+    assert_only(home, "out", "whole", *({family} - {"llama"}))
+
+
+def test_dropout_is_on_while_it_trains(home):
+    """Otherwise the test above says nothing of random numbers."""
+    path = write_config(home / "gpt2", "gpt2")
+    run(home, "with", config=str(path))
+    write_config(home / "gpt2", "gpt2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    run(home, "without", config=str(path))
+    left, right = (load_file(home / out / "model.safetensors") for out in ("with", "without"))
+    assert any(not torch.equal(left[k], right[k]) for k in left)
+
+
+def test_restart_begins_anew(home):
+    with at_step(5, interrupt), pytest.raises(Interrupted):
+        run(home)
+    with at_step(0, lambda: None):
+        run(home, restart=True)
+    run(home, "other")
+    assert weights_of(home / "out") == weights_of(home / "other")
+    assert_only(home, "out", "other")
+
+
+def test_other_settings_do_not_go_on_with_a_stopped_run(home):
+    with at_step(5, interrupt), pytest.raises(Interrupted):
+        run(home)
+    with at_step(0, lambda: None):
+        run(home, seed=1)
+
+
+KILLS = [3, 11]
+
+
+def killed_and_resumed(home: Path) -> None:
+    """Runs in a fresh process, which forks a child for each run: killed in its course, then finished."""
+    torch.set_num_threads(1)
+
+    def forked(action: Callable[[], object]) -> int:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                action()
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    for at in KILLS:
+
+        def until_killed(at: int = at) -> None:
+            with at_step(at, lambda: os.kill(os.getpid(), signal.SIGKILL)):
+                run(home, f"out-{at}", checkpoint_seconds=0.0)
+
+        assert forked(until_killed) == -signal.SIGKILL
+        assert not (home / f"out-{at}").exists()
+        assert forked(lambda at=at: run(home, f"out-{at}", checkpoint_seconds=0.0)) == 0
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(home):
+    helper = multiprocessing.get_context("spawn").Process(target=killed_and_resumed, args=(home,))
+    helper.start()
+    helper.join(120)
+    assert helper.exitcode == 0
+    run(home, "whole")
+    for at in KILLS:
+        assert weights_of(home / f"out-{at}") == weights_of(home / "whole")
+    assert_only(home, "whole", *(f"out-{at}" for at in KILLS))
+
+
+# Refusals
+
+
+def test_a_folder_that_holds_something_is_refused(home):
+    (home / "out").mkdir()
+    (home / "out" / "notes.txt").write_text("mine")
+    for out in ("out", "text.jsonl"):
+        with pytest.raises(StoreError, match="exists already"):
+            run(home, out)
+    assert [p.name for p in (home / "out").iterdir()] == ["notes.txt"]
+    assert_only(home, "out")
+
+
+def test_an_empty_folder_is_filled(home):
+    (home / "out").mkdir()
+    run(home)
+    assert (home / "out" / "model.safetensors").is_file()
+
+
+def test_the_same_run_twice_at_once_is_refused(home):
+    refused = []
+
+    def again() -> None:
+        with pytest.raises(StoreError, match="running already"):
+            run(home)
+        refused.append(True)
+
+    with at_step(3, again):
+        run(home)
+    assert refused == [True]
+    assert_only(home, "out")
+
+
+def test_bad_data_and_settings_are_refused_and_leave_nothing(home):
+    def refused(error: type[Exception], **changes: Any) -> str:
+        with pytest.raises(error) as caught:
+            run(home, **changes)
+        assert "\n" not in str(caught.value)
+        assert not (home / "out").exists()
+        return str(caught.value)
+
+    with pytest.raises(DataError, match="no such file"):
+        pretrain(home / "out", [home / "absent"], settings_of(home), progress=False)
+    refused(DataError, text_key="body")
+    refused(DataError, sequence_length=100_000)
+    assert "at least 257" in refused(ConfigError, vocab_size=100)
+    refused(ConfigError, config=str(home / "absent.json"))
+    refused(ConfigError, preset="huge", config=None)
+    refused(ConfigError, batch_size=0)
+    (home / "bad.json").write_text("{")
+    refused(ConfigError, config=str(home / "bad.json"))
+    (home / "bad.json").unlink()
+    AutoConfig.for_model("bert").save_pretrained(home / "bert")
+    refused(BaseModelError, config=str(home / "bert" / "config.json"))
+
+
+def test_sequences_longer_than_learned_positions_are_refused(home):
+    path = write_config(home / "gpt2", "gpt2", n_positions=16)
+    with pytest.raises(ConfigError, match="16 positions"):
+        run(home, config=str(path))
+
+
+def test_the_settings_that_are_given_are_not_changed(home):
+    config = settings_of(home)
+    before = config.to_json()
+    pretrain(home / "out", [home / "text.jsonl"], config, progress=False)
+    assert config.to_json() == before
+    assert json.loads((home / "llama" / "config.json").read_text())["vocab_size"] == SETTINGS["llama"]["vocab_size"]
