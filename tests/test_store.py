@@ -920,6 +920,7 @@ def test_a_kill_at_any_instant_loses_nothing(made, base, killed, scenario):
         assert store.verify() == []
         found = {name: module.version for name, module in store.modules.items()}
         outcomes.append(found)
+        assert all((version / "module.json").exists() for version in store.path.glob("modules/*/*"))  # no halves
         for name in found:
             store.load(name, base)
         # Whatever was finished before has kept its bytes, but for what was to be removed or replaced.

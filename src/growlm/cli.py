@@ -9,13 +9,13 @@ import inspect
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
-import click
 import typer
 
 from growlm import __version__
@@ -33,6 +33,9 @@ app = typer.Typer(
     "by a router and loaded when a prompt needs them.",
 )
 
+# Typer brings a click of its own or uses the installed one: take the base class from what it raises.
+ClickError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
 StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Memory = Annotated[
@@ -41,6 +44,11 @@ Memory = Annotated[
 ModuleChoice = Annotated[
     str, typer.Option("--module", metavar="NAME", help="auto (the router chooses), base, or a module's name.")
 ]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="The most tokens to write.")]
+TopP = Annotated[
+    float, typer.Option("--top-p", help="Keep the likeliest tokens that hold this probability; 1 keeps all.")
+]
+Seed = Annotated[int, typer.Option("--seed", help="Of the draw.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 DataPaths = Annotated[
     list[str],
@@ -98,8 +106,7 @@ def _field_docs(config: type) -> dict[str, str]:
         for entry in re.split(r"\n(?=    \S)", listed):
             names, colon, text = entry.strip().partition(": ")
             if colon and all(n.isidentifier() for n in names.split(", ")):
-                sentence = " ".join(text.split())
-                docs |= {name: sentence[:1].upper() + sentence[1:] for name in names.split(", ")}
+                docs |= dict.fromkeys(names.split(", "), " ".join(text.split()))
     return docs
 
 
@@ -161,15 +168,15 @@ def new(
     """
     from growlm.store import Store
 
-    if general:
-        from growlm import data
-
-        data.read(general)  # before anything is made
     made = Store.create(store, base, dtype=dtype)
     if general:
-        from growlm.training.learn import describe_general
+        from growlm.training.general import describe_general
 
-        describe_general(made, made.load_base(), made.load_tokenizer(), general)
+        try:
+            describe_general(made, made.load_base(), made.load_tokenizer(), general)
+        except BaseException:
+            shutil.rmtree(store, ignore_errors=True)
+            raise
     if as_json:
         return _print_json(made.manifest.model_dump())
     print(f"{store}: made for {base} ({made.manifest.dtype}, {format_size(made.base_bytes())})")
@@ -239,11 +246,11 @@ def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", show_default=False)],
     module: ModuleChoice = "auto",
     memory: Memory = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens")] = 128,
+    max_new_tokens: MaxNewTokens = 128,
     temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option("--top-k", help="0 keeps all.")] = 0,
-    top_p: Annotated[float, typer.Option("--top-p")] = 1.0,
-    seed: Annotated[int, typer.Option("--seed")] = 0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="Text that ends the answer; repeatable.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -280,10 +287,10 @@ def chat(
     store: StorePath,
     module: ModuleChoice = "auto",
     memory: Memory = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens")] = 256,
+    max_new_tokens: MaxNewTokens = 256,
     temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.7,
-    top_p: Annotated[float, typer.Option("--top-p")] = 0.95,
-    seed: Annotated[int, typer.Option("--seed")] = 0,
+    top_p: TopP = 0.95,
+    seed: Seed = 0,
 ) -> None:
     """Talk to a store. Every turn is routed anew; /module NAME fixes one, /module auto undoes it, /new begins anew.
 
@@ -307,7 +314,7 @@ def chat(
                     return
                 if line == "/new":
                     talk.reset()
-                elif line.startswith("/module"):
+                elif line.split()[:1] == ["/module"]:
                     talk.choose(_module(line.removeprefix("/module").strip() or "auto"))
                 elif line.startswith("/"):
                     _note("commands are /module NAME, /new, /quit")
@@ -333,11 +340,13 @@ def evaluate(
     ],
     report: Annotated[Path | None, typer.Option("--report", help="Write a page with figures to this folder.")] = None,
     memory: Memory = None,
-    sequence_length: Annotated[int, typer.Option("--sequence-length")] = 512,
+    sequence_length: Annotated[
+        int, typer.Option("--sequence-length", help="Longer documents are scored in pieces.")
+    ] = 512,
     max_documents: Annotated[int, typer.Option("--max-documents", help="Of each domain; 0 for all.")] = 200,
     route_tokens: Annotated[int, typer.Option("--route-tokens", help="Of each document, for the router.")] = 256,
-    text_key: Annotated[str, typer.Option("--text-key")] = "text",
-    separator: Annotated[str | None, typer.Option("--separator")] = None,
+    text_key: Annotated[str, typer.Option("--text-key", help="Key of the text in JSONL, column in Parquet.")] = "text",
+    separator: Annotated[str | None, typer.Option("--separator", help="Cuts text files into documents.")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure perplexity, routing and forgetting on held-out text.
@@ -496,9 +505,12 @@ def demo(
 
 
 @app.command()
-def version() -> None:
+def version(as_json: Json = False) -> None:
     """Print the version."""
+    if as_json:
+        return _print_json({"growlm": __version__})
     print(__version__)
+    return None
 
 
 def _engine(store: Path, memory: str | None) -> Any:
@@ -548,8 +560,12 @@ def _spread(arguments: Sequence[str]) -> list[str]:
     spread: list[str] = []
     many: str | None = None
     for argument in arguments:
-        if argument in ("--data", "--general"):
-            many, first = argument, True
+        option, equals, value = argument.partition("=")
+        if option in ("--data", "--general"):
+            many, first = option, True
+            if equals:
+                spread += [many, value]
+                first = False
             continue
         if argument.startswith("-") and argument != "-":
             if many is not None and first:
@@ -572,15 +588,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
         status = app(_spread(given), prog_name="growlm", standalone_mode=False)
+        if status == 130:  # typer's own word for Ctrl-C
+            raise KeyboardInterrupt
         sys.exit(status if isinstance(status, int) else 0)
-    except click.exceptions.NoArgsIsHelpError as error:
-        print(error.format_message())
+    except ClickError as error:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "growlm"
+        if context and type(error).__name__ == "NoArgsIsHelpError":
+            print(context.get_help())
+        else:
+            _note(f"{command}: {' '.join(error.format_message().split())}; see {command} --help")
         sys.exit(2)
-    except click.ClickException as error:
-        command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "growlm"
-        _note(f"{command}: {error.format_message()}; see {command} --help")
-        sys.exit(2)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         _note("growlm: interrupted; nothing was changed")
         sys.exit(1)
     except BrokenPipeError:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from growlm.errors import GrowlmError, IntegrityError
 from growlm.files import read_tensors
+from growlm.store import ROUTER_SUMS
 
 if TYPE_CHECKING:
     from growlm.modules.base import Base
@@ -33,7 +34,6 @@ EVIDENCE = "router.safetensors"  # kept in a module's own folder: gone with it, 
 NONE = "none"
 
 _SCALE = 1024  # steps a unit: pooled states have root mean square 1 and are kept as int16
-_SUMS = "gaussian"
 _GENERAL = "general"
 _SHORTEST, _LONGEST = 8, 256  # tokens of the texts that the router is shown while learning
 _CUTS = 4  # lengths that each passage is cut to
@@ -192,7 +192,7 @@ def write_general(store: Store, base: Base, train: Sequence[Sequence[int]], held
     tensors = evidence(base, train, heldout)
     with store.lock():
         store.write_router_file(_GENERAL, tensors)
-        store.drop_router_file(_SUMS)
+        store.drop_router_file(ROUTER_SUMS)
 
 
 def has_general(store: Store) -> bool:
@@ -214,7 +214,7 @@ def add_domain(store: Store, new: StoredModule, old: StoredModule | None) -> Non
         if old is not None:
             gram -= _gram(_read_evidence(old)["vectors"])
             digest = _combine(digest, old, -1)
-        store.write_router_file(_SUMS, {"gram": gram, "members": _pack(digest)})
+        store.write_router_file(ROUTER_SUMS, {"gram": gram, "members": _pack(digest)})
 
 
 def load_router(store: Store) -> Router:
@@ -226,6 +226,8 @@ def load_router(store: Store) -> Router:
     modules = list(store.modules.values())
     entries = [_read_evidence(m) for m in modules]
     general = store.router_file(_GENERAL)
+    if modules and general is None:
+        raise IntegrityError(f"{store.router_path / _GENERAL}: is missing; restore it, or make the store again")
     sums = _read_sums(store)
     wanted = 0
     for module in modules:
@@ -244,7 +246,7 @@ def _rebuild(
     gram = sum((_gram(p["vectors"]) for p in parts[1:]), start=_gram(parts[0]["vectors"]))
     try:
         with store.lock():
-            store.write_router_file(_SUMS, {"gram": gram, "members": _pack(digest)})
+            store.write_router_file(ROUTER_SUMS, {"gram": gram, "members": _pack(digest)})
     except (OSError, GrowlmError):
         pass  # a store on a read-only disk still routes
     return gram, digest
@@ -253,10 +255,9 @@ def _rebuild(
 def _fit(
     names: list[str], entries: list[dict[str, Tensor]], general: dict[str, Tensor] | None, gram: Tensor
 ) -> GaussianRouter:
-    if not names:
+    if general is None or not names:
         empty = torch.zeros(0, 0)
         return GaussianRouter([], empty, empty, torch.zeros(0))
-    assert general is not None  # written before the first module
     classes = [*entries, general]
     counts = torch.tensor([len(c["vectors"]) for c in classes], dtype=torch.float64)
     sums = torch.stack([c["vectors"].long().sum(0) for c in classes]).double()
@@ -309,7 +310,10 @@ def _read_evidence(module: StoredModule) -> dict[str, Tensor]:
 
 
 def _read_sums(store: Store) -> tuple[Tensor, int] | None:
-    tensors = store.router_file(_SUMS)
+    try:
+        tensors = store.router_file(ROUTER_SUMS)
+    except IntegrityError:
+        return None  # derived from the modules' own evidence: made anew
     return None if tensors is None else (tensors["gram"], _unpack(tensors["members"]))
 
 

@@ -45,6 +45,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _RESERVED = ("auto", "base", "general", "none")
 WEIGHTS = "module.safetensors"
 MANIFEST = "module.json"
+ROUTER_SUMS = "gaussian"  # under router/: derived from the modules' own files
 
 
 class _Manifest(BaseModel):
@@ -273,6 +274,8 @@ class Store:
         """
         self.module(name)
         with self.lock():
+            # What was derived from all modules still has this one's share: it goes first, and is made anew when needed.
+            self.drop_router_file(ROUTER_SUMS)
             remove_folder(self.path / "modules" / name, self.scratch)
 
     def load(self, name: str, base: Base, *, version: int | None = None, verify: bool = True) -> KnowledgeModule:

@@ -59,7 +59,7 @@ class Generation:
 class _Answer:
     """One row while it is written."""
 
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...], emit: Callable[[str], None] | None) -> None:
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...], emit: Callable[[str], bool] | None) -> None:
         self._tokenizer, self._stop, self._emit = tokenizer, stop, emit
         self.tokens: list[int] = []
         self.stopped = False
@@ -100,7 +100,8 @@ class _Answer:
                     break
         if end > self._sent:
             assert self._emit is not None
-            self._emit(text[self._sent : end])
+            if not self._emit(text[self._sent : end]):
+                self.stopped = True
             self._sent = end
 
 
@@ -193,23 +194,31 @@ class Engine:
         """As `generate`, piece by piece: the answer's text as it is written, and at the end the `Generation`."""
         config = _sampling(sampling)
         queue: SimpleQueue[str | Generation | BaseException] = SimpleQueue()
+        stopped = threading.Event()
+
+        def emit(text: str) -> bool:
+            queue.put(text)
+            return not stopped.is_set()
 
         def run() -> None:
             try:
-                queue.put(self._answer_one(prompt, module, config, queue.put, reuse))
+                queue.put(self._answer_one(prompt, module, config, emit, reuse))
             except BaseException as error:
                 queue.put(error)
 
-        worker = threading.Thread(target=run, name="growlm-stream", daemon=True)
+        worker = threading.Thread(target=run, name="growlm-stream")
         worker.start()
-        while True:
-            item = queue.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-            if isinstance(item, Generation):
-                worker.join()
-                return
+        try:
+            while True:
+                item = queue.get()
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+                if isinstance(item, Generation):
+                    return
+        finally:
+            stopped.set()  # whoever reads no further needs no further tokens
+            worker.join()
 
     def generate_many(
         self, prompts: Sequence[str], *, modules: Sequence[str | None] | str | None = AUTO, **sampling: Any
@@ -270,7 +279,7 @@ class Engine:
         prompt: str,
         module: str | None,
         config: SamplingConfig,
-        emit: Callable[[str], None] | None,
+        emit: Callable[[str], bool] | None,
         reuse: bool,
     ) -> Generation:
         tokens = self._encode(prompt, config)
@@ -282,11 +291,12 @@ class Engine:
         texts: Sequence[Sequence[int]],
         wanted: Sequence[str | None],
         config: SamplingConfig,
-        emit: Callable[[str], None] | None,
+        emit: Callable[[str], bool] | None,
         reuse: bool = False,
     ) -> list[Generation]:
         with self._lock:
             # A module that was asked for by name is read while the base runs.
+            before = set(self.modules.resident)
             for name in dict.fromkeys(wanted):
                 if name is not None and name != AUTO:
                     self.modules.check_fits([name])
@@ -302,7 +312,8 @@ class Engine:
                 self.modules.check_fits([str(name)])
             waves = plan(names, budget=budget, size=self._size, resident=self.modules.resident)
             for number, wave in enumerate(waves):
-                held, loaded = self.modules.acquire(wave.names)
+                held, _ = self.modules.acquire(wave.names)
+                loaded = set(wave.names) - before
                 try:
                     if number + 1 < len(waves) and waves[number + 1].names:
                         self.modules.prefetch(waves[number + 1].names[0])

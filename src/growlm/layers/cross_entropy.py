@@ -45,7 +45,8 @@ def linear_cross_entropy(
         hidden: (n, d), after the final norm; its dtype is that of the matrix products.
         weight: output head (v, d).
         labels: (n,).
-        rows, ids: (r, d) and (r,): added to the head's rows `ids`; gradients reach `rows` alone if `weight` is frozen.
+        rows, ids: (r, d) and (r,), ids ascending: added to the head's rows `ids`; gradients reach `rows` alone if
+            `weight` is frozen.
         softcap: logits are bounded to +-softcap by tanh, as gemma2 does.
 
     Returns:

@@ -18,7 +18,8 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from growlm.errors import ConfigError, IntegrityError
+from growlm.errors import BaseModelError, ConfigError, IntegrityError
+from growlm.modules.anatomy import anatomy_of
 from growlm.modules.base import Base, Step, tensor_bytes
 from growlm.modules.vocabulary import VocabularyRows
 
@@ -40,6 +41,7 @@ class KnowledgeModule(nn.Module, ABC):
         config: its shape, as saved.
         fork: first base layer whose output it changes; `num_layers` of the base if none.
         rows: its vocabulary rows.
+        shape: family, layers, width and vocabulary of the base that it was made for.
         identity: tells it from every other module and version; part of the key of its key-value caches.
     """
 
@@ -50,9 +52,11 @@ class KnowledgeModule(nn.Module, ABC):
     fork: int
     rows: VocabularyRows
     identity: str
+    shape: tuple[str, int, int, int]
 
-    def __init__(self) -> None:
+    def __init__(self, base: Base) -> None:
         super().__init__()
+        self.shape = base_shape(base)
         self.identity = f"unsaved-{uuid.uuid4().hex}"
 
     @classmethod
@@ -88,6 +92,11 @@ class KnowledgeModule(nn.Module, ABC):
         return tensor_bytes(self.parameters()) + tensor_bytes(self.buffers())
 
 
+def base_shape(base: Base) -> tuple[str, int, int, int]:
+    """Family, layers, width and vocabulary: what a module's tensors must fit."""
+    return base.config.model_type, base.num_layers, base.hidden_size, base.vocab_size
+
+
 def kind_of(name: str) -> type[KnowledgeModule]:
     """The class of a module kind.
 
@@ -111,6 +120,9 @@ class ModuleSet:
         if len(modules) > 1:
             kinds = ", ".join(m.kind for m in modules)
             raise ConfigError(f"modules of kinds {kinds} cannot be active together; choose one")
+        for module in modules:
+            if module.shape != base_shape(base):
+                raise BaseModelError(f"a module made for a base of shape {module.shape} cannot run on {base.where}")
         self.base = base
         self.modules = tuple(modules)
         self.fork = min((m.fork for m in modules), default=base.num_layers)
@@ -180,6 +192,8 @@ def attach(model: Any, module: KnowledgeModule) -> None:
     if hasattr(model, "_growlm_detached"):
         raise ConfigError("this model has a module attached already; detach it first")
     base = Base(model, freeze=False)
+    if module.shape != base_shape(base):
+        raise BaseModelError(f"a module made for a base of shape {module.shape} cannot be attached to this model")
     anatomy, decoder = base.anatomy, base.decoder
     layers = [step.layer for step in module.extend(base.steps())]
     state = {
@@ -210,13 +224,13 @@ def detach(model: Any) -> None:
     state = model.__dict__.pop("_growlm_detached", None)
     if state is None:
         raise ConfigError("this model has no module attached")
-    _set_config(model, None, state["config"])
-    base = Base(model, freeze=False)
-    _number(state["extended"], base.anatomy.attention, state["indices"])
-    setattr(base.decoder, base.anatomy.layers, state["layers"])
-    setattr(base.decoder, base.anatomy.embedding, state["embedding"])
-    setattr(model, base.anatomy.head, state["head"])
-    _set_config(model, base.decoder, state["config"])
+    anatomy = anatomy_of(state["config"], "base")
+    decoder = getattr(model, anatomy.decoder)
+    _number(state["extended"], anatomy.attention, state["indices"])
+    setattr(decoder, anatomy.layers, state["layers"])
+    setattr(decoder, anatomy.embedding, state["embedding"])
+    setattr(model, anatomy.head, state["head"])
+    _set_config(model, decoder, state["config"])
 
 
 @contextmanager
@@ -240,6 +254,8 @@ def assign(skeleton: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
         what = "is missing" if name in wanted else "is unexpected"
         raise IntegrityError(f"{where}: tensor {name!r} {what}; restore the file or learn the module again")
     for name, tensor in tensors.items():
+        if tensor.is_floating_point() != wanted[name].is_floating_point():
+            raise IntegrityError(f"{where}: tensor {name!r} has dtype {tensor.dtype}; learn the module again")
         if tensor.shape != wanted[name].shape:
             raise IntegrityError(
                 f"{where}: tensor {name!r} has shape {tuple(tensor.shape)}, expected {tuple(wanted[name].shape)}; "
@@ -255,6 +271,4 @@ def _number(layers: Sequence[nn.Module], attention: str, indices: Sequence[int])
 
 
 def _set_config(model: Any, decoder: Any, config: Any) -> None:
-    model.config = config
-    if decoder is not None:
-        decoder.config = config
+    model.config = decoder.config = config

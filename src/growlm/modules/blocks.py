@@ -15,6 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from growlm.errors import IntegrityError
 from growlm.modules import KnowledgeModule, ModuleConfig, assign
 from growlm.modules.anatomy import anatomy_of
 from growlm.modules.base import Base, Step
@@ -46,6 +47,12 @@ class BlocksConfig(ModuleConfig):
             after = tuple(first + -(-(i + 1) * (depth - first) // self.num_layers) for i in range(self.num_layers))
         return self.model_copy(update={"after": after, "sources": tuple(max(a - 1, 0) for a in after)})
 
+    def fits(self, depth: int) -> bool:
+        """Whether a resolved config describes layers that a base of `depth` can have."""
+        inside = all(0 <= a <= depth for a in self.after) and all(0 <= s < depth for s in self.sources)
+        counted = len(self.after) == len(self.sources) == self.num_layers
+        return inside and counted and list(self.after) == sorted(self.after)
+
 
 class Blocks(KnowledgeModule):
     """`num_layers` decoder layers beside a frozen base. See `BlocksConfig`."""
@@ -55,7 +62,7 @@ class Blocks(KnowledgeModule):
     config: BlocksConfig
 
     def __init__(self, base: Base, config: BlocksConfig, rows: VocabularyRows) -> None:
-        super().__init__()
+        super().__init__(base)
         self.config = config.resolve(base.num_layers)
         self.rows = rows
         # Own input rows change the input of layer 0.
@@ -85,6 +92,12 @@ class Blocks(KnowledgeModule):
     def restore(cls, base: Base, config: BlocksConfig, tensors: dict[str, Tensor], where: str) -> Self:
         own_rows = {k.removeprefix("rows."): v for k, v in tensors.items() if k.startswith("rows.")}
         rows = VocabularyRows.restore(own_rows, base, where)
+        config = config.resolve(base.num_layers)
+        held = "both" if rows.input is not None else "none" if rows.head is None else "head"
+        if held not in ("none", config.vocabulary):
+            raise IntegrityError(f"{where}: has rows of {held!r}, its config says {config.vocabulary!r}")
+        if not config.fits(base.num_layers):
+            raise IntegrityError(f"{where}: its config places layers that a base of {base.num_layers} does not have")
         with torch.device("meta"):
             module = cls(base, config, rows)
         assign(module, tensors, where)

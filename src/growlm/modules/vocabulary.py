@@ -55,7 +55,7 @@ class InputRows(nn.Module):
 
     def add_to(self, hidden: Tensor, input_ids: Tensor, scale: float) -> Tensor:
         """The base's embeddings (b, t, d) of `input_ids` (b, t), plus this module's part."""
-        row = torch.searchsorted(self.ids, input_ids).clamp_(max=len(self.ids) - 1)
+        row = torch.searchsorted(self.ids, input_ids.contiguous()).clamp_(max=len(self.ids) - 1)
         mine = (self.ids[row] == input_ids)[..., None]
         own = nn.functional.embedding(row, self.rows) * scale
         return hidden + torch.where(mine, own, own.new_zeros(())).to(hidden.dtype)
@@ -77,7 +77,7 @@ class VocabularyRows(nn.Module):
         """Rows that change nothing yet (all differences zero), for `ids` (r,)."""
         if vocabulary == "none" or ids is None or len(ids) == 0:
             return cls()
-        ids = ids.to(torch.int64).sort().values
+        ids = ids.to(torch.int64).unique()
 
         def zeros() -> Tensor:
             return torch.zeros(len(ids), base.hidden_size)
@@ -97,7 +97,13 @@ class VocabularyRows(nn.Module):
             ids, rows = tensors.pop(f"{name}.ids", None), tensors.pop(f"{name}.rows", None)
             if ids is None and rows is None:
                 continue
-            if ids is None or rows is None or rows.shape != (len(ids), base.hidden_size) or not _known(ids, base):
+            if (
+                ids is None
+                or rows is None
+                or ids.ndim != 1
+                or rows.shape != (len(ids), base.hidden_size)
+                or not _known(ids, base)
+            ):
                 raise IntegrityError(f"{where}: its {name} rows do not fit the base; learn the module again")
             parts[name] = kind(ids, rows)
         return cls(**parts)  # type: ignore[arg-type]
@@ -134,13 +140,15 @@ def choose_rows(loss_by_token: Tensor, count_by_token: Tensor, max_rows: int) ->
     used = count_by_token > 0
     # The sample's mean loss stands in for tokens that it did not see.
     mean = loss_by_token.sum() / max(float(loss_by_token.count_nonzero()), 1.0)
-    rank = loss_by_token + 1e-6 * mean * count_by_token
+    rank = loss_by_token + 1e-6 * (mean if mean > 0 else 1.0) * count_by_token
     order = torch.argsort(rank.masked_fill(~used, -1.0), descending=True, stable=True)
     return order[: min(max_rows, int(used.sum()))].sort().values
 
 
 def _known(ids: Tensor, base: Base) -> bool:
-    return len(ids) == 0 or 0 <= int(ids.min()) <= int(ids.max()) < base.vocab_size
+    if ids.dtype != torch.int64 or len(ids) == 0:
+        return False
+    return bool((ids.diff() > 0).all()) and int(ids[0]) >= 0 and int(ids[-1]) < base.vocab_size
 
 
 def _merge(weight: Tensor, ids: Tensor, rows: Tensor) -> Tensor:

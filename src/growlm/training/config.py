@@ -57,6 +57,8 @@ class TrainConfig:
         for name in ("epochs", "sequence_length", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.tokens is not None and int(self.tokens) < self.sequence_length:
+            raise ConfigError(f"tokens is {self.tokens}; it must be at least sequence_length, {self.sequence_length}")
         if self.learning_rate is not None and not 0 < self.learning_rate < 1:
             raise ConfigError(f"learning_rate is {self.learning_rate}; it must be between 0 and 1")
         if not 0 <= self.warmup < 1:

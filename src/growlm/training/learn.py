@@ -32,12 +32,12 @@ from growlm.modules.vocabulary import choose_rows
 from growlm.store import Store, check_name
 from growlm.training.config import LearnConfig
 from growlm.training.features import FeatureCache
+from growlm.training.general import ensure_general
 from growlm.training.loop import compute_dtype, saved_step, train
 from growlm.training.progress import say, training_bar
 
-HELDOUT_FILE = "heldout.jsonl"  # what pretrain leaves beside a base: general text to tell domains from
+_HELDOUT_SAMPLES = 64  # passages from which the router learns how far its own text may be
 _SAMPLE_ROWS = 64  # rows of training text on which the base is asked what it knows
-_GENERAL_SAMPLES = 512
 
 
 @dataclass(frozen=True)
@@ -122,12 +122,13 @@ def learn(
             raise ConfigError(
                 f"sequence_length is {config.sequence_length}; {base.where} has {base.max_positions} positions"
             )
-        if not router.has_general(store):
-            _describe_general(store, base, tokenizer, config.sequence_length, progress)
-
         learning = _Learning(base, kind, config, packed, work)
+        if not router.has_general(store):
+            ensure_general(store, base, tokenizer, config.sequence_length, progress)
         with training_bar(name, progress) as report:
             seconds = learning.run(report)
+        crops = _sample_passages(packed, config.router_samples, config.seed)
+        evidence = router.evidence(base, crops, heldout[:_HELDOUT_SAMPLES], seed=config.seed)
         # From here on as the engine will run it: base and module in the store's dtype.
         if learning.dtype != base_dtype:
             base = store.load_base(device=device)
@@ -139,8 +140,6 @@ def learn(
         alone, together = ModuleSet(base), ModuleSet(base, [module])
         before, after = (float(passage_losses(m, heldout).sum()) / num_labels(heldout) for m in (alone, together))
 
-        crops = _sample_passages(packed, config.router_samples, config.seed)
-        evidence = router.evidence(base, crops, heldout[: config.router_samples], seed=config.seed)
         tokens = learning.num_tokens
         training = {
             "sources": [asdict(s) for s in corpus.sources],
@@ -288,48 +287,6 @@ class _Learning:
 def default_rate(hidden_size: int) -> float:
     """Peak learning rate where none is given: modules start as the identity and want more than finetuning does."""
     return 3e-3 * min(1.0, math.sqrt(256 / hidden_size))
-
-
-def _describe_general(store: Store, base: Base, tokenizer: Any, length: int, progress: bool | None) -> None:
-    """Shows the router general text: what lies beside the base, or else what the base itself writes."""
-    beside = store.base_folder / HELDOUT_FILE
-    if beside.is_file():
-        describe_general(store, base, tokenizer, [beside], length=length)
-        return
-    say("router: no general text was given; the base writes a sample of its own (see --general)", progress)
-    texts = _written_by_base(base, tokenizer)
-    router.write_general(store, base, texts[::2], texts[1::2])
-
-
-def describe_general(
-    store: Store, base: Base, tokenizer: Any, paths: Sequence[str | Path], *, length: int = 512
-) -> None:
-    """Shows the router general text from files: what is none of the modules' business.
-
-    Raises:
-        DataError: the files are missing, malformed or empty.
-    """
-    documents = text_data.read(paths).documents
-    found = [p.tokens for p in text_data.passages(documents, tokenizer, length) if len(p.tokens) > 1]
-    if len(found) < 4:
-        raise DataError(f"{', '.join(map(str, paths))}: too little text to learn what general text is; give more")
-    order = np.random.default_rng(0).permutation(len(found))[:_GENERAL_SAMPLES]
-    chosen = [found[i] for i in order]
-    heldout = max(len(chosen) // 4, 1)
-    router.write_general(store, base, chosen[heldout:], chosen[:heldout])
-
-
-@torch.no_grad()
-def _written_by_base(base: Base, tokenizer: Any, *, texts: int = 96, tokens: int = 64) -> list[list[int]]:
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if start is None:
-        raise DataError(f"{base.where}: its tokenizer has no end-of-text token; give general text with --general")
-    generator = torch.Generator(base.device).manual_seed(0)
-    ids = torch.full((texts, 1), start, device=base.device)
-    for _ in range(tokens):
-        logits = base.logits(ids)[:, -1].float()
-        ids = torch.cat([ids, torch.multinomial(logits.softmax(-1), 1, generator=generator)], dim=-1)
-    return ids[:, 1:].tolist()
 
 
 def _sample_passages(packed: text_data.PackedTokens, count: int, seed: int) -> list[list[int]]:

@@ -27,11 +27,11 @@ from growlm.modules.anatomy import anatomy_of
 from growlm.modules.base import Base
 from growlm.modules.scoring import num_labels, passage_losses
 from growlm.training.config import PRESETS, PretrainConfig
+from growlm.training.general import HELDOUT_FILE
 from growlm.training.loop import compute_dtype, saved_step, train
 from growlm.training.progress import say, training_bar
 
 END_OF_TEXT = "<|endoftext|>"
-HELDOUT_FILE = "heldout.jsonl"
 _HELDOUT_DOCUMENTS = 256
 _TOKENIZER_BYTES = 50_000_000  # of text, enough for any vocabulary that is trained here
 

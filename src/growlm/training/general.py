@@ -1,0 +1,65 @@
+"""General text: what the router is shown as *none of the modules*, once a store.
+
+Comes from the user, from beside the base, or from the base itself. Knows texts; the router keeps vectors only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from growlm import data as text_data
+from growlm import router
+from growlm.errors import DataError
+from growlm.modules.base import Base
+from growlm.store import Store
+from growlm.training.progress import say
+
+HELDOUT_FILE = "heldout.jsonl"  # what pretrain leaves beside a base
+_SAMPLES = 512
+
+
+def ensure_general(store: Store, base: Base, tokenizer: Any, length: int, progress: bool | None) -> None:
+    """Shows the router general text: what lies beside the base, or else what the base itself writes."""
+    beside = store.base_folder / HELDOUT_FILE
+    if beside.is_file():
+        describe_general(store, base, tokenizer, [beside], length=length)
+        return
+    say("router: no general text was given; the base writes a sample of its own (see --general)", progress)
+    texts = _written_by_base(base, tokenizer)
+    router.write_general(store, base, texts[::2], texts[1::2])
+
+
+def describe_general(
+    store: Store, base: Base, tokenizer: Any, paths: Sequence[str | Path], *, length: int = 512
+) -> None:
+    """Shows the router general text from files: what is none of the modules' business.
+
+    Raises:
+        DataError: the files are missing, malformed or empty.
+    """
+    documents = text_data.read(paths).documents
+    found = [p.tokens for p in text_data.passages(documents, tokenizer, length) if len(p.tokens) > 1]
+    if len(found) < 4:
+        raise DataError(f"{', '.join(map(str, paths))}: too little text to learn what general text is; give more")
+    order = np.random.default_rng(0).permutation(len(found))[:_SAMPLES]
+    chosen = [found[i] for i in order]
+    heldout = max(len(chosen) // 4, 1)
+    router.write_general(store, base, chosen[heldout:], chosen[:heldout])
+
+
+@torch.no_grad()
+def _written_by_base(base: Base, tokenizer: Any, *, texts: int = 96, tokens: int = 64) -> list[list[int]]:
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise DataError(f"{base.where}: its tokenizer has no end-of-text token; give general text with --general")
+    generator = torch.Generator(base.device).manual_seed(0)
+    ids = torch.full((texts, 1), start, device=base.device)
+    for _ in range(tokens):
+        logits = base.logits(ids)[:, -1].float()
+        ids = torch.cat([ids, torch.multinomial(logits.softmax(-1), 1, generator=generator)], dim=-1)
+    return ids[:, 1:].tolist()
