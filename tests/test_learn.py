@@ -334,20 +334,25 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(home, store, name):
     assert_nothing_left(other)
 
 
-def test_a_run_that_goes_on_does_not_begin_anew(store):
-    with at_step(9, interrupt), pytest.raises(Interrupted):
-        run(store)
-    first: list[int] = []
+def first_step(action: Callable[[], object]) -> int:
+    """The step with which training begins."""
+    seen: list[int] = []
     original = loop.rate_at
 
     def watched(step: int, *arguments: Any) -> float:
-        first.append(step)
+        seen.append(step)
         return original(step, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "rate_at", watched)
+        action()
+    return seen[0]
+
+
+def test_a_run_that_goes_on_does_not_begin_anew(store):
+    with at_step(9, interrupt), pytest.raises(Interrupted):
         run(store)
-    assert first[0] == 10
+    assert first_step(lambda: run(store)) == 10
 
 
 def test_a_finished_run_leaves_no_lock(store):
@@ -433,9 +438,7 @@ def kill_in_its_course(home: Path, number: int) -> None:
 
     assert exit_code(forked(until_killed)) == -signal.SIGKILL
     assert Store.open(store.path).modules == {}
-    first = []
-    with at_step(at, lambda: first.append(at)):
-        run(store, **RUNS[name])
+    assert first_step(lambda: run(store, **RUNS[name])) == at
 
 
 def interrupt_from_outside(home: Path) -> None:

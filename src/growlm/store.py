@@ -200,6 +200,12 @@ class Store:
         """The current version of every module, by name, in the names' order. Lists folders, opens no file."""
         return {name: self._current(name, versions) for name, versions in self._versions()}
 
+    def find(self, name: str) -> StoredModule | None:
+        """The current version of `name`, None if there is none; in time that does not depend on how many there are."""
+        check_name(name)
+        versions = _complete_versions(self.path / "modules" / name)
+        return self._current(name, versions) if versions else None
+
     def module(self, name: str, version: int | None = None) -> StoredModule:
         """One module, the current version unless told.
 

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from growlm import data as text_data
 from growlm.demo import corpora
 from growlm.demo.accounting import account, paper_config
 from growlm.engine import Engine
@@ -30,11 +31,7 @@ from growlm.training.progress import say
 from growlm.units import format_count, format_size
 
 DOMAINS = ("python", "cpp", "maths")
-_PROMPTS = {
-    "python": "def read_lines(path):\n",
-    "cpp": "#pragma once\n\nnamespace at {\n\nclass Tensor",
-    "maths": "The roots of the polynomial are\n\n>>> from sympy import",
-}
+_PROMPT_CHARACTERS = 300  # of a held-out document, for the samples
 
 
 @dataclass(frozen=True)
@@ -47,6 +44,7 @@ class DemoSize:
     learn_tokens: int
     num_layers: int
     max_documents: int
+    router_samples: int
     text_bytes: dict[str, int]
 
 
@@ -57,6 +55,7 @@ FULL = DemoSize(
     learn_tokens=300_000,
     num_layers=4,
     max_documents=60,
+    router_samples=512,
     text_bytes={"english": 9_000_000, "python": 2_000_000, "cpp": 2_000_000, "maths": 2_000_000},
 )
 FAST = DemoSize(
@@ -66,6 +65,7 @@ FAST = DemoSize(
     learn_tokens=120_000,
     num_layers=2,
     max_documents=40,
+    router_samples=192,
     text_bytes={"english": 3_000_000, "python": 1_000_000, "cpp": 1_000_000, "maths": 1_000_000},
 )
 
@@ -143,7 +143,12 @@ def demo(out: str | Path, *, fast: bool = False, progress: bool | None = None) -
             pretrain(out / "base", [files["english"][0]], first, progress=progress)
     store = Store.open(out / "brain") if (out / "brain").exists() else Store.create(out / "brain", base=out / "base")
     with step("learn", "2. three domains, one after another, each on its own text alone"):
-        settings = LearnConfig(tokens=size.learn_tokens, sequence_length=256, num_layers=size.num_layers)
+        settings = LearnConfig(
+            tokens=size.learn_tokens,
+            sequence_length=256,
+            num_layers=size.num_layers,
+            router_samples=size.router_samples,
+        )
         for name in DOMAINS:
             if name not in store.modules:
                 learn(store, name, [files[name][0]], settings, progress=progress)
@@ -152,18 +157,20 @@ def demo(out: str | Path, *, fast: bool = False, progress: bool | None = None) -
         scope = EvalConfig(sequence_length=256, max_documents=size.max_documents)
         evaluation = evaluate(store, heldout, scope, progress=progress).to_json()
     with step("generate", "4. a sample of each"):
-        evaluation["samples"] = _samples(store)
+        evaluation["samples"] = _samples(store, {name: files[name][1] for name in DOMAINS})
     page = write_report(evaluation, out / "report")
     accounting = account(paper_config()).lines()
     return DemoResult(evaluation, store.status(), seconds, str(page), accounting)
 
 
-def _samples(store: Store) -> list[dict[str, Any]]:
+def _samples(store: Store, heldout: dict[str, Path]) -> list[dict[str, Any]]:
+    """A continuation of the beginning of a held-out document of each domain."""
+    prompts = {n: text_data.read([path]).documents[0].text[:_PROMPT_CHARACTERS] for n, path in heldout.items()}
     with Engine(store) as engine:
-        answers = engine.generate_many(list(_PROMPTS.values()), max_new_tokens=48, temperature=0.7, top_p=0.9)
+        answers = engine.generate_many(list(prompts.values()), max_new_tokens=48, temperature=0.7, top_p=0.9)
     return [
         {"domain": name, "prompt": prompt, "text": answer.text, "module": answer.module}
-        for (name, prompt), answer in zip(_PROMPTS.items(), answers, strict=True)
+        for (name, prompt), answer in zip(prompts.items(), answers, strict=True)
     ]
 
 

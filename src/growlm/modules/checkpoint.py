@@ -185,6 +185,14 @@ def load_model(folder: Path, dtype: str) -> Any:
     return model
 
 
+def save_model(model: Any, folder: Path) -> None:
+    """Writes a transformers checkpoint, without a progress bar of its own."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model.save_pretrained(folder)
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The fast tokenizer of a checkpoint folder.
 

@@ -17,6 +17,7 @@ from growlm.errors import StoreError
 from growlm.files import raise_if_full, sync
 from growlm.modules import KnowledgeModule, attach
 from growlm.modules.base import Base
+from growlm.modules.checkpoint import save_model
 from growlm.modules.vocabulary import InputRows
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def export(store: Store, out: str | Path, module: str, *, version: int | None = 
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
     try:
-        model.save_pretrained(work)
+        save_model(model, work)
         store.load_tokenizer().save_pretrained(work)
         for file in work.iterdir():
             sync(file)

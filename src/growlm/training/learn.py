@@ -29,7 +29,7 @@ from growlm.modules.base import Base
 from growlm.modules.probe import probe
 from growlm.modules.scoring import num_labels, passage_losses
 from growlm.modules.vocabulary import choose_rows
-from growlm.store import Store, check_name
+from growlm.store import Store
 from growlm.training.config import LearnConfig
 from growlm.training.features import FeatureCache
 from growlm.training.general import ensure_general
@@ -83,8 +83,7 @@ def learn(
         Interrupted: stopped by the user; progress is saved.
     """
     config = config or LearnConfig()
-    check_name(name)
-    old = store.modules.get(name)
+    old = store.find(name)
     if old is not None and not update:
         raise StoreError(
             f"{store.path}: module {name!r} exists (version {old.version}); use --update to learn its next version"
@@ -299,6 +298,13 @@ def _run_id(store: Store, name: str, data_digest: str, config: LearnConfig) -> s
     settings = config.to_json()
     for key in ("checkpoint_seconds",):
         settings.pop(key)
-    version = store.modules[name].version if name in store.modules else 0
-    parts = [name, version, data_digest, settings, store.manifest.base_fingerprint, torch.get_num_threads()]
+    old = store.find(name)
+    parts = [
+        name,
+        old.version if old else 0,
+        data_digest,
+        settings,
+        store.manifest.base_fingerprint,
+        torch.get_num_threads(),
+    ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

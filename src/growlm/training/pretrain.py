@@ -25,6 +25,7 @@ from growlm.layers.cross_entropy import linear_cross_entropy
 from growlm.modules import ModuleSet
 from growlm.modules.anatomy import anatomy_of
 from growlm.modules.base import Base
+from growlm.modules.checkpoint import save_model
 from growlm.modules.scoring import num_labels, passage_losses
 from growlm.training.config import PRESETS, PretrainConfig
 from growlm.training.general import HELDOUT_FILE
@@ -282,7 +283,7 @@ def _save(
     """The checkpoint appears by one rename: `out` is complete or absent."""
     ready = work / "checkpoint"
     shutil.rmtree(ready, ignore_errors=True)
-    model.to("cpu").save_pretrained(ready)
+    save_model(model.to("cpu"), ready)
     tokenizer.save_pretrained(ready)
     lines = [json.dumps({"text": d.text}, ensure_ascii=False) for d in heldout]
     (ready / HELDOUT_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
