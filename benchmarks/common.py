@@ -13,6 +13,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
+from growlm.modules.checkpoint import save_model
+
 
 def qwen2(vocab_size: int = 32_000, hidden_size: int = 512, num_hidden_layers: int = 8) -> Qwen2Config:
     """A Qwen2 of 42 million parameters at the defaults."""
@@ -33,7 +35,7 @@ def qwen2(vocab_size: int = 32_000, hidden_size: int = 512, num_hidden_layers: i
 def save_base(folder: Path, config: Qwen2Config) -> Path:
     """A checkpoint with random weights and a tokenizer of one token a byte or word."""
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    save_model(AutoModelForCausalLM.from_config(config), folder)
     vocabulary = {"<|endoftext|>": 0} | {f"w{i}": i for i in range(1, config.vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|endoftext|>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

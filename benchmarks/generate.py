@@ -37,8 +37,9 @@ def main() -> None:
         model = AutoModelForCausalLM.from_pretrained(folder / "out").eval()
         model.generation_config.eos_token_id = None
         engine = growlm.Engine(store)
+        engine._encode = lambda prompt, config: [int(t) for t in prompt.split()]  # token ids as they are
         engine._end_tokens = set()  # random weights: write all tokens on both sides
-        prompts = [" ".join(f"w{t}" for t in text) for text in texts]
+        prompts = [" ".join(map(str, text)) for text in texts]
         ids = torch.tensor(texts)
 
         def ours(count: int) -> None:

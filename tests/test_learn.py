@@ -373,15 +373,15 @@ def test_restart_begins_anew_and_ends_the_same(home, store):
 
 
 def test_other_settings_or_data_do_not_go_on_with_a_stopped_run(home, store):
-    with at_step(9, interrupt), pytest.raises(Interrupted):
-        run(store)
-    with at_step(0, lambda: None):
-        run(store, "other")
-    with at_step(0, lambda: None):
-        run(store, learning_rate=1e-4)
+    for name in ("a", "b", "c"):
+        with at_step(9, interrupt), pytest.raises(Interrupted):
+            run(store, name)
+    assert first_step(lambda: run(store, "other")) == 0
+    assert first_step(lambda: run(store, "a", learning_rate=1e-4)) == 0
     write_jsonl(home / "leases.jsonl", [lease(n) for n in range(81)])
-    with at_step(0, lambda: None):
-        run(store, update=True)
+    assert first_step(lambda: run(store, "b")) == 0
+    write_jsonl(home / "leases.jsonl", [lease(n) for n in range(80)])
+    assert first_step(lambda: run(store, "c")) == 10
 
 
 def test_features_do_not_depend_on_the_batch_that_they_were_computed_in(home, store, monkeypatch):

@@ -106,25 +106,29 @@ def _walk(
                 logits = logits.div_(softcap).tanh_()
                 slope = 1 - logits.square() if any(needs) else None
                 logits = logits.mul_(softcap)
-            log_sum = logits.logsumexp(-1, keepdim=True)
-            losses[at : at + size] = (log_sum - logits.gather(-1, y))[:, 0]
             if not any(needs):
+                losses[at : at + size] = (logits.logsumexp(-1, keepdim=True) - logits.gather(-1, y))[:, 0]
                 continue
-            # Gradient of the mean: (softmax - one_hot) / n.
-            logits = logits.sub_(log_sum).exp_()
-            logits.scatter_add_(-1, y, torch.full_like(log_sum, -1.0))
+            # One pass for the probabilities; the largest gives back the sum that they were divided by.
+            g = logits.softmax(-1)
+            largest, where = g.max(-1, keepdim=True)
+            log_sum = logits.gather(-1, where) - largest.log()
+            losses[at : at + size] = (log_sum - logits.gather(-1, y))[:, 0]
+            # Gradient of the sum: softmax - one_hot. It is divided by n where it has become small.
+            g.scatter_add_(-1, y, torch.full_like(log_sum, -1.0))
             if slope is not None:
-                logits = logits.mul_(slope)
-            g = logits.mul_(1.0 / len(hidden)).to(dtype)
+                g = g.mul_(slope)
+            g = g.to(dtype)
             if for_hidden is not None:
                 torch.mm(g, head, out=for_hidden[at : at + size])
             if for_weight is not None:
                 for_weight += g.T @ h
             if for_rows is not None:
                 for_rows += (g if all_rows else g.index_select(1, ids)).T @ h  # type: ignore[arg-type]
+        share = 1.0 / len(hidden)
         return (
             losses,
-            for_hidden,
-            None if for_weight is None else for_weight.to(weight.dtype),
-            None if for_rows is None or rows is None else for_rows.to(rows.dtype),
+            None if for_hidden is None else for_hidden.mul_(share),
+            None if for_weight is None else for_weight.mul_(share).to(weight.dtype),
+            None if for_rows is None or rows is None else for_rows.mul_(share).to(rows.dtype),
         )

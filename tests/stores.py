@@ -1,0 +1,90 @@
+"""Stores with modules and a router, built in a moment: perturbed weights instead of training."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from growlm import router
+from growlm.modules import ModuleSet
+from growlm.modules.base import Base
+from growlm.modules.blocks import Blocks, BlocksConfig
+from growlm.modules.probe import probe
+from growlm.store import Store, StoredModule
+from tiny import make_model, make_tokenizer
+
+# Each domain writes with characters of its own, so that even a random base tells them apart.
+ALPHABETS = {"letters": "abcde", "digits": "01234", "signs": "+-*/=<>", "general": "VWXYZ", "other": "{}[]()"}
+PLAIN = {"letters": {}, "digits": {}, "signs": {}}
+
+
+def domain_text(domain: str, seed: int, *, words: int = 12) -> str:
+    draw = random.Random(f"{domain}/{seed}")
+    alphabet = ALPHABETS[domain]
+    return " ".join("".join(draw.choices(alphabet, k=draw.randint(2, 6))) for _ in range(words))
+
+
+def domain_ids(tokenizer: Any, domain: str, number: int = 40, *, first: int = 0) -> list[list[int]]:
+    return [tokenizer.encode(domain_text(domain, first + i)) for i in range(number)]
+
+
+def make_module(base: Base, seed: int, *, strength: float = 0.2, **config: Any) -> Blocks:
+    module = Blocks.create(base, BlocksConfig(**{"num_layers": 1, **config}), torch.arange(20, 300))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * strength)
+    return module
+
+
+def add_module(store: Store, base: Base, name: str, seed: int, *, domain: str | None = None, **config: Any):
+    """Commits a module as `learn` does: with the router's evidence of its domain and a probe of what it answers."""
+    tokenizer = store.load_tokenizer()
+    module = make_module(base, seed, **config)
+    texts = domain_ids(tokenizer, domain or name)
+    seen = router.evidence(base, texts[:30], texts[30:])
+    record = {"probe": {"base": probe(ModuleSet(base)), "module": probe(ModuleSet(base, [module]))}}
+    stored: StoredModule = store.commit(name, module, record, {router.EVIDENCE: seen})
+    return stored
+
+
+def save_lively_base(folder: Path, family: str = "llama", **changes: Any) -> Path:
+    """A checkpoint folder whose weights are large enough that the answer depends on every token before it."""
+    model = make_model(family, **changes)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim > 1:
+                p.mul_(4)
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def make_store(
+    folder: Path, family: str = "llama", modules: Mapping[str, Mapping[str, Any]] = PLAIN, **changes: Any
+) -> Store:
+    """`folder/base` and `folder/store`, with modules by name: the fields of their `BlocksConfig`, and `domain`."""
+    store = Store.create(folder / "store", save_lively_base(folder / "base", family, **changes))
+    base = store.load_base()
+    tokenizer = store.load_tokenizer()
+    for seed, (name, config) in enumerate(modules.items(), start=1):
+        add_module(store, base, name, seed, **config)
+    texts = domain_ids(tokenizer, "general")
+    router.write_general(store, base, texts[:30], texts[30:])
+    return store
+
+
+def greedy(base: Base, modules: Sequence[Any], prompt: Sequence[int], tokens: int, *, end: int = 0) -> list[int]:
+    """The answer by whole forward passes, without any cache; up to the token `end`, which is not part of it."""
+    ids = list(prompt)
+    for _ in range(tokens):
+        with torch.no_grad():
+            token = int(ModuleSet(base, modules).logits(torch.tensor([ids]))[0, -1].argmax())
+        if token == end:
+            break
+        ids.append(token)
+    return ids[len(prompt) :]

@@ -1,0 +1,549 @@
+"""Command line: JSON in its promised shape, results on stdout alone, and every bad input one line and status 1."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from growlm import __version__, cli
+from growlm.store import Store
+from stores import ALPHABETS, add_module, domain_text, make_store
+
+COMMANDS = ["pretrain", "new", "learn", "route", "generate", "chat", "eval", "status", "verify", "remove", "export"]
+COMMANDS += ["demo", "version"]
+LEARN = ["--num-layers", "1", "--sequence-length", "16", "--batch-size", "4", "--max-rows", "50"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A base, a store with three modules, and text of every domain."""
+    home = tmp_path_factory.mktemp("made")
+    make_store(home)
+    for domain in ALPHABETS:
+        lines = [json.dumps({"text": domain_text(domain, 500 + i)}) for i in range(12)]
+        (home / f"{domain}.jsonl").write_text("\n".join(lines) + "\n")
+    return home
+
+
+@pytest.fixture
+def home(made, tmp_path, monkeypatch) -> Path:
+    """A copy of it, which is also the working folder."""
+    copied = shutil.copytree(made, tmp_path / "home")
+    monkeypatch.chdir(copied)
+    return copied
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs a command line in this process: exit status, stdout, stderr."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        return int(caught.value.code or 0), out, err
+
+    return call
+
+
+@pytest.fixture
+def answer(run):
+    """Runs a command with --json, which must succeed: its one object."""
+
+    def call(*arguments: str) -> dict:
+        code, out, err = run(*arguments, "--json")
+        assert code == 0, err
+        assert out.count("\n") == 1
+        return json.loads(out)
+
+    return call
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """What counts in a store, and everything else of the folder."""
+    found = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {k: v for k, v in found.items() if not {"lock", "cache", "scratch", "work"} & set(k.split("/"))}
+
+
+def flip(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+
+
+def edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def scores_of(found: dict) -> bool:
+    return (
+        set(found["scores"]) == {"letters", "digits", "signs", "none"} and abs(sum(found["scores"].values()) - 1) < 1e-5
+    )
+
+
+# What --json prints
+
+
+def test_generate_json(home, answer):
+    found = answer("generate", "store", domain_text("digits", 9), "--max-new-tokens", "5")
+    assert {"text", "module", "scores", "resident_bytes", "loaded"} <= set(found)
+    assert (found["module"], found["loaded"]) == ("digits", ["digits"])
+    assert isinstance(found["text"], str)
+    assert isinstance(found["resident_bytes"], int)
+    assert scores_of(found)
+    named = answer("generate", "store", "abc", "--module", "signs", "--max-new-tokens", "3")
+    assert (named["module"], named["scores"], named["loaded"]) == ("signs", {}, ["signs"])
+    alone = answer("generate", "store", "abc", "--module", "base", "--max-new-tokens", "3")
+    assert (alone["module"], alone["loaded"]) == (None, [])
+    assert alone["resident_bytes"] < named["resident_bytes"]
+    nothing = answer("generate", "store", domain_text("general", 9), "--max-new-tokens", "3")
+    assert (nothing["module"], nothing["loaded"]) == (None, [])
+
+
+def test_route_json(home, answer):
+    found = answer("route", "store", domain_text("letters", 9))
+    assert set(found) == {"module", "scores"}
+    assert found["module"] == "letters"
+    assert scores_of(found)
+    assert list(found["scores"].values()) == sorted(found["scores"].values(), reverse=True)
+    assert answer("route", "store", domain_text("general", 9))["module"] is None
+
+
+def test_status_json(home, answer):
+    found = answer("status", "store")
+    assert {"base", "modules", "total_parameters", "active_parameters"} <= set(found)
+    assert found["base"] == "../base"
+    assert [m["name"] for m in found["modules"]] == ["digits", "letters", "signs"]
+    for module in found["modules"]:
+        assert set(module) == {"name", "version", "kind", "bytes", "parameters"}
+        assert (module["version"], module["kind"]) == (1, "blocks")
+    sizes = [m["parameters"] for m in found["modules"]]
+    assert found["total_parameters"] - sum(sizes) == found["active_parameters"] - max(sizes) > 0
+
+
+def test_learn_json(home, answer):
+    found = answer("learn", "store", "other", "--data", "other.jsonl", *LEARN)
+    assert set(found) >= {
+        "name", "version", "loss_before", "loss_after", "tokens", "seconds", "tokens_per_second",
+    }  # fmt: skip
+    assert (found["name"], found["version"]) == ("other", 1)
+    assert found["loss_after"] < found["loss_before"]
+    assert found["tokens"] > 0
+    again = answer("learn", "store", "other", "--data", "other.jsonl", "general.jsonl", *LEARN, "--update")
+    assert again["version"] == 2
+    sources = Store.open(home / "store").module("other").manifest.training["sources"]
+    assert len(sources) == 2
+
+
+def test_eval_json(home, answer):
+    found = answer("eval", "store", "--data", "digits=digits.jsonl", "letters=letters.jsonl", "none=general.jsonl")
+    assert {"perplexity", "forgetting", "routing"} <= set(found)
+    assert set(found["perplexity"]) == {"digits", "letters", "none"}
+    for row in found["perplexity"].values():
+        assert {"base", "module", "routed"} <= set(row)
+    assert found["forgetting"] == 0
+    assert {"accuracy", "confusion", "retained_gain"} <= set(found["routing"])
+    assert found["routing"]["accuracy"] == 1
+    assert found["routing"]["confusion"]["digits"]["digits"] == 12
+
+
+def test_new_json(home, answer):
+    found = answer("new", "fresh", "--base", "base", "--general", "general.jsonl")
+    assert found["base"] == "../base"
+    assert json.loads((home / "fresh" / "store.json").read_text()) == found
+    assert answer("status", "fresh")["modules"] == []
+
+
+def test_pretrain_json(home, answer):
+    options = ["--preset", "tiny", "--tokens", "512", "--sequence-length", "16", "--batch-size", "4"]
+    found = answer("pretrain", "made", "--data", "digits.jsonl", "letters.jsonl", *options, "--vocab-size", "280")
+    assert {"loss_before", "loss_after", "tokens", "parameters"} <= set(found)
+    assert (home / "made" / "config.json").is_file()
+
+
+def test_verify_remove_export_and_version_json(home, answer, run):
+    assert answer("verify", "store") == {"ok": True, "problems": []}
+    found = answer("export", "store", "out", "--module", "digits")
+    assert found == {"path": "out", "module": "digits"}
+    assert (home / "out" / "model.safetensors").is_file()
+    assert answer("remove", "store", "digits", "--yes") == {"removed": "digits", "version": 1}
+    assert [m["name"] for m in answer("status", "store")["modules"]] == ["letters", "signs"]
+    assert answer("version") == {"growlm": __version__}
+    flip(home / "store" / "modules" / "signs" / "1" / "module.safetensors")
+    code, out, _ = run("verify", "store", "--json")
+    found = json.loads(out)
+    assert (code, found["ok"], len(found["problems"])) == (1, False, 1)
+
+
+# What people read
+
+
+def test_results_are_on_stdout_and_remarks_on_stderr(home, run):
+    code, out, err = run("generate", "store", "abc", "--module", "digits", "--max-new-tokens", "6")
+    _, whole, _ = run("generate", "store", "abc", "--module", "digits", "--max-new-tokens", "6", "--json")
+    assert (code, out) == (0, json.loads(whole)["text"] + "\n")
+    assert "[digits;" in err
+    assert err.count("\n") == 1
+    assert run("route", "store", domain_text("general", 9))[1].startswith("none of the modules\n")
+    for arguments, word in [
+        (("status", "store"), "letters"),
+        (("verify", "store"), "3 modules"),
+        (("eval", "store", "--data", "digits=digits.jsonl"), "router accuracy 100.0%"),
+        (("export", "store", "out", "--module", "digits"), "from_pretrained"),
+        (("remove", "store", "signs", "--yes"), "removed signs"),
+        (("new", "fresh", "--base", "base"), "made for base"),
+        (("learn", "store", "other", "--data", "other.jsonl", *LEARN), "other version 1"),
+        (("version",), __version__),
+    ]:
+        code, out, err = run(*arguments)
+        assert (code, err) == (0, ""), arguments
+        assert word in out
+
+
+def test_eval_writes_its_report(home, run):
+    code, out, err = run("eval", "store", "--data", "digits=digits.jsonl", "--report", "report", "--json")
+    assert code == 0
+    json.loads(out)
+    assert "report: report" in err
+    assert any((home / "report").iterdir())
+
+
+def test_sampling_options_reach_the_answer(home, answer):
+    one = ["generate", "store", "abc", "--module", "digits", "--max-new-tokens", "12"]
+    greedy = answer(*one)["text"]
+    hot = [*one, "--temperature", "2"]
+    assert answer(*hot, "--top-k", "1")["text"] == answer(*hot, "--top-p", "0.000001")["text"] == greedy
+    assert (
+        answer(*hot, "--seed", "1")["text"]
+        == answer(*hot, "--seed", "1")["text"]
+        != answer(*hot, "--seed", "2")["text"]
+    )
+    stop = greedy[3]
+    assert answer(*one, "--stop", stop)["text"] == greedy[: greedy.index(stop)]
+
+
+def test_several_values_after_one_option():
+    spread = cli._spread
+    assert spread(["learn", "s", "n", "--data", "a", "b", "c", "--epochs", "2"]) == [
+        "learn", "s", "n", "--data", "a", "--data", "b", "--data", "c", "--epochs", "2",
+    ]  # fmt: skip
+    assert spread(["--data=a", "b", "--general", "c", "d"]) == [
+        "--data", "a", "--data", "b", "--general", "c", "--general", "d",
+    ]  # fmt: skip
+    assert spread(["--data", "--json"]) == ["--data", "--json"]
+    assert spread(["generate", "s", "p", "--stop", "x"]) == ["generate", "s", "p", "--stop", "x"]
+
+
+def test_chat_takes_its_turns_from_stdin(home, run, monkeypatch):
+    lines = iter(["abc", "", "/module digits", "01 02", "/module nobody", "/what", "/new", "x", "/quit", "never"])
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
+    code, out, err = run("chat", "store", "--max-new-tokens", "4")
+    assert code == 0
+    notes = err.splitlines()
+    assert notes[0] == "/module NAME, /new, /quit"
+    assert "[digits]" in notes
+    assert sum("no module 'nobody'" in n for n in notes) == 1
+    assert "commands are" in err
+    assert next(lines) == "never"
+
+
+def test_chat_ends_with_its_input(home, run, monkeypatch):
+    def closed(prompt=""):
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", closed)
+    assert run("chat", "store")[0] == 0
+
+
+# Errors: status 1, one line on stderr, nothing on stdout, and the store as it was
+
+
+def bad(path: str, content: bytes | None) -> str:
+    if content is not None:
+        Path(path).write_bytes(content)
+    return path
+
+
+GOOD = b'{"text": "fine"}\n'
+DATA = {
+    "missing": ("gone.txt", None, "gone.txt"),
+    "empty": ("empty.txt", b"", "empty.txt"),
+    "blank": ("blank.txt", b" \n \n", "blank.txt"),
+    "bad line": ("bad.jsonl", GOOD * 2 + b'{"text": \n', "bad.jsonl:3"),
+    "no object": ("list.jsonl", GOOD + b"[1]\n", "list.jsonl:2"),
+    "no key": ("key.jsonl", GOOD + b'{"body": "x"}\n', "key.jsonl:2"),
+    "no string": ("int.jsonl", b'{"text": 3}\n', "int.jsonl:1"),
+    "utf-8": ("latin.txt", b"caf\xe9 au lait", "latin.txt"),
+    "binary": ("zero.txt", b"a\0b", "zero.txt"),
+    "parquet": ("bad.parquet", b"nonsense", "bad.parquet"),
+    "too short": ("short.txt", b"a", "short.txt"),
+}
+
+
+def refused(run, home: Path, *arguments: str) -> str:
+    """Runs what must fail, with and without --json; its message."""
+    lines = []
+    for extra in ([], ["--json"]):
+        before = contents(home)
+        code, out, err = run(*arguments, *extra)
+        assert (code, out) == (1, ""), err
+        assert err.startswith("growlm: ")
+        assert err.count("\n") == 1, err
+        assert "Traceback" not in err
+        assert contents(home) == before
+        lines.append(err)
+    assert lines[0] == lines[1]
+    return lines[0]
+
+
+@pytest.mark.parametrize("case", list(DATA))
+@pytest.mark.parametrize("command", ["learn", "eval", "pretrain", "new"])
+def test_bad_data(home, run, case, command):
+    name, content, word = DATA[case]
+    path = bad(name, content)
+    arguments = {
+        "learn": ("learn", "store", "fresh", "--data", "other.jsonl", path, *LEARN),
+        "eval": ("eval", "store", "--data", f"digits={path}"),
+        "pretrain": ("pretrain", "out", "--data", path, "--preset", "tiny", "--tokens", "1k"),
+        "new": ("new", "out", "--base", "base", "--general", path),
+    }[command]
+    if case == "too short" and command == "learn":
+        arguments = ("learn", "store", "fresh", "--data", path, *LEARN)
+    if case in ("empty", "blank") and command == "learn":
+        arguments = ("learn", "store", "fresh", "--data", path, *LEARN)
+    message = refused(run, home, *arguments)
+    if command == "eval" and case == "too short":
+        assert "digits" in message
+    else:
+        assert word in message
+    assert not (home / "out" / "store.json").exists()
+
+
+def test_bad_bases(home, run):
+    (home / "nothing").mkdir()
+    assert "nothing" in refused(run, home, "new", "out", "--base", "nothing")
+    assert "gone" in refused(run, home, "new", "out", "--base", "./gone")
+    edit(home / "base" / "config.json", model_type="bert", architectures=["BertModel"])
+    assert "bert" in refused(run, home, "new", "out", "--base", "base")
+    assert not (home / "out").exists()
+
+
+@pytest.mark.parametrize("change", ["weights", "config", "tokenizer", "gone"])
+def test_a_changed_base(home, run, change):
+    if change == "weights":
+        flip(home / "base" / "model.safetensors")
+    elif change == "config":
+        edit(home / "base" / "config.json", rms_norm_eps=0.5)
+    elif change == "tokenizer":
+        edit(home / "base" / "tokenizer.json", version="9.9")
+    else:
+        (home / "base").rename(home / "elsewhere")
+    for arguments in (
+        ("generate", "store", "abc"),
+        ("route", "store", "abc"),
+        ("learn", "store", "other", "--data", "other.jsonl", *LEARN),
+        ("eval", "store", "--data", "digits=digits.jsonl"),
+        ("export", "store", "out", "--module", "digits"),
+        ("chat", "store"),
+    ):
+        if arguments[0] == "chat":
+            code, out, err = run(*arguments)
+            assert (code, out, err.count("\n")) == (1, "", 1)
+        else:
+            assert "base" in refused(run, home, *arguments)
+
+
+@pytest.mark.parametrize("name", ["..", "a/b", "A", "", "auto", "none", "base", "general", "a" * 65, "a b", "-", ".a"])
+def test_impossible_names(home, run, name):
+    message = refused(run, home, "learn", "store", name, "--data", "other.jsonl", *LEARN)
+    assert repr(name) in message
+    if name not in ("auto", "base"):
+        refused(run, home, "generate", "store", "abc", "--module", name)
+    for arguments in (("remove", "store", name, "--yes"), ("export", "store", "out", "--module", name)):
+        refused(run, home, *arguments)
+
+
+def test_taken_and_unknown_names(home, run):
+    message = refused(run, home, "learn", "store", "digits", "--data", "other.jsonl", *LEARN)
+    assert "digits" in message
+    assert "--update" in message
+    for arguments in (
+        ("generate", "store", "abc", "--module", "nobody"),
+        ("chat", "store", "--module", "nobody"),
+        ("eval", "store", "--data", "nobody=other.jsonl"),
+        ("remove", "store", "nobody", "--yes"),
+        ("export", "store", "out", "--module", "nobody"),
+    ):
+        if arguments[0] == "chat":
+            code, out, err = run(*arguments)
+            assert (code, out, err.count("\n")) == (1, "", 1)
+        else:
+            message = refused(run, home, *arguments)
+            assert "nobody" in message
+            assert "letters" in message
+    refused(run, home, "export", "store", "out", "--module", "digits", "--version", "7")
+
+
+def test_spoilt_stores(home, run):
+    manifest = home / "store" / "modules" / "digits" / "1" / "module.json"
+    store = home / "store" / "store.json"
+    one = ("generate", "store", "abc", "--module", "digits")
+    for path, name in ((manifest, "module.json"), (store, "store.json")):
+        content = path.read_bytes()
+        edit(path, colour="red")
+        message = refused(run, home, *one)
+        assert "'colour'" in message
+        assert name in message
+        edit(path, format=2, colour="red")
+        assert "format 2" in refused(run, home, *one)
+        path.write_text("{")
+        assert name in refused(run, home, *one)
+        path.write_bytes(content)
+    weights = manifest.with_name("module.safetensors")
+    content = weights.read_bytes()
+    flip(weights)
+    assert "module.safetensors: sha256" in refused(run, home, *one)
+    assert "module.safetensors: sha256" in refused(run, home, "export", "store", "out", "--module", "digits")
+    weights.write_bytes(content[:-100])
+    assert "module.safetensors" in refused(run, home, *one)
+    weights.unlink()
+    assert "module.safetensors" in refused(run, home, *one)
+    weights.write_bytes(content)
+    flip(weights.with_name("router.safetensors"))
+    assert "router.safetensors" in refused(run, home, "route", "store", "abc")
+    for folder in ("gone", "base"):
+        assert "not a store" in refused(run, home, "status", folder)
+
+
+def test_budgets_that_are_too_small_or_no_size(home, run):
+    for memory, word in (("1kB", "too small"), ("185kB", "does not fit"), ("much", "much"), ("-1", "-1")):
+        message = refused(run, home, "generate", "store", "abc", "--module", "digits", f"--memory={memory}")
+        assert word in message
+    refused(run, home, "eval", "store", "--data", "digits=digits.jsonl", "--memory", "1kB")
+
+
+def test_settings_out_of_range(home, run):
+    for option, value in [("--max-new-tokens", "0"), ("--temperature", "-1"), ("--top-p", "0"), ("--top-k", "-2")]:
+        refused(run, home, "generate", "store", "abc", option, value)
+    for option, value in [("--epochs", "0"), ("--placement", "under"), ("--tokens", "lots"), ("--kind", "wings")]:
+        refused(run, home, "learn", "store", "other", "--data", "other.jsonl", option, value)
+    refused(run, home, "eval", "store", "--data", "digits=digits.jsonl", "--sequence-length", "1")
+    refused(run, home, "eval", "store", "--data", "digits.jsonl")
+    refused(run, home, "generate", "store", "")
+
+
+def test_existing_folders_are_not_written_over(home, run):
+    (home / "full").mkdir()
+    (home / "full" / "mine.txt").write_text("mine")
+    refused(run, home, "new", "full", "--base", "base")
+    refused(run, home, "new", "store", "--base", "base")
+    refused(run, home, "export", "store", "full", "--module", "digits")
+    refused(run, home, "pretrain", "full", "--data", "other.jsonl", "--preset", "tiny", "--tokens", "512")
+
+
+def test_remove_asks_first(home, run, monkeypatch):
+    message = refused(run, home, "remove", "store", "digits")
+    assert "--yes" in message
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    for said, code in ((False, 1), (True, 0)):
+        before = contents(home)
+        monkeypatch.setattr("typer.confirm", lambda text, err=False, said=said: said)
+        assert run("remove", "store", "digits")[0] == code
+        assert (contents(home) == before) == (not said)
+
+
+# Usage: status 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("learn", "store"),
+        ("learn", "store", "x"),
+        ("learn", "store", "x", "--data"),
+        ("generate", "store", "abc", "--colour", "red"),
+        ("generate", "store", "abc", "--seed", "many"),
+        ("fly",),
+        ("status", "store", "more"),
+        ("new", "out"),
+        ("--colour",),
+    ],
+    ids=" ".join,
+)
+def test_usage_errors(home, run, arguments):
+    code, out, err = run(*arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "--help" in err
+
+
+def command(*arguments: str, **options) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=60, **options
+    )
+
+
+def test_help_of_every_command_without_torch():
+    """`import torch` takes seconds; nobody who asks for help should wait for it."""
+    code = """
+import sys
+from contextlib import redirect_stdout
+from io import StringIO
+from growlm.cli import main
+for arguments in (["--help"], *([c, "--help"] for c in sys.argv[1:])):
+    out = StringIO()
+    with redirect_stdout(out):
+        try:
+            main(arguments)
+        except SystemExit as stop:
+            assert stop.code == 0, arguments
+    assert "Usage: growlm" in out.getvalue(), arguments
+    assert len(arguments) == 1 or arguments[0] == "version" or "Example" in out.getvalue(), arguments
+    assert not {"torch", "transformers", "datasets"} & set(sys.modules), arguments
+print("done")
+"""
+    done = command("-W", "error", "-c", code, *COMMANDS)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+
+
+def test_help_names_every_command(run):
+    code, out, _ = run("--help")
+    assert code == 0
+    for name in COMMANDS:
+        assert f"\n  {name} " in out
+
+
+def test_the_script_as_a_process(home):
+    """The whole way: real streams, real exit status."""
+    main = ("-c", "from growlm.cli import main; main()")
+    done = command(*main, "status", "store", "--json", cwd=home)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(json.loads(done.stdout)["modules"]) == 3
+    done = command(*main, "generate", "store", "abc", "--module", "digits", "--max-new-tokens", "4", "--json", cwd=home)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["module"] == "digits"
+    done = command(*main, "generate", "store", "abc", "--module", "nobody", cwd=home)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    done = command(*main, "remove", "store", "digits", cwd=home, stdin=subprocess.DEVNULL)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+
+
+def test_version_2_is_what_status_shows(home, answer):
+    store = Store.open(home / "store")
+    add_module(store, store.load_base(), "digits", 9)
+    assert [m["version"] for m in answer("status", "store")["modules"]] == [2, 1, 1]

@@ -1,0 +1,776 @@
+"""Engine: answers equal whole forward passes, whatever shares the batch; the budget holds; caches never mix."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import threading
+import time
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from growlm.engine import AUTO, Engine, Generation
+from growlm.engine.kv import KVCache, PrefixCache
+from growlm.engine.module_cache import ModuleCache
+from growlm.engine.scheduler import plan
+from growlm.errors import BudgetError, ConfigError, DataError, GrowlmError, IntegrityError, UnknownModuleError
+from growlm.modules import ModuleSet
+from growlm.modules.export import export
+from growlm.store import Store
+from stores import add_module, domain_text, greedy, make_store
+from tiny import random_ids
+
+FAMILIES = ["llama", "gemma2", "gpt2"]
+SHAPES = {
+    "letters": {"placement": "top", "vocabulary": "head"},
+    "digits": {"placement": "interleaved", "vocabulary": "head", "num_layers": 2},
+    "signs": {"placement": "top", "vocabulary": "both"},
+}
+NAMES = [*SHAPES, None]
+PROMPTS = ["abc de", domain_text("digits", 7), "x", domain_text("letters", 3, words=6), "<= >> def add("]
+TOKENS = 12
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory) -> dict[str, Store]:
+    return {family: make_store(tmp_path_factory.mktemp(family), family, SHAPES) for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def alike(tmp_path_factory) -> Path:
+    """A store whose three modules are of one size."""
+    home = tmp_path_factory.mktemp("alike")
+    make_store(home)
+    return home
+
+
+@pytest.fixture
+def home(alike, tmp_path) -> Path:
+    return shutil.copytree(alike, tmp_path / "home")
+
+
+@pytest.fixture(params=FAMILIES)
+def engine(request, stores):
+    with Engine(stores[request.param]) as made:
+        yield made
+
+
+@pytest.fixture
+def llama(stores):
+    with Engine(stores["llama"]) as made:
+        yield made
+
+
+def loaded(engine: Engine, name: str | None) -> list:
+    return [] if name is None else [engine.store.load(name, engine.base)]
+
+
+def expected(engine: Engine, name: str | None, prompt: str, tokens: int = TOKENS) -> list[int]:
+    return greedy(engine.base, loaded(engine, name), engine.tokenizer.encode(prompt), tokens)
+
+
+def room_for_one(home: Path) -> tuple[Store, int]:
+    """A store, and the budget in which its base, its router and one of its modules just fit."""
+    store = Store.open(home / "store")
+    with Engine(store) as engine:
+        return store, engine.fixed_bytes + store.module("digits").bytes
+
+
+# What an answer is
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_are_those_of_the_module_set(engine, name):
+    ids = random_ids(2, 20)
+    with torch.inference_mode():
+        wanted = ModuleSet(engine.base, loaded(engine, name)).logits(ids)
+    assert torch.equal(engine.logits(ids, module=name), wanted)
+    others = [engine.logits(ids, module=n) for n in NAMES if n != name]
+    assert not any(torch.equal(wanted, other) for other in others)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("prompt", [PROMPTS[0], PROMPTS[1]])
+def test_a_greedy_answer_equals_whole_forward_passes(engine, name, prompt):
+    answer = engine.generate(prompt, module=name, max_new_tokens=TOKENS)
+    assert answer.tokens == expected(engine, name, prompt)
+    assert len(set(answer.tokens)) > 2
+    assert answer.module == name
+    assert answer.text == engine.tokenizer.decode(answer.tokens)
+    assert answer.prompt_tokens == len(engine.tokenizer.encode(prompt))
+    assert (answer.finish_reason, answer.scores) == ("length", {})
+
+
+@pytest.mark.parametrize("name", list(SHAPES))
+def test_an_answer_equals_that_of_the_exported_checkpoint(stores, tmp_path, name):
+    for family in FAMILIES:
+        model = AutoModelForCausalLM.from_pretrained(export(stores[family], tmp_path / family, name))
+        with Engine(stores[family]) as engine:
+            ids = torch.tensor([engine.tokenizer.encode(PROMPTS[1])])
+            answer = engine.generate(PROMPTS[1], module=name, max_new_tokens=TOKENS)
+        whole = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False)
+        assert answer.tokens == whole[0, ids.shape[1] :].tolist(), family
+
+
+def test_many_prompts_under_mixed_modules_are_answered_as_each_alone(engine):
+    prompts = [p for p in PROMPTS for _ in NAMES]
+    modules = [n for _ in PROMPTS for n in NAMES]
+    answers = engine.generate_many(prompts, modules=modules, max_new_tokens=TOKENS)
+    assert [a.module for a in answers] == modules
+    for prompt, name, answer in zip(prompts, modules, answers, strict=True):
+        alone = engine.generate(prompt, module=name, max_new_tokens=TOKENS)
+        assert (answer.tokens, answer.text, answer.prompt_tokens) == (alone.tokens, alone.text, alone.prompt_tokens)
+
+
+@pytest.mark.parametrize("max_batch", [1, 3])
+def test_answers_keep_the_order_of_the_prompts_in_batches_of_any_size(stores, llama, max_batch):
+    modules = ["letters", None, "signs", "digits", "letters"]
+    with Engine(stores["llama"], max_batch=max_batch) as engine:
+        answers = engine.generate_many(PROMPTS, modules=modules, max_new_tokens=5)
+    assert [a.module for a in answers] == modules
+    assert [a.tokens for a in answers] == [expected(llama, m, p, 5) for p, m in zip(PROMPTS, modules, strict=True)]
+
+
+def test_one_module_for_all_or_one_a_prompt(llama):
+    assert llama.generate_many([], modules=None) == []
+    assert [a.module for a in llama.generate_many(PROMPTS, modules="signs", max_new_tokens=1)] == ["signs"] * 5
+    assert [a.module for a in llama.generate_many(PROMPTS, modules=None, max_new_tokens=1)] == [None] * 5
+    with pytest.raises(ConfigError, match="5 prompts but 2 modules"):
+        llama.generate_many(PROMPTS, modules=["signs", None])
+
+
+def test_rows_that_end_at_different_lengths_leave_the_others_as_they_are(engine):
+    """Rows that have ended leave the batch, its caches and its padding."""
+    prompts = [p for p in PROMPTS for _ in NAMES]
+    modules = [n for _ in PROMPTS for n in NAMES]
+    whole = [engine.generate(p, module=m, max_new_tokens=TOKENS) for p, m in zip(prompts, modules, strict=True)]
+    stop = tuple(dict.fromkeys(engine.tokenizer.decode(a.tokens[i % 9 : i % 9 + 2]) for i, a in enumerate(whole)))[::2]
+    stop = tuple(s for s in stop if s.strip() and "\ufffd" not in s)
+    together = engine.generate_many(prompts, modules=modules, max_new_tokens=TOKENS, stop=stop)
+    assert len({len(a.tokens) for a in together}) > 2
+    for prompt, name, answer in zip(prompts, modules, together, strict=True):
+        alone = engine.generate(prompt, module=name, max_new_tokens=TOKENS, stop=stop)
+        assert (answer.tokens, answer.text, answer.finish_reason) == (alone.tokens, alone.text, alone.finish_reason)
+
+
+# Names: guarantee 8
+
+
+@pytest.mark.parametrize("name", ["nobody", "Letters", "../letters", "none", "base", ""])
+def test_an_unknown_name_is_an_error_never_the_base(llama, name):
+    calls = [
+        lambda: llama.generate("abc", module=name),
+        lambda: llama.generate_many(["abc", "abc"], modules=["letters", name]),
+        lambda: llama.logits(random_ids(1, 4), module=name),
+        lambda: list(llama.stream("abc", module=name)),
+    ]
+    for call in calls:
+        with pytest.raises(GrowlmError) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+        if name == "nobody":
+            assert isinstance(caught.value, UnknownModuleError)
+
+
+@pytest.mark.parametrize("domain", [*SHAPES, "general"])
+def test_the_router_chooses_the_module_or_says_none(llama, domain):
+    wanted = domain if domain in SHAPES else None
+    prompt = domain_text(domain, 1234)
+    route = llama.route(prompt)
+    answer = llama.generate(prompt, max_new_tokens=6)
+    assert route.module == answer.module == wanted
+    assert answer.tokens == expected(llama, wanted, prompt, 6)
+    assert route.scores == pytest.approx(answer.scores)
+    assert next(iter(route.scores)) == (wanted or "none")
+    assert sum(route.scores.values()) == pytest.approx(1)
+    assert set(route.scores) == {*SHAPES, "none"}
+
+
+def test_routed_and_named_requests_share_a_batch(llama):
+    prompts = [domain_text(d, 55, words=n) for d, n in (("digits", 5), ("general", 12), ("letters", 8), ("signs", 9))]
+    answers = llama.generate_many(prompts, modules=[AUTO, AUTO, None, AUTO], max_new_tokens=6)
+    assert [a.module for a in answers] == ["digits", None, None, "signs"]
+    assert [bool(a.scores) for a in answers] == [True, True, False, True]
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer.tokens == expected(llama, answer.module, prompt, 6)
+
+
+def test_a_store_without_modules_answers_with_none_of_them(tmp_path):
+    store = make_store(tmp_path, modules={})
+    with Engine(store) as engine:
+        assert engine.route("abc").module is None
+        answer = engine.generate("abc", max_new_tokens=3)
+        assert (answer.module, answer.scores, answer.loaded) == (None, {"none": 1.0}, [])
+
+
+# Streaming
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.5, "seed": 3}, {"temperature": 3.0, "seed": 8}], ids=str)
+def test_pieces_of_a_stream_make_the_text(engine, sampling):
+    """Hot samples of a byte-level vocabulary are full of broken characters."""
+    for prompt in PROMPTS[:2]:
+        *pieces, result = engine.stream(prompt, module="digits", max_new_tokens=40, **sampling)
+        assert isinstance(result, Generation)
+        assert all(isinstance(p, str) and p for p in pieces)
+        assert "".join(pieces) == result.text
+        assert len(pieces) > 3
+        assert result.text == engine.generate(prompt, module="digits", max_new_tokens=40, **sampling).text
+
+
+def scripted(engine: Engine, text: str, monkeypatch) -> None:
+    """The engine's next answer spells `text`, byte by byte."""
+    pieces = re.split(r"(<\|endoftext\|>|)", text)
+    at = iter([i for piece in pieces for i in engine.tokenizer.encode(piece)])
+
+    def sample(logits, config, generators):
+        return torch.full((len(logits),), next(at))
+
+    monkeypatch.setattr("growlm.engine.generation.sample", sample)
+
+
+def test_a_character_of_several_bytes_is_never_cut(llama, monkeypatch):
+    text = "naïve 日本 🙂 e"
+    scripted(llama, text, monkeypatch)
+    *pieces, result = llama.stream("abc", module=None, max_new_tokens=len(text.encode()))
+    assert result.text == "".join(pieces) == text
+    assert not any("\ufffd" in p for p in pieces)
+    assert [p for p in pieces if len(p.encode()) > 1] == ["ï", "日", "本", "🙂"]
+
+
+def test_a_stop_text_ends_the_answer_and_no_part_of_it_is_streamed(llama, monkeypatch):
+    text = "one END two ENDED three"
+    for stop, wanted in [
+        (("ENDE",), "one END two "),
+        (("END",), "one "),
+        (("ENDE", " two"), "one END"),
+        ("ED", "one END two END"),
+        (("zzz",), text),
+    ]:
+        scripted(llama, text, monkeypatch)
+        *pieces, result = llama.stream("abc", module=None, max_new_tokens=len(text), stop=stop)
+        assert "".join(pieces) == result.text == wanted
+        assert result.finish_reason == ("length" if wanted == text else "stop")
+
+
+def test_what_looked_like_a_stop_text_is_still_given(llama, monkeypatch):
+    scripted(llama, "ab EN", monkeypatch)
+    *pieces, result = llama.stream("abc", module=None, max_new_tokens=5, stop="END")
+    assert "".join(pieces) == result.text == "ab EN"
+
+
+def test_closing_a_stream_early_stops_its_worker(llama):
+    """Nobody reads on: the rest of 200 tokens is not written, and the engine is free for the next."""
+    written = []
+    project = ModuleSet.project
+
+    def counted(self, hidden):
+        written.append(1)
+        time.sleep(0.005)
+        return project(self, hidden)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ModuleSet, "project", counted)
+        stream = llama.stream("abc", module=None, max_new_tokens=200)
+        next(stream)
+        stream.close()
+    assert len(written) < 100
+    assert not [t for t in threading.enumerate() if t.name == "growlm-stream"]
+    assert llama.generate("abc", module=None, max_new_tokens=3).tokens == expected(llama, None, "abc", 3)
+
+
+def test_an_error_in_a_stream_reaches_its_reader(llama):
+    with pytest.raises(DataError, match="empty"):
+        list(llama.stream("", module=None))
+
+
+# Sampling and ends
+
+
+def test_a_draw_depends_on_its_seed_and_not_on_its_batch(llama):
+    hot = {"temperature": 1.2, "top_p": 0.9, "max_new_tokens": TOKENS}
+    alone = [llama.generate(p, module="letters", seed=5, **hot).tokens for p in PROMPTS]
+    assert [llama.generate(p, module="letters", seed=5, **hot).tokens for p in PROMPTS] == alone
+    assert [a.tokens for a in llama.generate_many(PROMPTS, modules="letters", seed=5, **hot)] == alone
+    assert [a.tokens for a in llama.generate_many(PROMPTS[::-1], modules="letters", seed=5, **hot)] == alone[::-1]
+    assert [llama.generate(p, module="letters", seed=6, **hot).tokens for p in PROMPTS] != alone
+
+
+def test_top_k_of_one_and_a_small_top_p_are_greedy(llama):
+    greedily = llama.generate("abc", module="digits", max_new_tokens=TOKENS).tokens
+    for bound in ({"top_k": 1}, {"top_p": 1e-6}):
+        assert (
+            llama.generate("abc", module="digits", max_new_tokens=TOKENS, temperature=2.0, **bound).tokens == greedily
+        )
+    assert llama.generate("abc", module="digits", max_new_tokens=TOKENS, temperature=2.0).tokens != greedily
+
+
+@pytest.mark.parametrize(
+    "option", [{"max_new_tokens": 0}, {"temperature": -1}, {"top_p": 0}, {"top_p": 2}, {"top_k": -1}, {"colour": 1}]
+)
+def test_impossible_sampling_is_refused(llama, option):
+    with pytest.raises(ConfigError, match=next(iter(option))):
+        llama.generate("abc", module=None, **option)
+
+
+def test_an_end_of_text_ends_the_answer(home):
+    store = Store.open(home / "store")
+    with Engine(store) as engine:
+        whole = engine.generate("abc de", module="digits", max_new_tokens=TOKENS).tokens
+    end = whole[4]
+    (home / "base" / "generation_config.json").write_text(f'{{"eos_token_id": [0, {end}]}}')
+    with Engine(store) as engine:
+        answer = engine.generate("abc de", module="digits", max_new_tokens=TOKENS)
+        assert answer.tokens == whole[: whole.index(end)]
+        assert answer.finish_reason == "stop"
+        many = engine.generate_many(["abc de", "x", "abc de"], modules=["digits", None, "digits"], max_new_tokens=5)
+        assert many[0].tokens == many[2].tokens == answer.tokens
+
+
+@pytest.mark.parametrize(("prompt", "error"), [("", DataError), ("@" * 250, ConfigError)])
+def test_a_prompt_that_cannot_be_answered_is_refused(stores, prompt, error):
+    """gpt2 has learned positions, 256 of them."""
+    with Engine(stores["gpt2"]) as engine:
+        with pytest.raises(error):
+            engine.generate(prompt, module=None, max_new_tokens=7)
+        with pytest.raises(error):
+            engine.generate_many(["abc", prompt], modules=None, max_new_tokens=7)
+        assert engine.generate("@" * 249, module=None, max_new_tokens=7).prompt_tokens == 249
+
+
+# Guarantee 5: the budget
+
+
+class Watch:
+    """Counts what modules really take: the bytes of every loaded tensor that is still alive, at each moment of load."""
+
+    def __init__(self, engine: Engine, monkeypatch) -> None:
+        self.most, self.loads = 0, []
+        self._alive: list[tuple[weakref.ref, int]] = []
+        load = engine.store.load
+
+        def watched(name, *arguments, **options):
+            self.loads.append(name)
+            self.most = max(self.most, self.bytes() + engine.store.module(name).bytes)
+            module = load(name, *arguments, **options)
+            tensors = [*module.parameters(), *module.buffers()]
+            self._alive += [(weakref.ref(t), t.numel() * t.element_size()) for t in tensors]
+            return module
+
+        monkeypatch.setattr(engine.store, "load", watched)
+
+    def bytes(self) -> int:
+        return sum(size for tensor, size in self._alive if tensor() is not None)
+
+
+def test_one_module_after_another_never_pass_the_budget(home, monkeypatch):
+    store, budget = room_for_one(home)
+    seen: list[int] = []
+    with Engine(store, memory=budget) as engine:
+        watch = Watch(engine, monkeypatch)
+        done = threading.Event()
+
+        def look() -> None:
+            while not done.is_set():
+                seen.append(engine.resident_bytes)
+                time.sleep(0.0005)
+
+        looker = threading.Thread(target=look)
+        looker.start()
+        try:
+            for name in ["letters", "digits", "signs"] * 6:
+                answer = engine.generate("abc", module=name, max_new_tokens=2)
+                assert answer.resident_bytes == budget
+                assert answer.loaded == [name]
+        finally:
+            done.set()
+            looker.join()
+        assert len(watch.loads) == 18
+        assert max(seen) <= budget
+        assert engine.fixed_bytes + watch.most <= budget
+
+
+def test_a_batch_that_swaps_modules_never_passes_the_budget(home, monkeypatch):
+    """Its waves hold one module each: the first is gone before the second is read."""
+    store, budget = room_for_one(home)
+    with Engine(store) as free:
+        wanted = [expected(free, n, p, 4) for n, p in zip(["letters", "digits", "signs", None], PROMPTS, strict=False)]
+    with Engine(store, memory=budget) as engine:
+        watch = Watch(engine, monkeypatch)
+        for _ in range(3):
+            answers = engine.generate_many(PROMPTS[:4], modules=["letters", "digits", "signs", None], max_new_tokens=4)
+            assert [a.tokens for a in answers] == wanted
+            assert max(a.resident_bytes for a in answers) <= budget
+        assert engine.fixed_bytes + watch.most <= budget
+
+
+def test_logits_never_pass_the_budget(home, monkeypatch):
+    store, budget = room_for_one(home)
+    with Engine(store, memory=budget) as engine:
+        watch = Watch(engine, monkeypatch)
+        for name in ["letters", "digits", "signs"] * 2:
+            engine.logits(random_ids(1, 4), module=name)
+        assert engine.fixed_bytes + watch.most <= budget
+
+
+def test_the_budget_counts_what_is_really_in_memory(home):
+    store = Store.open(home / "store")
+    with Engine(store) as engine:
+        model = engine.base.model
+        assert engine.base_bytes == sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+        before = engine.resident_bytes
+        assert before == engine.fixed_bytes
+        engine.generate("abc", module="digits", max_new_tokens=1)
+        module = store.load("digits", engine.base)
+        real = sum(t.numel() * t.element_size() for t in [*module.parameters(), *module.buffers()])
+        assert engine.resident_bytes - before == real == store.module("digits").bytes
+
+
+def test_a_module_that_does_not_fit_is_refused_with_the_numbers(home):
+    store, budget = room_for_one(home)
+    with Engine(store, memory=budget - 1) as engine:
+        for call in (engine.generate, lambda p, module: engine.generate_many([p], modules=[module])):
+            with pytest.raises(BudgetError, match=r"digits \S+ kB does not fit.*kB are left.*--memory"):
+                call("abc", module="digits")
+        with pytest.raises(BudgetError, match="digits"):
+            engine.logits(random_ids(1, 3), module="digits")
+        with pytest.raises(BudgetError, match="digits"):
+            engine.generate(domain_text("digits", 9))
+        assert engine.resident_bytes == engine.fixed_bytes
+        assert engine.generate("abc", module=None, max_new_tokens=2).module is None
+
+
+def test_a_base_that_does_not_fit_is_refused_with_the_numbers(home):
+    store, _ = room_for_one(home)
+    with Engine(store) as engine:
+        fixed = engine.fixed_bytes
+    with pytest.raises(BudgetError, match=r"--memory \S+ kB is too small: base \S+ kB and router"):
+        Engine(store, memory=fixed - 1)
+    with Engine(store, memory=fixed) as engine:
+        assert engine.generate("abc", module=None, max_new_tokens=1).resident_bytes == fixed
+
+
+def test_a_module_is_reported_as_loaded_once(home):
+    with Engine(Store.open(home / "store")) as engine:
+        assert engine.generate("abc", module="digits", max_new_tokens=1).loaded == ["digits"]
+        assert engine.generate("abc", module="digits", max_new_tokens=1).loaded == []
+        answers = engine.generate_many(["abc", "de", "x"], modules=["digits", "signs", None], max_new_tokens=1)
+        assert [a.loaded for a in answers] == [[], ["signs"], []]
+
+
+def test_the_least_recently_used_module_goes_first(home):
+    store, budget = room_for_one(home)
+    with Engine(store, memory=budget + store.module("digits").bytes) as engine:
+        for name in ("letters", "digits", "letters", "signs"):
+            engine.generate("abc", module=name, max_new_tokens=1)
+        assert engine.modules.resident == ["letters", "signs"]
+        assert engine.modules.counts.evictions == 1
+
+
+@pytest.mark.parametrize("wanted", [["letters", "digits"], ["digits", "letters"]])
+def test_a_batch_begins_with_what_is_in_memory(home, monkeypatch, wanted):
+    store, budget = room_for_one(home)
+    with Engine(store, memory=budget) as engine:
+        engine.generate("abc", module="letters", max_new_tokens=1)
+        watch = Watch(engine, monkeypatch)
+        answers = engine.generate_many(["abc", "de"], modules=wanted, max_new_tokens=1)
+        assert watch.loads == ["digits"]
+        assert [a.loaded for a in answers] == [["digits"] if name == "digits" else [] for name in wanted]
+
+
+# The module cache by itself
+
+
+def cache_of(budget: int | None, sizes: dict[str, int], loads: list[str] | None = None) -> ModuleCache:
+    def load(name: str):
+        if loads is not None:
+            loads.append(name)
+        return name
+
+    return ModuleCache(budget, sizes.__getitem__, load, " in all")  # type: ignore[arg-type]
+
+
+def test_pinned_modules_stay_and_what_does_not_fit_beside_them_is_refused():
+    cache = cache_of(10, {"a": 6, "b": 4, "c": 5})
+    held, read = cache.acquire(["a", "b"])
+    assert (held, read) == ({"a": "a", "b": "b"}, ["a", "b"])
+    with pytest.raises(BudgetError, match=r"in use are: (a, b|b, a)"):
+        cache.acquire(["c"])
+    assert not cache.prefetch("c")
+    cache.drop("a")
+    assert cache.resident == ["a", "b"]
+    cache.release(["b"])
+    with pytest.raises(BudgetError):
+        cache.acquire(["c"])
+    assert "a" in cache.resident
+    cache.release(["a"])
+    assert cache.acquire(["c"])[1] == ["c"]
+    assert cache.resident_bytes <= 10
+    cache.close()
+
+
+def test_prefetched_modules_are_read_once_and_counted_at_once():
+    loads: list[str] = []
+    cache = cache_of(10, {"a": 6, "b": 6}, loads)
+    assert cache.prefetch("a")
+    assert cache.resident_bytes == 6
+    assert cache.acquire(["a"]) == ({"a": "a"}, [])
+    assert loads == ["a"]
+    cache.release(["a"])
+    assert cache.prefetch("b")
+    assert cache.resident == ["b"]
+    assert cache.resident_bytes == 6
+    cache.close()
+
+
+@given(
+    st.dictionaries(st.sampled_from("abcdef"), st.integers(1, 9), min_size=1),
+    st.integers(9, 20),
+    st.lists(st.tuples(st.sampled_from(["acquire", "prefetch", "drop"]), st.sampled_from("abcdef"))),
+)
+@settings(deadline=None, max_examples=60)
+def test_no_order_of_requests_passes_the_budget(sizes, budget, requests):
+    alive: dict[str, int] = {}
+    cache = cache_of(budget, sizes)
+    for verb, name in requests:
+        if name not in sizes:
+            continue
+        if verb == "acquire":
+            cache.acquire([name])
+            assert name in cache.resident
+            cache.release([name])
+        else:
+            getattr(cache, verb)(name)
+        alive = {n: sizes[n] for n in cache.resident}
+        assert sum(alive.values()) == cache.resident_bytes <= budget
+    cache.close()
+
+
+# Files that change while the engine runs
+
+
+def flip(path: Path) -> bytes:
+    content = path.read_bytes()
+    path.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+    return content
+
+
+def test_a_changed_file_is_refused_and_the_others_go_on(home):
+    store = Store.open(home / "store")
+    with Engine(store) as engine:
+        engine.generate("abc", module="letters", max_new_tokens=1)
+        flip(store.path / "modules" / "digits" / "1" / "module.safetensors")
+        for _ in range(2):
+            with pytest.raises(IntegrityError, match="sha256"):
+                engine.generate("abc", module="digits", max_new_tokens=1)
+        assert engine.generate("abc", module="letters", max_new_tokens=1).module == "letters"
+        assert engine.generate("abc", module="signs", max_new_tokens=1).module == "signs"
+
+
+def test_a_file_that_changed_after_it_was_checked_is_checked_again(home):
+    store, budget = room_for_one(home)
+    with Engine(store, memory=budget) as engine:
+        engine.generate("abc", module="digits", max_new_tokens=1)
+        engine.generate("abc", module="letters", max_new_tokens=1)
+        flip(store.path / "modules" / "digits" / "1" / "module.safetensors")
+        with pytest.raises(IntegrityError, match="sha256"):
+            engine.generate("abc", module="digits", max_new_tokens=1)
+
+
+def test_a_refused_module_takes_no_room_and_answers_once_its_file_is_restored(home):
+    store, budget = room_for_one(home)
+    path = store.path / "modules" / "digits" / "1" / "module.safetensors"
+    content = flip(path)
+    with Engine(store, memory=budget) as engine:
+        with pytest.raises(IntegrityError):
+            engine.generate("abc", module="digits", max_new_tokens=1)
+        assert engine.resident_bytes == engine.fixed_bytes
+        path.write_bytes(content)
+        assert engine.generate("abc", module="digits", max_new_tokens=3).tokens == expected(engine, "digits", "abc", 3)
+
+
+@pytest.mark.parametrize("placement", ["top", "interleaved"])
+def test_a_module_that_is_updated_while_the_engine_runs_answers_as_one_of_its_versions(home, placement):
+    store = Store.open(home / "store")
+    with Engine(store) as engine:
+        old = engine.generate("abc", module="digits", max_new_tokens=8)
+        add_module(store, store.load_base(), "digits", 77, placement=placement, vocabulary="both")
+        new = greedy(engine.base, loaded(engine, "digits"), engine.tokenizer.encode("abc"), 8)
+        assert engine.generate("abc", module="digits", max_new_tokens=8).tokens in (old.tokens, new)
+
+
+def test_a_module_that_is_removed_while_the_engine_runs_is_unknown(home):
+    store = Store.open(home / "store")
+    with Engine(store) as engine:
+        engine.generate("abc", module="digits", max_new_tokens=1)
+        store.remove("digits")
+        with pytest.raises(UnknownModuleError):
+            engine.generate("abc", module="digits")
+
+
+# Guarantee 4: no mixing
+
+
+TURNS = ["abc de 01", " and then", " <= >>", " tell me more", " {x}"]
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [["letters", "digits"], ["letters", "signs"], ["letters", None], ["letters", "letters", "digits"], [None, "signs"]],
+    ids=str,
+)
+def test_a_conversation_that_changes_its_module_equals_fresh_engines(engine, modules):
+    text = ""
+    for turn in range(8):
+        text += TURNS[turn % len(TURNS)]
+        name = modules[turn % len(modules)]
+        answer = engine.generate(text, module=name, reuse=True, max_new_tokens=6)
+        assert answer.tokens == expected(engine, name, text, 6), turn
+        text += answer.text
+    with Engine(engine.store) as fresh:
+        assert fresh.generate(text, module=modules[0], max_new_tokens=6).tokens == expected(engine, modules[0], text, 6)
+
+
+def test_two_conversations_with_the_same_words_under_two_modules_stay_apart(home):
+    """The same text is kept under one digest and continued under another."""
+    with Engine(Store.open(home / "store")) as engine:
+        first = engine.generate("abc de", module="letters", reuse=True, max_new_tokens=6)
+        text = "abc de" + first.text
+        for name in ("digits", "signs", None, "letters"):
+            engine.generate("abc de", module="letters", reuse=True, max_new_tokens=6)
+            answer = engine.generate(text + " more", module=name, reuse=True, max_new_tokens=6)
+            assert answer.tokens == expected(engine, name, text + " more", 6), name
+
+
+def test_an_updated_module_does_not_continue_what_its_last_version_wrote(home):
+    store = Store.open(home / "store")
+    with Engine(store) as engine:
+        first = engine.generate("abc de", module="letters", reuse=True, max_new_tokens=6)
+        add_module(store, store.load_base(), "letters", 77)
+        engine.modules.drop("letters")
+        text = "abc de" + first.text + " more"
+        answer = engine.generate(text, module="letters", reuse=True, max_new_tokens=6)
+        assert answer.tokens == expected(engine, "letters", text, 6)
+
+
+@pytest.mark.parametrize(
+    "said", ["?@#" * 7, "?@#" * 6 + "!", "?@#" * 6 + "<|endoftext|>"], ids=["length", "stop", "end"]
+)
+def test_a_conversation_is_continued_and_not_computed_anew(home, monkeypatch, said):
+    """Whatever ended the turn before. Each character is a token, so that the answer read again has the same ids."""
+    widths: list[int] = []
+    with Engine(Store.open(home / "store")) as engine:
+        run = engine.base.run
+
+        def watched(hidden, *arguments, **options):
+            widths.append(hidden.shape[1])
+            return run(hidden, *arguments, **options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            scripted(engine, said, patch)
+            engine.generate("abc de", module="letters", reuse=True, max_new_tokens=21, stop="!")
+        said = said.removesuffix("<|endoftext|>")
+        monkeypatch.setattr(engine.base, "run", watched)
+        engine.generate("abc de" + said + "&", module="letters", reuse=True, max_new_tokens=2)
+        assert max(widths) < 5
+        widths.clear()
+        engine.generate("abc de" + said + "&", module="letters", max_new_tokens=2)
+        assert max(widths) > 20
+
+
+def filled(slots: int, tokens: int) -> KVCache:
+    cache = KVCache(slots)
+    for slot in range(slots):
+        states = torch.full((1, 2, tokens, 4), float(slot))
+        cache.update(states, states, slot)
+    return cache
+
+
+def test_a_prefix_gives_another_digest_the_slots_of_the_base_alone():
+    prefixes = PrefixCache(10**6)
+    prefixes.put("mine", [1, 2, 3], 2, filled(4, 3))
+    prefix = prefixes.take([1, 2, 3, 4])
+    assert prefix is not None
+    assert [prefix.cache_for("mine").length(s) for s in range(4)] == [3, 3, 3, 3]
+    for digest in ("yours", "base"):
+        assert [prefix.cache_for(digest).length(s) for s in range(4)] == [3, 3, 0, 0]
+    assert prefixes.take([1, 2, 3, 4]) is None  # who continues it writes into it
+
+
+def test_prefixes_match_whole_texts_and_keep_to_their_bytes():
+    one = filled(2, 64).num_bytes()
+    prefixes = PrefixCache(2 * one)
+    prefixes.put("a", [1, 2], 2, filled(2, 2))
+    assert prefixes.take([1, 2]) is None
+    assert prefixes.take([1, 3, 2]) is None
+    assert prefixes.take([1, 2, 3]).tokens == (1, 2)
+    small = PrefixCache(filled(2, 2).num_bytes())
+    for text in ([1, 2], [3, 4]):
+        small.put("a", text, 2, filled(2, 2))
+    assert small.take([1, 2, 5]) is None
+    assert small.take([3, 4, 5]) is not None
+
+
+# Concurrency
+
+
+def test_two_threads_with_two_modules_get_what_each_alone_gets(home):
+    store, budget = room_for_one(home)
+    with Engine(store, memory=budget) as engine:
+        wanted = {n: [expected(engine, n, p, 5) for p in PROMPTS] for n in ("letters", "digits")}
+        found: dict[str, list[list[int]]] = {}
+
+        def work(name: str) -> None:
+            found[name] = [engine.generate(p, module=name, max_new_tokens=5).tokens for p in PROMPTS]
+
+        threads = [threading.Thread(target=work, args=(n,)) for n in wanted]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert found == wanted
+
+
+# The scheduler
+
+
+@given(
+    st.lists(st.sampled_from(["a", "b", "c", "d", None]), max_size=20),
+    st.dictionaries(st.sampled_from("abcd"), st.integers(1, 10), min_size=4),
+    st.none() | st.integers(10, 40),
+    st.lists(st.sampled_from("abcd"), unique=True),
+)
+@settings(max_examples=200, deadline=None)
+def test_a_plan_serves_every_request_once_within_the_budget(modules, sizes, budget, resident):
+    waves = plan(modules, budget=budget, size=sizes.__getitem__, resident=resident)
+    served = [(i, name) for wave in waves for name, rows in wave.groups.items() for i in rows]
+    assert sorted(served, key=lambda s: s[0]) == list(enumerate(modules))
+    names = [name for wave in waves for name in wave.names]
+    assert len(names) == len(set(names))
+    if budget is None:
+        assert len(waves) <= 1
+    else:
+        assert all(sum(sizes[n] for n in wave.names) <= budget for wave in waves)
+    inside = [n in resident for n in names]
+    assert inside == sorted(inside, reverse=True)
+    if None in modules:
+        assert None in waves[0].groups
+
+
+def test_a_plan_puts_the_most_wanted_first():
+    waves = plan(["a", "b", "b", "c", None], budget=1, size=lambda name: 1, resident=["c"])
+    assert [dict(w.groups) for w in waves] == [{"c": (3,), None: (4,)}, {"b": (1, 2)}, {"a": (0,)}]
