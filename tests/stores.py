@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,15 +42,27 @@ def make_module(base: Base, seed: int, *, strength: float = 0.2, **config: Any) 
     return module
 
 
-def add_module(store: Store, base: Base, name: str, seed: int, *, domain: str | None = None, **config: Any):
-    """Commits a module as `learn` does: with the router's evidence of its domain and a probe of what it answers."""
+def add_module(
+    store: Store, base: Base, name: str, seed: int, *, domain: str | None = None, steps: int = 0, **config: Any
+) -> StoredModule:
+    """Commits a module as `learn` does: with the router's evidence of its domain and a probe of what it answers.
+
+    Args:
+        steps: of training on its domain, for those tests that need a module which helps.
+    """
     tokenizer = store.load_tokenizer()
     module = make_module(base, seed, **config)
     texts = domain_ids(tokenizer, domain or name)
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
+    for step in range(steps):
+        ids = torch.tensor([texts[step % 30]])
+        logits = ModuleSet(base, [module]).logits(ids)[0]
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:]).backward()
+        optimizer.step()
     seen = router.evidence(base, texts[:30], texts[30:])
     record = {"probe": {"base": probe(ModuleSet(base)), "module": probe(ModuleSet(base, [module]))}}
-    stored: StoredModule = store.commit(name, module, record, {router.EVIDENCE: seen})
-    return stored
+    return store.commit(name, module, record, {router.EVIDENCE: seen})
 
 
 def save_lively_base(folder: Path, family: str = "llama", **changes: Any) -> Path:
@@ -88,3 +101,26 @@ def greedy(base: Base, modules: Sequence[Any], prompt: Sequence[int], tokens: in
             break
         ids.append(token)
     return ids[len(prompt) :]
+
+
+class Watch:
+    """Counts what modules really take: the bytes of every loaded tensor that is still alive, at each moment of load."""
+
+    def __init__(self, monkeypatch: Any) -> None:
+        self.most = 0
+        self.loads: list[str] = []
+        self._alive: list[tuple[weakref.ref, int]] = []
+        load = Store.load
+
+        def watched(store: Store, name: str, *arguments: Any, **options: Any) -> Any:
+            self.loads.append(name)
+            self.most = max(self.most, self.bytes() + store.module(name).bytes)
+            module = load(store, name, *arguments, **options)
+            tensors = [*module.parameters(), *module.buffers()]
+            self._alive += [(weakref.ref(t), t.numel() * t.element_size()) for t in tensors]
+            return module
+
+        monkeypatch.setattr(Store, "load", watched)
+
+    def bytes(self) -> int:
+        return sum(size for tensor, size in self._alive if tensor() is not None)

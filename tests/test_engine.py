@@ -6,7 +6,6 @@ import re
 import shutil
 import threading
 import time
-import weakref
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,7 @@ from growlm.errors import BudgetError, ConfigError, DataError, GrowlmError, Inte
 from growlm.modules import ModuleSet
 from growlm.modules.export import export
 from growlm.store import Store
-from stores import add_module, domain_text, greedy, make_store
+from stores import Watch, add_module, domain_text, greedy, make_store
 from tiny import random_ids
 
 FAMILIES = ["llama", "gemma2", "gpt2"]
@@ -108,11 +107,18 @@ def test_logits_are_those_of_the_module_set(engine, name):
 def test_a_greedy_answer_equals_whole_forward_passes(engine, name, prompt):
     answer = engine.generate(prompt, module=name, max_new_tokens=TOKENS)
     assert answer.tokens == expected(engine, name, prompt)
-    assert len(set(answer.tokens)) > 2
     assert answer.module == name
     assert answer.text == engine.tokenizer.decode(answer.tokens)
     assert answer.prompt_tokens == len(engine.tokenizer.encode(prompt))
-    assert (answer.finish_reason, answer.scores) == ("length", {})
+    assert answer.finish_reason == ("length" if len(answer.tokens) == TOKENS else "stop")
+    assert answer.scores == {}
+
+
+def test_the_answers_compared_here_differ_by_prompt_and_module(engine):
+    """Else the comparisons of this file would show little."""
+    answers = {tuple(engine.generate(p, module=n, max_new_tokens=TOKENS).tokens) for p in PROMPTS for n in NAMES}
+    assert len(answers) > len(PROMPTS) * len(NAMES) // 2
+    assert len({token for answer in answers for token in answer}) > 20
 
 
 @pytest.mark.parametrize("name", list(SHAPES))
@@ -228,7 +234,6 @@ def test_pieces_of_a_stream_make_the_text(engine, sampling):
         assert isinstance(result, Generation)
         assert all(isinstance(p, str) and p for p in pieces)
         assert "".join(pieces) == result.text
-        assert len(pieces) > 3
         assert result.text == engine.generate(prompt, module="digits", max_new_tokens=40, **sampling).text
 
 
@@ -355,33 +360,11 @@ def test_a_prompt_that_cannot_be_answered_is_refused(stores, prompt, error):
 # Guarantee 5: the budget
 
 
-class Watch:
-    """Counts what modules really take: the bytes of every loaded tensor that is still alive, at each moment of load."""
-
-    def __init__(self, engine: Engine, monkeypatch) -> None:
-        self.most, self.loads = 0, []
-        self._alive: list[tuple[weakref.ref, int]] = []
-        load = engine.store.load
-
-        def watched(name, *arguments, **options):
-            self.loads.append(name)
-            self.most = max(self.most, self.bytes() + engine.store.module(name).bytes)
-            module = load(name, *arguments, **options)
-            tensors = [*module.parameters(), *module.buffers()]
-            self._alive += [(weakref.ref(t), t.numel() * t.element_size()) for t in tensors]
-            return module
-
-        monkeypatch.setattr(engine.store, "load", watched)
-
-    def bytes(self) -> int:
-        return sum(size for tensor, size in self._alive if tensor() is not None)
-
-
 def test_one_module_after_another_never_pass_the_budget(home, monkeypatch):
     store, budget = room_for_one(home)
     seen: list[int] = []
     with Engine(store, memory=budget) as engine:
-        watch = Watch(engine, monkeypatch)
+        watch = Watch(monkeypatch)
         done = threading.Event()
 
         def look() -> None:
@@ -410,7 +393,7 @@ def test_a_batch_that_swaps_modules_never_passes_the_budget(home, monkeypatch):
     with Engine(store) as free:
         wanted = [expected(free, n, p, 4) for n, p in zip(["letters", "digits", "signs", None], PROMPTS, strict=False)]
     with Engine(store, memory=budget) as engine:
-        watch = Watch(engine, monkeypatch)
+        watch = Watch(monkeypatch)
         for _ in range(3):
             answers = engine.generate_many(PROMPTS[:4], modules=["letters", "digits", "signs", None], max_new_tokens=4)
             assert [a.tokens for a in answers] == wanted
@@ -421,7 +404,7 @@ def test_a_batch_that_swaps_modules_never_passes_the_budget(home, monkeypatch):
 def test_logits_never_pass_the_budget(home, monkeypatch):
     store, budget = room_for_one(home)
     with Engine(store, memory=budget) as engine:
-        watch = Watch(engine, monkeypatch)
+        watch = Watch(monkeypatch)
         for name in ["letters", "digits", "signs"] * 2:
             engine.logits(random_ids(1, 4), module=name)
         assert engine.fixed_bytes + watch.most <= budget
@@ -486,7 +469,7 @@ def test_a_batch_begins_with_what_is_in_memory(home, monkeypatch, wanted):
     store, budget = room_for_one(home)
     with Engine(store, memory=budget) as engine:
         engine.generate("abc", module="letters", max_new_tokens=1)
-        watch = Watch(engine, monkeypatch)
+        watch = Watch(monkeypatch)
         answers = engine.generate_many(["abc", "de"], modules=wanted, max_new_tokens=1)
         assert watch.loads == ["digits"]
         assert [a.loaded for a in answers] == [["digits"] if name == "digits" else [] for name in wanted]

@@ -1,0 +1,304 @@
+"""Evaluation: perplexities equal a loop over documents; routing and forgetting are what their definitions say."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from growlm.errors import BudgetError, ConfigError, DataError, UnknownModuleError
+from growlm.evaluation import EvalConfig, evaluate
+from growlm.modules import ModuleSet
+from growlm.router import GaussianRouter, Route
+from growlm.store import Store
+from stores import PLAIN, Watch, add_module, domain_text, make_store
+
+DOCUMENTS = 6
+CONFIG = EvalConfig(sequence_length=24)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def text_of(domain: str, number: int) -> str:
+    return domain_text(domain, 800 + number, words=4 + 3 * number)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    home = tmp_path_factory.mktemp("made")
+    make_store(home, modules={name: {"strength": 0.02, "steps": 30} for name in PLAIN})
+    for domain in (*PLAIN, "general", "other"):
+        lines = [json.dumps({"text": text_of(domain, i)}) for i in range(DOCUMENTS)]
+        (home / f"{domain}.jsonl").write_text("\n".join(lines))
+    return home
+
+
+@pytest.fixture
+def home(made, tmp_path) -> Path:
+    return shutil.copytree(made, tmp_path / "home")
+
+
+@pytest.fixture
+def store(home) -> Store:
+    return Store.open(home / "store")
+
+
+@pytest.fixture
+def data(home) -> dict[str, list[Path]]:
+    found = {name: [home / f"{name}.jsonl"] for name in ("digits", "letters")}
+    return {**found, "none": [home / "general.jsonl"]}
+
+
+def losses_of(store: Store, module: str | None, domain: str, length: int = 24) -> list[tuple[float, int]]:
+    """Summed log-loss and number of labels of each document, one piece after another, with plain arithmetic."""
+    base, tokenizer = store.load_base(), store.load_tokenizer()
+    modules = ModuleSet(base, [] if module is None else [store.load(module, base)])
+    found = []
+    for number in range(DOCUMENTS):
+        ids = tokenizer.encode(text_of(domain, number))
+        total, labels = 0.0, 0
+        for start in range(0, len(ids), length):
+            piece = ids[start : start + length]
+            if len(piece) < 2:
+                continue
+            with torch.no_grad():
+                logits = modules.logits(torch.tensor([piece]))[0].double()
+            for at, token in enumerate(piece[1:]):
+                total += float(logits[at].logsumexp(-1) - logits[at, token])
+                labels += 1
+        found.append((total, labels))
+    return found
+
+
+def perplexity(losses: list[tuple[float, int]]) -> float:
+    return math.exp(sum(total for total, _ in losses) / sum(labels for _, labels in losses))
+
+
+def routed_as(monkeypatch, wrong: dict[tuple[str, int], str | None]) -> None:
+    """A router that is right but for these documents: (domain, number) -> its choice.
+
+    It knows a document by its pooled state, as the true one does.
+    """
+    true_route = GaussianRouter.route
+    seen: list[str | None] = []
+
+    def route(self, hidden, visible=None):
+        lengths = [hidden.shape[1]] * len(hidden) if visible is None else visible.sum(-1).tolist()
+        routes = true_route(self, hidden, visible)
+        changed = []
+        for found, length in zip(routes, lengths, strict=True):
+            # Within a domain, the documents are told apart by their order, which is that of their lengths.
+            domain = found.module or "none"
+            number = seen.count(domain)
+            seen.append(domain)
+            assert length > 0
+            changed.append(Route(wrong[domain, number], {}) if (domain, number) in wrong else found)
+        return changed
+
+    monkeypatch.setattr(GaussianRouter, "route", route)
+
+
+# Perplexity
+
+
+def test_perplexities_equal_a_loop_over_documents(store, data):
+    result = evaluate(store, data, CONFIG)
+    assert set(result.perplexity) == {"digits", "letters", "none"}
+    for name, domain in (("digits", "digits"), ("letters", "letters"), ("none", "general")):
+        row = result.perplexity[name]
+        base, own = losses_of(store, None, domain), losses_of(store, None if name == "none" else name, domain)
+        assert row["base"] == pytest.approx(perplexity(base), rel=1e-5)
+        assert row["module"] == pytest.approx(perplexity(own), rel=1e-5)
+        assert row["tokens"] == sum(labels for _, labels in base)
+        assert row["documents"] == DOCUMENTS
+        if name != "none":
+            assert row["module"] < 0.9 * row["base"]
+        assert row["routed"] == row["module"]  # the router is right about all of them
+
+
+def test_long_documents_are_scored_in_pieces_and_only_the_first_are_read(store, data):
+    for length in (8, 24, 100):
+        row = evaluate(store, {"digits": data["digits"]}, EvalConfig(sequence_length=length)).perplexity["digits"]
+        assert row["base"] == pytest.approx(perplexity(losses_of(store, None, "digits", length)), rel=1e-5)
+    some = evaluate(store, {"digits": data["digits"]}, EvalConfig(sequence_length=24, max_documents=2))
+    assert some.perplexity["digits"]["base"] == pytest.approx(
+        perplexity(losses_of(store, None, "digits")[:2]), rel=1e-5
+    )
+    assert some.perplexity["digits"]["documents"] == 2
+    assert sum(some.routing["confusion"]["digits"].values()) == 2
+
+
+# Routing
+
+
+def test_perfect_routing_keeps_all_of_the_gain(store, data):
+    routing = evaluate(store, data, CONFIG).routing
+    assert routing["accuracy"] == 1.0
+    assert routing["retained_gain"] == 1.0
+    assert routing["confusion"] == {
+        "digits": {"digits": 6, "letters": 0, "none": 0},
+        "letters": {"digits": 0, "letters": 6, "none": 0},
+        "none": {"digits": 0, "letters": 0, "none": 6},
+    }
+
+
+@pytest.mark.parametrize("choice", ["signs", "letters", None])
+def test_a_misrouted_document_costs_what_its_choice_costs(store, data, monkeypatch, choice):
+    routed_as(monkeypatch, {("digits", 2): choice})
+    result = evaluate(store, data, CONFIG)
+    routing = result.routing
+    label = choice or "none"
+    assert routing["accuracy"] == 17 / 18
+    assert routing["confusion"]["digits"]["digits"] == 5
+    assert routing["confusion"]["digits"][label] == 1
+    assert sum(sum(row.values()) for row in routing["confusion"].values()) == 18
+    base, own = losses_of(store, None, "digits"), losses_of(store, "digits", "digits")
+    routed = [*own[:2], losses_of(store, choice, "digits")[2], *own[3:]]
+    assert result.perplexity["digits"]["routed"] == pytest.approx(perplexity(routed), rel=1e-5)
+    assert result.perplexity["letters"]["routed"] == result.perplexity["letters"]["module"]
+
+    def gain(losses: list[tuple[float, int]]) -> float:
+        return sum(b - x for (b, _), (x, _) in zip(base, losses, strict=True))
+
+    kept = result.perplexity["digits"]["retained_gain"]
+    assert kept == pytest.approx(gain(routed) / gain(own), rel=1e-4)
+    assert kept < 0.99
+
+
+def test_retained_gain_is_a_share_of_the_summed_log_loss_of_all_domains(store, data, monkeypatch):
+    routed_as(monkeypatch, {("digits", 0): None, ("letters", 5): None})
+    gains = {}
+    for name in ("digits", "letters"):
+        base, own = losses_of(store, None, name), losses_of(store, name, name)
+        gains[name] = [b - o for (b, _), (o, _) in zip(base, own, strict=True)]
+    total = sum(map(sum, gains.values()))
+    kept = total - gains["digits"][0] - gains["letters"][5]
+    found = evaluate(store, data, CONFIG).routing["retained_gain"]
+    assert found == pytest.approx(kept / total, rel=1e-4)
+    assert 0 < found < 1
+
+
+def test_text_of_no_module_counts_against_a_router_that_chooses_one(store, home, data, monkeypatch):
+    routed_as(monkeypatch, {("none", 1): "letters"})
+    result = evaluate(store, {"none": data["none"]}, CONFIG)
+    assert result.routing["accuracy"] == 5 / 6
+    assert result.routing["confusion"] == {"none": {"none": 5, "letters": 1}}
+    assert result.perplexity["none"]["base"] == result.perplexity["none"]["module"]
+    base = losses_of(store, None, "general")
+    routed = [base[0], losses_of(store, "letters", "general")[1], *base[2:]]
+    assert result.perplexity["none"]["routed"] == pytest.approx(perplexity(routed), rel=1e-5)
+    assert result.routing["retained_gain"] is None  # nothing could be gained
+
+
+# Forgetting
+
+
+def test_nothing_is_forgotten_when_others_are_learned_updated_and_removed(store, data):
+    def forgetting() -> tuple[float, list[str]]:
+        result = evaluate(store, {"digits": data["digits"]}, CONFIG)
+        return result.forgetting, result.forgetting_detail["changed"]
+
+    assert forgetting() == (0.0, [])
+    base = store.load_base()
+    add_module(store, base, "other", 50)
+    assert forgetting() == (0.0, [])
+    add_module(store, base, "letters", 51)
+    assert forgetting() == (0.0, [])
+    store.remove("signs")
+    assert forgetting() == (0.0, [])
+    checked = evaluate(store, {"digits": data["digits"]}, CONFIG).forgetting_detail["checked"]
+    assert checked == ["base", "digits", "letters", "other"]
+
+
+def alter(store: Store, name: str, by: float) -> None:
+    """Changes a module's weights and its manifest with them: no hash tells."""
+    folder = store.path / "modules" / name / "1"
+    tensors = load_file(folder / "module.safetensors")
+    save_file({k: v + by if v.is_floating_point() else v for k, v in tensors.items()}, folder / "module.safetensors")
+    manifest = json.loads((folder / "module.json").read_text())
+    digest = hashlib.sha256((folder / "module.safetensors").read_bytes()).hexdigest()
+    manifest["files"]["module.safetensors"] = digest
+    (folder / "module.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("by", [0.05, 1e-5])
+def test_a_module_altered_behind_the_stores_back_is_named(store, data, by):
+    alter(store, "letters", by)
+    assert store.verify() == []
+    result = evaluate(store, {"digits": data["digits"]}, CONFIG)
+    assert result.forgetting_detail["changed"] == ["letters"]
+    assert result.forgetting != 0
+
+
+def test_a_store_without_records_says_that_nothing_was_checked(store, data):
+    for name in store.modules:
+        path = store.path / "modules" / name / "1" / "module.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "training": {}}))
+    result = evaluate(store, {"digits": data["digits"]}, CONFIG)
+    assert result.forgetting_detail == {"checked": [], "changed": []}
+
+
+# Memory
+
+
+def test_memory_is_counted_and_kept_to(store, data, monkeypatch):
+    result = evaluate(store, data, CONFIG)
+    sizes = {name: module.bytes for name, module in store.modules.items()}
+    memory = result.memory
+    assert memory["modules"] == sizes
+    assert memory["total_bytes"] - memory["resident_bytes"] == sum(sizes.values()) - max(sizes.values())
+    watch = Watch(monkeypatch)
+    tight = evaluate(store, data, CONFIG, memory=memory["resident_bytes"])
+    assert memory["resident_bytes"] - max(sizes.values()) + watch.most <= memory["resident_bytes"]
+    assert tight.perplexity == result.perplexity
+    assert tight.forgetting == 0
+    with pytest.raises(BudgetError):
+        evaluate(store, data, CONFIG, memory=memory["resident_bytes"] - 1)
+
+
+# What cannot be evaluated
+
+
+def test_an_unknown_domain_is_an_error_before_anything_runs(store, data, monkeypatch):
+    monkeypatch.setattr(Store, "load_base", lambda *a, **k: pytest.fail("the base was loaded"))
+    with pytest.raises(UnknownModuleError, match="nobody"):
+        evaluate(store, {**data, "nobody": data["digits"]}, CONFIG)
+    with pytest.raises(DataError, match="no evaluation data"):
+        evaluate(store, {}, CONFIG)
+
+
+def test_documents_of_one_token_are_left_out_or_refused(store, home):
+    path = home / "short.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "?"}\n')
+    with pytest.raises(DataError, match=r"digits.*two tokens"):
+        evaluate(store, {"digits": [path]}, CONFIG)
+    with pytest.raises(DataError, match=r"none.*two tokens"):
+        evaluate(store, {"none": [path]}, CONFIG)
+    lines = ['{"text": "a"}', *(home / "digits.jsonl").read_text().splitlines(), '{"text": "?"}']
+    path.write_text("\n".join(lines))
+    row = evaluate(store, {"digits": [path]}, CONFIG).perplexity["digits"]
+    assert row["documents"] == DOCUMENTS
+    assert row["base"] == pytest.approx(perplexity(losses_of(store, None, "digits")), rel=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"sequence_length": 1}, {"max_documents": -1}, {"route_tokens": 0}])
+def test_impossible_settings_are_refused(settings):
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        EvalConfig(**settings)
+
+
+def test_the_result_is_plain_json(store, data):
+    result = evaluate(store, data, CONFIG).to_json()
+    assert json.loads(json.dumps(result)) == result
