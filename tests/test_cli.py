@@ -252,7 +252,7 @@ def test_several_values_after_one_option():
 def test_chat_takes_its_turns_from_stdin(home, run, monkeypatch):
     lines = iter(["abc", "", "/module digits", "01 02", "/module nobody", "/what", "/new", "x", "/quit", "never"])
     monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
-    code, out, err = run("chat", "store", "--max-new-tokens", "4")
+    code, _, err = run("chat", "store", "--max-new-tokens", "4")
     assert code == 0
     notes = err.splitlines()
     assert notes[0] == "/module NAME, /new, /quit"

@@ -191,13 +191,13 @@ def test_a_family_of_another_shape_learns(home):
 @pytest.mark.parametrize(
     ("changes", "fork", "rows"),
     [
-        ({"vocabulary": "none"}, 3, set()),
-        ({"vocabulary": "head"}, 3, {"head"}),
-        ({"vocabulary": "both"}, 0, {"head", "input"}),
-        ({"placement": "interleaved", "num_layers": 2, "vocabulary": "none"}, 2, set()),
-        ({"placement": "interleaved", "num_layers": 3}, 2, {"head"}),
-        ({"precision": "bfloat16", "vocabulary": "both"}, 0, {"head", "input"}),
-        ({"precision": "auto"}, 3, {"head"}),
+        ({"vocabulary": "none"}, 3, ""),
+        ({"vocabulary": "head"}, 3, "head"),
+        ({"vocabulary": "both"}, 0, "head input"),
+        ({"placement": "interleaved", "num_layers": 2, "vocabulary": "none"}, 2, ""),
+        ({"placement": "interleaved", "num_layers": 3}, 2, "head"),
+        ({"precision": "bfloat16", "vocabulary": "both"}, 0, "head input"),
+        ({"precision": "auto"}, 3, "head"),
     ],
     ids=str,
 )
@@ -207,7 +207,7 @@ def test_every_shape_of_module_learns(store, changes, fork, rows):
     module = store.load("law", store.load_base())
     assert module.fork == fork
     assert len(module.layers) == changes.get("num_layers", 1)
-    assert {name for name in ("head", "input") if getattr(module.rows, name) is not None} == rows
+    assert [name for name in ("head", "input") if getattr(module.rows, name) is not None] == rows.split()
     assert_nothing_left(store)
 
 

@@ -18,7 +18,7 @@ from growlm.engine.generation import Group, Prefilled, decode, prefill
 from growlm.engine.kv import Prefix, PrefixCache
 from growlm.engine.module_cache import ModuleCache
 from growlm.engine.sampling import SamplingConfig
-from growlm.engine.scheduler import plan
+from growlm.engine.scheduler import Wave, plan
 from growlm.errors import BudgetError, ConfigError, DataError
 from growlm.modules import KnowledgeModule, ModuleSet
 from growlm.router import NONE, Route, load_router
@@ -265,12 +265,8 @@ class Engine:
         names = [] if module is None else [module]
         self._check_names(names)
         with self._lock:
-            loaded, _ = self.modules.acquire(names)
-            try:
-                with torch.inference_mode():
-                    return ModuleSet(self.base, list(loaded.values())).logits(input_ids.to(self.base.device))
-            finally:
-                self.modules.release(names)
+            with self.modules.using(names) as held, torch.inference_mode():
+                return ModuleSet(self.base, list(held.values())).logits(input_ids.to(self.base.device))
 
     # Inside
 
@@ -312,39 +308,49 @@ class Engine:
                 self.modules.check_fits([str(name)])
             waves = plan(names, budget=budget, size=self._size, resident=self.modules.resident)
             for number, wave in enumerate(waves):
-                held, _ = self.modules.acquire(wave.names)
-                loaded = set(wave.names) - before
-                try:
-                    if number + 1 < len(waves) and waves[number + 1].names:
-                        self.modules.prefetch(waves[number + 1].names[0])
-                    groups = [
-                        Group(ModuleSet(self.base, [] if name is None else [held[name]]), list(rows))
-                        for name, rows in wave.groups.items()
-                    ]
-                    cache = decode(state, groups, config, self._end_tokens, lambda row, token: answers[row].add(token))
-                    resident = self.resident_bytes
-                    if reuse:
-                        modules = groups[0].modules
-                        seen = [*texts[0], *answers[0].tokens[:-1]] if answers[0].tokens else list(texts[0])
-                        if cache.length(0) == len(seen):
-                            self._prefixes.put(modules.digest, seen, modules.fork, cache)
-                finally:
-                    self.modules.release(wave.names)
+                following = waves[number + 1].names if number + 1 < len(waves) else []
+                resident = self._run_wave(state, wave, following, config, answers, texts[0] if reuse else None)
                 for name, rows in wave.groups.items():
                     for row in rows:
+                        full = len(answers[row].tokens) == config.max_new_tokens and not answers[row].stopped
                         results[row] = Generation(
                             text=answers[row].final_text(),
                             module=name,
                             scores=routes[row].scores,
                             resident_bytes=resident,
-                            loaded=[name] if name in loaded else [],
+                            loaded=[name] if name is not None and name not in before else [],
                             tokens=answers[row].tokens,
                             prompt_tokens=len(texts[row]),
-                            finish_reason="length"
-                            if len(answers[row].tokens) == config.max_new_tokens and not answers[row].stopped
-                            else "stop",
+                            finish_reason="length" if full else "stop",
                         )
             return [r for r in results if r is not None]
+
+    def _run_wave(
+        self,
+        state: Prefilled,
+        wave: Wave,
+        following: Sequence[str],
+        config: SamplingConfig,
+        answers: Sequence[_Answer],
+        keep: Sequence[int] | None,
+    ) -> int:
+        """Decodes one wave while the next one's first module is read; returns the bytes of weights in memory.
+
+        All references to the wave's modules end with this call: what the cache evicts is gone.
+        """
+        with self.modules.using(wave.names) as held:
+            if following:
+                self.modules.prefetch(following[0])
+            groups = [
+                Group(ModuleSet(self.base, [] if name is None else [held[name]]), list(rows))
+                for name, rows in wave.groups.items()
+            ]
+            cache = decode(state, groups, config, self._end_tokens, lambda row, token: answers[row].add(token))
+            if keep is not None:
+                modules, seen = groups[0].modules, [*keep, *answers[0].tokens[:-1]]
+                if cache.length(0) == len(seen):
+                    self._prefixes.put(modules.digest, seen, modules.fork, cache)
+            return self.resident_bytes
 
     def _prefill(
         self, texts: Sequence[Sequence[int]], wanted: Sequence[str | None], reuse: bool
@@ -380,11 +386,8 @@ class Engine:
         return prefill(self.base, texts, {self._fork(name)}, whole=name is None)
 
     def _digest(self, name: str) -> str:
-        held, _ = self.modules.acquire([name])
-        try:
+        with self.modules.using([name]) as held:
             return ModuleSet(self.base, [held[name]]).digest
-        finally:
-            self.modules.release([name])
 
     def _fork(self, name: str | None) -> int:
         return self.base.num_layers if name is None else self.store.module(name).manifest.fork

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from growlm.errors import BudgetError
@@ -114,6 +115,16 @@ class ModuleCache:
             for name in loaded:
                 self._forget_failed(name)
             raise
+
+    @contextmanager
+    def using(self, names: Sequence[str]) -> Iterator[dict[str, KnowledgeModule]]:
+        """`acquire` and `release` around a block. Keep no reference beyond it: an evicted module would stay in memory."""
+        held, _ = self.acquire(names)
+        try:
+            yield held
+        finally:
+            held.clear()
+            self.release(names)
 
     def release(self, names: Sequence[str]) -> None:
         with self._lock:

@@ -152,12 +152,9 @@ def _score(engine: Engine, name: str, documents: Sequence[text_data.Document], c
 
     def losses(module: str | None, which: Sequence[int]) -> Tensor:
         names = [] if module is None else [module]
-        held, _ = engine.modules.acquire(names)
-        try:
+        with engine.modules.using(names) as held:
             some = [passages[i] for i in which]
             scored = passage_losses(ModuleSet(engine.base, list(held.values())), some)
-        finally:
-            engine.modules.release(names)
         by_document = torch.zeros(len(numbers), dtype=torch.float64)
         return by_document.index_add_(0, torch.tensor([owner[i] for i in which]), scored)
 
@@ -235,11 +232,8 @@ def _forgetting(engine: Engine) -> tuple[list[str], float, list[str]]:
         if then is None:
             continue
         checked.append(name)
-        held, _ = engine.modules.acquire([name])
-        try:
+        with engine.modules.using([name]) as held:
             now = probe(ModuleSet(engine.base, [held[name]]))
-        finally:
-            engine.modules.release([name])
         increases += [now["loss"] - then["module"]["loss"], now_base["loss"] - then["base"]["loss"]]
         if now["logits"] != then["module"]["logits"]:
             changed.add(name)
