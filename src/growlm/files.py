@@ -44,15 +44,16 @@ class HashMemo:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            self._known: dict[str, list[Any]] = json.loads(path.read_text())
+            known = json.loads(path.read_text())
         except (OSError, ValueError):
-            self._known = {}
+            known = {}
+        self._known: dict[str, Any] = known if isinstance(known, dict) else {}
 
     def sha256(self, path: Path) -> str:
         stat = path.stat()
         key, mark = str(path.resolve()), [stat.st_size, stat.st_ino, stat.st_mtime_ns]
         known = self._known.get(key)
-        if not isinstance(known, list) or known[:3] != mark:
+        if not isinstance(known, list) or len(known) != 4 or known[:3] != mark:
             known = [*mark, sha256_file(path)]
             self._known[key] = known
             # A store on a read-only disk still opens; the next reader hashes again.
@@ -83,7 +84,7 @@ def _readable(path: str | Path) -> None:
     """Gives a file the permissions that a plain `open` would have given it."""
     mask = os.umask(0)
     os.umask(mask)
-    os.chmod(path, 0o666 & ~mask)
+    os.chmod(path, (0o777 if os.path.isdir(path) else 0o666) & ~mask)
 
 
 def sync(path: Path) -> None:
@@ -159,6 +160,8 @@ def read_tensors(path: Path, *, sha256: str | None = None) -> dict[str, Tensor]:
                 done += count
     except FileNotFoundError:
         raise IntegrityError(f"{path}: file is missing; restore it or learn the module again") from None
+    except OSError as error:
+        raise IntegrityError(f"{path}: cannot be read ({error.strerror}); restore it") from None
     if sha256 is not None:
         digest = hashlib.sha256(prefix)
         digest.update(header)
@@ -203,6 +206,8 @@ def _view(data: Tensor, entry: dict[str, Any]) -> Tensor:
     if not 0 <= start <= stop <= len(data):
         raise ValueError(f"offsets {start}..{stop} outside {len(data)} bytes")
     dtype = dtypes[entry["dtype"]]
+    if any(size < 0 for size in entry["shape"]):
+        raise ValueError(f"shape {entry['shape']}")
     return data[start:stop].view(dtype).view(entry["shape"])
 
 
@@ -223,6 +228,7 @@ def new_folder(final: Path, scratch: Path, manifest: str) -> Iterator[Path]:
         assert (work / manifest).exists()
         for file in work.iterdir():
             sync(file)
+        _readable(work)
         sync(work)
         final.parent.mkdir(parents=True, exist_ok=True)
         if final.exists():
@@ -263,16 +269,25 @@ def _alive(pid: int) -> bool:
 
 
 @contextmanager
-def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+def locked(path: Path, *, wait: bool = True, keep: bool = True) -> Iterator[bool]:
     """Holds an advisory lock that dies with the process. Yields False if `wait` is false and another holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
+    while True:
+        with open(path, "a") as f:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+                return
+            try:
+                if os.fstat(f.fileno()).st_ino != os.stat(path).st_ino:
+                    continue  # the one before took it away
+            except FileNotFoundError:
+                continue
+            try:
+                yield True
+            finally:
+                if not keep:
+                    path.unlink(missing_ok=True)
+                fcntl.flock(f, fcntl.LOCK_UN)
             return
-        try:
-            yield True
-        finally:
-            fcntl.flock(f, fcntl.LOCK_UN)

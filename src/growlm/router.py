@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from growlm.errors import GrowlmError, IntegrityError
-from growlm.files import read_tensors
+from growlm.files import as_bytes, read_tensors
 from growlm.store import ROUTER_SUMS
 
 if TYPE_CHECKING:
@@ -230,6 +230,8 @@ def load_router(store: Store) -> Router:
         raise IntegrityError(f"{store.router_path / _GENERAL}: is missing; restore it, or make the store again")
     sums = _read_sums(store)
     wanted = 0
+    if general is not None:
+        wanted = int.from_bytes(hashlib.sha256(as_bytes(general["vectors"])).digest(), "big")
     for module in modules:
         wanted = _combine(wanted, module, +1)
     if sums is None or sums[1] != wanted:

@@ -169,15 +169,14 @@ class Store:
         folder = checkpoint.resolve(base)
         checkpoint.read_config(folder)
         local = Path(base).expanduser().is_dir()
-        (path / "modules").mkdir(parents=True, exist_ok=True)
-        memo = HashMemo(path / "cache" / "hashes.json")
         manifest = StoreManifest(
             created=_now(),
             base=os.path.relpath(folder.resolve(), path.resolve()) if local else str(base),
-            base_fingerprint=checkpoint.fingerprint(folder, memo.sha256),
+            base_fingerprint=checkpoint.fingerprint(folder),
             tokenizer_fingerprint=checkpoint.tokenizer_fingerprint(folder),
             dtype=checkpoint.stored_dtype(folder) if dtype == "auto" else dtype,
         )
+        (path / "modules").mkdir(parents=True, exist_ok=True)
         write_atomic(path / "store.json", manifest.model_dump_json(indent=2).encode())
         return cls(path, manifest)
 
@@ -389,9 +388,15 @@ class Store:
         Raises:
             IntegrityError: the file is not what its manifest says.
         """
-        folder = self._router_version(name)
-        if folder is None:
-            return None
+        while (folder := self._router_version(name)) is not None:
+            try:
+                return self._read_router(folder)
+            except IntegrityError:
+                if self._router_version(name) == folder:
+                    raise
+        return None
+
+    def _read_router(self, folder: Path) -> dict[str, Tensor]:
         manifest = _read_manifest(folder / "router.json", RouterManifest)
         if set(manifest.files) != {"router.safetensors"}:
             raise IntegrityError(f"{folder / 'router.json'}: does not name router.safetensors; delete {folder.parent}")
@@ -405,8 +410,10 @@ class Store:
             hashes = {"router.safetensors": write_tensors(folder / "router.safetensors", tensors)}
             manifest = RouterManifest(created=_now(), files=hashes)
             (folder / "router.json").write_text(manifest.model_dump_json(indent=2))
-        if old is not None:
-            remove_folder(old, self.scratch)
+        # The one before stays for those who are reading it; the next write takes it away.
+        for older in _complete_versions(self.router_path / name, "router.json"):
+            if old is not None and older < int(old.name):
+                remove_folder(self.router_path / name / str(older), self.scratch)
 
     def drop_router_file(self, name: str) -> None:
         """Forgets what is kept under `name`, where there is any."""
@@ -456,10 +463,14 @@ class Store:
         """Reads every file and names each that is not what its manifest says, a line each; empty when all is well."""
         problems: list[str] = []
         try:
-            self.check_base()
             folder = self.base_folder
             if checkpoint.fingerprint(folder, sha256_file) != self.manifest.base_fingerprint:
                 problems.append(f"{folder}: not the base that this store was made for")
+        except GrowlmError as error:
+            problems.append(str(error))
+        try:
+            if checkpoint.tokenizer_fingerprint(self.base_folder) != self.manifest.tokenizer_fingerprint:
+                problems.append(f"{self.base_folder}: not the tokenizer that this store was made for")
         except GrowlmError as error:
             problems.append(str(error))
         for folder in sorted(self.router_path.glob("*/*")):
@@ -523,7 +534,7 @@ def check_name(name: str) -> None:
 def _complete_versions(folder: Path, manifest: str = MANIFEST) -> list[int]:
     try:
         with os.scandir(folder) as entries:
-            found = [e.name for e in entries if e.name.isdigit()]
+            found = [e.name for e in entries if re.fullmatch("[1-9][0-9]*", e.name)]
     except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted(int(v) for v in found if os.path.exists(os.path.join(folder, v, manifest)))
@@ -534,9 +545,11 @@ def _read_manifest(path: Path, kind: type[_M]) -> _M:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise IntegrityError(f"{path}: file is missing; restore it") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise IntegrityError(f"{path}: not readable JSON ({error}); restore it") from None
     found = content.get("format") if isinstance(content, dict) else None
+    if isinstance(found, float | str):
+        raise StoreError(f"{path}: format {found!r}, this growlm reads up to {FORMAT}; install a newer growlm")
     if isinstance(found, int) and found > FORMAT:
         raise StoreError(f"{path}: format {found}, this growlm reads up to {FORMAT}; install a newer growlm")
     try:

@@ -34,7 +34,10 @@ def _parse(value: int | str, units: dict[str, int], what: str, example: str) -> 
     unit = match[2].upper() if match else None
     if match is None or unit not in units:
         raise ConfigError(f"{value!r} is not a {what}; write it like {example}")
-    return int(float(match[1]) * units[unit])
+    number = float(match[1]) * units[unit]
+    if not number < 2**63:
+        raise ConfigError(f"{value!r} is not a {what}; write it like {example}")
+    return int(number)
 
 
 def format_size(num_bytes: float) -> str:

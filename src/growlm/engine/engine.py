@@ -264,9 +264,8 @@ class Engine:
         """
         names = [] if module is None else [module]
         self._check_names(names)
-        with self._lock:
-            with self.modules.using(names) as held, torch.inference_mode():
-                return ModuleSet(self.base, list(held.values())).logits(input_ids.to(self.base.device))
+        with self._lock, self.modules.using(names) as held, torch.inference_mode():
+            return ModuleSet(self.base, list(held.values())).logits(input_ids.to(self.base.device))
 
     # Inside
 

@@ -118,7 +118,7 @@ class ModuleCache:
 
     @contextmanager
     def using(self, names: Sequence[str]) -> Iterator[dict[str, KnowledgeModule]]:
-        """`acquire` and `release` around a block. Keep no reference beyond it: an evicted module would stay in memory."""
+        """`acquire` and `release` around a block. Keep no reference beyond it: what is evicted must be gone."""
         held, _ = self.acquire(names)
         try:
             yield held

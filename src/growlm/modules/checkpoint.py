@@ -20,6 +20,7 @@ from growlm.modules.anatomy import anatomy_of
 
 DTYPES = ("float32", "bfloat16", "float16")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
+_TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 # Keys that say how a config was written, not what the model computes.
 _VOLATILE = ("transformers_version", "_name_or_path", "architectures", "torch_dtype", "dtype", "use_cache")
 
@@ -84,8 +85,13 @@ def weight_files(folder: Path) -> list[Path]:
         BaseModelError: there are none, or an index names one that is missing.
     """
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    if (folder / "adapter_config.json").exists():
+        raise BaseModelError(f"{folder}: holds an adapter, which transformers would load too; merge it or move it away")
+    if index.is_file() and not (folder / "model.safetensors").is_file():  # as transformers chooses
+        try:
+            names = sorted({str(Path(v).name) for v in json.loads(index.read_text())["weight_map"].values()})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BaseModelError(f"{index}: not a readable index ({error})") from None
     else:
         names = ["model.safetensors"]
     for name in names:
@@ -98,8 +104,12 @@ def weight_files(folder: Path) -> list[Path]:
 
 def fingerprint(folder: Path, sha256: Callable[[Path], str] = sha256_file) -> str:
     """Identity of a base: hash of its config, less what does not change the computation, and of its weights."""
-    config = json.loads((folder / "config.json").read_text())
-    kept = {k: v for k, v in config.items() if k not in _VOLATILE}
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+        kept = {k: v for k, v in config.items() if k not in _VOLATILE}
+    except (OSError, ValueError, AttributeError) as error:
+        raise BaseModelError(f"{path}: not a readable config ({error})") from None
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
     for file in weight_files(folder):
         digest.update(f"\n{file.name} {sha256(file)}".encode())
@@ -115,6 +125,7 @@ def tokenizer_fingerprint(folder: Path) -> str:
     files = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
     if not files:
         raise BaseModelError(f"{folder}: no tokenizer in it; save the base's tokenizer beside its weights")
+    files += [folder / name for name in _TOKENIZER_SETTINGS if (folder / name).is_file()]
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.name} {sha256_file(file)}\n".encode())
@@ -148,8 +159,11 @@ def _entries(folder: Path) -> list[dict[str, Any]]:
             size = int.from_bytes(f.read(8), "little")
             if not 0 < size < os.path.getsize(file):
                 raise BaseModelError(f"{file}: truncated or not a safetensors file")
-            header = json.loads(f.read(size))
-        header.pop("__metadata__", None)
+            try:
+                header = json.loads(f.read(size))
+                header.pop("__metadata__", None)
+            except (ValueError, AttributeError) as error:
+                raise BaseModelError(f"{file}: not a safetensors file ({error})") from None
         entries += list(header.values())
     return entries
 

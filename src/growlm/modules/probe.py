@@ -28,7 +28,8 @@ class Probe(TypedDict):
 def probe(modules: ModuleSet) -> Probe:
     """Runs a module set on the probe text."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(modules.base.vocab_size, (1, _TOKENS), generator=generator)
+    length = min(_TOKENS, modules.base.max_positions or _TOKENS)
+    ids = torch.randint(modules.base.vocab_size, (1, length), generator=generator)
     logits = modules.logits(ids.to(modules.base.device)).cpu().contiguous()
     digest = hashlib.sha256(as_bytes(logits)).hexdigest()
     passage = ids.tolist()

@@ -38,7 +38,8 @@ class FeatureCache:
         out = torch.empty(len(rows), *self._shape, dtype=torch.bfloat16)
         if not kept.all():
             missing = rows[~kept]
-            fresh = compute(missing).to("cpu", torch.bfloat16)
+            # A row at a time: matrix products of other shapes may end in other bits, and a resumed run batches anew.
+            fresh = torch.cat([compute(missing[i : i + 1]) for i in range(len(missing))]).to("cpu", torch.bfloat16)
             out[torch.from_numpy(~kept)] = fresh
             for row, value in zip(missing.tolist(), fresh, strict=True):
                 self._keep(row, value)

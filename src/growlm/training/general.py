@@ -58,6 +58,7 @@ def _written_by_base(base: Base, tokenizer: Any, *, texts: int = 96, tokens: int
     if start is None:
         raise DataError(f"{base.where}: its tokenizer has no end-of-text token; give general text with --general")
     generator = torch.Generator(base.device).manual_seed(0)
+    tokens = min(tokens, (base.max_positions or tokens))
     ids = torch.full((texts, 1), start, device=base.device)
     for _ in range(tokens):
         logits = base.logits(ids)[:, -1].float()

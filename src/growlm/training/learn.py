@@ -108,7 +108,7 @@ def learn(
 
     run = _run_id(store, name, corpus.digest, config)
     work = store.path / "work" / f"{name}-{run[:16]}"
-    with locked(store.path / "work" / f"{name}-{run[:16]}.lock", wait=False) as mine:
+    with locked(store.path / "work" / f"{name}-{run[:16]}.lock", wait=False, keep=False) as mine:
         if not mine:
             raise StoreError(f"{store.path}: the same learning of {name!r} is running already; wait for it")
         if restart:
@@ -151,6 +151,9 @@ def learn(
             "seconds": seconds,
             "probe": {"base": probe(alone), "module": probe(together)},
         }
+        now = store.find(name)
+        if now is not None and not update and (old is None or now.version != old.version):
+            raise StoreError(f"{store.path}: module {name!r} exists (learned meanwhile); use --update")
         stored = store.commit(name, module, training, {router.EVIDENCE: evidence})
         router.add_domain(store, stored, old)
         shutil.rmtree(work, ignore_errors=True)
@@ -196,7 +199,7 @@ class _Learning:
             steps = min(steps, max(1, math.ceil(int(config.tokens) / row_tokens)))
         self._steps = [rows for epoch in self._order for rows in epoch][:steps]
         self._cache: FeatureCache | None = None
-        if len(self._steps) > len(self._order[0]) and self.fork > 0 and int(config.feature_cache) > 0:
+        if len(self._steps) > len(self._order[0]) and self.fork > 0:
             shape = (config.sequence_length, base.hidden_size)
             self._cache = FeatureCache(work / "features.bin", len(packed), shape, int(config.feature_cache))
 
@@ -290,7 +293,7 @@ def default_rate(hidden_size: int) -> float:
 
 def _sample_passages(packed: text_data.PackedTokens, count: int, seed: int) -> list[list[int]]:
     rows = np.random.default_rng(seed).permutation(len(packed))[:count]
-    return packed.tokens[np.sort(rows)].tolist()
+    return packed.tokens[np.sort(rows)][:, :-1].tolist()
 
 
 def _run_id(store: Store, name: str, data_digest: str, config: LearnConfig) -> str:

@@ -158,7 +158,7 @@ def _restore(
     if pointer is None:
         return 0, 0.0
     tensors = read_tensors(folder / pointer["file"], sha256=pointer["sha256"])
-    torch.set_rng_state(tensors.pop("random"))
+    torch.set_rng_state(tensors.pop("random").clone())
     for name, p in parameters.items():
         p.copy_(tensors.pop(f"parameter.{name}"))
         for key in ("step", "exp_avg", "exp_avg_sq"):

@@ -84,7 +84,7 @@ def pretrain(
     settings.pop("checkpoint_seconds")
     run = hashlib.sha256(json.dumps([corpus.digest, settings], sort_keys=True).encode()).hexdigest()[:16]
     work = out.parent / f".{out.name}-{run}"
-    with locked(out.parent / f".{out.name}-{run}.lock", wait=False) as mine:
+    with locked(out.parent / f".{out.name}-{run}.lock", wait=False, keep=False) as mine:
         if not mine:
             raise StoreError(f"{out}: the same pretraining is running already; wait for it")
         if restart:
@@ -92,9 +92,7 @@ def pretrain(
         if done := saved_step(work):
             say(f"{out}: going on after step {done} of an earlier run (--restart begins anew)", progress)
         work.mkdir(parents=True, exist_ok=True)
-        result = _run(out, work, corpus, train_documents, heldout_documents, config, progress)
-    (out.parent / f".{out.name}-{run}.lock").unlink(missing_ok=True)
-    return result
+        return _run(out, work, corpus, train_documents, heldout_documents, config, progress)
 
 
 def _run(
@@ -179,7 +177,6 @@ def _run(
         tokens_per_second=tokens / max(seconds, 1e-9),
     )
     _save(out, work, model, tokenizer, heldout_documents, {**result.to_json(), "settings": config.to_json()}, corpus)
-    return result
 
 
 def new_model(model_config: Any, seed: int) -> nn.Module:
