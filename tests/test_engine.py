@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from growlm.engine import AUTO, Engine, Generation
+from growlm.engine import AUTO, Engine, Generation, SamplingConfig
+from growlm.engine.generation import Group, decode, prefill
 from growlm.engine.kv import KVCache, PrefixCache
 from growlm.engine.module_cache import ModuleCache
 from growlm.engine.scheduler import plan
@@ -160,19 +161,23 @@ def test_one_module_for_all_or_one_a_prompt(llama):
         llama.generate_many(PROMPTS, modules=["signs", None])
 
 
-@pytest.mark.parametrize("names", [NAMES, ["letters", None], ["letters"], ["digits"]], ids=str)
-def test_rows_that_end_at_different_lengths_leave_the_others_as_they_are(engine, names):
+@pytest.mark.parametrize("names", [NAMES, ["letters", None], ["letters"], ["digits"], [None]], ids=str)
+@pytest.mark.parametrize("lengths", [[1, 3, 12, 2, 7], [12, 1, 1, 1, 1], [1, 1, 1, 1, 12], [2, 9, 2, 9, 2]], ids=str)
+def test_rows_that_end_leave_the_others_as_they_are(engine, names, lengths):
     """Rows that have ended leave the batch, its caches and its padding."""
-    prompts = [p for p in PROMPTS for _ in names]
-    modules = [n for _ in PROMPTS for n in names]
-    whole = [engine.generate(p, module=m, max_new_tokens=TOKENS) for p, m in zip(prompts, modules, strict=True)]
-    stop = tuple(dict.fromkeys(engine.tokenizer.decode(a.tokens[i % 9 : i % 9 + 2]) for i, a in enumerate(whole)))[::2]
-    stop = tuple(s for s in stop if s.strip() and "\ufffd" not in s)
-    together = engine.generate_many(prompts, modules=modules, max_new_tokens=TOKENS, stop=stop)
-    assert len({len(a.tokens) for a in together}) > 2
-    for prompt, name, answer in zip(prompts, modules, together, strict=True):
-        alone = engine.generate(prompt, module=name, max_new_tokens=TOKENS, stop=stop)
-        assert (answer.tokens, answer.text, answer.finish_reason) == (alone.tokens, alone.text, alone.finish_reason)
+    texts = [engine.tokenizer.encode(p) for p in PROMPTS]
+    held = {name: ModuleSet(engine.base, loaded(engine, name)) for name in names}
+    rows = {name: [r for r in range(len(texts)) if names[r % len(names)] == name] for name in names}
+    state = prefill(engine.base, texts, {m.fork for m in held.values()})
+    found: list[list[int]] = [[] for _ in texts]
+
+    def on_token(row: int, token: int) -> bool:
+        found[row].append(token)
+        return len(found[row]) < lengths[row]
+
+    decode(state, [Group(held[n], rows[n]) for n in names], SamplingConfig(max_new_tokens=12), {0}, on_token)
+    for row, prompt in enumerate(PROMPTS):
+        assert found[row] == expected(engine, names[row % len(names)], prompt, lengths[row]), row
 
 
 # Names: guarantee 8

@@ -295,7 +295,7 @@ class Engine:
             for name in dict.fromkeys(wanted):
                 if name is not None and name != AUTO:
                     self.modules.check_fits([name])
-                    self.modules.prefetch(name)
+                    self.modules.prefetch(name, keep=[n for n in wanted if n is not None])
             state, routes, prefix = self._prefill(texts, wanted, reuse)
             names = [route.module if name == AUTO else name for name, route in zip(wanted, routes, strict=True)]
             if prefix is not None:
@@ -308,7 +308,7 @@ class Engine:
             waves = plan(names, budget=budget, size=self._size, resident=self.modules.resident)
             for number, wave in enumerate(waves):
                 following = waves[number + 1].names if number + 1 < len(waves) else []
-                resident = self._run_wave(state, wave, following, config, answers, texts[0] if reuse else None)
+                resident = self._run_wave(state, wave, following, config, answers, texts, reuse)
                 for name, rows in wave.groups.items():
                     for row in rows:
                         full = len(answers[row].tokens) == config.max_new_tokens and not answers[row].stopped
@@ -331,7 +331,8 @@ class Engine:
         following: Sequence[str],
         config: SamplingConfig,
         answers: Sequence[_Answer],
-        keep: Sequence[int] | None,
+        texts: Sequence[Sequence[int]],
+        reuse: bool,
     ) -> int:
         """Decodes one wave while the next one's first module is read; returns the bytes of weights in memory.
 
@@ -344,11 +345,14 @@ class Engine:
                 Group(ModuleSet(self.base, [] if name is None else [held[name]]), list(rows))
                 for name, rows in wave.groups.items()
             ]
+            forks = {g.modules.fork for g in groups} - {0}
+            if not forks <= state.hidden.keys():  # a module was updated meanwhile and branches off elsewhere
+                state = prefill(self.base, texts, forks)
             cache = decode(state, groups, config, self._end_tokens, lambda row, token: answers[row].add(token))
-            if keep is not None:
-                modules, seen = groups[0].modules, [*keep, *answers[0].tokens[:-1]]
-                if cache.length(0) == len(seen):
-                    self._prefixes.put(modules.digest, seen, modules.fork, cache)
+            if reuse:
+                # The last token of an answer that was not ended by the model has not been run.
+                seen = [*texts[0], *answers[0].tokens][: cache.length(0)]
+                self._prefixes.put(groups[0].modules.digest, seen, groups[0].modules.fork, cache)
             return self.resident_bytes
 
     def _prefill(
@@ -371,7 +375,8 @@ class Engine:
             return state, [Route(None, {})] * len(texts), prefix
         assert state.last is not None
         seen = None if state.visible is None else state.visible[:, state.past :]
-        return state, self.router.route(state.last, seen), prefix
+        routes = self.router.route(state.last, seen)
+        return state, [r if name == AUTO else Route(None, {}) for name, r in zip(wanted, routes, strict=True)], prefix
 
     def _continued(
         self, state: Prefilled, prefix: Prefix, name: str | None, texts: Sequence[Sequence[int]]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -94,7 +94,7 @@ class ModuleCache:
         """
         names = list(dict.fromkeys(names))
         self.check_fits(names)
-        pinned: list[str] = []
+        futures: dict[str, Future[KnowledgeModule]] = {}
         loaded: list[str] = []
         try:
             for name in names:
@@ -108,12 +108,10 @@ class ModuleCache:
                         future = self._start(name)
                         loaded.append(name)
                     self._pins[name] += 1
-                    pinned.append(name)
-            return {name: self._resident[name].result() for name in names}, loaded
+                    futures[name] = future
+            return {name: future.result() for name, future in futures.items()}, loaded
         except BaseException:
-            self.release(pinned)
-            for name in loaded:
-                self._forget_failed(name)
+            self.release(list(futures))
             raise
 
     @contextmanager
@@ -133,13 +131,16 @@ class ModuleCache:
                 assert self._pins[name] >= 0
             self._lock.notify_all()
 
-    def prefetch(self, name: str) -> bool:
-        """Begins to read a module in the background, if room can be made without touching what is pinned."""
+    def prefetch(self, name: str, keep: Collection[str] = ()) -> bool:
+        """Begins to read a module in the background, if room can be made without touching what is pinned or in `keep`.
+
+        A module that cannot be read says so when it is acquired.
+        """
         with self._lock:
             if name in self._resident:
                 return True
             try:
-                self._make_room(self._size(name), keep={name})
+                self._make_room(self._size(name), keep={name, *keep})
             except BudgetError:
                 return False
             self._start(name)
@@ -162,6 +163,7 @@ class ModuleCache:
         self._bytes[name] = self._size(name)
         self.counts.loads += 1
         future = self._resident[name] = self._reader.submit(self._load, name)
+        future.add_done_callback(lambda done: self._forget_failed(name, done))
         return future
 
     def _make_room(self, needed: int, keep: set[str]) -> None:
@@ -194,8 +196,10 @@ class ModuleCache:
         del self._bytes[name]
         self.counts.evictions += 1
 
-    def _forget_failed(self, name: str) -> None:
+    def _forget_failed(self, name: str, future: Future[KnowledgeModule]) -> None:
+        """What was not read takes no room, and is read again when it is asked for again."""
+        if not future.cancelled() and future.exception() is None:
+            return
         with self._lock:
-            future = self._resident.get(name)
-            if future is not None and future.done() and future.exception() is not None:
-                self._evict(name)
+            if self._resident.get(name) is future:
+                del self._resident[name], self._bytes[name]

@@ -177,6 +177,7 @@ def _run(
         tokens_per_second=tokens / max(seconds, 1e-9),
     )
     _save(out, work, model, tokenizer, heldout_documents, {**result.to_json(), "settings": config.to_json()}, corpus)
+    return result
 
 
 def new_model(model_config: Any, seed: int) -> nn.Module:
