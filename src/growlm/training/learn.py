@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from growlm import data as text_data
 from growlm import router
@@ -189,6 +189,7 @@ class _Learning:
             base.model.to(self.dtype)
         self.modules = ModuleSet(base, [self.module])
         self.fork = self.modules.fork
+        self._upper = _Upper(self.modules)
         epochs = self._epochs()
         self._order = [
             text_data.batches(len(packed), config.batch_size, seed=config.seed, epoch=e) for e in range(epochs)
@@ -248,10 +249,6 @@ class _Learning:
     def _tokens_of(self, step: int) -> int:
         return len(self._steps[step]) * self.config.sequence_length
 
-    def _autocast(self) -> torch.autocast:
-        enabled = self.dtype != torch.float32
-        return torch.autocast(self.base.device.type, dtype=self.dtype, enabled=enabled)
-
     def _features(self, rows: np.ndarray) -> Tensor:
         input_ids = self.packed[rows][:, :-1].to(self.base.device)
         with torch.no_grad():
@@ -262,19 +259,20 @@ class _Learning:
     def _loss(self, step: int) -> Tensor:
         base, rows = self.base, self._steps[step]
         labels = self.packed[rows][:, 1:].to(base.device)
-        with self._autocast():
-            if self.fork == 0:
-                input_ids = self.packed[rows][:, :-1].to(base.device)
-                hidden = self.modules.hidden(input_ids)
-            else:
-                if self._cache is None:
-                    hidden = self._features(rows)
-                else:
-                    hidden = self._cache.get(rows, self._features).to(base.device, self.dtype)
-                positions = torch.arange(hidden.shape[1], device=base.device)[None]
-                shared = base.pass_for(hidden, positions)
-                hidden = base.run(hidden, self.modules.steps[self.fork :], shared)
-            hidden = base.norm(hidden).to(self.dtype)
+        if self.fork == 0:
+            given = self.packed[rows][:, :-1].to(base.device)
+        elif self._cache is None:
+            given = self._features(rows)
+        else:
+            given = self._cache.get(rows, self._features).to(base.device, self.dtype)
+        # The module's weights are float32; each step runs on a copy of them in the dtype of the matrix products. Unlike
+        # autocast this keeps norms and activations in that dtype too, and casts each weight once.
+        weights = {
+            f"module.{name}": p.to(self.dtype)
+            for name, p in self.module.named_parameters()
+            if not name.startswith("rows.head.")
+        }
+        hidden = torch.func.functional_call(self._upper, weights, (given,))
         own = self.module.rows.head
         return linear_cross_entropy(
             hidden.flatten(0, 1),
@@ -284,6 +282,22 @@ class _Learning:
             ids=None if own is None else own.ids,
             softcap=base.softcap,
         )
+
+
+class _Upper(nn.Module):
+    """What runs above the fork: features (b, t, d), or token ids (b, t) at fork 0, to final states (b, t, d)."""
+
+    def __init__(self, modules: ModuleSet) -> None:
+        super().__init__()
+        self.module = modules.modules[0]
+        self._set = modules
+
+    def forward(self, given: Tensor) -> Tensor:
+        base, fork = self._set.base, self._set.fork
+        if fork == 0:
+            return base.norm(self._set.hidden(given))
+        shared = base.pass_for(given, torch.arange(given.shape[1], device=given.device)[None])
+        return base.norm(base.run(given, self._set.steps[fork:], shared))
 
 
 def default_rate(hidden_size: int) -> float:
