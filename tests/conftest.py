@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-# Tiny models run fastest on one thread, and many threads on a busy machine wait for one another. Before torch is imported.
+# Tiny models run fastest on one thread. Set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nothing in the suite may reach a hub; set before transformers and datasets are imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
