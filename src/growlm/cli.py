@@ -597,7 +597,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if context and type(error).__name__ == "NoArgsIsHelpError":
             print(context.get_help())
         else:
-            _note(f"{command}: {' '.join(error.format_message().split())}; see {command} --help")
+            _note(f"{command}: {' '.join(error.format_message().split()).rstrip('.')}; see {command} --help")
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         _note("growlm: interrupted; nothing was changed")
