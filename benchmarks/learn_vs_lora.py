@@ -1,14 +1,21 @@
 """learn (`blocks`, top) against PEFT LoRA: the same base, batch, length and dtype, steps in turns within one run.
 
+Each side is a process of its own, because `learn` changes how its process allocates memory. LoRA is measured twice: as
+its users run it, and with that same change.
+
 python benchmarks/learn_vs_lora.py [--rounds 9]
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +23,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from common import interleaved, qwen2, show
+from common import qwen2, show
 from growlm.data import PackedTokens
 from growlm.modules.base import Base
 from growlm.modules.blocks import Blocks
 from growlm.training.config import LearnConfig
 from growlm.training.learn import _Learning
+from growlm.training.memory import kept_pages
 
 BATCH, LENGTH = 8, 256
 
@@ -33,15 +41,15 @@ def tokens(rows: int) -> PackedTokens:
     return PackedTokens(ids.astype(np.int32))
 
 
-def learner(folder: Path, epochs: int, packed: PackedTokens):
+def learner(epochs: int, packed: PackedTokens):
     torch.manual_seed(0)
     base = Base(AutoModelForCausalLM.from_config(qwen2()))
     config = LearnConfig(epochs=epochs, sequence_length=LENGTH, batch_size=BATCH, precision="bfloat16", max_rows=8192)
-    learning = _Learning(base, Blocks, config, packed, folder)
+    learning = _Learning(base, Blocks, config, packed, Path(tempfile.mkdtemp()))
     optimizer = torch.optim.AdamW(learning.module.parameters(), lr=1e-3, fused=True)
 
-    def step(number: int) -> None:
-        learning._loss(number).backward()
+    def step() -> None:
+        learning._loss(0).backward()  # with features cached from the second time on, if there are two epochs
         torch.nn.utils.clip_grad_norm_(learning.module.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -71,67 +79,84 @@ def lora(trainable: int, packed: PackedTokens):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return rank, sum(p.numel() for p in parameters), step, peft
+    return sum(p.numel() for p in parameters), step
 
 
-def peak(side: str) -> float:
-    """Peak resident bytes of three steps of one side, in a process of its own."""
-    packed = tokens(512)
-    if side == "learn":
-        _, step = learner(Path(tempfile.mkdtemp()), 1, packed)
-        for _ in range(3):
-            step(0)
+def work(side: str) -> None:
+    """One side in a process of its own: a line in, one step, its seconds out. At the end its peak memory."""
+    packed = tokens(512)  # enough text for the row budget to matter
+    if side.startswith("lora"):
+        parameters, step = lora(int(side.split("-")[-1]), packed)
     else:
-        _, _, step, _ = lora(int(side), packed)
-        for _ in range(3):
+        learning, step = learner(2 if side == "cached" else 1, packed)
+        parameters = sum(p.numel() for p in learning.module.parameters())
+        if side == "base_forward":
+            step = partial(learning._features, np.arange(BATCH))  # type: ignore[assignment]
+    print(parameters, flush=True)
+    with nullcontext() if side.startswith("lora-as-it-is") else kept_pages():
+        for _ in sys.stdin:
+            start = time.perf_counter()
             step()
+            print(time.perf_counter() - start, flush=True)
     # Not getrusage: its maximum is inherited from the process that started this one.
     status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    print(int(status.split("VmHWM:")[1].split()[0]) * 1024, flush=True)
+
+
+class Worker:
+    def __init__(self, side: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--side", side], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.parameters = int(self.line())
+
+    def line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline()
+
+    def step(self) -> float:
+        assert self.process.stdin is not None
+        print(file=self.process.stdin, flush=True)
+        return float(self.line())
+
+    def peak(self) -> int:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        return int(self.line())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    parser.add_argument("--side", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.peak:
-        print(peak(arguments.peak))
+    if arguments.side:
+        work(arguments.side)
         return
-    packed = tokens(512)  # enough text for the row budget to matter
-    once, first = learner(Path(tempfile.mkdtemp()), 1, packed)
-    again, cached = learner(Path(tempfile.mkdtemp()), 2, packed)
-    cached(0)  # fills the cache; from here on step 0 reads it
-    module = sum(p.numel() for p in once.module.parameters())
-    rank, trainable, lora_step, _ = lora(module // 2, packed)
-    seconds = interleaved(
-        {
-            "learn": lambda: first(0),
-            "cached": lambda: cached(0),
-            "lora": lora_step,
-            "base_forward": lambda: once._features(np.arange(BATCH)),
-        },
-        arguments.rounds,
-    )
-    count = BATCH * LENGTH
-    three = 3 / (1 / (count / seconds["learn"]) + 2 / (count / seconds["cached"]))
-    memory = {
-        side: float(subprocess.check_output([sys.executable, __file__, "--peak", argument]))
-        for side, argument in (("learn", "learn"), ("lora", str(module // 2)))
+    workers = {side: Worker(side) for side in ("learn", "cached", "base_forward")}
+    half = workers["learn"].parameters // 2
+    workers["lora"] = Worker(f"lora-as-it-is-{half}")
+    workers["lora_kept_pages"] = Worker(f"lora-kept-pages-{half}")
+    times: dict[str, list[float]] = {side: [] for side in workers}
+    for turn in range(2 + arguments.rounds):
+        for side, worker in workers.items():
+            seconds = worker.step()
+            if turn >= 2:
+                times[side].append(seconds)
+    median = {side: statistics.median(values) for side, values in times.items()}
+    three = (median["learn"] + 2 * median["cached"]) / 3
+    numbers: dict[str, object] = {
+        "module_parameters": workers["learn"].parameters,
+        "lora_parameters": workers["lora"].parameters,
+        "tokens_per_second": {side: round(BATCH * LENGTH / seconds) for side, seconds in median.items()},
     }
-    show(
-        "learn_vs_lora",
-        {
-            "module_parameters": module,
-            "lora_parameters": trainable,
-            "lora_rank": rank,
-            "tokens_per_second": {k: round(count / v) for k, v in seconds.items()},
-            "ratio_one_epoch": round(seconds["lora"] / seconds["learn"], 2),
-            "ratio_three_epochs": round(three / (count / seconds["lora"]), 2),
-            "peak_gb": {k: round(v / 1e9, 2) for k, v in memory.items()},
-        },
-    )
-    again._cache.close()
+    for side in ("lora", "lora_kept_pages"):
+        numbers[f"against_{side}"] = {
+            "one_epoch": round(median[side] / median["learn"], 2),
+            "three_epochs": round(median[side] / three, 2),
+        }
+    numbers["peak_gb"] = {side: round(worker.peak() / 1e9, 2) for side, worker in workers.items()}
+    show("learn_vs_lora", numbers)
 
 
 if __name__ == "__main__":

@@ -112,6 +112,16 @@ def test_tensors_share_one_buffer(tmp_path):
     assert len({t.untyped_storage().data_ptr() for t in found.values()}) == 1
 
 
+def test_a_file_that_two_threads_read(tmp_path):
+    tensors = {"big": torch.randint(0, 256, (17_000_003,), dtype=torch.uint8), "small": torch.arange(3)}
+    path = tmp_path / "t.safetensors"
+    digest = write_tensors(path, tensors)
+    assert same_bits(read_tensors(path, sha256=digest), tensors)
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(IntegrityError, match="malformed"):
+        read_tensors(path)
+
+
 SAMPLE = {"weight": torch.arange(12.0).reshape(3, 4), "ids": torch.arange(5), "half": torch.ones(3).bfloat16()}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 # n tokens, d hidden size, v vocabulary, r own rows
 
@@ -88,11 +89,14 @@ def _walk(
     """Losses (n,), and the gradients of their mean with respect to hidden, weight and rows, where needed."""
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         dtype = hidden.dtype
-        head = weight.to(dtype)
+        head, order = weight.to(dtype), None
         if rows is not None:
             assert ids is not None
-            head = head.index_add(0, ids, rows.to(dtype))
-        all_rows = ids is not None and len(ids) == len(weight)
+            # Own rows first: their part of a chunk's gradient is then a slice, not a gather.
+            order = torch.cat([ids, _others(ids, len(weight))])
+            head = head.index_select(0, order)
+            head[: len(ids)] += rows.to(dtype)
+            labels = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))[labels]
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         for_hidden = torch.empty_like(hidden) if needs[0] else None
         for_weight = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None
@@ -107,12 +111,11 @@ def _walk(
                 slope = 1 - logits.square() if any(needs) else None
                 logits = logits.mul_(softcap)
             if not any(needs):
-                losses[at : at + size] = (logits.logsumexp(-1, keepdim=True) - logits.gather(-1, y))[:, 0]
+                losses[at : at + size] = cross_entropy(logits, y[:, 0], reduction="none")
                 continue
             # One pass for the probabilities; the largest gives back the sum that they were divided by.
             g = logits.softmax(-1)
-            largest, where = g.max(-1, keepdim=True)
-            log_sum = logits.gather(-1, where) - largest.log()
+            log_sum = logits.amax(-1, keepdim=True) - g.amax(-1, keepdim=True).log()
             losses[at : at + size] = (log_sum - logits.gather(-1, y))[:, 0]
             # Gradient of the sum: softmax - one_hot. It is divided by n where it has become small.
             g.scatter_add_(-1, y, torch.full_like(log_sum, -1.0))
@@ -124,11 +127,22 @@ def _walk(
             if for_weight is not None:
                 for_weight += g.T @ h
             if for_rows is not None:
-                for_rows += (g if all_rows else g.index_select(1, ids)).T @ h  # type: ignore[arg-type]
+                for_rows += g[:, : len(for_rows)].T @ h
         share = 1.0 / len(hidden)
         return (
             losses,
             None if for_hidden is None else for_hidden.mul_(share),
-            None if for_weight is None else for_weight.mul_(share).to(weight.dtype),
+            None if for_weight is None else _unordered(for_weight, order).mul_(share).to(weight.dtype),
             None if for_rows is None or rows is None else for_rows.mul_(share).to(rows.dtype),
         )
+
+
+def _others(ids: Tensor, count: int) -> Tensor:
+    """The numbers below `count` that are not in `ids`, ascending."""
+    others = torch.ones(count, dtype=torch.bool, device=ids.device)
+    others[ids] = False
+    return others.nonzero()[:, 0]
+
+
+def _unordered(gradient: Tensor, order: Tensor | None) -> Tensor:
+    return gradient if order is None else torch.empty_like(gradient).index_copy_(0, order, gradient)

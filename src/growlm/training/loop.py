@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from growlm.errors import Interrupted
 from growlm.files import read_tensors, write_atomic, write_tensors
 from growlm.training.config import TrainConfig
+from growlm.training.memory import kept_pages
 
 _POINTER = "checkpoint.json"
 _MIN_RATE = 0.1  # share of the peak that the cosine ends at
@@ -87,7 +88,7 @@ def train(
     started = saved = time.monotonic()
     smooth: float | None = None
     tokens = 0
-    with _signals() as stop:
+    with kept_pages(), _signals() as stop:
         for step in range(done, num_steps):
             for group in optimizer.param_groups:
                 group["lr"] = rate_at(step, num_steps, learning_rate, config.warmup)
