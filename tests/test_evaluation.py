@@ -5,30 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from disk import edit, write_jsonl
 from growlm.errors import BudgetError, ConfigError, DataError, UnknownModuleError
 from growlm.evaluation import EvalConfig, evaluate
 from growlm.modules import ModuleSet
-from growlm.router import GaussianRouter, Route
+from growlm.router import GaussianRouter, Route, Router, base_states, load_router
 from growlm.store import Store
 from stores import PLAIN, Watch, add_module, domain_text, make_store
 
 DOCUMENTS = 6
 CONFIG = EvalConfig(sequence_length=24)
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def text_of(domain: str, number: int) -> str:
@@ -40,19 +34,8 @@ def made(tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("made")
     make_store(home, modules={name: {"strength": 0.02, "steps": 30} for name in PLAIN})
     for domain in (*PLAIN, "general", "other"):
-        lines = [json.dumps({"text": text_of(domain, i)}) for i in range(DOCUMENTS)]
-        (home / f"{domain}.jsonl").write_text("\n".join(lines))
+        write_jsonl(home / f"{domain}.jsonl", [text_of(domain, i) for i in range(DOCUMENTS)])
     return home
-
-
-@pytest.fixture
-def home(made, tmp_path) -> Path:
-    return shutil.copytree(made, tmp_path / "home")
-
-
-@pytest.fixture
-def store(home) -> Store:
-    return Store.open(home / "store")
 
 
 @pytest.fixture
@@ -202,6 +185,79 @@ def test_text_of_no_module_counts_against_a_router_that_chooses_one(store, home,
     assert result.routing["retained_gain"] is None  # nothing could be gained
 
 
+# The order of learning
+
+
+def test_the_matrix_replays_what_the_store_knew_after_each_domain(store, data, monkeypatch):
+    times = {"signs": 0, "letters": 1, "digits": 2}  # not the alphabet's order
+    for name, number in times.items():
+        path = store.path / "modules" / name / "1" / "module.json"
+        path.write_text(
+            json.dumps({**json.loads(path.read_text()), "created": f"2026-01-0{number + 1}T00:00:00+00:00"})
+        )
+    result = evaluate(store, data, CONFIG)
+    matrix = result.matrix
+    assert matrix["domains"] == ["letters", "digits"]
+    base = [result.perplexity[name]["base"] for name in matrix["domains"]]
+    own = [result.perplexity[name]["module"] for name in matrix["domains"]]
+    assert matrix["before"] == pytest.approx(base)
+    # Only letters are known at first: digits are theirs or none's.
+    assert matrix["after"][0][0] == pytest.approx(own[0])
+    among = load_router(store, ["letters"])
+    assert among.names == ["letters"]
+    alone = [loss_of_route(store, among, i) for i in range(DOCUMENTS)]
+    assert matrix["after"][0][1] == pytest.approx(perplexity(alone), rel=1e-5)
+    assert matrix["after"][1] == pytest.approx(own)
+    assert matrix["average_forgetting"] == pytest.approx(0.0, abs=1e-12)
+    assert matrix["forward_transfer"] == pytest.approx(math.log(base[1] / matrix["after"][0][1]))
+
+
+def loss_of_route(store: Store, router: Router, number: int) -> tuple[float, int]:
+    """What a router's choice makes of a document of digits."""
+    ids = store.load_tokenizer().encode(text_of("digits", number))[:24]
+    (route,) = router.route(*base_states(store.load_base(), [ids]))
+    return losses_of(store, route.module, "digits")[number]
+
+
+def test_a_router_among_some_modules_is_that_of_a_store_without_the_others(store):
+    vectors = torch.randn(8, store.load_base().hidden_size, generator=torch.Generator().manual_seed(0))
+    before = [r.scores for r in load_router(store, ["digits", "letters"]).route_pooled(vectors)]
+    store.remove("signs")
+    assert before == [r.scores for r in load_router(store).route_pooled(vectors)]
+
+
+def test_no_matrix_where_it_is_not_wanted_or_of_one_domain(store, data):
+    assert evaluate(store, data, EvalConfig(sequence_length=24, matrix=False)).matrix is None
+    assert evaluate(store, {"digits": data["digits"]}, CONFIG).matrix is None
+
+
+# How sure one can be
+
+
+def test_intervals_hold_what_they_are_of(store, data, monkeypatch):
+    routed_as(monkeypatch, {("digits", 2): None, ("none", 1): "letters"})
+    result = evaluate(store, data, EvalConfig(sequence_length=24, matrix=False))
+    for row in result.perplexity.values():
+        for side in ("base", "module", "routed"):
+            low, high = row[f"{side}_interval"]
+            assert low < row[side] < high
+    routing = result.routing
+    for key in ("accuracy", "retained_gain"):
+        low, high = routing[f"{key}_interval"]
+        assert low < routing[key] <= high <= 1
+    assert routing["none"] == {"of_no_domain": 5 / 6, "of_domains": 1 / 12}
+    assert sum(b["documents"] for b in routing["calibration"]["bins"]) == 18
+
+
+def test_compute_counts_parameters_and_speed(store, data):
+    compute = evaluate(store, data, CONFIG).compute
+    sizes = [m.parameters for m in store.modules.values()]
+    assert compute["total_parameters"] - compute["active_parameters"] == sum(sizes) - max(sizes)
+    assert compute["active_parameters"] - compute["base_parameters"] == max(sizes)
+    assert compute["tokens_per_second"].keys() == {"base", "module"}
+    assert min(compute["tokens_per_second"].values()) > 0
+
+
 # Forgetting
 
 
@@ -244,8 +300,7 @@ def test_a_module_altered_behind_the_stores_back_is_named(store, data, by):
 
 def test_a_store_without_records_says_that_nothing_was_checked(store, data):
     for name in store.modules:
-        path = store.path / "modules" / name / "1" / "module.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "training": {}}))
+        edit(store.path / "modules" / name / "1" / "module.json", training={})
     result = evaluate(store, {"digits": data["digits"]}, CONFIG)
     assert result.forgetting_detail == {"checked": [], "changed": []}
 

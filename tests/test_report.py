@@ -28,18 +28,45 @@ def make_result(num_domains: int = 3, names: list[str] | None = None) -> dict[st
         "growlm": "0.1.0",
         "date": "2026-11-23",
         "perplexity": {
-            name: {"base": 184.6 + i, "module": 70.4 + i, "routed": 70.9 + i, "tokens": 12_345}
+            name: {
+                "base": 184.6 + i,
+                "module": 70.4 + i,
+                "routed": 70.9 + i,
+                "routed_interval": [61.2 + i, 81.7 + i],
+                "tokens": 12_345,
+            }
             for i, name in enumerate(names)
         },
         "forgetting": 0.0,
         "forgetting_detail": {"checked": ["base", *names[:-1]], "changed": []},
         "routing": {
             "accuracy": 0.98,
+            "accuracy_interval": [0.951, 0.997],
             "retained_gain": 0.991,
+            "retained_gain_interval": None,
+            "none": {"of_no_domain": 0.934, "of_domains": 0.017},
+            "calibration": {
+                "expected_error": 0.0321,
+                "bins": [{"documents": 77, "confidence": 0.963, "accuracy": 0.942}],
+            },
             "confusion": {
                 name: {**dict.fromkeys(names, 0), name: 47 - i, names[0]: 40 + i, "none": 2}
                 for i, name in enumerate(names)
             },
+        },
+        "matrix": {
+            "domains": names,
+            "before": [184.6] * len(names),
+            "after": [[70.4 if i >= j else 171.3 for j in range(len(names))] for i in range(len(names))],
+            "average_forgetting": 0.0125,
+            "backward_transfer": -0.0125,
+            "forward_transfer": 0.0747,
+        },
+        "compute": {
+            "base_parameters": 6_000_001,
+            "active_parameters": 6_500_002,
+            "total_parameters": 7_500_003,
+            "tokens_per_second": {"base": 5461.2, "module": 3451.4},
         },
         "memory": {
             "base_bytes": base,
@@ -97,7 +124,7 @@ def test_page_is_complete(tmp_path: Path, num_domains: int) -> None:
     assert json.loads((folder / "eval.json").read_text()) == result
 
     figures = [attributes for tag, attributes in page.tags if tag == "svg"]
-    assert len(figures) == 4
+    assert len(figures) == 5
     assert all(figure["role"] == "img" and figure["aria-label"] for figure in figures)
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
@@ -112,6 +139,10 @@ def test_page_is_complete(tmp_path: Path, num_domains: int) -> None:
     memory = result["memory"]
     sizes = [*memory["modules"].values(), *(memory[key] for key in memory if key != "modules"), 4_096]
     assert {f"{size:,}" for size in sizes} <= set(page.cells)
+    assert {"171.3", "61.2 to 81.7", "6,500,002", "5,461"} <= set(page.cells) or len(result["perplexity"]) == 1
+    facts = ("95.1% to 99.7%", "93.4%", "1.7%", "0.032", "96.3% sure, 94.2% right", "+0.0125", "-0.0125", "+0.0747")
+    for fact in facts:
+        assert fact in page.text
     for headline in ("98.0%", "99.1%", plots.human_bytes(memory["resident_bytes"])):
         assert headline in page.text
 
@@ -148,7 +179,7 @@ def test_every_text_is_escaped(tmp_path: Path) -> None:
 
 def test_optional_parts_may_be_missing(tmp_path: Path) -> None:
     result = make_result()
-    for key in ("memory", "samples", "forgetting_detail", "store"):
+    for key in ("memory", "samples", "forgetting_detail", "store", "matrix", "compute"):
         del result[key]
     html, page = write(result, tmp_path)
     assert html.count("<svg") == 2

@@ -345,6 +345,9 @@ def evaluate(
     ] = 512,
     max_documents: Annotated[int, typer.Option("--max-documents", help="Of each domain; 0 for all.")] = 200,
     route_tokens: Annotated[int, typer.Option("--route-tokens", help="Of each document, for the router.")] = 256,
+    matrix: Annotated[
+        bool, typer.Option("--matrix/--no-matrix", help="Replay the order of learning: the forgetting matrix.")
+    ] = True,
     text_key: Annotated[str, typer.Option("--text-key", help="Key of the text in JSONL, column in Parquet.")] = "text",
     separator: Annotated[str | None, typer.Option("--separator", help="Cuts text files into documents.")] = None,
     as_json: Json = False,
@@ -367,7 +370,7 @@ def evaluate(
         if not equals or not name or not path:
             raise ConfigError(f"--data {item!r}: write it as NAME=PATH, e.g. medicine=heldout.txt")
         paths.setdefault(name, []).append(path)
-    settings = EvalConfig(sequence_length, max_documents, route_tokens, text_key, separator)
+    settings = EvalConfig(sequence_length, max_documents, route_tokens, matrix, text_key, separator)
     result = run(Store.open(store), dict(paths), settings, memory=memory).to_json()
     if report is not None:
         from growlm.evaluation.report import write_report
@@ -376,7 +379,9 @@ def evaluate(
         _note(f"report: {page}")
     if as_json:
         return _print_json(result)
-    _print_eval(result)
+    from growlm.evaluation.summary import summary
+
+    print("\n".join(summary(result)))
     return None
 
 
@@ -540,19 +545,6 @@ def _print_json(content: Any) -> None:
 
 def _note(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _print_eval(result: dict[str, Any]) -> None:
-    width = max(len("domain"), *(len(n) for n in result["perplexity"]))
-    print(f"{'domain':<{width}}  {'base':>9}  {'module':>9}  {'routed':>9}")
-    for name, row in result["perplexity"].items():
-        print(f"{name:<{width}}  {row['base']:>9.2f}  {row['module']:>9.2f}  {row['routed']:>9.2f}")
-    routing = result["routing"]
-    kept = routing["retained_gain"]
-    print(
-        f"router accuracy {routing['accuracy']:.1%}, retained gain {'-' if kept is None else f'{kept:.1%}'}, "
-        f"forgetting {result['forgetting']:.3g}"
-    )
 
 
 def _spread(arguments: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -217,17 +217,23 @@ def add_domain(store: Store, new: StoredModule, old: StoredModule | None) -> Non
         store.write_router_file(ROUTER_SUMS, {"gram": gram, "members": _pack(digest)})
 
 
-def load_router(store: Store) -> Router:
+def load_router(store: Store, among: Collection[str] | None = None) -> Router:
     """The store's router, fitted to its current modules.
+
+    Args:
+        among: names of modules; the router then is what it would be if the store held no others.
 
     Raises:
         IntegrityError: a file of the router is not what its manifest says.
     """
-    modules = list(store.modules.values())
+    modules = [m for m in store.modules.values() if among is None or m.name in among]
     entries = [_read_evidence(m) for m in modules]
     general = store.router_file(_GENERAL)
     if modules and general is None:
         raise IntegrityError(f"{store.router_path / _GENERAL}: is missing; restore it, or make the store again")
+    names = [m.name for m in modules]
+    if among is not None:
+        return _fit(names, entries, general, _total_gram(entries, general))
     sums = _read_sums(store)
     wanted = 0
     if general is not None:
@@ -236,22 +242,28 @@ def load_router(store: Store) -> Router:
         wanted = _combine(wanted, module, +1)
     if sums is None or sums[1] != wanted:
         sums = _rebuild(store, entries, general, wanted)
-    return _fit([m.name for m in modules], entries, general, sums[0])
+    return _fit(names, entries, general, sums[0])
 
 
 def _rebuild(
     store: Store, entries: list[dict[str, Tensor]], general: dict[str, Tensor] | None, digest: int
 ) -> tuple[Tensor, int]:
-    parts = [*entries, *([general] if general else [])]
-    if not parts:
-        return torch.zeros(0, 0, dtype=torch.int64), digest
-    gram = sum((_gram(p["vectors"]) for p in parts[1:]), start=_gram(parts[0]["vectors"]))
+    gram = _total_gram(entries, general)
+    if not gram.numel():
+        return gram, digest
     try:
         with store.lock():
             store.write_router_file(ROUTER_SUMS, {"gram": gram, "members": _pack(digest)})
     except (OSError, GrowlmError):
         pass  # a store on a read-only disk still routes
     return gram, digest
+
+
+def _total_gram(entries: list[dict[str, Tensor]], general: dict[str, Tensor] | None) -> Tensor:
+    parts = [*entries, *([general] if general else [])]
+    if not parts:
+        return torch.zeros(0, 0, dtype=torch.int64)
+    return sum((_gram(p["vectors"]) for p in parts[1:]), start=_gram(parts[0]["vectors"]))
 
 
 def _fit(

@@ -1,4 +1,4 @@
-"""Evaluate: perplexity by domain of base, own module and routed choice; routing; forgetting; memory.
+"""Evaluate: perplexity by domain of base, own module and routed choice; routing; forgetting; memory and compute.
 
 Knows documents, losses and routes. Draws nothing: see `report.py`.
 """
@@ -6,6 +6,7 @@ Knows documents, losses and routes. Draws nothing: see `report.py`.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
@@ -19,10 +20,12 @@ from growlm import __version__
 from growlm import data as text_data
 from growlm.engine import Engine
 from growlm.errors import ConfigError, DataError
+from growlm.evaluation.continual import ForgettingMatrix
+from growlm.evaluation.statistics import Bootstrap, calibration
 from growlm.modules import ModuleSet
 from growlm.modules.probe import probe
 from growlm.modules.scoring import passage_losses
-from growlm.router import NONE, base_states
+from growlm.router import NONE, Route, Router, base_states, load_router, names_of
 from growlm.store import Store
 from growlm.training.progress import counting_bar
 
@@ -35,12 +38,14 @@ class EvalConfig:
         sequence_length: longer documents are scored in pieces of so many tokens.
         max_documents: of each domain, the first so many; 0 for all.
         route_tokens: how much of a document's beginning the router sees.
+        matrix: replay the order of learning: what the router knew after each domain, and what that cost the others.
         text_key, separator: as in `learn`.
     """
 
     sequence_length: int = 512
     max_documents: int = 200
     route_tokens: int = 256
+    matrix: bool = True
     text_key: str = "text"
     separator: str | None = None
 
@@ -55,13 +60,18 @@ class EvalResult:
     """What was measured; `to_json` gives the fields in the form of `growlm eval --json`.
 
     Attributes:
-        perplexity: by domain: base, module (its own), routed, and how many tokens and documents they are over.
+        perplexity: by domain: base, module (its own), routed, each with its interval over documents, the retained gain,
+            and how many tokens and documents they are over.
         forgetting: mean increase of log-loss, in nats a token, of the base and of every module since it was learned,
             on a fixed text; exactly 0 where not a bit of the logits has changed.
         forgetting_detail: what was compared, and what differs in any bit.
-        routing: accuracy, confusion (true domain -> chosen -> documents), and retained gain: the share of the
-            improvement of each domain's own module that automatic routing keeps (summed log-loss, over documents).
+        matrix: routed perplexity on every domain after each domain that was learned, in the order of learning, with
+            average forgetting, backward and forward transfer; None where fewer than two domains were measured.
+        routing: accuracy, confusion (true domain -> chosen -> documents), retained gain: the share of the improvement
+            of each domain's own module that automatic routing keeps (summed log-loss, over documents); intervals of
+            accuracy and gain; calibration; the share of *none* on text of no domain and on the domains' text.
         memory: bytes of base, router and modules; resident with the largest module, and in total.
+        compute: parameters of base, active and in total; tokens a second while scoring.
     """
 
     store: str
@@ -69,8 +79,10 @@ class EvalResult:
     perplexity: dict[str, dict[str, Any]]
     forgetting: float
     forgetting_detail: dict[str, list[str]]
+    matrix: dict[str, Any] | None
     routing: dict[str, Any]
     memory: dict[str, Any]
+    compute: dict[str, Any]
     growlm: str = __version__
     date: str = field(default_factory=lambda: date.today().isoformat())
 
@@ -80,14 +92,33 @@ class EvalResult:
 
 @dataclass
 class _Domain:
+    """One domain's held-out text, what each router chose for it, and what each module made of it."""
+
     name: str
     passages: list[list[int]]
-    owner: list[int]  # the document of each passage
-    base: Tensor  # summed log-loss of each document
-    own: Tensor
-    routed: Tensor
-    chosen: list[str]
-    num_labels: int
+    owner: Tensor  # (passages,) the document of each passage
+    labels: Tensor  # (documents,) tokens scored
+    choices: list[list[str]] = field(default_factory=list)  # by router: the module chosen for each document
+    confidence: Tensor = field(default_factory=lambda: torch.empty(0))  # (documents,) the full router's
+    losses: dict[str, Tensor] = field(default_factory=dict)  # by module: (documents,) summed; nan where not scored
+
+    @property
+    def base(self) -> Tensor:
+        return self.losses[NONE]
+
+    @property
+    def own(self) -> Tensor:
+        return self.losses[self.name]
+
+    def chosen(self, router: int) -> Tensor:
+        """Summed log-loss of each document under the choices of a router, (documents,)."""
+        return torch.stack([self.losses[c][d] for d, c in enumerate(self.choices[router])])
+
+    def wanted(self, module: str) -> list[int]:
+        """Documents that must be scored under a module."""
+        if module in (NONE, self.name):
+            return list(range(len(self.labels)))
+        return [d for d in range(len(self.labels)) if any(c[d] == module for c in self.choices)]
 
 
 def evaluate(
@@ -118,27 +149,37 @@ def evaluate(
         name: text_data.read(paths, text_key=config.text_key, separator=config.separator).documents
         for name, paths in data.items()
     }
+    learned = sorted((m for m in store.modules.values() if m.name in data), key=lambda m: (m.manifest.created, m.name))
+    stages = [m.name for m in learned] if config.matrix and len(learned) > 1 else []
     with Engine(store, memory=memory) as engine:
-        domains = []
-        total = len(corpora)
-        with counting_bar("evaluating", total, progress) as report:
-            for name, documents in corpora.items():
-                domains.append(_score(engine, name, documents, config))
-                report(len(domains))
+        domains = [_read(engine, name, documents, config) for name, documents in corpora.items()]
+        routers = [engine.router, *(load_router(store, stages[: i + 1]) for i in range(len(stages)))]
+        for domain in domains:
+            _route(engine, domain, routers, config.route_tokens)
+        speed = _score(engine, domains, progress)
         changed, forgetting, checked = _forgetting(engine)
         memory_use = _memory(engine)
+    draws = Bootstrap([len(d.labels) for d in domains])
+    status = store.status()
     return EvalResult(
         store=str(store.path),
         base=store.manifest.base,
-        perplexity={d.name: _perplexities(d) for d in domains},
+        perplexity={d.name: _perplexities(d, draws, i) for i, d in enumerate(domains)},
         forgetting=forgetting,
         forgetting_detail={"checked": checked, "changed": changed},
-        routing=_routing(domains),
+        matrix=_matrix(domains, stages),
+        routing=_routing(domains, draws),
         memory=memory_use,
+        compute={
+            "base_parameters": status["base_parameters"],
+            "active_parameters": status["active_parameters"],
+            "total_parameters": status["total_parameters"],
+            "tokens_per_second": speed,
+        },
     )
 
 
-def _score(engine: Engine, name: str, documents: Sequence[text_data.Document], config: EvalConfig) -> _Domain:
+def _read(engine: Engine, name: str, documents: Sequence[text_data.Document], config: EvalConfig) -> _Domain:
     chosen_documents = documents[: config.max_documents or None]
     limit = engine.base.max_positions
     length = config.sequence_length if limit is None else min(config.sequence_length, limit)
@@ -147,77 +188,119 @@ def _score(engine: Engine, name: str, documents: Sequence[text_data.Document], c
         raise DataError(f"{name}: every document is shorter than two tokens; give more text")
     # Documents too short to score are left out everywhere.
     numbers = {index: at for at, index in enumerate(dict.fromkeys(p.document_index for p in found))}
-    passages, owner = [p.tokens for p in found], [numbers[p.document_index] for p in found]
-    routes = _route(engine, passages, owner, config.route_tokens)
-
-    def losses(module: str | None, which: Sequence[int]) -> Tensor:
-        names = [] if module is None else [module]
-        with engine.modules.using(names) as held:
-            some = [passages[i] for i in which]
-            scored = passage_losses(ModuleSet(engine.base, list(held.values())), some)
-        by_document = torch.zeros(len(numbers), dtype=torch.float64)
-        return by_document.index_add_(0, torch.tensor([owner[i] for i in which]), scored)
-
-    everything = range(len(passages))
-    base = losses(None, everything)
-    own = base if name == NONE else losses(name, everything)
-    routed = torch.zeros_like(base)
-    for module in dict.fromkeys(routes):
-        mine = torch.tensor([r == module for r in routes])
-        if module in (name, NONE):
-            routed[mine] = (own if module == name else base)[mine]
-        else:
-            routed += losses(module, [i for i in everything if mine[owner[i]]])
-    return _Domain(name, passages, owner, base, own, routed, routes, sum(len(p) - 1 for p in passages))
+    owner = torch.tensor([numbers[p.document_index] for p in found])
+    scored = torch.tensor([len(p.tokens) - 1 for p in found])
+    labels = torch.zeros(len(numbers), dtype=torch.int64).index_add_(0, owner, scored)
+    return _Domain(name, [p.tokens for p in found], owner, labels)
 
 
-def _route(engine: Engine, passages: Sequence[Sequence[int]], owner: Sequence[int], tokens: int) -> list[str]:
-    """The router's choice for each document, from the beginning of its first passage."""
+def _route(engine: Engine, domain: _Domain, routers: Sequence[Router], tokens: int) -> None:
+    """Each router's choice for each document, from the beginning of its first passage."""
     first: dict[int, list[int]] = {}
-    for passage, document in zip(passages, owner, strict=True):
+    for passage, document in zip(domain.passages, domain.owner.tolist(), strict=True):
         first.setdefault(document, list(passage[:tokens]))
-    starts = [first[d] for d in sorted(first)]
+    starts = [first[d] for d in range(len(first))]
     order = sorted(range(len(starts)), key=lambda i: len(starts[i]))
-    chosen = [NONE] * len(starts)
+    routes: list[list[Route]] = [[Route(None, {NONE: 1.0})] * len(starts) for _ in routers]
     for at in range(0, len(order), 16):
         some = order[at : at + 16]
-        routes = engine.router.route(*base_states(engine.base, [starts[i] for i in some]))
-        for i, route in zip(some, routes, strict=True):
-            chosen[i] = route.module or NONE
-    return chosen
+        states = base_states(engine.base, [starts[i] for i in some])
+        for found, router in zip(routes, routers, strict=True):
+            for i, route in zip(some, router.route(*states), strict=True):
+                found[i] = route
+    domain.choices = [names_of(found) for found in routes]
+    domain.confidence = torch.tensor([max(r.scores.values(), default=1.0) for r in routes[0]])
 
 
-def _perplexities(domain: _Domain) -> dict[str, Any]:
-    def perplexity(losses: Tensor) -> float:
-        return math.exp(min(float(losses.sum()) / domain.num_labels, 700.0))
+def _score(engine: Engine, domains: Sequence[_Domain], progress: bool | None) -> dict[str, float]:
+    """Fills in the losses, module by module, so that each is read once. Returns tokens a second, base and modules."""
+    modules = [NONE, *dict.fromkeys(m for d in domains for m in (d.name, *(c for cs in d.choices for c in cs)))]
+    work = [(m, d, d.wanted(m)) for m in dict.fromkeys(modules) for d in domains]
+    work = [(m, d, documents) for m, d, documents in work if documents]
+    tokens, seconds = {"base": 0, "module": 0}, {"base": 0.0, "module": 0.0}
+    with counting_bar("evaluating", len(work), progress) as report:
+        for at, (module, domain, documents) in enumerate(work):
+            mine = torch.zeros(len(domain.labels), dtype=torch.bool)
+            mine[documents] = True
+            which = mine[domain.owner].nonzero()[:, 0]
+            with engine.modules.using([] if module == NONE else [module]) as held:
+                started = time.perf_counter()
+                scored = passage_losses(
+                    ModuleSet(engine.base, list(held.values())), [domain.passages[i] for i in which.tolist()]
+                )
+                side = "base" if module == NONE else "module"
+                seconds[side] += time.perf_counter() - started
+            tokens[side] += int(domain.labels[mine].sum())
+            losses = torch.zeros(len(domain.labels), dtype=torch.float64).index_add_(0, domain.owner[which], scored)
+            domain.losses[module] = losses.masked_fill(~mine, math.nan)
+            report(at + 1)
+    return {side: tokens[side] / seconds[side] for side in tokens if seconds[side] > 0}
 
+
+def _matrix(domains: Sequence[_Domain], stages: Sequence[str]) -> dict[str, Any] | None:
+    if not stages:
+        return None
+    by_name = {d.name: d for d in domains}
+    columns = [by_name[name] for name in stages]
+
+    def loss(domain: _Domain, losses: Tensor) -> float:
+        return float(losses.sum() / domain.labels.sum())
+
+    return ForgettingMatrix(
+        stages,
+        [loss(d, d.base) for d in columns],
+        [[loss(d, d.chosen(1 + stage)) for d in columns] for stage in range(len(stages))],
+    ).to_json()
+
+
+def _perplexities(domain: _Domain, draws: Bootstrap, group: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    labels = domain.labels.double()
+    sides = {"base": domain.base, "module": domain.own, "routed": domain.chosen(0)}
+    sums = {side: draws.sums(group, losses) for side, losses in sides.items()}
+    for side, losses in sides.items():
+        found[side] = math.exp(min(float(losses.sum() / labels.sum()), 700.0))
+        means = sums[side] / draws.sums(group, labels)
+        found[f"{side}_interval"] = draws.interval(means.clamp(max=700.0).exp())
     gain = float((domain.base - domain.own).sum())
-    kept = float((domain.base - domain.routed).sum())
-    return {
-        "base": perplexity(domain.base),
-        "module": perplexity(domain.own),
-        "routed": perplexity(domain.routed),
-        "retained_gain": kept / gain if gain > 0 else None,
-        "tokens": domain.num_labels,
-        "documents": len(domain.base),
-    }
+    kept = float((domain.base - sides["routed"]).sum())
+    found["retained_gain"] = kept / gain if gain > 0 else None
+    found["tokens"] = int(domain.labels.sum())
+    found["documents"] = len(domain.labels)
+    return found
 
 
-def _routing(domains: Sequence[_Domain]) -> dict[str, Any]:
+def _routing(domains: Sequence[_Domain], draws: Bootstrap) -> dict[str, Any]:
     confusion: dict[str, dict[str, int]] = {}
     for domain in domains:
         row = confusion.setdefault(domain.name, {})
-        for choice in domain.chosen:
+        for choice in domain.choices[0]:
             row[choice] = row.get(choice, 0) + 1
     columns = dict.fromkeys([*confusion, *(c for row in confusion.values() for c in row), NONE])
     confusion = {name: {c: row.get(c, 0) for c in columns} for name, row in confusion.items()}
-    documents = sum(len(d.chosen) for d in domains)
-    gain = sum(float((d.base - d.own).sum()) for d in domains)
-    kept = sum(float((d.base - d.routed).sum()) for d in domains)
+    right = [torch.tensor([c == d.name for c in d.choices[0]]) for d in domains]
+    none = [torch.tensor([c == NONE for c in d.choices[0]]) for d in domains]
+    documents = sum(map(len, right))
+    gains = [d.base - d.own for d in domains]
+    kept = [d.base - d.chosen(0) for d in domains]
+    gain = float(sum(g.sum() for g in gains))
+    resampled = [sum(draws.sums(i, x) for i, x in enumerate(each)) for each in (right, gains, kept)]
+    shares = {
+        where: float(torch.cat(some).double().mean())
+        for where, some in (
+            ("of_no_domain", [n for n, d in zip(none, domains, strict=True) if d.name == NONE]),
+            ("of_domains", [n for n, d in zip(none, domains, strict=True) if d.name != NONE]),
+        )
+        if some
+    }
     return {
-        "accuracy": sum(confusion[d.name][d.name] for d in domains) / documents,
+        "accuracy": sum(int(r.sum()) for r in right) / documents,
+        "accuracy_interval": draws.interval(torch.as_tensor(resampled[0]) / documents),
         "confusion": confusion,
-        "retained_gain": kept / gain if gain > 0 else None,
+        "retained_gain": float(sum(k.sum() for k in kept)) / gain if gain > 0 else None,
+        "retained_gain_interval": draws.interval(torch.as_tensor(resampled[2]) / resampled[1]) if gain > 0 else None,
+        "none": shares,
+        "calibration": calibration(torch.cat([d.confidence for d in domains]), torch.cat(right)),
     }
 
 

@@ -49,7 +49,7 @@ HEAT_TEXT_SWITCH = 0.7  # from this share on a cell is dark enough for text in t
 
 
 def perplexity_figure(perplexity: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Per domain three bars: the base, the domain's own module, the module that the router chose.
+    """Per domain three bars: the base, the domain's own module, the module that the router chose; and their intervals.
 
     On a log axis bars start at 1, perfect prediction, so their length is the loss.
     """
@@ -59,7 +59,8 @@ def perplexity_figure(perplexity: Mapping[str, Mapping[str, Any]]) -> Figure:
     positive = [value for value in values if value > 0]
     log = bool(positive) and max(positive) / min(positive) > LOG_RATIO
     start = min([1.0, *positive]) if log else 0.0
-    end = max(positive, default=1.0)
+    highs = [_finite(h) for d in domains for key, _, _ in bars for h in perplexity[d].get(f"{key}_interval") or ()]
+    end = max([*positive, *highs], default=1.0)
     with _style():
         figure, axes = _new(WIDTH, 66 + 43 * max(1, len(domains)))
         for row, domain in enumerate(domains):
@@ -67,7 +68,12 @@ def perplexity_figure(perplexity: Mapping[str, Mapping[str, Any]]) -> Figure:
                 value, y = perplexity[domain].get(key), row + (slot - 1) * 0.27
                 width = max(0.0, _finite(value) - start)
                 axes.barh(y, width, left=start, height=0.25, color=LIGHT[role], linewidth=0)
-                axes.annotate(number(value), (start + width, y), (3, 0), textcoords="offset points",
+                reach = start + width
+                if interval := perplexity[domain].get(f"{key}_interval"):
+                    low, high = (max(start, _finite(end_)) for end_ in interval)
+                    axes.plot([low, high], [y, y], color=LIGHT["ink"], linewidth=1.1, solid_capstyle="butt")
+                    reach = max(reach, high)
+                axes.annotate(number(value), (reach, y), (3, 0), textcoords="offset points",
                               va="center", fontsize=8.5)  # fmt: skip
         if log:
             axes.set_xscale("log")
@@ -104,23 +110,55 @@ def confusion_figure(confusion: Mapping[str, Mapping[str, int]]) -> Figure:
                 if counted:
                     colour = "muted" if not count else "surface" if share >= HEAT_TEXT_SWITCH else "ink"
                     axes.text(x, y, str(count), ha="center", va="center", color=LIGHT[colour])
-        for line in range(len(columns) + 1):
-            axes.axvline(line - 0.5, color=LIGHT["grid"], linewidth=0.6)
-        for line in range(len(rows) + 1):
-            axes.axhline(line - 0.5, color=LIGHT["grid"], linewidth=0.6)
-        axes.set_xlim(-0.5, len(columns) - 0.5)
-        axes.set_ylim(len(rows) - 0.5, -0.5)
+        _grid(axes, len(columns), len(rows))
         axes.set_xticks(range(len(columns)), labels=labels, rotation=90, parse_math=False)
         axes.set_yticks(range(len(rows)), labels=[_label(name) for name in rows], parse_math=False)
-        axes.tick_params(length=0, labeltop=True, labelbottom=False, labelcolor=LIGHT["ink"])
-        axes.spines[:].set_visible(False)
         axes.set_xlabel("chosen by the router")
-        axes.xaxis.set_label_position("top")
         axes.set_ylabel("true domain")
         key = [Patch(facecolor=(LIGHT["heat"], s), edgecolor=LIGHT["grid"], label=f"{s:.0%}")
                for s in (0.0, 0.25, 0.5, 0.75, 1.0)]  # fmt: skip
         _legend(figure, key, "outside lower center")
     return figure
+
+
+def matrix_figure(matrix: Mapping[str, Any]) -> Figure:
+    """Heat map: what was measured (rows: before, then after each domain learned) on each domain (columns).
+
+    Colour is the share of the column's largest fall in log-perplexity: the fuller, the better.
+    """
+    columns = list(matrix["domains"])
+    rows = ["before", *(f"after {name}" for name in columns)]
+    values = [matrix["before"], *matrix["after"]]
+    cell_width, cell_height = max(40.0, min(58.0, 300 / len(columns))), 24.0
+    margin = 20 + 5.8 * max(len(_label(name)) for name in rows)
+    with _style():
+        figure, axes = _new(max(WIDTH, margin + cell_width * len(columns)), margin + 30 + cell_height * len(rows))
+        for x in range(len(columns)):
+            logs = [math.log(max(_finite(row[x]), 1.0)) for row in values]
+            fall = logs[0] - min(logs)
+            for y, loss in enumerate(logs):
+                share = max(0.0, (logs[0] - loss) / fall) if fall > 0 else 0.0
+                axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=(LIGHT["heat"], share)))
+                colour = "surface" if share >= HEAT_TEXT_SWITCH else "ink"
+                axes.text(x, y, number(values[y][x]), ha="center", va="center", color=LIGHT[colour], fontsize=8.5)
+        _grid(axes, len(columns), len(rows))
+        axes.set_xticks(range(len(columns)), labels=[_label(c) for c in columns], rotation=90, parse_math=False)
+        axes.set_yticks(range(len(rows)), labels=[_label(r) for r in rows], parse_math=False)
+        axes.set_xlabel("perplexity on")
+    return figure
+
+
+def _grid(axes: Axes, columns: int, rows: int) -> None:
+    """Cells around whole numbers, column labels on top."""
+    for line in range(columns + 1):
+        axes.axvline(line - 0.5, color=LIGHT["grid"], linewidth=0.6)
+    for line in range(rows + 1):
+        axes.axhline(line - 0.5, color=LIGHT["grid"], linewidth=0.6)
+    axes.set_xlim(-0.5, columns - 0.5)
+    axes.set_ylim(rows - 0.5, -0.5)
+    axes.tick_params(length=0, labeltop=True, labelbottom=False, labelcolor=LIGHT["ink"])
+    axes.spines[:].set_visible(False)
+    axes.xaxis.set_label_position("top")
 
 
 def memory_figure(memory: Mapping[str, Any]) -> Figure:

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from growlm.errors import ConfigError, DataError
 from growlm.evaluation import plots
 from growlm.evaluation.plots import human_bytes, number
+from growlm.evaluation.summary import NONE_SHARES
 
 
 def write_report(result: dict[str, Any], out_dir: Path) -> Path:
@@ -62,7 +63,8 @@ def _page(result: Mapping[str, Any]) -> str:
     header = f"<header><h1>{escape(title)}</h1><p>{known}</p></header>"
     body = [header, _tiles(result), _perplexity(result["perplexity"])]
     sections: dict[str, Callable[[Any], str]] = {
-        "routing": _routing, "forgetting_detail": _forgetting, "memory": _memory, "samples": _samples,
+        "routing": _routing, "forgetting_detail": _forgetting, "matrix": _matrix, "memory": _memory,
+        "compute": _compute, "samples": _samples,
     }  # fmt: skip
     body += [section(result[key]) for key, section in sections.items() if result.get(key)]
     return PAGE.format(title=escape(title), css=_css(), body="\n".join(body))
@@ -100,19 +102,22 @@ def _tiles(result: Mapping[str, Any]) -> str:
 
 
 def _perplexity(perplexity: Mapping[str, Mapping[str, Any]]) -> str:
-    head = ["domain", "base", "own module", "routed", "reduction", "tokens", "documents"]
-    rows = [
-        [name, *(number(row.get(key)) for key in ("base", "module", "routed")),
-         _percent(_reduction(row, "routed")), *(_integer(row.get(key)) for key in ("tokens", "documents"))]
-        for name, row in ((name, perplexity[name]) for name in plots.by_base(perplexity))
-    ]  # fmt: skip
+    head = ["domain", "base", "own module", "routed", "95 % interval", "reduction", "tokens", "documents"]
+    rows = []
+    for name in plots.by_base(perplexity):
+        row = perplexity[name]
+        values = [number(row.get(key)) for key in ("base", "module", "routed")]
+        counts = [_integer(row.get(key)) for key in ("tokens", "documents")]
+        interval = _span(row.get("routed_interval"), number)
+        rows.append([name, *values, interval, _percent(_reduction(row, "routed")), *counts])
     alt = f"Bars of perplexity for {_count(len(rows), 'domain')}: base, own module and routed"
     figure = _svg(plots.perplexity_figure(perplexity), "perplexity", alt)
     text = (
         "How surprised the model is by held-out text of each domain. Lower is better. Grey is the base. "
         "Blue is the base with the domain's own module, orange with the module that the router chose. Where "
         "orange is as short as blue, routing costs nothing. On a log axis a bar starts at 1, perfect "
-        "prediction, and its length is the loss. Reduction compares routed with base."
+        "prediction, and its length is the loss. The thin lines are 95 % intervals by bootstrap over documents. "
+        "Reduction compares routed with base."
     )
     return _section("Perplexity per domain", text, [figure], _table("Perplexity per domain", head, rows))
 
@@ -137,7 +142,22 @@ def _routing(routing: Mapping[str, Any]) -> str:
         "over documents. A wrong choice between two similar modules costs accuracy, but little gain."
     )
     table = _table("Documents by true domain and chosen module", ["true domain", "right", *columns], cells)
-    return _section("Router", text, [figure], table)
+    facts = [
+        f"{label}: {_percent(routing.get(key))}, 95 % interval {_span(routing.get(f'{key}_interval'), _percent)}"
+        for label, key in (("accuracy", "accuracy"), ("retained gain", "retained_gain"))
+    ]
+    facts += [
+        f"none for {what}: {_percent(routing['none'][key])}"
+        for key, what in NONE_SHARES if key in routing.get("none", {})
+    ]  # fmt: skip
+    if calibration := routing.get("calibration"):
+        bins = ", ".join(
+            f"{_percent(b['confidence'])} sure, {_percent(b['accuracy'])} right ({_count(b['documents'], 'document')})"
+            for b in calibration["bins"]
+        )
+        facts.append(f"expected calibration error: {calibration['expected_error']:.3f} ({bins})")
+    listed = "".join(f"<li>{escape(fact)}</li>" for fact in facts)
+    return _section("Router", text, [figure], f"{table}<ul>{listed}</ul>")
 
 
 def _forgetting(detail: Mapping[str, Sequence[str]]) -> str:
@@ -147,6 +167,24 @@ def _forgetting(detail: Mapping[str, Sequence[str]]) -> str:
     items = "".join(f"<li>{state}: {escape(', '.join(names) or '–')}</li>" for state, names in listed)
     text = f"What was there before the last learn, before and after it: {_checked(detail)}."
     return f"<section><h2>Forgetting</h2><p>{escape(text)}</p><ul>{items}</ul></section>"
+
+
+def _matrix(matrix: Mapping[str, Any]) -> str:
+    domains = matrix["domains"]
+    rows = [["before", *map(number, matrix["before"])]]
+    rows += [[f"after {name}", *map(number, row)] for name, row in zip(domains, matrix["after"], strict=True)]
+    measures = ", ".join(
+        f"{text} {matrix[key]:+.4f}"
+        for text, key in (("average forgetting", "average_forgetting"), ("backward transfer", "backward_transfer"),
+                          ("forward transfer", "forward_transfer"))
+    )  # fmt: skip
+    text = (
+        "Perplexity on each domain (column) with what the store knew after each domain (row), in the order of "
+        "learning, routed. A column should fall once, at its own row, and stay: modules do not change, so what can "
+        f"still change is the router's choice. In nats a token: {measures}."
+    )
+    figure = _svg(plots.matrix_figure(matrix), "matrix", f"Heat map of perplexity on {_count(len(domains), 'domain')}")
+    return _section("Learning one after another", text, [figure], _table("Perplexity", ["", *domains], rows))
 
 
 def _memory(memory: Mapping[str, Any]) -> str:
@@ -173,6 +211,15 @@ def _memory(memory: Mapping[str, Any]) -> str:
     )
     head = ["part", "size", "bytes", "resident so far", "total so far"]
     return _section("Memory", text, [bars, lines], _table("Bytes per part", head, parts))
+
+
+def _compute(compute: Mapping[str, Any]) -> str:
+    speed = compute["tokens_per_second"]
+    names = {"base": "base", "active": "active for a prompt, at most", "total": "in total"}
+    rows = [[name, _integer(compute[f"{key}_parameters"])] for key, name in names.items()]
+    rows += [[f"tokens a second while scoring, {name}", f"{value:,.0f}"] for name, value in speed.items()]
+    text = "What a prompt costs: parameters that take part, and how fast this machine scored the text above."
+    return _section("Compute", text, [], _table("Parameters and speed", ["", "number"], rows))
 
 
 def _samples(samples: Iterable[Mapping[str, Any]]) -> str:
@@ -224,6 +271,10 @@ def _mean(values: Iterable[float | None]) -> float | None:
 def _checked(detail: Mapping[str, Sequence[str]]) -> str:
     checked, changed = len(detail.get("checked", ())), len(detail.get("changed", ()))
     return f"{_count(checked, 'part')} compared bit for bit, {changed or 'none'} changed"
+
+
+def _span(interval: Sequence[float] | None, form: Callable[[Any], str]) -> str:
+    return "–" if interval is None else f"{form(interval[0])} to {form(interval[1])}"
 
 
 def _percent(share: float | None) -> str:

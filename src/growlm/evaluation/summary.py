@@ -1,0 +1,55 @@
+"""Summary: one evaluation result as lines of text. Knows the dictionary that `growlm eval --json` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def summary(result: Mapping[str, Any]) -> list[str]:
+    """The result as a person reads it on a terminal."""
+    rows = [["domain", "base", "module", "routed", "95 % interval"]]
+    for name, row in result["perplexity"].items():
+        rows.append([name, *(f"{row[key]:.2f}" for key in ("base", "module", "routed")), _span(row["routed_interval"])])
+    routing, none = result["routing"], result["routing"]["none"]
+    lines = [
+        *_table(rows),
+        f"router accuracy {_share(routing['accuracy'], routing['accuracy_interval'])}, "
+        f"retained gain {_share(routing['retained_gain'], routing['retained_gain_interval'])}, "
+        f"forgetting {result['forgetting']:.3g}",
+    ]
+    shares = [f"{none[key]:.1%} of {text}" for key, text in NONE_SHARES if key in none]
+    lines.append(
+        f"none chosen for {' and '.join(shares)}; calibration error {routing['calibration']['expected_error']:.3f}"
+    )
+    if matrix := result["matrix"]:
+        rows = [["routed perplexity", *matrix["domains"]], ["before", *(f"{x:.2f}" for x in matrix["before"])]]
+        for name, losses in zip(matrix["domains"], matrix["after"], strict=True):
+            rows.append([f"after {name}", *(f"{x:.2f}" for x in losses)])
+        measures = (("average forgetting", "average_forgetting"), ("backward transfer", "backward_transfer"),
+                    ("forward transfer", "forward_transfer"))  # fmt: skip
+        lines += [
+            "",
+            *_table(rows),
+            ", ".join(f"{text} {matrix[key]:+.4f}" for text, key in measures) + " nats a token",
+        ]
+    return lines
+
+
+NONE_SHARES = (("of_no_domain", "text of no domain"), ("of_domains", "the domains' text"))
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+            for row in rows]  # fmt: skip
+
+
+def _share(value: float | None, interval: Sequence[float] | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1%}" if interval is None else f"{value:.1%} [{interval[0]:.1%}, {interval[1]:.1%}]"
+
+
+def _span(interval: Sequence[float] | None) -> str:
+    return "-" if interval is None else f"{interval[0]:.2f} to {interval[1]:.2f}"
