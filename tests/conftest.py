@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +12,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
+pytest.register_assert_rewrite("interruptions")
+
 
 @pytest.fixture(autouse=True)
 def _own_home(tmp_path_factory, monkeypatch):
@@ -18,3 +22,28 @@ def _own_home(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
     monkeypatch.setenv("HF_HOME", str(home / "hf"))
+
+
+@pytest.fixture
+def one_thread():
+    """For files whose models are so small that more threads only cost time, whatever OMP_NUM_THREADS says."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def home(made, tmp_path) -> Path:
+    """A copy, to change at will, of the folder that a file's fixture `made` fills once."""
+    return shutil.copytree(made, tmp_path / "home")
+
+
+@pytest.fixture
+def store(home):
+    """The store of `home`, opened."""
+    from growlm.store import Store
+
+    return Store.open(home / "store")

@@ -16,7 +16,7 @@ from growlm.modules.base import Base
 from growlm.modules.blocks import Blocks, BlocksConfig
 from growlm.modules.probe import probe
 from growlm.store import Store, StoredModule
-from tiny import make_model, make_tokenizer
+from tiny import make_model, make_tokenizer, perturb
 
 # Each domain writes with characters of its own, so that even a random base tells them apart.
 ALPHABETS = {"letters": "abcde", "digits": "01234", "signs": "+-*/=<>", "general": "VWXYZ", "other": "{}[]()"}
@@ -35,11 +35,7 @@ def domain_ids(tokenizer: Any, domain: str, number: int = 40, *, first: int = 0)
 
 def make_module(base: Base, seed: int, *, strength: float = 0.2, **config: Any) -> Blocks:
     module = Blocks.create(base, BlocksConfig(**{"num_layers": 1, **config}), torch.arange(20, 300))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in module.parameters():
-            p.add_(torch.randn(p.shape, generator=generator) * strength)
-    return module
+    return perturb(module, seed, strength=strength)
 
 
 def add_module(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
+from disk import all_files, edit, flip, write_jsonl
 from growlm import __version__, cli
 from growlm.store import Store
 from stores import ALPHABETS, add_module, domain_text, make_store
@@ -20,13 +19,7 @@ COMMANDS = ["pretrain", "new", "learn", "route", "generate", "chat", "eval", "st
 COMMANDS += ["demo", "version"]
 LEARN = ["--num-layers", "1", "--sequence-length", "16", "--batch-size", "4", "--max-rows", "50"]
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -35,17 +28,15 @@ def made(tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("made")
     make_store(home)
     for domain in ALPHABETS:
-        lines = [json.dumps({"text": domain_text(domain, 500 + i)}) for i in range(12)]
-        (home / f"{domain}.jsonl").write_text("\n".join(lines) + "\n")
+        write_jsonl(home / f"{domain}.jsonl", [domain_text(domain, 500 + i) for i in range(12)])
     return home
 
 
 @pytest.fixture
-def home(made, tmp_path, monkeypatch) -> Path:
-    """A copy of it, which is also the working folder."""
-    copied = shutil.copytree(made, tmp_path / "home")
-    monkeypatch.chdir(copied)
-    return copied
+def home(home, monkeypatch) -> Path:
+    """It is also the working folder."""
+    monkeypatch.chdir(home)
+    return home
 
 
 @pytest.fixture
@@ -77,17 +68,8 @@ def answer(run):
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file but what a store derives from its modules or keeps for speed."""
-    found = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-    return {k: v for k, v in found.items() if not {"lock", "cache", "scratch", "work", "gaussian"} & set(k.split("/"))}
-
-
-def flip(path: Path) -> None:
-    content = path.read_bytes()
-    path.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
-
-
-def edit(path: Path, **changes: object) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    derived = {"lock", "cache", "scratch", "work", "gaussian"}
+    return {k: v for k, v in all_files(folder).items() if not derived & set(k.split("/"))}
 
 
 def scores_of(found: dict) -> bool:

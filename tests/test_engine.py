@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import threading
 import time
 from concurrent.futures import Future
@@ -15,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from disk import flip
 from growlm.engine import AUTO, Engine, Generation, SamplingConfig
 from growlm.engine.generation import Group, decode, prefill
 from growlm.engine.kv import KVCache, PrefixCache
@@ -37,13 +37,7 @@ NAMES = [*SHAPES, None]
 PROMPTS = ["abc de", domain_text("digits", 7), "x", domain_text("letters", 3, words=6), "<= >> def add("]
 TOKENS = 12
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -52,16 +46,11 @@ def stores(tmp_path_factory) -> dict[str, Store]:
 
 
 @pytest.fixture(scope="module")
-def alike(tmp_path_factory) -> Path:
+def made(tmp_path_factory) -> Path:
     """A store whose three modules are of one size."""
-    home = tmp_path_factory.mktemp("alike")
+    home = tmp_path_factory.mktemp("made")
     make_store(home)
     return home
-
-
-@pytest.fixture
-def home(alike, tmp_path) -> Path:
-    return shutil.copytree(alike, tmp_path / "home")
 
 
 @pytest.fixture(params=FAMILIES)
@@ -576,12 +565,6 @@ def test_no_order_of_requests_passes_the_budget(sizes, budget, requests):
 
 
 # Files that change while the engine runs
-
-
-def flip(path: Path) -> bytes:
-    content = path.read_bytes()
-    path.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
-    return content
 
 
 def test_a_changed_file_is_refused_and_the_others_go_on(home):

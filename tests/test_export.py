@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 from pathlib import Path
 
@@ -12,12 +11,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from disk import all_files
 from growlm.errors import StoreError, UnknownModuleError
 from growlm.modules import KnowledgeModule, ModuleSet, kind_of
 from growlm.modules.base import Base
 from growlm.modules.export import export, merge
 from growlm.store import Store
-from tiny import FAMILIES, TEXT, VOCAB, WINDOW, make_base, make_tokenizer, random_ids, save_base
+from tiny import FAMILIES, TEXT, VOCAB, WINDOW, make_base, make_tokenizer, perturb, random_ids, save_base
 
 PLACEMENTS = ["top", "interleaved"]
 VOCABULARIES = ["none", "head", "both"]
@@ -34,12 +34,7 @@ def make_module(base: Base, placement: str, vocabulary: str) -> KnowledgeModule:
     """A module that has learned something."""
     kind = kind_of("blocks")
     config = kind.Config(num_layers=2, placement=placement, vocabulary=vocabulary)
-    module = kind.create(base, config, None if vocabulary == "none" else ROW_IDS)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in module.parameters():
-            p.add_(torch.randn(p.shape, generator=generator) * 0.1)
-    return module
+    return perturb(kind.create(base, config, None if vocabulary == "none" else ROW_IDS), 1)
 
 
 @torch.no_grad()
@@ -98,10 +93,9 @@ def store(tmp_path) -> Store:
     return store
 
 
-def content(folder: Path) -> dict[str, str]:
-    """Every file below `folder` with its hash, except what is only remembered."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and "cache" not in p.relative_to(folder).parts)
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file except what is only remembered."""
+    return {k: v for k, v in all_files(folder).items() if "cache" not in Path(k).parts}
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt2"])
@@ -152,9 +146,9 @@ def test_export_of_an_older_version(store, tmp_path):
 
 
 def test_export_leaves_store_and_base_byte_identical(store, tmp_path):
-    before = content(tmp_path)
+    before = contents(tmp_path)
     export(store, tmp_path / "out", "law")
-    after = content(tmp_path)
+    after = contents(tmp_path)
     assert {name: after[name] for name in before} == before
     assert all(Path(name).parts[0] == "out" for name in after.keys() - before.keys())
     assert {path.name for path in tmp_path.iterdir()} == {"base", "brain", "out"}

@@ -7,13 +7,10 @@ import hashlib
 import json
 import multiprocessing
 import os
-import resource
 import signal
 import stat
 import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,6 +19,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from disk import largest_file
 from growlm import files
 from growlm.errors import IntegrityError, StoreError
 from growlm.files import (
@@ -62,17 +60,6 @@ def contents(folder: Path) -> dict[str, bytes | None]:
         for p in sorted(folder.rglob("*"))
         if p.exists()
     }
-
-
-@contextmanager
-def largest_file(num_bytes: int) -> Iterator[None]:
-    """As a full disk does, the system refuses to write any file beyond `num_bytes`."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 # Tensors

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
-import resource
 import shutil
 import signal
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +15,27 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from disk import all_files, flip, largest_file, write_jsonl
 from growlm.errors import BaseModelError, ConfigError, DataError, Interrupted, StoreError
 from growlm.modules import ModuleSet
 from growlm.modules.base import Base
 from growlm.modules.scoring import num_labels, passage_losses
 from growlm.router import base_states, load_router, names_of
 from growlm.store import Store
-from growlm.training import loop
 from growlm.training.config import LearnConfig
 from growlm.training.learn import LearnResult, learn
+from interruptions import at_step, exit_code, forked, in_new_process, interrupt, kill, steps_of
 from tiny import TEXT, random_ids, save_base
 
 ROOMS = ["kitchen", "cellar", "attic", "garage", "garden", "hall"]
 IDS = random_ids(2, 9)
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def lease(number: int) -> str:
     room, day = ROOMS[number % 6], number % 28 + 1
     return f"The tenant of {room} {number} pays {number * 7 % 90} crowns on day {day}."
-
-
-def write_jsonl(path: Path, texts: list[str]) -> Path:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
 
 
 def config(**changes: Any) -> LearnConfig:
@@ -52,15 +45,6 @@ def config(**changes: Any) -> LearnConfig:
 def run(store: Store, name: str = "law", *, source: Path | None = None, update: bool = False, **changes: Any):
     source = source or store.path.parent / "leases.jsonl"
     return learn(store, name, [source], config(**changes), update=update, progress=False)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Faster for models this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -75,20 +59,6 @@ def made(tmp_path_factory) -> Path:
     return home
 
 
-@pytest.fixture
-def home(made, tmp_path) -> Path:
-    return shutil.copytree(made, tmp_path / "home")
-
-
-@pytest.fixture
-def store(home) -> Store:
-    return Store.open(home / "store")
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
 def weights_of(store: Store, name: str = "law", version: int = 1) -> bytes:
     return (store.path / "modules" / name / str(version) / "module.safetensors").read_bytes()
 
@@ -97,28 +67,6 @@ def assert_nothing_left(store: Store) -> None:
     """Locks aside, which have a test of their own."""
     left = [*(store.path / "work").glob("*"), *(store.path / "scratch").glob("*")]
     assert [p.name for p in left if not (p.suffix == ".lock" and p.stat().st_size == 0)] == []
-
-
-@contextmanager
-def at_step(wanted: int, action: Callable[[], object]) -> Iterator[None]:
-    """Does something when a step of training begins, once."""
-    done = []
-    original = loop.rate_at
-
-    def watched(step: int, *arguments: Any) -> float:
-        if step == wanted and not done:
-            done.append(step)
-            action()
-        return original(step, *arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "rate_at", watched)
-        yield
-    assert done
-
-
-def interrupt() -> None:
-    signal.raise_signal(signal.SIGINT)
 
 
 # What is learned
@@ -246,14 +194,18 @@ def test_the_router_knows_what_was_learned(home, store):
 
 def test_base_and_earlier_modules_keep_their_bytes_and_outputs(home, store):
     run(store, "law")
-    before = contents(home / "base"), contents(store.path / "modules" / "law"), (store.path / "store.json").read_bytes()
+    before = (
+        all_files(home / "base"),
+        all_files(store.path / "modules" / "law"),
+        (store.path / "store.json").read_bytes(),
+    )
     base = store.load_base()
     outputs = [ModuleSet(base, m).logits(IDS) for m in ([], [store.load("law", base)])]
     run(store, "med", source=home / "drugs.jsonl", vocabulary="both", num_layers=2)
     run(store, "med", source=home / "drugs.jsonl", update=True)
     assert before == (
-        contents(home / "base"),
-        contents(store.path / "modules" / "law"),
+        all_files(home / "base"),
+        all_files(store.path / "modules" / "law"),
         (store.path / "store.json").read_bytes(),
     )
     base = store.load_base()
@@ -266,10 +218,10 @@ def test_what_was_learned_before_does_not_change_what_is_learned(home, store):
     other = Store.create(home / "other", home / "base")
     run(other, "med", source=home / "drugs.jsonl")
     run(other, "law")
-    assert contents(store.path / "modules" / "law" / "1")["module.safetensors"] == weights_of(other)
+    assert all_files(store.path / "modules" / "law" / "1")["module.safetensors"] == weights_of(other)
     assert (
-        contents(store.path / "modules" / "law" / "1")["router.safetensors"]
-        == (contents(other.path / "modules" / "law" / "1")["router.safetensors"])
+        all_files(store.path / "modules" / "law" / "1")["router.safetensors"]
+        == (all_files(other.path / "modules" / "law" / "1")["router.safetensors"])
     )
 
 
@@ -303,24 +255,10 @@ RUNS = {
 }
 
 
-def num_steps(store: Store, changes: dict) -> int:
-    steps: list[int] = []
-    with at_step(0, lambda: None), pytest.MonkeyPatch.context() as patch:
-        original = loop.rate_at
-
-        def counting(step: int, total: int, *rest: Any) -> float:
-            steps.append(total)
-            return original(step, total, *rest)
-
-        patch.setattr(loop, "rate_at", counting)
-        run(store, **changes)
-    return steps[0]
-
-
 @pytest.mark.parametrize("name", list(RUNS))
 def test_an_interrupted_run_goes_on_to_the_same_bytes(home, store, name):
     changes = RUNS[name]
-    steps = num_steps(store, changes)
+    steps = len(steps_of(lambda: run(store, **changes)))
     other = Store.create(home / "other", home / "base")
     for at in (3, steps - 5):  # stopped again and again, in the first epoch and in the last
         with at_step(at, interrupt), pytest.raises(Interrupted, match=f"stopped after step {at + 1} of {steps}"):
@@ -334,25 +272,10 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(home, store, name):
     assert_nothing_left(other)
 
 
-def first_step(action: Callable[[], object]) -> int:
-    """The step with which training begins."""
-    seen: list[int] = []
-    original = loop.rate_at
-
-    def watched(step: int, *arguments: Any) -> float:
-        seen.append(step)
-        return original(step, *arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "rate_at", watched)
-        action()
-    return seen[0]
-
-
 def test_a_run_that_goes_on_does_not_begin_anew(store):
     with at_step(9, interrupt), pytest.raises(Interrupted):
         run(store)
-    assert first_step(lambda: run(store)) == 10
+    assert steps_of(lambda: run(store))[0] == 10
 
 
 def test_a_finished_run_leaves_no_lock(store):
@@ -376,12 +299,12 @@ def test_other_settings_or_data_do_not_go_on_with_a_stopped_run(home, store):
     for name in ("a", "b", "c"):
         with at_step(9, interrupt), pytest.raises(Interrupted):
             run(store, name)
-    assert first_step(lambda: run(store, "other")) == 0
-    assert first_step(lambda: run(store, "a", learning_rate=1e-4)) == 0
+    assert steps_of(lambda: run(store, "other"))[0] == 0
+    assert steps_of(lambda: run(store, "a", learning_rate=1e-4))[0] == 0
     write_jsonl(home / "leases.jsonl", [lease(n) for n in range(81)])
-    assert first_step(lambda: run(store, "b")) == 0
+    assert steps_of(lambda: run(store, "b"))[0] == 0
     write_jsonl(home / "leases.jsonl", [lease(n) for n in range(80)])
-    assert first_step(lambda: run(store, "c")) == 10
+    assert steps_of(lambda: run(store, "c"))[0] == 10
 
 
 def test_features_do_not_depend_on_the_batch_that_they_were_computed_in(home, store, monkeypatch):
@@ -396,7 +319,7 @@ def test_features_do_not_depend_on_the_batch_that_they_were_computed_in(home, st
 
     monkeypatch.setattr(Base, "run", rounded)
     changes = {"epochs": 2, "batch_size": 5}
-    steps = num_steps(store, changes)
+    steps = len(steps_of(lambda: run(store, **changes)))
     other = Store.create(home / "other", home / "base")
     for at in (steps // 4, steps * 2 // 3):
         with at_step(at, interrupt), pytest.raises(Interrupted):
@@ -405,26 +328,9 @@ def test_features_do_not_depend_on_the_batch_that_they_were_computed_in(home, st
     assert weights_of(other) == weights_of(store)
 
 
-# Processes: killed, and several at once. A helper, fresh and with one thread, forks a child for each.
+# Processes: killed, and several at once
 
 KILLS = [("one epoch", 11), ("two epochs", 40)]
-
-
-def forked(action: Callable[[], object]) -> int:
-    """Starts an action in a child process; returns the child's id."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            action()
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-    return pid
-
-
-def exit_code(pid: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def kill_in_its_course(home: Path, number: int) -> None:
@@ -433,12 +339,12 @@ def kill_in_its_course(home: Path, number: int) -> None:
     store = Store.create(home / f"kill-{number}", home / "base")
 
     def until_killed() -> None:
-        with at_step(at, lambda: os.kill(os.getpid(), signal.SIGKILL)):
+        with at_step(at, kill):
             run(store, checkpoint_seconds=0.0, **RUNS[name])
 
     assert exit_code(forked(until_killed)) == -signal.SIGKILL
     assert Store.open(store.path).modules == {}
-    assert first_step(lambda: run(store, **RUNS[name])) == at
+    assert steps_of(lambda: run(store, **RUNS[name]))[0] == at
 
 
 def interrupt_from_outside(home: Path) -> None:
@@ -459,13 +365,12 @@ def interrupt_from_outside(home: Path) -> None:
 
 
 def many_processes(home: Path) -> None:
-    torch.set_num_threads(1)
-    children = {f"kill {n}": forked(lambda n=n: kill_in_its_course(home, n)) for n in range(len(KILLS))}
-    children["ctrl-c"] = forked(lambda: interrupt_from_outside(home))
+    children = {f"kill {n}": forked(kill_in_its_course, home, n) for n in range(len(KILLS))}
+    children["ctrl-c"] = forked(interrupt_from_outside, home)
     codes = {name: exit_code(pid) for name, pid in children.items()}
     # Three names at once, on a store that has never learned anything.
     store = Store.open(home / "store")
-    children = {name: forked(lambda name=name: run(store, name)) for name in ("law", "lease", "rent")}
+    children = {name: forked(run, store, name) for name in ("law", "lease", "rent")}
     codes |= {name: exit_code(pid) for name, pid in children.items()}
     (home / "codes.json").write_text(json.dumps(codes))
 
@@ -473,10 +378,7 @@ def many_processes(home: Path) -> None:
 @pytest.fixture(scope="module")
 def processes(made, tmp_path_factory) -> Path:
     home = shutil.copytree(made, tmp_path_factory.mktemp("processes") / "home")
-    helper = multiprocessing.get_context("spawn").Process(target=many_processes, args=(home,))
-    helper.start()
-    helper.join(120)
-    assert helper.exitcode == 0
+    in_new_process(many_processes, home)
     return home
 
 
@@ -531,10 +433,10 @@ def test_the_same_run_twice_at_once_is_refused(store):
 
 def test_a_taken_name_wants_update(store):
     run(store)
-    before = contents(store.path / "modules")
+    before = all_files(store.path / "modules")
     with pytest.raises(StoreError, match=r"module 'law' exists \(version 1\); use --update"):
         run(store)
-    assert contents(store.path / "modules") == before
+    assert all_files(store.path / "modules") == before
     assert run(store, update=True, seed=1).version == 2
     assert store.module("law").version == 2
     assert load_router(store).names == ["law"]
@@ -555,11 +457,11 @@ def test_bad_names_are_refused_before_any_work(store, name):
 
 
 def refused(error: type[Exception], store: Store, source: Path | None = None, **changes: Any) -> str:
-    before = contents(store.path / "modules")
+    before = all_files(store.path / "modules")
     with pytest.raises(error) as caught:
         run(store, source=source, **changes)
     assert "\n" not in str(caught.value)
-    assert contents(store.path / "modules") == before
+    assert all_files(store.path / "modules") == before
     assert_nothing_left(store)
     return str(caught.value)
 
@@ -611,10 +513,7 @@ def test_sequences_as_long_as_learned_positions_are_learned(home):
 
 
 def test_a_changed_base_is_refused(home, store):
-    path = home / "base" / "model.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-5] ^= 1
-    path.write_bytes(content)
+    flip(home / "base" / "model.safetensors")
     refused(BaseModelError, store)
 
 
@@ -640,13 +539,8 @@ def test_progress_is_a_bar_on_stderr_and_nothing_on_stdout(home, store, capfd):
 
 
 def test_a_full_disk_stops_the_run_with_the_number_of_bytes(home, store):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    try:
-        with pytest.raises(StoreError, match=r"no room to write [\d,]{5,} bytes"):
-            run(store)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with largest_file(20_000), pytest.raises(StoreError, match=r"no room to write [\d,]{5,} bytes"):
+        run(store)
     assert store.modules == {}
     assert store.verify() == []
     assert run(store).version == 1

@@ -19,7 +19,7 @@ from transformers import DynamicCache, GenerationConfig
 from growlm.errors import ConfigError, IntegrityError
 from growlm.modules import KINDS, KnowledgeModule, ModuleSet, attach, attached, detach, kind_of
 from growlm.modules.base import Base
-from tiny import FAMILIES, VOCAB, WINDOW, make_base, make_model, random_ids
+from tiny import FAMILIES, VOCAB, WINDOW, make_base, make_model, perturb, random_ids
 
 # The settings of each kind under test, by the name that shows in a test's id.
 SHAPES: dict[str, dict[str, dict[str, Any]]] = {
@@ -61,14 +61,6 @@ def make_module(base: Base, case: Case, *, seed: int | None = None) -> Knowledge
     row_ids = None if settings["vocabulary"] == "none" else ROW_IDS
     module = kind.create(base, kind.Config(**settings), row_ids)
     return module if seed is None else perturb(module, seed)
-
-
-@torch.no_grad()
-def perturb(module: KnowledgeModule, seed: int) -> KnowledgeModule:
-    generator = torch.Generator().manual_seed(seed)
-    for p in module.parameters():
-        p.add_(torch.randn(p.shape, generator=generator) * 0.1)
-    return module
 
 
 def snapshot(base: Base) -> dict[str, Any]:

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import os
 import signal
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,39 +13,28 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from disk import write_jsonl
 from growlm.errors import BaseModelError, ConfigError, DataError, Interrupted, StoreError
 from growlm.modules import ModuleSet
 from growlm.modules.base import Base
 from growlm.modules.scoring import num_labels, passage_losses
 from growlm.store import Store
-from growlm.training import loop
 from growlm.training.config import LearnConfig, PretrainConfig
 from growlm.training.learn import learn
 from growlm.training.pretrain import default_rate, new_model, pretrain, train_tokenizer
+from interruptions import at_step, exit_code, forked, in_new_process, interrupt, kill, steps_of
 from tiny import SETTINGS
 
 ANIMALS = ["fox", "dog", "cat", "owl", "hare", "wolf", "crow", "toad"]
 VERBS = ["sees", "follows", "feeds", "hears", "warns"]
 PLACES = ["river", "hill", "barn", "wood", "well", "road"]
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def story(number: int) -> str:
     first, second = ANIMALS[number % 8], ANIMALS[number * 5 % 7]
     return f"The {first} {VERBS[number % 5]} the {second} by the {PLACES[number * 3 % 6]} on day {number}."
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Faster for models this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def write_text(path: Path, count: int = 200) -> Path:
-    path.write_text("".join(json.dumps({"text": story(n)}) + "\n" for n in range(count)))
-    return path
 
 
 def write_config(folder: Path, family: str, **changes: Any) -> Path:
@@ -60,7 +44,7 @@ def write_config(folder: Path, family: str, **changes: Any) -> Path:
 
 @pytest.fixture
 def home(tmp_path) -> Path:
-    write_text(tmp_path / "text.jsonl")
+    write_jsonl(tmp_path / "text.jsonl", [story(n) for n in range(200)])
     write_config(tmp_path / "llama", "llama")
     return tmp_path
 
@@ -81,28 +65,6 @@ def weights_of(folder: Path) -> bytes:
 def assert_only(home: Path, *names: str) -> None:
     """Nothing but what was there and what was asked for: no scratch, no lock."""
     assert sorted(p.name for p in home.iterdir()) == sorted(["llama", "text.jsonl", *names])
-
-
-@contextmanager
-def at_step(wanted: int, action: Callable[[], object]) -> Iterator[None]:
-    """Does something when a step of training begins, once."""
-    done = []
-    original = loop.rate_at
-
-    def watched(step: int, *arguments: Any) -> float:
-        if step == wanted and not done:
-            done.append(step)
-            action()
-        return original(step, *arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "rate_at", watched)
-        yield
-    assert done
-
-
-def interrupt() -> None:
-    signal.raise_signal(signal.SIGINT)
 
 
 # What comes out
@@ -189,9 +151,7 @@ def test_a_preset_is_a_llama_with_its_own_vocabulary(home):
 def test_what_was_pretrained_is_a_base_to_learn_on(home):
     run(home)
     store = Store.create(home / "store", home / "out")
-    law = home / "law.jsonl"
-    rules = [f"Rule {n}: no toad shall pass gate {n % 9}." for n in range(80)]
-    law.write_text("".join(json.dumps({"text": rule}) + "\n" for rule in rules))
+    law = write_jsonl(home / "law.jsonl", [f"Rule {n}: no toad shall pass gate {n % 9}." for n in range(80)])
     config = LearnConfig(sequence_length=16, batch_size=4, num_layers=1)
     result = learn(store, "law", [law], config, progress=False)
     assert result.loss_after < result.loss_before
@@ -249,26 +209,12 @@ def test_the_same_seed_gives_the_same_bytes(home):
     assert (home / "a" / "tokenizer.json").read_bytes() == (home / "b" / "tokenizer.json").read_bytes()
 
 
-def steps_of(home: Path, **changes: Any) -> int:
-    found: list[int] = []
-    original = loop.rate_at
-
-    def watched(step: int, total: int, *rest: Any) -> float:
-        found.append(total)
-        return original(step, total, *rest)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "rate_at", watched)
-        run(home, "whole", **changes)
-    return found[0]
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_an_interrupted_run_goes_on_to_the_same_bytes(home, family, precision):
     """gpt2 has dropout: the state of the random numbers goes on, too."""
     changes = {"config": str(write_config(home / family, family)), "epochs": 2, "precision": precision}
-    steps = steps_of(home, **changes)
+    steps = len(steps_of(lambda: run(home, "whole", **changes)))
     for at in (2, steps // 2, steps - 2):
         with at_step(at, interrupt), pytest.raises(Interrupted, match=f"stopped after step {at + 1} of {steps}"):
             run(home, **changes)
@@ -311,36 +257,23 @@ KILLS = [3, 11]
 
 
 def killed_and_resumed(home: Path) -> None:
-    """Runs in a fresh process, which forks a child for each run: killed in its course, then finished."""
-    torch.set_num_threads(1)
+    """A child process for each run: killed in its course, then finished."""
 
-    def forked(action: Callable[[], object]) -> int:
-        pid = os.fork()
-        if pid == 0:
-            try:
-                action()
-                os._exit(0)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    def train(at: int) -> None:
+        run(home, f"out-{at}", checkpoint_seconds=0.0)
+
+    def until_killed(at: int) -> None:
+        with at_step(at, kill):
+            train(at)
 
     for at in KILLS:
-
-        def until_killed(at: int = at) -> None:
-            with at_step(at, lambda: os.kill(os.getpid(), signal.SIGKILL)):
-                run(home, f"out-{at}", checkpoint_seconds=0.0)
-
-        assert forked(until_killed) == -signal.SIGKILL
+        assert exit_code(forked(until_killed, at)) == -signal.SIGKILL
         assert not (home / f"out-{at}").exists()
-        assert forked(lambda at=at: run(home, f"out-{at}", checkpoint_seconds=0.0)) == 0
+        assert exit_code(forked(train, at)) == 0
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(home):
-    helper = multiprocessing.get_context("spawn").Process(target=killed_and_resumed, args=(home,))
-    helper.start()
-    helper.join(120)
-    assert helper.exitcode == 0
+    in_new_process(killed_and_resumed, home)
     run(home, "whole")
     for at in KILLS:
         assert weights_of(home / f"out-{at}") == weights_of(home / "whole")

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import shutil
-import signal
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -24,6 +20,7 @@ from growlm.modules.base import Base
 from growlm.modules.blocks import Blocks, BlocksConfig
 from growlm.router import NONE, Route, add_domain, evidence, has_general, load_router, names_of, pool, write_general
 from growlm.store import Store, StoredModule
+from interruptions import in_new_process, kill_everywhere
 from tiny import make_base, random_ids, save_base
 
 WIDTH = 32
@@ -325,51 +322,15 @@ def test_other_general_text_takes_the_place_of_the_old(new_store):
     assert same(load_router(made.store), load_router(new_store({"chem": 11, "law": 13}).store))
 
 
-def die_at(point: int, folder: str) -> None:
-    """Kills this process when it asks the system for the `point`-th thing to do to files of `folder`."""
-    seen = 0
-
-    def hook(event: str, arguments: tuple) -> None:
-        nonlocal seen
-        if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir"):
-            path = str(arguments[0])
-            if not os.path.isabs(path) or path.startswith(folder):
-                seen += 1
-            if seen == point:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(hook)
-
-
-def kill_everywhere(template: Path, out: Path) -> None:
-    """Runs in a fresh process, and forks a child for every point at which it is to be killed."""
-    torch.set_num_threads(1)
-    for point in range(1, 500):
-        copy = shutil.copytree(template, out / str(point))
-        pid = os.fork()
-        if pid == 0:
-            try:
-                store = Store.open(copy)
-                die_at(point, str(copy))
-                describe_general(store, GENERAL)
-                os._exit(0)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        if code != -signal.SIGKILL:
-            assert code == 0
-            return
+def replace_general(folder: Path) -> None:
+    describe_general(Store.open(folder), GENERAL)
 
 
 def test_a_kill_while_general_text_is_replaced_leaves_the_old_or_the_new(new_store, tmp_path):
     made = new_store({"chem": 11, "law": 13}, general=1001)
     old = load_router(made.store)  # and writes its sums
     new = load_router(new_store({"chem": 11, "law": 13}).store)
-    helper = multiprocessing.get_context("spawn").Process(target=kill_everywhere, args=(made.store.path, tmp_path))
-    helper.start()
-    helper.join(120)
-    assert helper.exitcode == 0
+    in_new_process(kill_everywhere, replace_general, made.store.path, tmp_path)
     points = sorted(tmp_path.iterdir(), key=lambda p: int(p.name))
     assert len(points) > 10
     replaced = []

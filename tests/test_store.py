@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import resource
 import shutil
-import signal
-import sys
-import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -21,25 +16,22 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from disk import all_files, edit, flip, largest_file
 from growlm.errors import BaseModelError, GrowlmError, IntegrityError, StoreError, UnknownModuleError
 from growlm.files import read_tensors
 from growlm.modules import ModuleSet
 from growlm.modules.base import Base
 from growlm.modules.blocks import Blocks, BlocksConfig
 from growlm.store import Store, StoredModule, check_name
-from tiny import make_model, make_tokenizer, random_ids, save_base
+from interruptions import exit_code, forked, in_new_process, kill_everywhere
+from tiny import make_model, make_tokenizer, perturb, random_ids, save_base
 
 IDS = random_ids(2, 9)
 TRAINING = {"tokens": 123, "seed": 0}
 
 
 def make_module(base: Base, seed: int) -> Blocks:
-    module = Blocks.create(base, BlocksConfig(num_layers=1), torch.arange(7, 12))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in module.parameters():
-            p.add_(torch.randn(p.shape, generator=generator) * 0.1)
-    return module
+    return perturb(Blocks.create(base, BlocksConfig(num_layers=1), torch.arange(7, 12)), seed)
 
 
 def make_evidence(seed: int) -> dict[str, torch.Tensor]:
@@ -73,35 +65,14 @@ def base(made) -> Base:
     return Store.open(made / "store").load_base()
 
 
-@pytest.fixture
-def home(made, tmp_path) -> Path:
-    return shutil.copytree(made, tmp_path / "home")
-
-
-@pytest.fixture
-def store(home) -> Store:
-    return Store.open(home / "store")
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     """What counts in a store: all but its lock, its memory of hashes and what is being written."""
-    found = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-    return {k: v for k, v in found.items() if k.split("/")[0] not in ("lock", "cache", "scratch")}
+    return {k: v for k, v in all_files(folder).items() if k.split("/")[0] not in ("lock", "cache", "scratch")}
 
 
 def logits_of(store: Store, *names: str) -> torch.Tensor:
     base = store.load_base()
     return ModuleSet(base, [store.load(name, base) for name in names]).logits(IDS)
-
-
-def flip(path: Path, at: int = -3) -> None:
-    content = bytearray(path.read_bytes())
-    content[at] ^= 1
-    path.write_bytes(content)
-
-
-def edit(path: Path, **changes: object) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 # Saving and loading
@@ -766,16 +737,6 @@ def test_verify_sees_a_change_that_left_size_and_time_as_they_were(home, store):
 # Guarantee 6: durability
 
 
-@contextmanager
-def largest_file(num_bytes: int) -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_full_disk_changes_nothing_and_says_how_much_was_asked_for(store, base):
     before, module = contents(store.path), make_module(base, 5)
     for name in ("b", "a"):
@@ -821,7 +782,7 @@ def test_the_manifest_is_written_last_and_all_is_synced_before_the_module_has_it
     assert (store.path / "modules" / "b").stat().st_ino in synced
 
 
-# The drill. A helper process, fresh and with one thread, forks a child for every point at which to be killed.
+# The drill
 
 SCENARIOS: dict[str, Callable[[Store, Base], object]] = {
     "add": lambda store, base: commit(store, "b", base, 5),
@@ -829,80 +790,18 @@ SCENARIOS: dict[str, Callable[[Store, Base], object]] = {
     "remove": lambda store, base: store.remove("a"),
     "router": lambda store, base: put_general(store, 4),
 }
-_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
-def die_at(point: int, folder: str) -> None:
-    """Kills this process when it asks the system for the `point`-th thing to do to files of `folder`.
-
-    To open a file for writing counts twice: killed before it, and killed when the file is there and empty.
-    """
-    seen, busy = 0, False
-
-    def hook(event: str, arguments: tuple) -> None:
-        nonlocal seen, busy
-        if busy or event not in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod", "fcntl.flock"):
-            return
-        path = arguments[0]
-        if isinstance(path, str | bytes | os.PathLike):
-            name = os.fsdecode(path)
-            if os.path.isabs(name) and not name.startswith(folder):
-                return
-        seen += 1
-        if seen == point:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if event == "open" and arguments[2] & _WRITES:
-            seen += 1
-            if seen == point:
-                busy = True
-                os.close(os.open(path, arguments[2]))
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(hook)
-
-
-def forked(action: Callable[[], object]) -> int:
-    """Runs an action in a child process; returns its exit code, negative for a signal."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            action()
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def kill_everywhere(template: Path, out: Path) -> None:
-    torch.set_num_threads(1)
+def drill(template: Path, out: Path) -> None:
     base = Store.open(template / "store").load_base()
     for name, action in SCENARIOS.items():
-        for point in range(1, 1000):
-            copy = shutil.copytree(template, out / name / str(point))
-
-            def run(copy: Path = copy, point: int = point, action: Callable = action) -> None:
-                store = Store.open(copy / "store")
-                die_at(point, str(copy / "store"))
-                action(store, base)
-
-            code = forked(run)
-            (copy / "code").write_text(str(code))
-            if code != -signal.SIGKILL:
-                break
-
-
-def in_helper(function: Callable[..., object], *arguments: object) -> None:
-    helper = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
-    helper.start()
-    helper.join(120)
-    assert helper.exitcode == 0
+        kill_everywhere(lambda copy, action=action: action(Store.open(copy / "store"), base), template, out / name)
 
 
 @pytest.fixture(scope="module")
 def killed(made, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("killed")
-    in_helper(kill_everywhere, made, out)
+    in_new_process(drill, made, out)
     return out
 
 
@@ -910,9 +809,6 @@ def killed(made, tmp_path_factory) -> Path:
 def test_a_kill_at_any_instant_loses_nothing(made, base, killed, scenario):
     template = contents(made / "store")
     points = sorted((killed / scenario).iterdir(), key=lambda p: int(p.name))
-    codes = [int((p / "code").read_text()) for p in points]
-    assert codes[:-1] == [-signal.SIGKILL] * (len(points) - 1)
-    assert codes[-1] == 0
     assert len(points) > 10
     outcomes = []
     for folder in points:
@@ -949,32 +845,24 @@ def test_a_kill_at_any_instant_loses_nothing(made, base, killed, scenario):
 
 
 def commit_at_once(path: Path, processes: int, each: int) -> None:
-    torch.set_num_threads(1)
     base = Store.open(path).load_base()
     go, ready = os.pipe()
-    children = []
-    for process in range(processes):
-        pid = os.fork()
-        if pid == 0:
-            try:
-                os.close(ready)
-                os.read(go, 1)  # returns when the parent closes its end
-                store = Store.open(path)
-                for i in range(each):
-                    commit(store, f"own-{process}-{i}", base, i)
-                    commit(store, "shared", base, i)
-                os._exit(0)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-        children.append(pid)
+
+    def commit_all(process: int) -> None:
+        os.close(ready)
+        os.read(go, 1)  # returns when the parent closes its end
+        store = Store.open(path)
+        for i in range(each):
+            commit(store, f"own-{process}-{i}", base, i)
+            commit(store, "shared", base, i)
+
+    children = [forked(commit_all, process) for process in range(processes)]
     os.close(ready)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
-    assert codes == [0] * processes
+    assert [exit_code(pid) for pid in children] == [0] * processes
 
 
 def test_processes_that_commit_at_once_all_succeed(store, base):
-    in_helper(commit_at_once, store.path, 3, 4)
+    in_new_process(commit_at_once, store.path, 3, 4)
     assert store.verify() == []
     owned = [name for name in store.modules if name.startswith("own-")]
     assert len(owned) == 12
@@ -986,15 +874,12 @@ def test_processes_that_commit_at_once_all_succeed(store, base):
 def read_while_replaced(path: Path) -> None:
     """One process replaces what the router keeps, again and again; this one reads it all the while."""
     store = Store.open(path)
-    writer = os.fork()
-    if writer == 0:
-        try:
-            for i in range(150):
-                put_general(store, i % 2)
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
+
+    def replace() -> None:
+        for i in range(150):
+            put_general(store, i % 2)
+
+    writer = forked(replace)
     allowed = [make_evidence(seed)["vectors"] for seed in (0, 1, 3)]
     while os.waitpid(writer, os.WNOHANG) == (0, 0):
         found = store.router_file("general")
@@ -1003,4 +888,4 @@ def read_while_replaced(path: Path) -> None:
 
 
 def test_the_router_can_be_read_while_it_is_replaced(store):
-    in_helper(read_while_replaced, store.path)
+    in_new_process(read_while_replaced, store.path)

@@ -70,6 +70,15 @@ def make_base(family: str = "llama", **changes) -> Base:
     return Base(make_model(family, **changes))
 
 
+@torch.no_grad()
+def perturb(module: torch.nn.Module, seed: int, *, strength: float = 0.1):
+    """Makes of a new module one that has learned something."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in module.parameters():
+        p.add_(torch.randn(p.shape, generator=generator) * strength)
+    return module
+
+
 def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

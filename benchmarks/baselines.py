@@ -1,0 +1,91 @@
+"""What a user would do instead of growlm: finetune, LoRA, train on everything. One training step for all of them.
+
+Knows a transformers model, documents and a folder for checkpoints; nothing of stores or domains.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+from growlm import data as text_data
+from growlm.layers.cross_entropy import linear_cross_entropy
+from growlm.modules import ModuleSet
+from growlm.modules.base import Base
+from growlm.modules.scoring import num_labels, passage_losses
+from growlm.training.config import TrainConfig
+from growlm.training.loop import compute_dtype, train
+from growlm.training.progress import training_bar
+
+
+class Baseline:
+    """A model that is trained in place.
+
+    Args:
+        model: a transformers causal LM; it is copied.
+        lora_parameters: train a LoRA of about so many parameters over all linear layers; None trains everything.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, lora_parameters: int | None = None) -> None:
+        self.model = copy.deepcopy(model).float()
+        self.tokenizer = tokenizer
+        if lora_parameters is None:
+            self.model.requires_grad_(True)
+        else:
+            one = sum(
+                sum(m.weight.shape)
+                for n, m in self.model.named_modules()
+                if isinstance(m, torch.nn.Linear) and "lm_head" not in n
+            )
+            rank = max(round(lora_parameters / one), 1)
+            config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", lora_dropout=0.0)
+            get_peft_model(self.model, config)  # puts its layers into the model
+        self.base = Base(self.model, freeze=False)
+
+    @property
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def learn(self, documents: Sequence[text_data.Document], config: TrainConfig, folder: Path, title: str) -> float:
+        """Trains on documents and returns the seconds it took. A run that was killed goes on from `folder`."""
+        packed = text_data.pack(documents, self.tokenizer, config.sequence_length, max_tokens=int(config.tokens or 0))
+        row_tokens = config.batch_size * config.sequence_length
+        order: list[Any] = []
+        steps = max(1, -(-int(config.tokens or 0) // row_tokens))
+        epoch = 0
+        while len(order) < steps:
+            order += text_data.batches(len(packed), config.batch_size, seed=config.seed, epoch=epoch)
+            epoch += 1
+        dtype = compute_dtype(config.precision)
+
+        def loss_of_step(step: int) -> torch.Tensor:
+            batch = packed[order[step]]
+            with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+                hidden = self.base.norm(ModuleSet(self.base).hidden(batch[:, :-1])).to(dtype)
+            return linear_cross_entropy(hidden.flatten(0, 1), self.base.head_weight, batch[:, 1:].flatten())
+
+        self.model.train()
+        assert config.learning_rate is not None
+        with training_bar(title) as report:
+            seconds = train(
+                self.parameters,
+                loss_of_step,
+                steps,
+                lambda step: len(order[step]) * config.sequence_length,
+                config,
+                config.learning_rate,
+                folder=folder,
+                resume_hint="run the same command again to go on",
+                report=report,
+            )
+        self.model.eval()
+        return seconds
+
+    def loss(self, passages: Sequence[Sequence[int]]) -> float:
+        """Nats a token."""
+        return float(passage_losses(ModuleSet(self.base), passages).sum()) / num_labels(passages)

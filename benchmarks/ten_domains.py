@@ -1,0 +1,392 @@
+"""Ten domains learned one after another: growlm against what a user would do instead.
+
+A base is pretrained on general text; then every domain is learned in turn, by growlm and by each baseline, at the same
+number of tokens. Every method's learning rate is chosen on held-out text of the first domain. What is measured: the
+forgetting matrix, every domain's perplexity at the end, routing, resident memory, seconds.
+
+DIR holds a folder a domain with train.txt, valid.txt and test.txt (documents between blank lines), or .jsonl of those
+names. Results are kept as they come: a run that was stopped goes on where it was.
+
+python benchmarks/ten_domains.py --data DIR --out ten/
+python benchmarks/ten_domains.py --data DIR --out mine/ --base checkpoint/ --general news --domains law tax --tokens 2M
+python benchmarks/ten_domains.py --data DIR --out ten/ --methods blocks-top lora-oracle
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import growlm
+from baselines import Baseline
+from common import machine
+from growlm import data as text_data
+from growlm.evaluation import EvalConfig, evaluate
+from growlm.evaluation.continual import ForgettingMatrix
+from growlm.files import write_atomic
+from growlm.training.config import LearnConfig, PretrainConfig, TrainConfig
+from growlm.training.pretrain import new_model
+from growlm.units import parse_count
+
+GENERAL = "general_novels_en"
+DOMAINS = [
+    "german_novels", "vietnamese_wiki", "medical_qa", "law_dc_code", "finance_fed_speeches",
+    "code_mbxp", "math_gsm8k", "shakespeare", "bible_en_kjv",
+]  # fmt: skip
+RATES = (3e-4, 1e-3, 3e-3)
+LENGTH, ROUTE = 256, 200  # tokens: of a row, and of what the router sees
+GROWLM: dict[str, dict[str, Any]] = {
+    "blocks-top": {},
+    "blocks-interleaved": {"placement": "interleaved", "vocabulary": "head"},
+    "blocks-interleaved-both": {"placement": "interleaved", "vocabulary": "both"},
+}
+METHODS = [*GROWLM, "finetune-sequence", "lora-sequence", "lora-oracle", "finetune-oracle", "joint", "dense-joint"]
+
+
+@dataclass
+class Bench:
+    """One experiment: its text, its base, and where results are kept."""
+
+    out: Path
+    general: str
+    domains: list[str]
+    data: Path
+    tokens: int
+    test_tokens: int
+    base: Path
+    seed: int
+
+    def __post_init__(self) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(self.base)
+        self.model = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
+        self.test = {name: self._passages(name, "test") for name in [self.general, *self.domains]}
+
+    def documents(self, name: str, split: str) -> list[text_data.Document]:
+        for suffix in ("txt", "jsonl"):
+            path = self.data / name / f"{split}.{suffix}"
+            if path.exists():
+                return text_data.read([path], separator="\n\n").documents
+        raise SystemExit(f"{self.data / name}: holds no {split}.txt or {split}.jsonl")
+
+    def training_text(self, name: str) -> Path:
+        """A domain's training text as one JSONL file, no longer than its tokens need."""
+        path = self.out / "text" / f"{name}-train.jsonl"
+        if not path.exists():
+            self._write(path, self.documents(name, "train"), 8 * self.tokens)
+        return path
+
+    def test_text(self, name: str) -> Path:
+        """The documents that are measured, cut to one passage each."""
+        return self.out / "text" / f"{name}-test.jsonl"
+
+    def _passages(self, name: str, split: str) -> list[list[int]]:
+        path = self.out / "text" / f"{name}-{split}.jsonl"
+        if not path.exists():
+            total, chosen = 0, []
+            for document in self.documents(name, split):
+                ids = self.tokenizer(document.text, add_special_tokens=False)["input_ids"][:LENGTH]
+                text = self.tokenizer.decode(ids)
+                if len(ids) >= 64:
+                    chosen.append(text_data.Document(text, document.source))
+                    total += len(ids)
+                if total >= self.test_tokens:
+                    break
+            self._write(path, chosen, 1 << 40)
+        documents = text_data.read([path]).documents
+        return [p.tokens for p in text_data.passages(documents, self.tokenizer, LENGTH)]
+
+    def _write(self, path: Path, documents: list[text_data.Document], characters: int) -> None:
+        lines, total = [], 0
+        for document in documents:
+            lines.append(json.dumps({"text": document.text}, ensure_ascii=False))
+            total += len(document.text)
+            if total > characters:
+                break
+        write_atomic(path, ("\n".join(lines) + "\n").encode())
+
+    def settings(self, rate: float, tokens: int | None = None) -> TrainConfig:
+        return TrainConfig(
+            tokens=tokens or self.tokens, sequence_length=LENGTH, batch_size=8, learning_rate=rate, seed=self.seed
+        )
+
+    def kept(self, name: str, make: Callable[[], Any]) -> Any:
+        """A result from its file, or made now and written."""
+        path = self.out / "results" / f"{name}.json"
+        if not path.exists():
+            print(f"{name} ...", flush=True)
+            result = make()
+            write_atomic(path, json.dumps(result, indent=1).encode())
+        return json.loads(path.read_text())
+
+    # What is compared
+
+    def rate(self, kind: str, train: Callable[[float], float]) -> float:
+        """The rate with the least loss on the first domain's held-out text, after a quarter of the tokens."""
+        losses = {str(r): self.kept(f"rate-{kind}-{r}", lambda r=r: train(r)) for r in RATES}
+        return float(min(losses, key=lambda r: losses[r]))
+
+    def valid(self) -> list[list[int]]:
+        return self._passages(self.domains[0], "valid")
+
+    def growlm(self, method: str) -> dict[str, Any]:
+        options = GROWLM[method]
+
+        def learn(store: growlm.Store, name: str, rate: float, tokens: int) -> growlm.LearnResult:
+            config = LearnConfig(
+                tokens=tokens, sequence_length=LENGTH, batch_size=8, learning_rate=rate, seed=self.seed, **options
+            )
+            return growlm.learn(store, name, [self.training_text(name)], config)
+
+        def trial(rate: float) -> float:
+            folder = self.out / "trials" / f"{method}-{rate}"
+            shutil.rmtree(folder, ignore_errors=True)
+            store = growlm.Store.create(folder, base=self.base)
+            learn(store, self.domains[0], rate, self.tokens // 4)
+            with growlm.Engine(store) as engine, engine.modules.using([self.domains[0]]) as held:
+                from growlm.modules import ModuleSet
+                from growlm.modules.scoring import num_labels, passage_losses
+
+                passages = self.valid()
+                losses = passage_losses(ModuleSet(engine.base, list(held.values())), passages)
+            shutil.rmtree(folder)
+            return float(losses.sum()) / num_labels(passages)
+
+        rate = self.rate(method, trial)
+        folder = self.out / "stores" / method
+        store = growlm.Store.open(folder) if folder.exists() else growlm.Store.create(folder, base=self.base)
+        seconds, resident = [], []
+        for number, name in enumerate(self.domains):
+
+            def stage(name: str = name, number: int = number) -> dict[str, Any]:
+                took = 0.0
+                if store.find(name) is None:
+                    took = learn(store, name, rate, self.tokens).seconds
+                return {"seconds": took, "resident": self.resident(store, self.domains[: number + 1])}
+
+            done = self.kept(f"{method}-{number}-{name}", stage)
+            seconds.append(done["seconds"])
+            resident.append(done["resident"])
+        data = {name: [self.test_text(name)] for name in self.domains} | {"none": [self.test_text(self.general)]}
+        found = evaluate(store, data, EvalConfig(sequence_length=LENGTH, max_documents=0, route_tokens=ROUTE)).to_json()
+        own = {name: math.log(row["module"]) for name, row in found["perplexity"].items()}
+        return {
+            "rate": rate,
+            "parameters": sum(m.parameters for m in store.modules.values()) / len(self.domains),
+            "final": {n: math.log(found["perplexity"][n]["routed"]) for n in self.domains},
+            "own": own,
+            "general": math.log(found["perplexity"]["none"]["routed"]),
+            "seconds": sum(seconds),
+            "resident": resident,
+            "evaluation": found,
+        }
+
+    def resident(self, store: growlm.Store, names: list[str]) -> int:
+        """The most bytes of weights in memory while a prompt of every domain is answered, one module at a time."""
+        with growlm.Engine(store) as engine:
+            budget = engine.fixed_bytes + max(m.bytes for m in store.modules.values())
+        with growlm.Engine(store, memory=budget) as engine:
+            prompts = [self.tokenizer.decode(self.test[name][0][:64]) for name in names]
+            return max(engine.generate(p, module=n, max_new_tokens=4).resident_bytes
+                       for p, n in zip(prompts, names, strict=True))  # fmt: skip
+
+    def baseline(self, method: str, lora_parameters: int) -> dict[str, Any]:
+        lora = lora_parameters if method.startswith("lora") else None
+        sequence = method.endswith("sequence")
+
+        def fresh() -> Baseline:
+            return Baseline(self.model, self.tokenizer, lora_parameters=lora)
+
+        def trial(rate: float) -> float:
+            tried = fresh()
+            folder = self.out / "trials" / f"{'lora' if lora else 'finetune'}-{rate}"
+            documents = text_data.read([self.training_text(self.domains[0])]).documents
+            tried.learn(documents, self.settings(rate, self.tokens // 4), folder, f"rate {rate}")
+            shutil.rmtree(folder)
+            return tried.loss(self.valid())
+
+        rate = self.rate("lora" if lora else "finetune", trial)
+        model = fresh()
+        rows: list[list[float]] = []
+        own: dict[str, float] = {}
+        seconds = 0.0
+        general = 0.0
+        weights = self.out / "runs" / method / "model.pt.safetensors"
+        for number, name in enumerate(self.domains):
+
+            def stage(name: str = name, number: int = number) -> dict[str, Any]:
+                nonlocal model
+                if not sequence:
+                    model = fresh()
+                elif number and weights.exists():
+                    from growlm.files import read_tensors
+
+                    model.model.load_state_dict(read_tensors(weights), strict=False)
+                folder = self.out / "runs" / method / name
+                documents = text_data.read([self.training_text(name)]).documents
+                took = model.learn(documents, self.settings(rate), folder, f"{method}: {name}")
+                if sequence:
+                    from growlm.files import write_tensors
+
+                    weights.parent.mkdir(parents=True, exist_ok=True)
+                    write_tensors(weights, dict(model.parameters))
+                    row = [model.loss(self.test[n]) for n in self.domains]
+                else:
+                    row = [model.loss(self.test[name])]
+                result = {
+                    "seconds": took,
+                    "row": row,
+                    "general": model.loss(self.test[self.general]),
+                    "parameters": sum(p.numel() for p in model.parameters.values()),
+                }
+                shutil.rmtree(folder)
+                return result
+
+            done = self.kept(f"{method}-{number}-{name}", stage)
+            seconds += done["seconds"]
+            general = done["general"]
+            rows.append(done["row"])
+            own[name] = done["row"][number if sequence else 0]
+        result: dict[str, Any] = {"rate": rate, "parameters": done["parameters"], "own": own, "seconds": seconds}
+        if sequence:
+            before = [Baseline(self.model, self.tokenizer).loss(self.test[n]) for n in self.domains]
+            result["matrix"] = ForgettingMatrix(self.domains, before, rows).to_json()
+            result["final"] = dict(zip(self.domains, rows[-1], strict=True))
+            result["general"] = general
+        else:
+            result["final"] = own  # an oracle says which model answers
+        return result
+
+    def joint(self, method: str) -> dict[str, Any]:
+        """Everything at once, as many tokens as all domains together: the upper bound that keeps all text."""
+        model = self.model
+        rate = self.rate("finetune", lambda r: math.nan)  # chosen by an earlier method
+        if method == "dense-joint":
+            model = self.dense()
+        trained = Baseline(model, self.tokenizer)
+        packed: list[text_data.Document] = []
+        for name in self.domains:
+            documents = text_data.read([self.training_text(name)]).documents
+            packed += _cut(documents, self.tokenizer, self.tokens)
+        folder = self.out / "runs" / method
+        seconds = trained.learn(packed, self.settings(rate, self.tokens * len(self.domains)), folder, method)
+        final = {n: trained.loss(self.test[n]) for n in self.domains}
+        return {
+            "rate": rate,
+            "parameters": sum(p.numel() for p in trained.parameters.values()),
+            "final": final,
+            "own": final,
+            "general": trained.loss(self.test[self.general]),
+            "seconds": seconds,
+        }
+
+    def dense(self) -> Any:
+        """A model of the size of base and one module, pretrained as the base was."""
+        folder = self.out / "dense"
+        if not folder.exists():
+            config = copy.deepcopy(self.model.config)
+            config.num_hidden_layers += 4
+            model = Baseline(new_model(config, self.seed), self.tokenizer)
+            record = json.loads((self.base / "pretrain.json").read_text())
+            settings = replace(self.settings(record["settings"]["learning_rate"] or 1.5e-3, record["tokens"]))
+            documents = self.documents(self.general, "train")
+            model.learn(documents, settings, self.out / "runs" / "dense", "dense: pretraining")
+            model.model.save_pretrained(folder)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def _cut(documents: list[text_data.Document], tokenizer: Any, tokens: int) -> list[text_data.Document]:
+    """The first documents, until they hold so many tokens."""
+    total, chosen = 0, []
+    for document in documents:
+        chosen.append(document)
+        total += len(tokenizer(document.text, add_special_tokens=False)["input_ids"]) + 1
+        if total >= tokens:
+            break
+    return chosen
+
+
+def table(results: dict[str, dict[str, Any]], base: dict[str, float], domains: list[str]) -> list[str]:
+    """Perplexity of every domain at the end, a column a method."""
+    names = list(results)
+    lines = ["| domain | base | " + " | ".join(names) + " |", "|---|---:|" + "---:|" * len(names)]
+    for domain in domains:
+        cells = [f"{math.exp(results[n]['final'][domain]):.1f}" for n in names]
+        lines.append(f"| {domain} | {math.exp(base[domain]):.1f} | " + " | ".join(cells) + " |")
+
+    def mean(values: dict[str, float]) -> float:
+        return math.exp(sum(values[d] for d in domains) / len(domains))
+
+    lines.append(
+        f"| geometric mean | {mean(base):.1f} | " + " | ".join(f"{mean(results[n]['final']):.1f}" for n in names) + " |"
+    )
+    general = [f"{math.exp(r['general']):.1f}" if "general" in r else "–" for r in results.values()]
+    lines.append(f"| general text | {math.exp(base['general']):.1f} | " + " | ".join(general) + " |")
+    forgetting = [r["matrix"]["average_forgetting"] if "matrix" in r else 0.0 if "evaluation" in r else None
+                  for r in results.values()]  # fmt: skip
+    cells = ["–" if f is None else f"{f:.3f}" for f in forgetting]
+    lines.append("| average forgetting, nats | – | " + " | ".join(cells) + " |")
+    facts = {"seconds": "seconds of training", "parameters": "trained parameters", "rate": "learning rate"}
+    for key, label in facts.items():
+        form = "{:g}" if key == "rate" else "{:,.0f}"
+        lines.append(f"| {label} | – | " + " | ".join(form.format(r[key]) for r in results.values()) + " |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="a folder a domain")
+    parser.add_argument("--out", type=Path, required=True, help="results, stores and checkpoints")
+    parser.add_argument("--base", type=Path, help="a checkpoint; by default one is pretrained on --general")
+    parser.add_argument("--general", default=GENERAL, help="folder of general text")
+    parser.add_argument("--domains", nargs="+", default=DOMAINS, help="folders, in the order of learning")
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--tokens", type=parse_count, default=300_000, help="of each domain")
+    parser.add_argument("--base-tokens", type=parse_count, default=2_000_000)
+    parser.add_argument("--test-tokens", type=parse_count, default=12_000, help="of each domain")
+    parser.add_argument("--seed", type=int, default=0)
+    a = parser.parse_args()
+    base = a.base or a.out / "base"
+    if not base.exists():
+        config = PretrainConfig(
+            preset="small", tokens=a.base_tokens, sequence_length=LENGTH, separator="\n\n", seed=a.seed
+        )
+        growlm.pretrain(base, [a.data / a.general / "train.txt"], config)
+    bench = Bench(a.out, a.general, a.domains, a.data, a.tokens, a.test_tokens, base.resolve(), a.seed)
+    untouched = Baseline(bench.model, bench.tokenizer)
+    before = bench.kept("base", lambda: {n: untouched.loss(p) for n, p in bench.test.items()})
+    before["general"] = before[a.general]
+    results: dict[str, dict[str, Any]] = {}
+    size = 0
+    for method in METHODS:
+        if method in GROWLM and method in a.methods:
+            results[method] = bench.kept(method, lambda m=method: bench.growlm(m))
+            size = size or int(results[method]["parameters"])
+        elif method in a.methods:
+            if not size:
+                raise SystemExit("the baselines take their size from a growlm method: give one of them too")
+            make = bench.joint if "joint" in method else partial(bench.baseline, lora_parameters=size)
+            results[method] = bench.kept(method, lambda m=method, make=make: make(m))
+    print(f"{machine()}; {a.tokens:,} tokens a domain, seed {a.seed}\n")
+    print("\n".join(table(results, before, a.domains)))
+    for method in results:
+        if routing := results[method].get("evaluation", {}).get("routing"):
+            resident = results[method]["resident"]
+            print(
+                f"\n{method}: router accuracy {routing['accuracy']:.1%}, retained gain {routing['retained_gain']:.1%}, "
+                f"none {routing['none']}, resident {resident[0] / 1e6:.2f} to {resident[-1] / 1e6:.2f} MB"
+            )
+
+
+if __name__ == "__main__":
+    main()
