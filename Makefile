@@ -5,10 +5,12 @@ BIN := $(VENV)/bin
 
 .PHONY: setup test lint check demo docs clean
 
-# torch first, and by version: a plain requirement would bring the CUDA build to a machine without a GPU.
+# torch first, and by version. Which build it is depends on where pip looks: PIP_ARGS is handed to it, e.g. an index that
+# holds CPU builds.
+PIP_ARGS ?=
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) torch==2.13.0
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 

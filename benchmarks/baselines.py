@@ -53,14 +53,9 @@ class Baseline:
 
     def learn(self, documents: Sequence[text_data.Document], config: TrainConfig, folder: Path, title: str) -> float:
         """Trains on documents and returns the seconds it took. A run that was killed goes on from `folder`."""
-        packed = text_data.pack(documents, self.tokenizer, config.sequence_length, max_tokens=int(config.tokens or 0))
-        row_tokens = config.batch_size * config.sequence_length
-        order: list[Any] = []
-        steps = max(1, -(-int(config.tokens or 0) // row_tokens))
-        epoch = 0
-        while len(order) < steps:
-            order += text_data.batches(len(packed), config.batch_size, seed=config.seed, epoch=epoch)
-            epoch += 1
+        packed = text_data.pack(documents, self.tokenizer, config.sequence_length, max_tokens=config.max_tokens)
+        wanted = config.rows_wanted(len(packed))
+        order = text_data.schedule(len(packed), config.batch_size, wanted=wanted, seed=config.seed)
         dtype = compute_dtype(config.precision)
 
         def loss_of_step(step: int) -> torch.Tensor:
@@ -75,7 +70,7 @@ class Baseline:
             seconds = train(
                 self.parameters,
                 loss_of_step,
-                steps,
+                len(order),
                 lambda step: len(order[step]) * config.sequence_length,
                 config,
                 config.learning_rate,

@@ -16,7 +16,7 @@ import growlm
 from common import interleaved, qwen2, save_base, show
 from growlm.engine.generation import prefill
 from growlm.modules.blocks import Blocks, BlocksConfig
-from growlm.router import GaussianRouter, evidence, write_general
+from growlm.router import GaussianRouter, evidence, files_of, write_general
 from growlm.store import Store
 
 PROMPT, NEW = 64, 64
@@ -32,18 +32,16 @@ def main() -> None:
         texts = rng.integers(1, 32_000, size=(16, PROMPT)).tolist()
         known = evidence(base, texts[:8], texts[8:])
         write_general(store, base, texts[:8], texts[8:])
-        store.commit("medicine", module, {}, {"router.safetensors": known})
+        store.commit("medicine", module, {}, files_of(known))
         growlm.export(store, folder / "out", "medicine")
         model = AutoModelForCausalLM.from_pretrained(folder / "out").eval()
         model.generation_config.eos_token_id = None
         engine = growlm.Engine(store)
-        engine._encode = lambda prompt, config: [int(t) for t in prompt.split()]  # token ids as they are
         engine._end_tokens = set()  # random weights: write all tokens on both sides
-        prompts = [" ".join(map(str, text)) for text in texts]
         ids = torch.tensor(texts)
 
         def ours(count: int) -> None:
-            engine.generate_many(prompts[:count], modules="medicine", max_new_tokens=NEW)
+            engine.generate_many(texts[:count], modules="medicine", max_new_tokens=NEW)
 
         @torch.inference_mode()
         def theirs(count: int) -> None:
@@ -60,21 +58,20 @@ def main() -> None:
                 "weight_gigabytes_per_second": round(weights * NEW / seconds["growlm"] / 1e9, 1),
             }
 
-        long = rng.integers(1, 32_000, size=(1, 512)).tolist()
+        long = rng.integers(1, 32_000, size=512).tolist()
         domains, width = 1000, base.hidden_size
         torch.manual_seed(0)
-        router = GaussianRouter(
-            [f"d{i}" for i in range(domains)],
+        engine.router = GaussianRouter(
+            names := [f"d{i}" for i in range(domains)],
             torch.randn(domains + 1, width),
             torch.randn(width, width) / width**0.5,
             torch.full((domains,), 1e9),
+            dict.fromkeys(names, base.num_layers),
         )
-        state = prefill(base, long, ())
-        assert state.last is not None
-        times = interleaved({"prefill": lambda: prefill(base, long, ()), "route": lambda: router.route(state.last)}, 15)
+        times = interleaved({"prefill": lambda: prefill(base, [long], ()), "route": lambda: engine.route(long)}, 15)
         numbers["routing_512_tokens_1000_domains"] = {
             "milliseconds": {k: round(v * 1e3, 2) for k, v in times.items()},
-            "share_of_prefill": round(times["route"] / times["prefill"], 4),
+            "share_of_prefill": round(times["route"] / times["prefill"] - 1, 4),
         }
         show("generate", numbers)
         engine.close()

@@ -8,9 +8,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,6 +21,8 @@ from common import qwen2, save_base, show
 from growlm import router
 from growlm.modules.blocks import Blocks, BlocksConfig
 from growlm.store import MANIFEST, Store
+
+WIDTH = 512
 
 
 def fill(store: Store, count: int) -> None:
@@ -36,36 +40,41 @@ def fill(store: Store, count: int) -> None:
 def measure(count: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        config = qwen2(vocab_size=256, hidden_size=64, num_hidden_layers=2)
+        config = qwen2(vocab_size=256, hidden_size=WIDTH, num_hidden_layers=2)
         store = Store.create(folder / "brain", base=save_base(folder / "base", config))
         base = store.load_base()
         torch.manual_seed(0)
         module = Blocks.create(base, BlocksConfig(num_layers=1, vocabulary="none"))
         texts = torch.randint(1, 256, (8, 32)).tolist()
         router.write_general(store, base, texts, texts)
-        known = router.evidence(base, texts, texts)
-        store.commit("seed", module, {}, {router.EVIDENCE: known})
+        # As many vectors as `learn` keeps of a domain.
+        known = {k: (torch.randn(n, WIDTH) * 1024).short() for k, n in (("vectors", 2048), ("heldout", 256))}
+        store.commit("seed", module, {}, router.files_of(known))
         fill(store, count)
-        start = time.perf_counter()
-        router.load_router(store)
-        routed = time.perf_counter() - start
-        opened = []
-        for _ in range(5):
-            start = time.perf_counter()
-            assert len(Store.open(store.path).modules) == count + 1
-            opened.append(time.perf_counter() - start)
-        learned = []
-        for i in range(9):
-            start = time.perf_counter()
-            assert store.find(f"new{i}") is None
-            stored = store.commit(f"new{i}", module, {}, {router.EVIDENCE: known})
-            router.add_domain(store, stored, None)
-            learned.append(time.perf_counter() - start)
-        return {
-            "open_seconds": round(statistics.median(opened), 4),
-            "bookkeeping_milliseconds": round(1e3 * statistics.median(learned), 2),
-            "first_router_seconds": round(routed, 3),
+
+        def seconds(action: Callable[[], object], times: int = 1) -> float:
+            found = []
+            for _ in range(times):
+                start = time.perf_counter()
+                action()
+                found.append(time.perf_counter() - start)
+            return round(statistics.median(found), 4)
+
+        def learn() -> None:
+            name = f"new{len(store.modules)}"
+            assert store.find(name) is None
+            router.add_domain(store, store.commit(name, module, {}, router.files_of(known)), None)
+
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        numbers = {
+            "open_and_list": seconds(lambda: len(Store.open(store.path).modules), 5),
+            "router_with_sums_made_anew": seconds(lambda: router.load_router(store)),
+            "bookkeeping_of_one_more": seconds(learn, 9),
+            "router_after_learning": seconds(lambda: router.load_router(store)),
+            "router_opened_again": seconds(lambda: router.load_router(store), 5),
         }
+        numbers["router_peak_mb"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1000
+        return numbers
 
 
 def main() -> None:

@@ -58,7 +58,7 @@ def add_module(
         optimizer.step()
     seen = router.evidence(base, texts[:30], texts[30:])
     record = {"probe": {"base": probe(ModuleSet(base)), "module": probe(ModuleSet(base, [module]))}}
-    return store.commit(name, module, record, {router.EVIDENCE: seen})
+    return store.commit(name, module, record, router.files_of(seen))
 
 
 def save_lively_base(folder: Path, family: str = "llama", **changes: Any) -> Path:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from disk import all_files, edit, flip, write_jsonl
 from growlm import __version__, cli
-from growlm.store import Store
+from growlm.cli_options import spread
+from growlm.engine import Generation
+from growlm.evaluation import EvalConfig
+from growlm.store import ROUTER_DERIVED, Store
 from stores import ALPHABETS, add_module, domain_text, make_store
 
 COMMANDS = ["pretrain", "new", "learn", "route", "generate", "chat", "eval", "status", "verify", "remove", "export"]
@@ -68,7 +75,7 @@ def answer(run):
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file but what a store derives from its modules or keeps for speed."""
-    derived = {"lock", "cache", "scratch", "work", "gaussian"}
+    derived = {"lock", "cache", "scratch", "work", *ROUTER_DERIVED}
     return {k: v for k, v in all_files(folder).items() if not derived & set(k.split("/"))}
 
 
@@ -172,6 +179,11 @@ def test_verify_remove_export_and_version_json(home, answer, run):
     assert (code, found["ok"], len(found["problems"])) == (1, False, 1)
 
 
+def test_a_number_that_is_none_is_null(home, run, monkeypatch):
+    monkeypatch.setattr(Store, "status", lambda self: {"loss": math.nan, "worse": [math.inf, "é"]})
+    assert run("status", "store", "--json") == (0, '{"loss": null, "worse": [null, "é"]}\n', "")
+
+
 # What people read
 
 
@@ -219,8 +231,45 @@ def test_sampling_options_reach_the_answer(home, answer):
     assert answer(*one, "--stop", stop)["text"] == greedy[: greedy.index(stop)]
 
 
+def test_several_modules_in_one_answer(home, answer, run):
+    found = answer("generate", "store", domain_text("digits", 9), "--mix", "2", "--max-new-tokens", "3")
+    assert len(found["mixture"]) == 2
+    assert "digits" in found["mixture"]
+    found = answer("generate", "store", domain_text("digits", 9), "--reroute", "2", "--max-new-tokens", "5")
+    assert found["changes"][0] == [0, "digits"]
+    code, _, err = run("generate", "store", domain_text("digits", 9), "--mix", "2", "--max-new-tokens", "3")
+    assert (code, "%" in err) == (0, True)
+    assert "the router knows 3 modules" in refused(run, home, "generate", "store", "abc", "--mix", "4")
+
+
+def test_one_version_can_be_removed(home, run, answer):
+    store = Store.open(home / "store")
+    add_module(store, store.load_base(), "digits", 50)
+    assert "no version 7" in refused(run, home, "remove", "store", "digits", "--version", "7", "--yes")
+    assert answer("remove", "store", "digits", "--version", "1", "--yes") == {"removed": "digits", "version": 1}
+    assert [m["version"] for m in answer("status", "store")["modules"] if m["name"] == "digits"] == [2]
+    assert run("verify", "store")[0] == 0
+    answer("remove", "store", "digits", "--version", "2", "--yes")  # the last one
+    assert "digits" not in Store.open(home / "store").modules
+
+
+def test_a_report_goes_where_nothing_else_is_and_is_checked_first(home, run, monkeypatch):
+    monkeypatch.setattr("growlm.evaluation.measure.evaluate", lambda *a, **k: pytest.fail("evaluated for nothing"))
+    data = ("--data", "digits=digits.jsonl", "--report")
+    assert "holds something else" in refused(run, home, "eval", "store", *data, "base")
+    (home / "file").write_text("")
+    assert "cannot write" in refused(run, home, "eval", "store", *data, "file/report")
+
+
+def test_a_module_that_does_worse_than_the_base_is_said_to(home, run):
+    code, out, err = run("learn", "store", "other", "--data", "other.jsonl", *LEARN, "--learning-rate", "0.9")
+    assert code == 0, err
+    before, after = map(float, out.split("loss ")[1].split(" after")[0].split(" -> "))
+    assert ("does worse than the base" in err) == (after > before)
+    assert after > before
+
+
 def test_several_values_after_one_option():
-    spread = cli._spread
     assert spread(["learn", "s", "n", "--data", "a", "b", "c", "--epochs", "2"]) == [
         "learn", "s", "n", "--data", "a", "--data", "b", "--data", "c", "--epochs", "2",
     ]  # fmt: skip
@@ -237,11 +286,48 @@ def test_chat_takes_its_turns_from_stdin(home, run, monkeypatch):
     code, _, err = run("chat", "store", "--max-new-tokens", "4")
     assert code == 0
     notes = err.splitlines()
-    assert notes[0] == "/module NAME, /new, /quit"
+    assert notes[0] == "/module NAME, /module base, /module auto, /new, /quit"
     assert "[digits]" in notes
     assert sum("no module 'nobody'" in n for n in notes) == 1
-    assert "commands are" in err
+    assert err.count("/module base, /module auto") == 2
     assert next(lines) == "never"
+
+
+class TalkOnly:
+    """A conversation with no one: what it was asked, and how often a stream was read to its end."""
+
+    said: ClassVar[list[str]] = []
+    finished = 0
+
+    def __init__(self, *arguments, **options):
+        pass
+
+    def say(self, text, **options):
+        TalkOnly.said.append(text)
+        yield "half an "
+        yield Generation("half an answer", "digits", {}, 0, [], [], 1, "stop")
+        yield "answer"
+        TalkOnly.finished += 1
+
+
+def test_a_stream_is_read_to_its_end(home, run, monkeypatch):
+    """Only then has it finished: what it does after its result would be left undone."""
+    monkeypatch.setattr("growlm.chat.Chat", TalkOnly)
+    lines = iter(["abc", "def", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
+    code, out, err = run("chat", "store")
+    assert (code, out) == (0, "half an answer\n" * 2)
+    assert err.count("[digits]") == 2
+    assert (TalkOnly.said, TalkOnly.finished) == (["abc", "def"], 2)
+
+
+def test_chat_in_a_script_fails_if_a_turn_did(home, run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", StringIO("/module nobody\nabc\n"))
+    code, _, err = run("chat", "store", "--max-new-tokens", "2")
+    assert code == 1
+    assert "error:" in err
+    code, _, err = run("chat", "store", "--top-p", "0")
+    assert (code, err.count("\n"), "top_p" in err) == (1, 1, True)
 
 
 def test_chat_ends_with_its_input(home, run, monkeypatch):
@@ -314,6 +400,57 @@ def test_bad_data(home, run, case, command):
     else:
         assert word in message
     assert not (home / "out" / "store.json").exists()
+
+
+@pytest.mark.parametrize("failure", ["bad text", "interrupted"])
+@pytest.mark.parametrize("folder", ["there", "new", "new/deep/er"])
+def test_a_new_store_that_fails_takes_away_what_it_made_and_no_more(home, run, monkeypatch, folder, failure):
+    (home / "there").mkdir()
+    if failure == "interrupted":
+        monkeypatch.setattr("growlm.router.write_general", interrupted)
+    before = sorted(home.iterdir())
+    data = "gone.txt" if failure == "bad text" else "general.jsonl"
+    code, out, err = run("new", folder, "--base", "base", "--general", data)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert sorted(home.iterdir()) == before
+    assert list((home / "there").iterdir()) == []
+
+
+def interrupted(*arguments, **options):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("arguments", "where", "message"),
+    [
+        (("status", "store"), "growlm.store.Store.status", "growlm: interrupted"),
+        (("new", "fresh", "--base", "base"), "growlm.store.Store.create", "growlm: interrupted"),
+        (
+            ("learn", "store", "other", "--data", "other.jsonl", *LEARN),
+            "growlm.store.Store.commit",
+            "growlm: interrupted; what was saved is kept: run the same command again to go on",
+        ),
+    ],
+    ids=lambda x: x[0] if isinstance(x, tuple) else "",
+)
+def test_ctrl_c_says_what_is_true(home, run, answer, monkeypatch, arguments, where, message):
+    with monkeypatch.context() as patch:
+        patch.setattr(where, interrupted)
+        assert run(*arguments) == (1, "", message + "\n")
+    if arguments[0] == "learn":
+        assert list((home / "store" / "work").glob("other-*/checkpoint.json"))  # so it was not true of nothing
+        assert answer(*arguments)["version"] == 1
+
+
+def test_ctrl_c_at_the_question_changes_nothing(home, run, monkeypatch):
+    keyboard = StringIO()
+    keyboard.isatty = lambda: True
+    keyboard.readline = interrupted
+    monkeypatch.setattr("sys.stdin", keyboard)
+    before = contents(home)
+    code, _, err = run("remove", "store", "digits")
+    assert (code, err.splitlines()[-1]) == (1, "growlm: interrupted; nothing was changed")
+    assert contents(home) == before
 
 
 def test_bad_bases(home, run):
@@ -407,6 +544,8 @@ def test_spoilt_stores(home, run):
     assert "module.safetensors" in refused(run, home, *one)
     weights.write_bytes(content)
     flip(weights.with_name("router.safetensors"))
+    for derived in ROUTER_DERIVED:  # what is fitted once is not read again until a module changes
+        shutil.rmtree(home / "store" / "router" / derived, ignore_errors=True)
     assert "router.safetensors" in refused(run, home, "route", "store", "abc")
     for folder in ("gone", "base"):
         assert "not a store" in refused(run, home, "status", folder)
@@ -501,6 +640,41 @@ print("done")
 """
     done = command("-W", "error", "-c", code, *COMMANDS)
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+
+
+def test_the_settings_of_eval_come_from_their_class(home, run, answer):
+    found = answer("eval", "store", "--data", "digits=digits.jsonl", "letters=letters.jsonl", "--max-documents", "3")
+    assert sum(found["routing"]["confusion"]["digits"].values()) == 3
+    assert found["matrix"] is not None
+    arguments = ("eval", "store", "--data", "digits=digits.jsonl", "letters=letters.jsonl", "--no-matrix")
+    assert answer(*arguments)["matrix"] is None
+    text = run("eval", "--help")[1]
+    for field in EvalConfig.__dataclass_fields__:
+        assert f"--{field.replace('_', '-')}" in text
+
+
+def test_settings_and_results_of_evaluation_are_imported_when_used():
+    code = """
+import sys
+from growlm.evaluation import EvalConfig
+assert "torch" not in sys.modules
+import growlm.evaluation.measure
+from growlm.evaluation import EvalResult, evaluate
+assert callable(evaluate) and EvalResult.__name__ == "EvalResult"
+assert set(dir(growlm.evaluation)) >= {"EvalConfig", "EvalResult", "evaluate"}
+import growlm
+assert growlm.evaluate is evaluate
+try:
+    growlm.evaluation.nothing
+except AttributeError:
+    print("done")
+"""
+    done = command("-c", code)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+
+
+def test_the_version_as_an_option(run):
+    assert run("--version") == (0, f"{__version__}\n", "")
 
 
 def test_help_names_every_command(run):

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from growlm.layers import cross_entropy
 from growlm.layers.cross_entropy import linear_cross_entropy, token_losses
+from growlm.modules.vocabulary import HeadRows, VocabularyRows
+from tiny import make_base
 
 # n tokens, d hidden size, v vocabulary, r own rows
 
@@ -73,6 +75,19 @@ def compare(
         torch.testing.assert_close(
             mine.grad.double(), other.grad, atol=tolerance, rtol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
         )
+
+
+class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+    """Elements of the largest tensor that is made; a view of another is not."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(t, Tensor) and not func.is_view:
+                self.elements = max(self.elements, t.numel())
+        return out
 
 
 NAMES = ["hidden", "weight", "rows"]
@@ -188,6 +203,31 @@ def test_autocast_changes_nothing():
         assert torch.equal(token_losses(p.hidden, p.weight, p.labels, rows=p.rows, ids=p.ids), plain)
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("r", [1, 7, 40])
+def test_scoring_adds_up_logits_as_serving_does(r, softcap):
+    """In bfloat16 a difference that is rounded together with the head's row is another one."""
+    base = make_base(vocab_size=40)
+    base.model.bfloat16()
+    base.softcap = softcap
+    p = problem(50, 32, 40, r, scale=0.5)
+    hidden, rows = p.hidden.bfloat16(), (p.rows * 0.01).bfloat16()
+    served = VocabularyRows(HeadRows(p.ids, rows)).logits(base, hidden[None])[0].detach()
+    expected = torch.nn.functional.cross_entropy(served.float(), p.labels, reduction="none")
+    losses = token_losses(hidden, base.head_weight, p.labels, rows=rows, ids=p.ids, softcap=softcap)
+    assert torch.equal(losses, expected)
+    with torch.no_grad():
+        mean = linear_cross_entropy(hidden, base.head_weight, p.labels, rows=rows, ids=p.ids, softcap=softcap)
+    assert torch.equal(mean, expected.mean())
+
+
+def test_scoring_does_not_copy_the_head():
+    p = problem(2, 12, 4000, 7)
+    with Largest() as made:
+        token_losses(p.hidden, p.weight, p.labels, rows=p.rows, ids=p.ids)
+    assert made.elements <= 2 * 4000
+
+
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_large_logits_stay_finite(softcap):
     p, wanting = trained(problem(20, 12, 40, 7, scale=1e4), NAMES)
@@ -223,22 +263,11 @@ def test_only_a_chunk_of_logits_exists_at_a_time(grad, monkeypatch):
     """What the whole file is for."""
     n, v = 4096, 512
     monkeypatch.setattr(cross_entropy, "_CHUNK", 16 * v)
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            for t in out if isinstance(out, tuple | list) else [out]:
-                if isinstance(t, Tensor):
-                    largest = max(largest, t.numel())
-            return out
-
     p = problem(n, 4, v, 9)
     if grad:
         p, _ = trained(p, ["hidden", "rows"])
-    with Watch():
+    with Largest() as made:
         loss = linear_cross_entropy(p.hidden, p.weight, p.labels, rows=p.rows, ids=p.ids)
         if grad:
             loss.backward()
-    assert largest <= n * 4
+    assert made.elements <= n * 4

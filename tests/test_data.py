@@ -13,11 +13,11 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from growlm import data
-from growlm.data import Document, TextData, batches, pack, passages, read, split
+from growlm.data import Document, TextData, batches, pack, passages, read, schedule, split, start_tokens
 from growlm.errors import ConfigError, DataError
 
 EOS = "<|end|>"
@@ -412,6 +412,37 @@ def test_every_token_is_a_label_once_in_order(texts: list[str], length: int, lim
     assert packed.tokens[:, :-1].ravel().tolist() == stream[: packed.num_tokens]
 
 
+def beginning(template: str, **special: str) -> PreTrainedTokenizerFast:
+    """The tokenizer, with special tokens of its own around every text."""
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens(special)
+    known = [(token, tokenizer.convert_tokens_to_ids(token)) for token in {EOS, *special.values()}]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=known)
+    return tokenizer
+
+
+def test_texts_begin_as_the_tokenizer_by_itself_begins_them() -> None:
+    llama = beginning("<s> $A", bos_token="<s>")
+    assert start_tokens(llama) == [llama.bos_token_id]
+    assert start_tokens(TOKENIZER) == []
+    assert start_tokens(beginning("$A", bos_token=EOS)) == []  # as gpt2: there is one, and it is not written
+    assert start_tokens(beginning(f"$A {EOS}", bos_token="<s>")) == []
+
+
+def test_every_document_and_every_piece_of_one_begins_with_the_start_token() -> None:
+    tokenizer = beginning("<s> $A", bos_token="<s>")
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    texts = ["the law of the land", "a", "x" * 11]
+    ids = [TOKENIZER(text)["input_ids"] for text in texts]
+    packed = pack(as_data(texts).documents, tokenizer, 4)
+    stream = [token for text in ids for token in (start, *text, end)]
+    assert packed.tokens[:, :-1].ravel().tolist() == stream[: packed.num_tokens]
+    found = passages(as_data(texts).documents, tokenizer, 4)
+    pieces = [(number, text[at : at + 3]) for number, text in enumerate(ids) for at in range(0, len(text), 3)]
+    assert [(p.document_index, p.tokens) for p in found] == [(number, [start, *piece]) for number, piece in pieces]
+    assert min(len(p.tokens) for p in found) == 2  # one token of text is predicted
+
+
 def test_less_than_one_sequence_is_refused() -> None:
     documents = as_data(["the law"]).documents
     size = len(stream_of(["the law"]))
@@ -483,3 +514,12 @@ def test_batches_differ_by_epoch_and_seed() -> None:
         batches(5, 0, seed=0, epoch=0)
     with pytest.raises(ConfigError, match="seed"):
         batches(5, 1, seed=-1, epoch=0)
+
+
+@fast
+@given(rows=st.integers(1, 30), size=st.integers(1, 20), wanted=st.integers(1, 100), seed=st.integers(0, 9))
+def test_a_schedule_reads_what_is_wanted_and_stops(rows: int, size: int, wanted: int, seed: int) -> None:
+    order = schedule(rows, size, wanted=wanted, seed=seed)
+    assert sum(map(len, order)) >= wanted > sum(map(len, order[:-1]))
+    epochs = [batch for epoch in range(wanted // rows + 1) for batch in batches(rows, size, seed=seed, epoch=epoch)]
+    assert [batch.tolist() for batch in order] == [batch.tolist() for batch in epochs[: len(order)]]

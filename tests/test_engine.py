@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from disk import flip
+from disk import edit, flip
 from growlm.engine import AUTO, Engine, Generation, SamplingConfig
 from growlm.engine.generation import Group, decode, prefill
 from growlm.engine.kv import KVCache, PrefixCache
@@ -480,7 +480,7 @@ def cache_of(budget: int | None, sizes: dict[str, int], loads: list[str] | None 
             loads.append(name)
         return name
 
-    return ModuleCache(budget, sizes.__getitem__, load, " in all")  # type: ignore[arg-type]
+    return ModuleCache(budget, lambda name: (sizes[name], lambda: load(name)), " in all")  # type: ignore[arg-type]
 
 
 def test_pinned_modules_stay_and_what_does_not_fit_beside_them_is_refused():
@@ -509,10 +509,10 @@ def test_room_is_made_before_a_module_is_read(verb):
     cache = cache_of(10, {"a": 6, "b": 7})
 
     class Reader:
-        def submit(self, load, name):
+        def submit(self, load):
             seen.append(cache.resident_bytes)
             future: Future = Future()
-            future.set_result(load(name))
+            future.set_result(load())
             return future
 
         def shutdown(self, **options):
@@ -620,6 +620,50 @@ def test_a_module_that_is_removed_while_the_engine_runs_is_unknown(home):
             engine.generate("abc", module="digits")
 
 
+def test_a_removed_module_is_no_longer_chosen_and_others_are(home):
+    store = Store.open(home / "store")
+    with Engine(store) as engine:
+        prompts = [domain_text(d, 990) for d in ("letters", "digits", "signs")]
+        assert [engine.generate(p, max_new_tokens=2).module for p in prompts] == ["letters", "digits", "signs"]
+        store.remove("digits")
+        found = [engine.generate(p, max_new_tokens=2).module for p in prompts]
+        assert (found[0], found[2]) == ("letters", "signs")
+        assert found[1] != "digits"
+        assert engine.route(prompts[1]).module != "digits"
+
+
+def test_the_version_that_was_counted_is_the_one_that_is_read(home, monkeypatch):
+    """An update to a larger version between counting and reading."""
+    store = Store.open(home / "store")
+    load = Store.load
+
+    def updated_first(self, name, base, **options):
+        monkeypatch.setattr(Store, "load", load)
+        add_module(store, base, "digits", 77, num_layers=3)
+        return load(self, name, base, **options)
+
+    with Engine(store) as engine:
+        monkeypatch.setattr(Store, "load", updated_first)
+        with engine.modules.using(["digits"]) as held:
+            assert held["digits"].num_bytes() == engine.modules.resident_bytes
+
+
+def test_weights_of_other_bytes_than_the_manifest_says_are_refused(home):
+    store = Store.open(home / "store")
+    edit(store.module("digits").folder / "module.json", bytes=7)
+    with Engine(store) as engine, pytest.raises(IntegrityError, match="says 7 bytes"):
+        engine.generate("abc", module="digits", max_new_tokens=1)
+
+
+def test_an_automatic_prompt_opens_the_manifest_of_its_own_module_only(home, monkeypatch):
+    with Engine(Store.open(home / "store")) as engine:
+        opened: set[str] = set()
+        module = Store.module
+        monkeypatch.setattr(Store, "module", lambda self, name, *a: (opened.add(name), module(self, name, *a))[1])
+        assert engine.generate(domain_text("digits", 990), max_new_tokens=2).module == "digits"
+        assert opened == {"digits"}
+
+
 # Guarantee 4: no mixing
 
 
@@ -667,10 +711,11 @@ def test_an_updated_module_does_not_continue_what_its_last_version_wrote(home):
         assert answer.tokens == expected(engine, "letters", text + "&", 6)
 
 
+@pytest.mark.parametrize("name", ["letters", "digits", "signs", None])
 @pytest.mark.parametrize(
     "said", ["?@#" * 7, "?@#" * 6 + "!", "?@#" * 6 + "<|endoftext|>"], ids=["length", "stop", "end"]
 )
-def test_a_conversation_is_continued_and_not_computed_anew(home, monkeypatch, said):
+def test_a_conversation_is_continued_and_not_computed_anew(home, monkeypatch, said, name):
     """Whatever ended the turn before. Each character is a token, so that the answer read again has the same ids."""
     widths: list[int] = []
     with Engine(Store.open(home / "store")) as engine:
@@ -682,13 +727,13 @@ def test_a_conversation_is_continued_and_not_computed_anew(home, monkeypatch, sa
 
         with pytest.MonkeyPatch.context() as patch:
             scripted(engine, said, patch)
-            engine.generate("abc de", module="letters", reuse=True, max_new_tokens=21, stop="!")
+            engine.generate("abc de", module=name, reuse=True, max_new_tokens=21, stop="!")
         said = said.removesuffix("<|endoftext|>")
         monkeypatch.setattr(engine.base, "run", watched)
-        engine.generate("abc de" + said + "&", module="letters", reuse=True, max_new_tokens=2)
+        engine.generate("abc de" + said + "&", module=name, reuse=True, max_new_tokens=2)
         assert max(widths) < 5
         widths.clear()
-        engine.generate("abc de" + said + "&", module="letters", max_new_tokens=2)
+        engine.generate("abc de" + said + "&", module=name, max_new_tokens=2)
         assert max(widths) > 20
 
 
@@ -700,29 +745,39 @@ def filled(slots: int, tokens: int) -> KVCache:
     return cache
 
 
-def test_a_prefix_gives_another_digest_the_slots_of_the_base_alone():
+def test_the_router_sees_the_same_whether_or_not_a_prefix_is_kept(home):
+    text = domain_text("letters", 990)
+    with Engine(Store.open(home / "store")) as engine, Engine(engine.store) as fresh:
+        for domain in ("letters", "digits", "digits", "signs"):
+            kept = engine.generate(text, reuse=True, max_new_tokens=4)
+            alone = fresh.generate(text, max_new_tokens=4)
+            assert (kept.module, kept.scores, kept.tokens) == (alone.module, alone.scores, alone.tokens)
+            text += kept.text + " " + domain_text(domain, 991)
+
+
+def test_a_prefix_is_for_its_own_digest_alone_and_is_taken_once():
     prefixes = PrefixCache(10**6)
-    prefixes.put("mine", [1, 2, 3], 2, filled(4, 3))
-    prefix = prefixes.take([1, 2, 3, 4])
-    assert prefix is not None
-    assert [prefix.cache_for("mine").length(s) for s in range(4)] == [3, 3, 3, 3]
+    prefixes.put("mine", [1, 2, 3], filled(4, 3))
     for digest in ("yours", "base"):
-        assert [prefix.cache_for(digest).length(s) for s in range(4)] == [3, 3, 0, 0]
-    assert prefixes.take([1, 2, 3, 4]) is None  # who continues it writes into it
+        assert prefixes.take(digest, [1, 2, 3, 4]) is None
+    prefix = prefixes.take("mine", [1, 2, 3, 4])
+    assert prefix is not None
+    assert [prefix.cache.length(s) for s in range(4)] == [3, 3, 3, 3]
+    assert prefixes.take("mine", [1, 2, 3, 4]) is None  # who continues it writes into it
 
 
 def test_prefixes_match_whole_texts_and_keep_to_their_bytes():
     one = filled(2, 64).num_bytes()
     prefixes = PrefixCache(2 * one)
-    prefixes.put("a", [1, 2], 2, filled(2, 2))
-    assert prefixes.take([1, 2]) is None
-    assert prefixes.take([1, 3, 2]) is None
-    assert prefixes.take([1, 2, 3]).tokens == (1, 2)
+    prefixes.put("a", [1, 2], filled(2, 2))
+    assert prefixes.take("a", [1, 2]) is None
+    assert prefixes.take("a", [1, 3, 2]) is None
+    assert prefixes.take("a", [1, 2, 3]).tokens == (1, 2)
     small = PrefixCache(filled(2, 2).num_bytes())
     for text in ([1, 2], [3, 4]):
-        small.put("a", text, 2, filled(2, 2))
-    assert small.take([1, 2, 5]) is None
-    assert small.take([3, 4, 5]) is not None
+        small.put("a", text, filled(2, 2))
+    assert small.take("a", [1, 2, 5]) is None
+    assert small.take("a", [3, 4, 5]) is not None
 
 
 # Concurrency

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,12 @@ from safetensors.torch import load_file, save_file
 from disk import edit, write_jsonl
 from growlm.errors import BudgetError, ConfigError, DataError, UnknownModuleError
 from growlm.evaluation import EvalConfig, evaluate
+from growlm.evaluation.plots import matrix_figure
+from growlm.evaluation.report import write_report
+from growlm.evaluation.statistics import Bootstrap
+from growlm.evaluation.summary import summary
 from growlm.modules import ModuleSet
+from growlm.modules.probe import probe
 from growlm.router import GaussianRouter, Route, Router, base_states, load_router
 from growlm.store import Store
 from stores import PLAIN, Watch, add_module, domain_text, make_store
@@ -189,12 +196,8 @@ def test_text_of_no_module_counts_against_a_router_that_chooses_one(store, home,
 
 
 def test_the_matrix_replays_what_the_store_knew_after_each_domain(store, data, monkeypatch):
-    times = {"signs": 0, "letters": 1, "digits": 2}  # not the alphabet's order
-    for name, number in times.items():
-        path = store.path / "modules" / name / "1" / "module.json"
-        path.write_text(
-            json.dumps({**json.loads(path.read_text()), "created": f"2026-01-0{number + 1}T00:00:00+00:00"})
-        )
+    for day, name in enumerate(("signs", "letters", "digits"), start=1):  # not the alphabet's order
+        learned_on(store, name, day)
     result = evaluate(store, data, CONFIG)
     matrix = result.matrix
     assert matrix["domains"] == ["letters", "digits"]
@@ -210,6 +213,35 @@ def test_the_matrix_replays_what_the_store_knew_after_each_domain(store, data, m
     assert matrix["after"][1] == pytest.approx(own)
     assert matrix["average_forgetting"] == pytest.approx(0.0, abs=1e-12)
     assert matrix["forward_transfer"] == pytest.approx(math.log(base[1] / matrix["after"][0][1]))
+
+
+def learned_on(store: Store, name: str, day: int, *, version: int = 1) -> None:
+    manifest = store.path / "modules" / name / str(version) / "module.json"
+    edit(manifest, created=f"2026-01-{day:02}T00:00:00.000000+00:00")
+
+
+def test_an_update_does_not_change_a_modules_place_in_the_order_of_learning(store, data):
+    def order() -> tuple[list[str], list[str]]:
+        result = evaluate(store, data, CONFIG)
+        return result.matrix["domains"], list(result.memory["modules"])
+
+    for day, name in enumerate(("letters", "digits", "signs"), start=1):
+        learned_on(store, name, day)
+    assert order() == (["letters", "digits"], ["letters", "digits", "signs"])
+    add_module(store, store.load_base(), "letters", 50)
+    learned_on(store, "letters", 9, version=2)
+    assert order() == (["letters", "digits"], ["letters", "digits", "signs"])
+    # Of versions that are gone or damaged nothing is known.
+    (store.path / "modules" / "letters" / "1" / "module.json").write_text("{")
+    assert order() == (["digits", "letters"], ["digits", "signs", "letters"])
+    shutil.rmtree(store.path / "modules" / "letters" / "1")
+    assert order() == (["digits", "letters"], ["digits", "signs", "letters"])
+
+
+def test_modules_of_the_same_instant_are_in_the_order_of_their_names(store, data):
+    for name in store.modules:
+        learned_on(store, name, 1)
+    assert evaluate(store, dict(reversed(data.items())), CONFIG).matrix["domains"] == ["digits", "letters"]
 
 
 def loss_of_route(store: Store, router: Router, number: int) -> tuple[float, int]:
@@ -302,7 +334,73 @@ def test_a_store_without_records_says_that_nothing_was_checked(store, data):
     for name in store.modules:
         edit(store.path / "modules" / name / "1" / "module.json", training={})
     result = evaluate(store, {"digits": data["digits"]}, CONFIG)
-    assert result.forgetting_detail == {"checked": [], "changed": []}
+    assert result.forgetting_detail == {"checked": [], "changed": [], "not_comparable": []}
+
+
+# Modules that diverged
+
+
+def diverge(store: Store, name: str, *, recorded: bool = True) -> None:
+    """Makes a module's weights nan; its manifest then says what `learn` would have written of it."""
+    folder = store.path / "modules" / name / "1"
+    tensors = load_file(folder / "module.safetensors")
+    spoilt = {k: torch.full_like(v, math.nan) if v.is_floating_point() else v for k, v in tensors.items()}
+    save_file(spoilt, folder / "module.safetensors")
+    manifest = json.loads((folder / "module.json").read_text())
+    manifest["files"]["module.safetensors"] = hashlib.sha256((folder / "module.safetensors").read_bytes()).hexdigest()
+    (folder / "module.json").write_text(json.dumps(manifest))
+    if recorded:
+        base = store.load_base()
+        found = probe(ModuleSet(base, [store.load(name, base)]))
+        assert math.isnan(found["loss"])
+        manifest["training"]["probe"]["module"] = {**found, "loss": None}  # JSON has no nan
+        (folder / "module.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["when learned", "since"])
+def test_a_module_that_diverged_is_named_and_the_others_are_measured(store, data, home, recorded):
+    before = evaluate(store, data, CONFIG).to_json()
+    diverge(store, "letters", recorded=recorded)
+    found = evaluate(store, data, CONFIG)
+    assert found.forgetting_detail["not_comparable"] == ["letters"]
+    assert found.forgetting_detail["changed"] == ([] if recorded else ["letters"])
+    assert found.forgetting == 0
+    result = found.to_json()
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    assert result["perplexity"]["digits"] == before["perplexity"]["digits"]
+    row = result["perplexity"]["letters"]
+    assert row["base"] == before["perplexity"]["letters"]["base"]
+    assert (row["module"], row["module_interval"], row["routed"], row["retained_gain"]) == (None, None, None, None)
+    assert result["routing"]["retained_gain"] is None
+    assert result["matrix"]["after"][1][result["matrix"]["domains"].index("letters")] is None
+
+    text = "\n".join(summary(result))
+    assert "nan" not in text.lower()
+    assert "not in forgetting: letters;" in text
+    page = write_report(result, home / "report").read_text()
+    assert "or is none now: letters" in page
+    assert "nan" not in re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL)
+    write_report({**result, "perplexity": found.perplexity, "matrix": found.matrix}, home / "report")  # nan as it is
+    assert summary({**result, "perplexity": found.perplexity, "matrix": found.matrix}) == summary(result)
+
+
+@pytest.mark.parametrize("record", [{}, {"base": None}, {"module": {}}, {"module": {"logits": 3, "loss": "x"}}, 3])
+def test_a_record_that_is_no_record_stops_nothing(store, data, record):
+    path = store.path / "modules" / "letters" / "1" / "module.json"
+    edit(path, training={**json.loads(path.read_text())["training"], "probe": record})
+    result = evaluate(store, {"digits": data["digits"]}, CONFIG)
+    assert result.forgetting == 0
+    assert ("letters" in result.forgetting_detail["not_comparable"]) == isinstance(record, dict)
+
+
+def test_a_loss_that_is_no_number_has_no_colour():
+    nan = math.nan
+    figure = matrix_figure({"domains": ["a", "b"], "before": [9.0, nan], "after": [[3.0, 4.0], [None, nan]]})
+    shares = [patch.get_facecolor()[3] for patch in figure.axes[0].patches]
+    assert shares == [0, 1, 0, 0, 0, 0]
+    for value in (nan, math.inf):
+        draws = Bootstrap([3])
+        assert draws.interval(draws.sums(0, torch.tensor([1.0, value, 2.0]))) is None
 
 
 # Memory

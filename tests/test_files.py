@@ -8,7 +8,6 @@ import json
 import multiprocessing
 import os
 import signal
-import stat
 import threading
 import warnings
 from pathlib import Path
@@ -257,10 +256,26 @@ def test_write_atomic_replaces(tmp_path):
     assert contents(tmp_path) == {"deep": None, "deep/f.json": b"new"}
 
 
-def test_write_atomic_gives_the_permissions_of_a_plain_file(tmp_path):
-    write_atomic(tmp_path / "a", b"x")
-    (tmp_path / "b").write_bytes(b"x")
-    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == stat.S_IMODE((tmp_path / "b").stat().st_mode)
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o002, 0o077])
+def test_what_is_written_has_the_permissions_of_a_plain_file(tmp_path, monkeypatch, mask):
+    """The mask belongs to the whole process: other threads must not see it changed."""
+    before = os.umask(mask)
+    try:
+        with monkeypatch.context() as patch:
+            break_call(patch, "umask", AssertionError("the mask was changed"))
+            write_atomic(tmp_path / "a", b"x")
+            write_tensors(tmp_path / "t.safetensors", {"x": torch.ones(2)})
+            make_folder(tmp_path / "folder", tmp_path / "scratch")
+        (tmp_path / "plain").write_bytes(b"x")
+        (tmp_path / "plain-folder").mkdir()
+    finally:
+        os.umask(before)
+
+    def mode(name: str) -> str:
+        return oct((tmp_path / name).stat().st_mode)
+
+    assert mode("a") == mode("t.safetensors") == mode("folder/data") == mode("plain")
+    assert mode("folder") == mode("plain-folder")
 
 
 def break_call(monkeypatch, name: str, error: BaseException) -> None:
@@ -270,7 +285,7 @@ def break_call(monkeypatch, name: str, error: BaseException) -> None:
     monkeypatch.setattr(os, name, broken)
 
 
-@pytest.mark.parametrize("call", ["fsync", "replace", "chmod"])
+@pytest.mark.parametrize("call", ["fsync", "replace"])
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "input/output error"), KeyboardInterrupt()], ids=repr)
 def test_a_failing_write_leaves_the_old_file_alone(tmp_path, monkeypatch, call, error):
     write_atomic(tmp_path / "f", b"old")
@@ -285,7 +300,7 @@ def test_write_atomic_never_shows_a_part(tmp_path, monkeypatch):
     """Whenever the operating system is asked for something, the file holds the old bytes or the new ones."""
     path, seen = tmp_path / "f", set()
     write_atomic(path, b"old")
-    for call in ("fsync", "replace", "chmod"):
+    for call in ("fsync", "replace"):
         original = getattr(os, call)
 
         def watched(*args, original=original):
@@ -341,13 +356,6 @@ def test_new_folder_appears_complete(tmp_path):
         "deep/final/m.json": b"{}",
         "scratch": None,
     }
-
-
-def test_new_folder_can_be_read_by_those_who_can_read_a_plain_folder(tmp_path):
-    (tmp_path / "plain").mkdir()
-    make_folder(tmp_path / "final", tmp_path / "scratch")
-    wanted = stat.S_IMODE((tmp_path / "plain").stat().st_mode)
-    assert oct(stat.S_IMODE((tmp_path / "final").stat().st_mode)) == oct(wanted)
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), SystemExit(1)], ids=repr)
@@ -420,23 +428,99 @@ def test_all_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     assert ("sync", (tmp_path / "deep").stat().st_ino) in events[at + 1 :]
 
 
+def synced(monkeypatch) -> set[Path]:
+    """The files and folders that were waited for until they were on the disk."""
+    seen: set[Path] = set()
+    fsync = os.fsync
+
+    def watched(handle):
+        seen.add(Path(os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    return seen
+
+
+def test_the_name_of_every_new_folder_is_on_the_disk(tmp_path, monkeypatch):
+    seen = synced(monkeypatch)
+    make_folder(tmp_path / "modules" / "law" / "1", tmp_path / "scratch")
+    assert {tmp_path / "modules" / "law", tmp_path / "modules", tmp_path} <= seen
+    seen.clear()
+    write_atomic(tmp_path / "new" / "deep" / "f", b"x")
+    assert {tmp_path / "new" / "deep", tmp_path / "new", tmp_path} <= seen
+
+
 def test_remove_folder_leaves_nothing(tmp_path):
     make_folder(tmp_path / "final", tmp_path / "scratch")
     remove_folder(tmp_path / "final", tmp_path / "scratch")
     assert contents(tmp_path) == {"scratch": None}
 
 
-def test_clear_scratch_takes_what_dead_processes_left_and_nothing_else(tmp_path):
-    # A process id that no living process has: that of one that has ended and was waited for.
+def die_while(doing: str, home: Path) -> None:
+    """Kills this process while it writes or removes a folder."""
+    if doing == "remove":
+        make_folder(home / "final", home / "scratch")
+        files.shutil.rmtree = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
+        remove_folder(home / "final", home / "scratch")
+    with new_folder(home / "final", home / "scratch", "m.json") as folder:
+        (folder / "data").write_bytes(b"data")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("doing", ["write", "remove"])
+def test_clear_scratch_takes_what_dead_processes_left(tmp_path, doing):
+    process = multiprocessing.get_context("spawn").Process(target=die_while, args=(doing, tmp_path))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert any((tmp_path / "scratch").iterdir())
+    clear_scratch(tmp_path / "scratch")
+    assert contents(tmp_path) == {"scratch": None}
+
+
+def test_clear_scratch_does_not_believe_process_ids(tmp_path, monkeypatch):
+    """Containers and machines that share a disk have the same ones, for other processes."""
+    scratch = tmp_path / "scratch"
+    (scratch / f"{os.getpid()}-left").mkdir(parents=True)
+    (scratch / "left.lock").write_bytes(b"")
     ended = multiprocessing.get_context("spawn").Process(target=int)
     ended.start()
     ended.join()
-    for name in (f"{ended.pid}-abc", f"{os.getpid()}-abc", "1-abc", "notes"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "f").write_bytes(b"x")
-    clear_scratch(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([f"{os.getpid()}-abc", "1-abc", "notes"])
+    monkeypatch.setattr(os, "getpid", lambda: ended.pid)
+    with new_folder(tmp_path / "final", scratch, "m.json") as folder:
+        (folder / "m.json").write_bytes(b"{}")
+        clear_scratch(scratch)
+        assert contents(scratch) == {
+            folder.name: None,
+            f"{folder.name}/m.json": b"{}",
+            f"{folder.name}.lock": b"",
+        }
+    assert contents(tmp_path) == {"final": None, "final/m.json": b"{}", "scratch": None}
+
+
+def test_clear_scratch_leaves_files_alone_and_needs_no_folder(tmp_path):
     clear_scratch(tmp_path / "absent")
+    (tmp_path / "notes.txt").write_bytes(b"mine")
+    clear_scratch(tmp_path)
+    assert contents(tmp_path) == {"notes.txt": b"mine"}
+
+
+def write_many(home: Path, name: str) -> None:
+    for i in range(30):
+        clear_scratch(home / "scratch")
+        make_folder(home / "done" / f"{name}-{i}", home / "scratch")
+
+
+def test_processes_that_write_and_clear_at_once_do_not_disturb_each_other(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=write_many, args=(tmp_path, name)) for name in "abc"]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert len(list((tmp_path / "done").glob("*/m.json"))) == 90
+    assert contents(tmp_path / "scratch") == {}
 
 
 # Locks

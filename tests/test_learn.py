@@ -3,29 +3,45 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import math
 import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import processors
 from torch import Tensor
 
-from disk import all_files, flip, largest_file, write_jsonl
-from growlm.errors import BaseModelError, ConfigError, DataError, Interrupted, StoreError
+from disk import all_files, edit, flip, largest_file, write_jsonl
+from growlm import router
+from growlm.errors import (
+    BaseModelError,
+    ConfigError,
+    DataError,
+    IntegrityError,
+    Interrupted,
+    StoreError,
+    TrainingError,
+)
+from growlm.layers.cross_entropy import linear_cross_entropy
 from growlm.modules import ModuleSet
 from growlm.modules.base import Base
 from growlm.modules.scoring import num_labels, passage_losses
 from growlm.router import base_states, load_router, names_of
 from growlm.store import Store
 from growlm.training.config import LearnConfig
+from growlm.training.features import FeatureCache
 from growlm.training.learn import LearnResult, learn
-from interruptions import at_step, exit_code, forked, in_new_process, interrupt, kill, steps_of
-from tiny import TEXT, random_ids, save_base
+from growlm.training.loop import train
+from interruptions import at_step, each_step, exit_code, forked, in_new_process, interrupt, kill, steps_of
+from tiny import TEXT, VOCAB, make_tokenizer, random_ids, save_base
 
 ROOMS = ["kitchen", "cellar", "attic", "garage", "garden", "hall"]
 IDS = random_ids(2, 9)
@@ -177,6 +193,79 @@ def test_the_number_of_tokens_bounds_the_run(store):
     assert once < run(store, tokens=f"{2 * once}", update=True).tokens <= 2 * once + per_step
 
 
+@pytest.mark.parametrize("times", [0.3, 3, 7.7])
+def test_no_fewer_tokens_are_trained_on_than_asked_for(store, times):
+    """The last batch of an epoch is short."""
+    once = run(store, "once", batch_size=50).tokens
+    asked = int(times * once)
+    assert asked <= run(store, batch_size=50, tokens=asked).tokens < asked + 50 * 16
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_the_base_is_rounded_only_where_it_is_multiplied(home, family, monkeypatch):
+    """Rotary frequencies are as exact as they are served, and tied weights stay tied (qwen2)."""
+    original = Base.pass_for
+    seen = []
+
+    def watched(self: Base, *arguments: Any, **options: Any) -> Any:
+        tied = self.embedding.weight.data_ptr() == self.head_weight.data_ptr()
+        seen.append((self.dtype, tied, self.decoder.rotary_emb.inv_freq.clone()))
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(Base, "pass_for", watched)
+    save_base(home / family, family)
+    store = Store.create(home / "other", home / family)
+    run(store, precision="bfloat16")
+    exact = store.load_base().decoder.rotary_emb.inv_freq
+    assert {dtype for dtype, _, _ in seen} == {torch.float32, torch.bfloat16}
+    assert {tied for _, tied, _ in seen} == {family == "qwen2"}
+    assert all(f.dtype == exact.dtype and torch.equal(f, exact) for _, _, f in seen)
+
+
+def test_a_module_is_made_from_the_weights_as_they_are_stored(store):
+    run(store, precision="bfloat16", learning_rate=1e-30)
+    base = store.load_base()
+    learned = dict(store.load("law", base).layers[0].named_parameters())
+    kept = dict(base.layers[-1].named_parameters())
+    assert torch.equal(learned["self_attn.q_proj.weight"], kept["self_attn.q_proj.weight"])
+    assert not torch.equal(kept["self_attn.q_proj.weight"], kept["self_attn.q_proj.weight"].bfloat16().float())
+
+
+def save_tokenizer_with_start(folder: Path) -> int:
+    """Beside a base whose vocabulary has room for one more; returns the token that every text now begins with."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    start = tokenizer.bos_token_id
+    template = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", start)])
+    tokenizer.backend_tokenizer.post_processor = template
+    tokenizer.save_pretrained(folder)
+    return start
+
+
+@pytest.mark.parametrize("general", ["beside the base", "of the base's own"])
+def test_texts_begin_with_the_start_token_where_prompts_do(home, general, monkeypatch):
+    save_base(home / "llama", vocab_size=VOCAB + 1)
+    start = save_tokenizer_with_start(home / "llama")
+    if general == "beside the base":
+        shutil.copy(home / "base" / "heldout.jsonl", home / "llama")
+    shown: list[list[list[int]]] = []
+    original = router.evidence
+
+    def watched(base: Base, train: Any, heldout: Any, **options: Any) -> Any:
+        shown.append([*train, *heldout])
+        return original(base, train, heldout, **options)
+
+    monkeypatch.setattr(router, "evidence", watched)
+    monkeypatch.setattr(router.gaussian, "evidence", watched)
+    store = Store.create(home / "other", home / "llama")
+    result = run(store)
+    assert result.loss_after < result.loss_before
+    described, learned = shown
+    assert {text[0] for text in described + learned} == {start}
+    assert start not in {text[1] for text in described + learned}
+    assert max(len(text) for text in learned) == 16
+
+
 def test_the_router_knows_what_was_learned(home, store):
     run(store, "law")
     run(store, "med", source=home / "drugs.jsonl")
@@ -225,6 +314,21 @@ def test_what_was_learned_before_does_not_change_what_is_learned(home, store):
     )
 
 
+def test_the_router_is_shown_the_base_as_it_is_served_and_general_text_of_one_length(home, store):
+    """Guarantee 9: the class *none* is the same whichever module is learned first, and however."""
+    other = Store.create(home / "other", home / "base")
+    run(store, precision="float32")
+    run(other, "med", source=home / "drugs.jsonl", precision="bfloat16", sequence_length=48)
+    run(other, precision="bfloat16")
+    shown, again = (all_files(s.path / "router" / "general") for s in (store, other))
+    tensors = [name for name in shown if name.endswith(".safetensors")]
+    assert tensors
+    assert [shown[name] for name in tensors] == [again[name] for name in tensors]
+    kept = [{k: v for k, v in all_files(s.module("law").folder).items() if "router" in k} for s in (store, other)]
+    assert set(kept[0]) >= {"router.safetensors"}
+    assert kept[0] == kept[1]
+
+
 # Guarantee 10: the same run gives the same module
 
 
@@ -250,6 +354,7 @@ def test_the_feature_cache_changes_the_speed_and_not_the_result(home, store, pre
 RUNS = {
     "one epoch": {},
     "two epochs": {"epochs": 2},
+    "tokens": {"tokens": 5000, "batch_size": 7},
     "bfloat16": {"epochs": 2, "precision": "bfloat16"},
     "interleaved": {"epochs": 2, "placement": "interleaved", "num_layers": 2, "vocabulary": "both"},
 }
@@ -307,6 +412,29 @@ def test_other_settings_or_data_do_not_go_on_with_a_stopped_run(home, store):
     assert steps_of(lambda: run(store, "c"))[0] == 10
 
 
+@pytest.mark.parametrize("changes", [{"feature_cache": 0}, {"checkpoint_seconds": 1.0}], ids=str)
+def test_a_run_goes_on_with_settings_that_cannot_change_its_result(store, changes):
+    with at_step(9, interrupt), pytest.raises(Interrupted):
+        run(store, epochs=2)
+    assert steps_of(lambda: run(store, epochs=2, **changes))[0] == 10
+
+
+def test_a_run_goes_on_in_the_precision_that_it_was_stopped_in(store, monkeypatch):
+    """Whatever a processor takes `auto` for."""
+
+    def processor(*, native: bool) -> None:
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+            monkeypatch.setattr(torch.cpu, name, lambda: native)
+
+    for name in ("law", "rent"):
+        processor(native=False)
+        with at_step(9, interrupt), pytest.raises(Interrupted):
+            run(store, name, precision="auto")
+    processor(native=True)
+    assert steps_of(lambda: run(store, "law", precision="auto"))[0] == 0
+    assert steps_of(lambda: run(store, "rent", precision="float32"))[0] == 10
+
+
 def test_features_do_not_depend_on_the_batch_that_they_were_computed_in(home, store, monkeypatch):
     """Matrix libraries round a row differently in batches of different sizes, here so much that it cannot be missed.
 
@@ -326,6 +454,116 @@ def test_features_do_not_depend_on_the_batch_that_they_were_computed_in(home, st
             run(other, **changes)
     run(other, **changes)
     assert weights_of(other) == weights_of(store)
+
+
+# The feature cache
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_features_are_kept_as_they_were_computed(store, precision, monkeypatch):
+    original = FeatureCache.get
+    seen = []
+
+    def watched(self: FeatureCache, rows: Any, compute: Any) -> Tensor:
+        computed = torch.cat([compute(rows[i : i + 1]) for i in range(len(rows))])
+        given = original(self, rows, compute)
+        seen.append((given.dtype, torch.equal(given, computed)))
+        return given
+
+    monkeypatch.setattr(FeatureCache, "get", watched)
+    run(store, epochs=2, precision=precision)
+    assert set(seen) == {(getattr(torch, precision), True)}
+
+
+@pytest.mark.parametrize("room", [0, 2.5, 4])
+def test_the_feature_cache_leaves_room_for_checkpoints(home, store, room, monkeypatch):
+    """For the last one, the next one beside it, and the module."""
+    other = Store.create(home / "other", home / "base")
+    run(other, epochs=2)
+    checkpoint = 3 * 4 * other.module("law").manifest.parameters
+    free = SimpleNamespace(free=int(room * checkpoint))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    kept = []
+    with each_step(lambda step: kept.extend(p.stat().st_size for p in store.path.rglob("features.bin"))):
+        run(store, epochs=2)
+    assert (max(kept) > 0) == (room > 3)
+    assert weights_of(store) == weights_of(other)
+
+
+# A run that goes wrong
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_nothing_is_committed(store, monkeypatch):
+    count = itertools.count()
+
+    def loss(*arguments: Any, **options: Any) -> Tensor:
+        value = linear_cross_entropy(*arguments, **options)
+        return value * math.nan if next(count) == 5 else value
+
+    monkeypatch.setattr("growlm.training.learn.linear_cross_entropy", loss)
+    message = refused(TrainingError, store, checkpoint_seconds=0.0)
+    assert "loss at step 6 of" in message
+    assert "is nan" in message
+    assert "--learning-rate" in message
+    assert "--clip" in message
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_no_step_is_made_on_what_is_no_number(tmp_path, what):
+    p = torch.nn.Parameter(torch.ones(3))
+    seen = []
+
+    def loss(step: int) -> Tensor:
+        seen.append(p.detach().clone())
+        if step < 2:
+            return p.sum()
+        return p.sum() * math.nan if what == "loss" else (p - p.detach()).sqrt().sum()
+
+    with pytest.raises(TrainingError, match=rf"the {what}.* at step 3 of 9 is (nan|inf)"):
+        train({"p": p}, loss, 9, lambda step: 1, config(), 0.1, folder=tmp_path, resume_hint="")
+    assert len(seen) == 3
+    assert torch.equal(p, seen[-1])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_module_that_overflows_where_it_is_served_is_not_committed(home):
+    store = Store.create(home / "half", home / "base", dtype="float16")
+    message = refused(TrainingError, store, learning_rate=0.99, clip=0.0, precision="float32")
+    assert "held-out loss after training" in message
+    assert "--learning-rate" in message
+
+
+@pytest.mark.parametrize("damage", ["flipped", "missing", "empty", "list", "numbers", "elsewhere"])
+def test_a_damaged_checkpoint_is_named_and_restart_begins_anew(home, store, damage):
+    with at_step(9, interrupt), pytest.raises(Interrupted):
+        run(store)
+    (tensors,) = (store.path / "work").rglob("step-*.safetensors")
+    pointer = tensors.with_name("checkpoint.json")
+    if damage == "flipped":
+        flip(tensors)
+    elif damage == "missing":
+        tensors.unlink()
+    elif damage == "elsewhere":
+        edit(pointer, file="../../store.json")
+    else:
+        pointer.write_text({"empty": "{}", "list": "[10, 20]", "numbers": '{"step": "ten", "seconds": 1.0}'}[damage])
+    damaged = tensors if damage in ("flipped", "missing") else pointer
+    for _ in range(2):
+        with pytest.raises(IntegrityError) as caught:
+            run(store)
+        message = str(caught.value)
+        assert str(damaged) in message
+        assert "--restart" in message
+        assert "\n" not in message
+    learn(store, "law", [home / "leases.jsonl"], config(), restart=True, progress=False)
+    assert_nothing_left(store)
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(store):
+    with at_step(9, interrupt), pytest.raises(Interrupted):
+        run(store)
+    next((store.path / "work").rglob("checkpoint.json")).unlink()
+    assert steps_of(lambda: run(store))[0] == 0
 
 
 # Processes: killed, and several at once
@@ -496,6 +734,16 @@ def test_bad_settings_are_refused(store):
         {"feature_cache": "big"},
         {"max_rows": 0},
         {"router_samples": 0},
+        {"seed": -1},
+        {"seed": 2**64},
+        {"weight_decay": -0.1},
+        {"weight_decay": math.nan},
+        {"clip": -1.0},
+        {"clip": math.inf},
+        {"warmup": math.nan},
+        {"learning_rate": math.nan},
+        {"checkpoint_seconds": -1.0},
+        {"checkpoint_seconds": math.nan},
     ):
         refused(ConfigError, store, **changes)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import math
 import signal
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import optim
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from disk import write_jsonl
-from growlm.errors import BaseModelError, ConfigError, DataError, Interrupted, StoreError
+from disk import flip, write_jsonl
+from growlm.errors import BaseModelError, ConfigError, DataError, IntegrityError, Interrupted, StoreError, TrainingError
+from growlm.layers.cross_entropy import linear_cross_entropy
 from growlm.modules import ModuleSet
 from growlm.modules.base import Base
 from growlm.modules.scoring import num_labels, passage_losses
@@ -134,6 +138,14 @@ def test_the_number_of_tokens_bounds_the_run(home):
     assert once < run(home, "d", tokens=2 * once).tokens <= 2 * once + 8 * 24
 
 
+@pytest.mark.parametrize("times", [0.3, 3, 7.7])
+def test_no_fewer_tokens_are_trained_on_than_asked_for(home, times):
+    """The last batch of an epoch is short."""
+    once = run(home, "once", batch_size=50).tokens
+    asked = int(times * once)
+    assert asked <= run(home, batch_size=50, tokens=asked).tokens < asked + 50 * 24
+
+
 def test_a_preset_is_a_llama_with_its_own_vocabulary(home):
     result = pretrain(
         home / "out",
@@ -210,10 +222,10 @@ def test_the_same_seed_gives_the_same_bytes(home):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_an_interrupted_run_goes_on_to_the_same_bytes(home, family, precision):
+@pytest.mark.parametrize("changes", [{"epochs": 2}, {"epochs": 2, "precision": "bfloat16"}, {"tokens": 9000}], ids=str)
+def test_an_interrupted_run_goes_on_to_the_same_bytes(home, family, changes):
     """gpt2 has dropout: the state of the random numbers goes on, too."""
-    changes = {"config": str(write_config(home / family, family)), "epochs": 2, "precision": precision}
+    changes = {"config": str(write_config(home / family, family)), **changes}
     steps = len(steps_of(lambda: run(home, "whole", **changes)))
     for at in (2, steps // 2, steps - 2):
         with at_step(at, interrupt), pytest.raises(Interrupted, match=f"stopped after step {at + 1} of {steps}"):
@@ -253,6 +265,38 @@ def test_other_settings_do_not_go_on_with_a_stopped_run(home):
         run(home, seed=1)
 
 
+def test_a_run_goes_on_in_the_precision_that_it_was_stopped_in(home, monkeypatch):
+    """Whatever a processor takes `auto` for."""
+
+    def processor(*, native: bool) -> None:
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+            monkeypatch.setattr(torch.cpu, name, lambda: native)
+
+    for out in ("a", "b"):
+        processor(native=False)
+        with at_step(5, interrupt), pytest.raises(Interrupted):
+            run(home, out, precision="auto")
+    processor(native=True)
+    assert steps_of(lambda: run(home, "a", precision="auto"))[0] == 0
+    assert steps_of(lambda: run(home, "b", precision="float32"))[0] == 6
+
+
+def test_a_damaged_checkpoint_is_named_and_restart_begins_anew(home):
+    for number, damage in enumerate(
+        (flip, Path.unlink, lambda path: path.with_name("checkpoint.json").write_text("{}"))
+    ):
+        with at_step(5, interrupt), pytest.raises(Interrupted):
+            run(home, f"out-{number}")
+        (tensors,) = home.glob(f".out-{number}-*/step-*.safetensors")
+        damage(tensors)
+        for _ in range(2):
+            with pytest.raises(
+                IntegrityError, match=rf"out-{number}-.*(step-6|checkpoint).*; restore it, or use --restart"
+            ):
+                run(home, f"out-{number}")
+        run(home, f"out-{number}", restart=True)
+
+
 KILLS = [3, 11]
 
 
@@ -278,6 +322,32 @@ def test_a_killed_run_goes_on_to_the_same_bytes(home):
     for at in KILLS:
         assert weights_of(home / f"out-{at}") == weights_of(home / "whole")
     assert_only(home, "whole", *(f"out-{at}" for at in KILLS))
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_leaves_nothing(home, monkeypatch):
+    count = itertools.count()
+
+    def loss(*arguments: Any, **options: Any) -> torch.Tensor:
+        value = linear_cross_entropy(*arguments, **options)
+        return value * math.nan if next(count) == 5 else value
+
+    monkeypatch.setattr("growlm.training.pretrain.linear_cross_entropy", loss)
+    with pytest.raises(TrainingError, match=r"loss at step 6 of \d+ is nan; .*--learning-rate"):
+        run(home, checkpoint_seconds=0.0)
+    assert_only(home)
+
+
+def test_a_model_whose_loss_is_no_number_is_not_saved(home, monkeypatch):
+    original = optim.AdamW.step
+
+    def last(self: optim.AdamW, *arguments: Any, **options: Any) -> Any:
+        original(self, *arguments, **options)
+        self.param_groups[0]["params"][0].data.fill_(math.inf)
+
+    monkeypatch.setattr(optim.AdamW, "step", last)
+    with pytest.raises(TrainingError, match="held-out loss after training is nan"):
+        run(home, tokens=8 * 24)
+    assert_only(home)
 
 
 # Refusals

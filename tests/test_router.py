@@ -13,12 +13,24 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from growlm import router
 from growlm.errors import IntegrityError
 from growlm.files import read_tensors
 from growlm.modules.base import Base
 from growlm.modules.blocks import Blocks, BlocksConfig
-from growlm.router import NONE, Route, add_domain, evidence, has_general, load_router, names_of, pool, write_general
+from growlm.router import (
+    NONE,
+    Route,
+    Router,
+    add_domain,
+    base_states,
+    evidence,
+    gaussian,
+    has_general,
+    load_router,
+    names_of,
+    pool,
+    write_general,
+)
 from growlm.store import Store, StoredModule
 from interruptions import in_new_process, kill_everywhere
 from tiny import make_base, random_ids, save_base
@@ -44,11 +56,11 @@ def kept(seed: int) -> dict[str, Tensor]:
     return {k: (v * 1024).round().short() for k, v in parts.items()}
 
 
-def tensors_of(found: router.Router) -> dict[str, bytes]:
+def tensors_of(found: Router) -> dict[str, bytes]:
     return {k: v.numpy().tobytes() for k, v in vars(found).items() if isinstance(v, Tensor)}
 
 
-def same(left: router.Router, right: router.Router) -> bool:
+def same(left: Router, right: Router) -> bool:
     assert tensors_of(left)
     return left.names == right.names and tensors_of(left) == tensors_of(right)
 
@@ -62,7 +74,7 @@ class Domains:
 
     def commit(self, name: str, entry: dict[str, Tensor]) -> tuple[StoredModule, StoredModule | None]:
         old = self.store.modules.get(name)
-        return self.store.commit(name, self.module, {}, {router.EVIDENCE: entry}), old
+        return self.store.commit(name, self.module, {}, gaussian.files_of(entry)), old
 
     def learn(self, name: str, seed: int) -> None:
         add_domain(self.store, *self.commit(name, kept(seed)))
@@ -70,7 +82,7 @@ class Domains:
 
 def describe_general(store: Store, seed: int = GENERAL) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(router, "evidence", lambda base, train, heldout, **_: kept(seed))
+        patch.setattr(gaussian, "evidence", lambda base, train, heldout, **_: kept(seed))
         write_general(store, None, [], [])
 
 
@@ -195,18 +207,20 @@ def test_a_store_keeps_no_text_and_no_tokens(base_folder, base, tmp_path):
     texts = passages(12, 64, 0)
     write_general(store, base, texts, texts[:3])
     module = Blocks.create(base, BlocksConfig(num_layers=1, vocabulary="none"))
-    stored = store.commit("law", module, {}, {router.EVIDENCE: evidence(base, texts, texts[:3])})
+    stored = store.commit("law", module, {}, gaussian.files_of(evidence(base, texts, texts[:3])))
     add_domain(store, stored, None)
     load_router(store)
-    for file in sorted(store.path.rglob("router.safetensors")):
+    for file in sorted(store.path.rglob("router*.safetensors")):
         for name, tensor in read_tensors(file).items():
             if name in ("vectors", "heldout"):
                 assert tensor.dtype == torch.int16
                 assert tensor.shape[1] == WIDTH
                 assert len(tensor) % 3 == 0
             else:
-                assert (name, tuple(tensor.shape)) in [("gram", (WIDTH, WIDTH)), ("members", (32,))]
-    assert len(list(store.path.rglob("router.safetensors"))) == 3
+                derived = {"gram": (WIDTH, WIDTH), "whiten": (WIDTH, WIDTH), "means": (2, WIDTH), "sum": (WIDTH,)}
+                counts = {"limits": (1,), "forks": (1,), "count": (1,), "members": (32,)}
+                assert tuple(tensor.shape) == {**derived, **counts}[name]
+    assert len(list(store.path.rglob("router*.safetensors"))) == 5
 
 
 # Guarantee 9: the order of learning, and what was taken out again, leave no trace
@@ -269,9 +283,9 @@ def test_a_new_domain_needs_no_old_evidence(new_store, monkeypatch):
         return read_tensors(path, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(router, "read_tensors", watched)
+        patch.setattr(gaussian, "read_tensors", watched)
         add_domain(made.store, stored, old)
-    assert read == [stored.folder / router.EVIDENCE]
+    assert read == [stored.folder / gaussian.VECTORS]
     assert same(load_router(made.store), load_router(new_store({"chem": 11, "code": 12, "law": 13}).store))
 
 
@@ -346,7 +360,7 @@ def test_a_kill_while_general_text_is_replaced_leaves_the_old_or_the_new(new_sto
 
 
 @pytest.fixture(scope="module")
-def five(new_store) -> router.Router:
+def five(new_store) -> Router:
     return load_router(new_store(SEEDS).store)
 
 
@@ -419,14 +433,14 @@ def test_routing_goes_through_the_base_alone(base_folder, base, tmp_path):
     module = Blocks.create(base, BlocksConfig(num_layers=1, vocabulary="none"))
     for name, start in (("low", 10), ("mid", 100)):
         entry = evidence(base, language(start, 2), language(start, 3))
-        add_domain(store, store.commit(name, module, {}, {router.EVIDENCE: entry}), None)
+        add_domain(store, store.commit(name, module, {}, gaussian.files_of(entry)), None)
     found = load_router(store)
     for start, wanted in ((10, "low"), (100, "mid"), (200, NONE)):
-        hidden, visible = router.base_states(base, language(start, 4, count=20, tokens=64))
+        hidden, visible = base_states(base, language(start, 4, count=20, tokens=64))
         answers = names_of(found.route(hidden, visible))
         assert answers.count(wanted) >= 18
     mixed = [language(10, 5)[0][:9], language(100, 5)[0], language(200, 5)[0][:15]]
-    assert names_of(found.route(*router.base_states(base, mixed))) == ["low", "mid", NONE]
+    assert names_of(found.route(*base_states(base, mixed))) == ["low", "mid", NONE]
 
 
 @pytest.mark.parametrize("general", [None, GENERAL])
@@ -474,7 +488,7 @@ def test_identical_texts_do_not_break_the_fit(new_store, monkeypatch):
 
 def test_changed_evidence_is_refused(new_store):
     made = new_store({"chem": 11, "law": 13})
-    path = made.store.module("law").folder / router.EVIDENCE
+    path = made.store.module("law").folder / gaussian.EVIDENCE
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
@@ -482,21 +496,59 @@ def test_changed_evidence_is_refused(new_store):
         load_router(made.store)
 
 
-def test_a_module_without_evidence_is_refused(new_store):
-    made = new_store({"law": 13})
+def test_a_module_without_evidence_is_never_chosen_and_stands_in_no_ones_way(new_store):
+    made, alone = new_store({"law": 13}), new_store({"law": 13})
     made.store.commit("bare", made.module, {})
-    with pytest.raises(IntegrityError, match=r"holds no router\.safetensors; learn 'bare' again"):
-        load_router(made.store)
+    for _ in range(2):  # fitted, and read again
+        assert same(load_router(made.store), load_router(alone.store))
+        assert load_router(made.store).forks == {"law": made.module.fork}
 
 
-def test_changed_sums_are_made_anew(new_store):
+@pytest.mark.parametrize("derived", ["gaussian", "gaussian-fitted"])
+def test_changed_derived_files_are_made_anew(new_store, derived):
     made = new_store({"law": 13})
     wanted = load_router(made.store)
-    (sums,) = [p for p in made.store.router_path.glob("*/*/router.safetensors") if p.parts[-3] != "general"]
-    content = bytearray(sums.read_bytes())
+    (kept_file,) = made.store.router_path.glob(f"{derived}/*/router.safetensors")
+    content = bytearray(kept_file.read_bytes())
     content[-100] ^= 1
-    sums.write_bytes(content)
+    kept_file.write_bytes(content)
     assert same(load_router(made.store), wanted)
+
+
+def test_a_fitted_router_is_read_and_not_fitted_again(new_store, monkeypatch):
+    made = new_store({"law": 13, "chem": 11})
+    wanted = load_router(made.store)
+    with monkeypatch.context() as patch:
+        patch.setattr(gaussian, "read_tensors", lambda *a, **k: pytest.fail("a module's evidence was read"))
+        patch.setattr(type(made.store.module("law")), "manifest", property(lambda self: pytest.fail("opened")))
+        again = load_router(Store.open(made.store.path))
+    assert same(again, wanted)
+    assert again.forks == wanted.forks == dict.fromkeys(("chem", "law"), made.module.fork)
+
+
+def test_a_module_that_was_removed_while_the_router_is_read_is_not_damage(new_store, monkeypatch):
+    made = new_store({"law": 13, "chem": 11})
+    read = gaussian._read_kept  # the point at which files are opened
+
+    def removed(module: StoredModule, file: str) -> dict[str, Tensor]:
+        if module.name == "law":
+            made.store.remove("law")
+        return read(module, file)
+
+    monkeypatch.setattr(gaussian, "_read_kept", removed)
+    assert load_router(made.store).names == ["chem"]
+
+
+def test_without_is_the_router_less_some_names(new_store):
+    found = load_router(new_store({"law": 13, "chem": 11, "med": 14}).store)
+    left = found.without({"chem"})
+    assert left.names == ["law", "med"]
+    assert set(left.forks) == {"law", "med"}
+    assert left.num_bytes() < found.num_bytes()
+    for seed in (13, 14):
+        probes = states(seed, 6, sample=5)
+        assert names_of(left.route_pooled(probes)) == names_of(found.route_pooled(probes))
+    assert "chem" not in names_of(left.route_pooled(states(11, 6, sample=5)))
 
 
 def test_a_store_that_cannot_be_written_still_routes(new_store, monkeypatch):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
-from growlm.engine import Engine, Generation
+from growlm.engine import AUTO, Engine, Generation, SamplingConfig
 
 _STOP = "\nUser:"
 
@@ -13,7 +14,8 @@ _STOP = "\nUser:"
 class Chat:
     """Turns with one engine. Uses the tokenizer's chat template, or else plain `User:` and `Assistant:` lines."""
 
-    def __init__(self, engine: Engine, module: str | None = "auto", **sampling: Any) -> None:
+    def __init__(self, engine: Engine, module: str | None = AUTO, **sampling: Any) -> None:
+        SamplingConfig(**sampling)  # says now what would fail every turn
         self._engine, self._sampling = engine, sampling
         self._module: str | None = None
         self.choose(module)
@@ -25,7 +27,7 @@ class Chat:
         Raises:
             UnknownModuleError: no such module.
         """
-        if module not in (None, "auto"):
+        if module not in (None, AUTO):
             self._engine.store.module(str(module))
         self._module = module
 
@@ -33,23 +35,29 @@ class Chat:
         self.messages = []
 
     def say(self, text: str, *, seed: int = 0) -> Iterator[str | Generation]:
-        """A user's turn; yields the answer as `Engine.stream` does."""
-        self.messages.append({"role": "user", "content": text})
+        """A user's turn; yields the answer as `Engine.stream` does. A turn that fails or is left is forgotten.
+
+        The router sees what the user has said so far, the newest last, and nothing of the answers: the choice is the
+        same whether or not keys and values of earlier turns are still in memory.
+        """
+        said = [*self.messages, {"role": "user", "content": text}]
+        module, scores = self._module, {}
+        if module == AUTO:
+            route = self._engine.route("\n".join(m["content"] for m in said if m["role"] == "user"))
+            module, scores = route.module, route.scores
         templated = bool(getattr(self._engine.tokenizer, "chat_template", None))
         stop = () if templated else (_STOP,)
-        try:
-            for piece in self._engine.stream(
-                self._prompt(templated), module=self._module, reuse=True, seed=seed, stop=stop, **self._sampling
-            ):
-                if isinstance(piece, Generation):
-                    self.messages.append({"role": "assistant", "content": piece.text})
-                yield piece
-        except BaseException:
-            self.messages.pop()
-            raise
+        prompt = self._prompt(said, templated)
+        for piece in self._engine.stream(prompt, module=module, reuse=True, seed=seed, stop=stop, **self._sampling):
+            if isinstance(piece, Generation):
+                self.messages = [*said, {"role": "assistant", "content": piece.text}]
+                piece = replace(piece, scores=scores)
+            yield piece
 
-    def _prompt(self, templated: bool) -> str:
+    def _prompt(self, messages: list[dict[str, str]], templated: bool) -> str | list[int]:
         if templated:
-            return self._engine.tokenizer.apply_chat_template(self.messages, tokenize=False, add_generation_prompt=True)
-        turns = [f"{m['role'].capitalize()}: {m['content'].strip()}" for m in self.messages]
+            # Token ids: a template writes its own start of text.
+            tokenizer = self._engine.tokenizer
+            return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        turns = [f"{m['role'].capitalize()}: {m['content'].strip()}" for m in messages]
         return "\n".join([*turns, "Assistant:"])

@@ -5,21 +5,33 @@ Results go to stdout, progress to stderr; errors take one line and exit with sta
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
-import re
 import shutil
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import typer
 
 from growlm import __version__
+from growlm.cli_options import (
+    DataPaths,
+    Json,
+    MaxNewTokens,
+    Memory,
+    ModuleChoice,
+    Seed,
+    StorePath,
+    TopP,
+    Yes,
+    from_config,
+    spread,
+)
 from growlm.errors import ConfigError, GrowlmError
+from growlm.evaluation.config import EvalConfig
 from growlm.training.config import LearnConfig, PretrainConfig
 from growlm.units import format_count, format_size
 
@@ -33,81 +45,24 @@ app = typer.Typer(
     "by a router and loaded when a prompt needs them.",
 )
 
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    pass
+
+
 # Typer brings a click of its own or uses the installed one: take the base class from what it raises.
 ClickError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
-
-StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Memory = Annotated[
-    str | None, typer.Option("--memory", metavar="SIZE", help="Budget for all weights in memory, e.g. 2GB.")
-]
-ModuleChoice = Annotated[
-    str, typer.Option("--module", metavar="NAME", help="auto (the router chooses), base, or a module's name.")
-]
-MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="The most tokens to write.")]
-TopP = Annotated[
-    float, typer.Option("--top-p", help="Keep the likeliest tokens that hold this probability; 1 keeps all.")
-]
-Seed = Annotated[int, typer.Option("--seed", help="Of the draw.")]
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
-DataPaths = Annotated[
-    list[str],
-    typer.Option(
-        "--data",
-        metavar="PATH...",
-        help="Files or folders of .txt, .md, .jsonl, .parquet or source code, or hub:owner/name; everything up to the "
-        "next option.",
-        show_default=False,
-    ),
-]
-
-
-def from_config(config: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a command an option for every field of a config class: its type, its default, its line of the docstring.
-
-    The command receives the config object as its argument `config`.
-    """
-
-    def wrap(command: Callable[..., None]) -> Callable[..., None]:
-        own = {n: p for n, p in inspect.signature(command, eval_str=True).parameters.items() if n != "config"}
-        hints = get_type_hints(config)
-        docs = _field_docs(config)
-        names = [f.name for f in fields(config)]
-
-        def run(**arguments: Any) -> None:
-            settings = {name: arguments.pop(name) for name in names}
-            command(**arguments, config=config(**settings))
-
-        parameters = list(own.values())
-        for f in fields(config):
-            # A number with a unit is written as text.
-            kind = str if hints[f.name] in (int | str, int | str | None) else hints[f.name]
-            kind = str | None if hints[f.name] == int | str | None else kind
-            option = typer.Option(f"--{f.name.replace('_', '-')}", help=docs.get(f.name, ""))
-            parameters.append(
-                inspect.Parameter(
-                    f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=Annotated[kind, option]
-                )
-            )
-        ordered = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
-        run.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
-        run.__annotations__ = {p.name: p.annotation for p in ordered}
-        run.__name__, run.__doc__ = command.__name__, command.__doc__
-        return run
-
-    return wrap
-
-
-def _field_docs(config: type) -> dict[str, str]:
-    """The `Attributes:` of a config class and of its parents: one sentence or two a field."""
-    docs: dict[str, str] = {}
-    for cls in reversed(config.__mro__):
-        _, _, listed = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")
-        for entry in re.split(r"\n(?=    \S)", listed):
-            names, colon, text = entry.strip().partition(": ")
-            if colon and all(n.isidentifier() for n in names.split(", ")):
-                docs |= dict.fromkeys(names.split(", "), " ".join(text.split()))
-    return docs
 
 
 @app.command()
@@ -168,15 +123,13 @@ def new(
     """
     from growlm.store import Store
 
+    missing = [path for path in (store.expanduser(), *store.expanduser().parents) if not path.exists()]
     made = Store.create(store, base, dtype=dtype)
     if general:
         from growlm.training.general import describe_general
 
-        try:
+        with _undone_on_failure(made.path, missing):
             describe_general(made, made.load_base(), made.load_tokenizer(), general)
-        except BaseException:
-            shutil.rmtree(store, ignore_errors=True)
-            raise
     if as_json:
         return _print_json(made.manifest.model_dump())
     print(f"{store}: made for {base} ({made.manifest.dtype}, {format_size(made.base_bytes())})")
@@ -214,6 +167,8 @@ def learn(
         f"{name} version {result.version}: held-out loss {result.loss_before:.3f} -> {result.loss_after:.3f} after "
         f"{result.tokens:,} tokens in {result.seconds:,.0f} s ({result.tokens_per_second:,.0f} tokens/s)"
     )
+    if result.loss_after > result.loss_before:
+        _note(f"{name} does worse than the base on its own held-out text: give more text or --epochs, or remove it")
     return None
 
 
@@ -252,6 +207,12 @@ def generate(
     top_p: TopP = 1.0,
     seed: Seed = 0,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="Text that ends the answer; repeatable.")] = None,
+    mix: Annotated[
+        int, typer.Option("--mix", help="Let so many of the best modules write together, by how well each predicts.")
+    ] = 1,
+    reroute: Annotated[
+        int, typer.Option("--reroute", help="Choose the module anew after every so many tokens; 0 chooses once.")
+    ] = 0,
     as_json: Json = False,
 ) -> None:
     """Answer a prompt with the module that the router chooses, as it is written.
@@ -261,6 +222,8 @@ def generate(
         growlm generate brain "What does aspirin inhibit?" --memory 2GB
 
         growlm generate brain "Article 1." --module law --temperature 0.8 --top-p 0.95 --seed 7
+
+        growlm generate brain "The patient sued the hospital because" --mix 2
     """
     sampling = {
         "max_new_tokens": max_new_tokens,
@@ -272,11 +235,16 @@ def generate(
     }
     with _engine(store, memory) as engine:
         if as_json:
-            answer = engine.generate(prompt, module=_module(module), **sampling)
+            answer = engine.generate(prompt, module=_module(module), mix=mix, reroute=reroute, **sampling)
             return _print_json(answer.to_json())
-        result = _print_stream(engine.stream(prompt, module=_module(module), **sampling))
+        result = _print_stream(engine.stream(prompt, module=_module(module), mix=mix, reroute=reroute, **sampling))
+    writers = result.module or "base"
+    if result.mixture:
+        writers = ", ".join(f"{name} {share:.0%}" for name, share in result.mixture.items())
+    elif len(result.changes) > 1:
+        writers = ", ".join(f"{name or 'base'} from token {at}" for at, name in result.changes)
     _note(
-        f"[{result.module or 'base'}; {format_size(result.resident_bytes)} of weights in memory"
+        f"[{writers}; {format_size(result.resident_bytes)} of weights in memory"
         f"{'; loaded ' + ', '.join(result.loaded) if result.loaded else ''}]"
     )
     return None
@@ -302,12 +270,14 @@ def chat(
 
     with _engine(store, memory) as engine:
         talk = Chat(engine, _module(module), max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
-        _note("/module NAME, /new, /quit")
-        turn = 0
+        _note(_CHAT_HELP)
+        turn, failed = 0, False
         while True:
             try:
                 line = input("> " if sys.stdin.isatty() else "").strip()
             except EOFError:
+                if failed and not sys.stdin.isatty():
+                    raise typer.Exit(1) from None
                 return
             try:
                 if line in ("/quit", "/exit"):
@@ -317,16 +287,22 @@ def chat(
                 elif line.split()[:1] == ["/module"]:
                     talk.choose(_module(line.removeprefix("/module").strip() or "auto"))
                 elif line.startswith("/"):
-                    _note("commands are /module NAME, /new, /quit")
+                    _note(_CHAT_HELP)
                 elif line:
                     turn += 1
                     result = _print_stream(talk.say(line, seed=seed + turn))
                     _note(f"[{result.module or 'base'}]")
+            except KeyboardInterrupt:
+                if not sys.stdin.isatty():
+                    raise
+                _note("\n[stopped]")  # this answer, not the conversation
             except GrowlmError as error:
+                failed = True
                 _note(f"error: {error}")
 
 
 @app.command(name="eval")
+@from_config(EvalConfig)
 def evaluate(
     store: StorePath,
     data: Annotated[
@@ -338,18 +314,9 @@ def evaluate(
             show_default=False,
         ),
     ],
+    config: Any,
     report: Annotated[Path | None, typer.Option("--report", help="Write a page with figures to this folder.")] = None,
     memory: Memory = None,
-    sequence_length: Annotated[
-        int, typer.Option("--sequence-length", help="Longer documents are scored in pieces.")
-    ] = 512,
-    max_documents: Annotated[int, typer.Option("--max-documents", help="Of each domain; 0 for all.")] = 200,
-    route_tokens: Annotated[int, typer.Option("--route-tokens", help="Of each document, for the router.")] = 256,
-    matrix: Annotated[
-        bool, typer.Option("--matrix/--no-matrix", help="Replay the order of learning: the forgetting matrix.")
-    ] = True,
-    text_key: Annotated[str, typer.Option("--text-key", help="Key of the text in JSONL, column in Parquet.")] = "text",
-    separator: Annotated[str | None, typer.Option("--separator", help="Cuts text files into documents.")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure perplexity, routing and forgetting on held-out text.
@@ -360,7 +327,6 @@ def evaluate(
 
         growlm eval brain --data law=heldout2.txt none=news.txt --json
     """
-    from growlm.evaluation import EvalConfig
     from growlm.evaluation import evaluate as run
     from growlm.store import Store
 
@@ -370,11 +336,12 @@ def evaluate(
         if not equals or not name or not path:
             raise ConfigError(f"--data {item!r}: write it as NAME=PATH, e.g. medicine=heldout.txt")
         paths.setdefault(name, []).append(path)
-    settings = EvalConfig(sequence_length, max_documents, route_tokens, matrix, text_key, separator)
-    result = run(Store.open(store), dict(paths), settings, memory=memory).to_json()
     if report is not None:
-        from growlm.evaluation.report import write_report
+        from growlm.evaluation.report import check_folder, write_report
 
+        check_folder(report)
+    result = run(Store.open(store), dict(paths), config, memory=memory).to_json()
+    if report is not None:
         page = write_report(result, report)
         _note(f"report: {page}")
     if as_json:
@@ -427,7 +394,8 @@ def verify(store: StorePath, as_json: Json = False) -> None:
     if as_json:
         _print_json({"ok": not problems, "problems": problems})
     elif not problems:
-        print(f"{store}: {len(opened.modules)} modules, every file as it should be")
+        count = len(opened.modules)
+        print(f"{store}: {count} module{'' if count == 1 else 's'}, every file as it should be")
     else:
         print("\n".join(problems))
     if problems:
@@ -438,26 +406,35 @@ def verify(store: StorePath, as_json: Json = False) -> None:
 def remove(
     store: StorePath,
     name: Annotated[str, typer.Argument(metavar="NAME", show_default=False)],
+    version: Annotated[int | None, typer.Option("--version", help="Only this one; by default all.")] = None,
     yes: Yes = False,
     as_json: Json = False,
 ) -> None:
-    """Withdraw a module, all its versions. Everything else keeps its bytes.
+    """Withdraw a module, all its versions or one. Everything else keeps its bytes.
 
-    Example:
+    Examples:
 
         growlm remove brain law
+
+        growlm remove brain law --version 1
     """
     from growlm.store import Store
 
     opened = Store.open(store)
-    current = opened.module(name)
-    plan = f"remove {name} (version {current.version} and all before it) from {store}"
+    current = opened.module(name, version)
+    which = f"version {version}" if version is not None else f"version {current.version} and all before it"
+    plan = f"remove {name} ({which}) from {store}"
     if not yes:
         if not sys.stdin.isatty():
             raise ConfigError(f"{plan}? there is no one to ask; add --yes")
-        if not typer.confirm(f"{plan}?", err=True):
+        try:
+            sure = typer.confirm(f"{plan}?", err=True)
+        except typer.Abort:
+            _note("")  # ends the question's line
+            raise ConfigError("interrupted; nothing was changed") from None
+        if not sure:
             raise typer.Exit(1)
-    opened.remove(name)
+    opened.remove(name, version)
     if as_json:
         return _print_json({"removed": name, "version": current.version})
     print(f"removed {name}")
@@ -518,6 +495,27 @@ def version(as_json: Json = False) -> None:
     return None
 
 
+@contextmanager
+def _undone_on_failure(folder: Path, made: Sequence[Path]) -> Iterator[None]:
+    """If what follows fails, takes away what was put into a folder that was empty or not there.
+
+    Args:
+        made: of the folder and those above it those that were not there before, the deepest first.
+    """
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for path in list(folder.iterdir()):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+            for path in made:
+                path.rmdir()
+        raise
+
+
 def _engine(store: Path, memory: str | None) -> Any:
     from growlm.engine import Engine
     from growlm.store import Store
@@ -530,47 +528,30 @@ def _module(name: str) -> str | None:
 
 
 def _print_stream(pieces: Any) -> Any:
+    """Prints the texts as they come; returns what comes last. Reads to the end: only then has the stream finished."""
+    result = None
     for piece in pieces:
         if isinstance(piece, str):
             print(piece, end="", flush=True)
         else:
-            print(flush=True)
-            return piece
-    raise AssertionError("a stream ends with its result")
+            result = piece
+    print(flush=True)
+    assert result is not None
+    return result
 
 
 def _print_json(content: Any) -> None:
-    print(json.dumps(content, ensure_ascii=False))
+    # JSON has no nan: the loss of a module that diverged is null.
+    plain = json.loads(json.dumps(content), parse_constant=lambda name: None)
+    print(json.dumps(plain, ensure_ascii=False))
 
 
 def _note(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _spread(arguments: Sequence[str]) -> list[str]:
-    """Lets --data and --general take several values: `--data a b` becomes `--data a --data b`."""
-    spread: list[str] = []
-    many: str | None = None
-    for argument in arguments:
-        option, equals, value = argument.partition("=")
-        if option in ("--data", "--general"):
-            many, first = option, True
-            if equals:
-                spread += [many, value]
-                first = False
-            continue
-        if argument.startswith("-") and argument != "-":
-            if many is not None and first:
-                spread.append(many)  # without a value: click says what is missing
-            many = None
-        if many is not None:
-            spread += [many, argument]
-            first = False
-        else:
-            spread.append(argument)
-    if many is not None and first:
-        spread.append(many)
-    return spread
+_CHAT_HELP = "/module NAME, /module base, /module auto, /new, /quit"
+_RESUMED = ("pretrain", "learn", "demo")  # commands that save as they go
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -579,7 +560,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        status = app(_spread(given), prog_name="growlm", standalone_mode=False)
+        status = app(spread(given), prog_name="growlm", standalone_mode=False)
         if status == 130:  # typer's own word for Ctrl-C
             raise KeyboardInterrupt
         sys.exit(status if isinstance(status, int) else 0)
@@ -592,7 +573,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _note(f"{command}: {' '.join(error.format_message().split()).rstrip('.')}; see {command} --help")
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
-        _note("growlm: interrupted; nothing was changed")
+        saved = given and given[0] in _RESUMED
+        _note(f"growlm: interrupted{'; what was saved is kept: run the same command again to go on' if saved else ''}")
         sys.exit(1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

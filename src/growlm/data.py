@@ -394,6 +394,15 @@ class PackedTokens:
         return len(self) * (self.tokens.shape[1] - 1)
 
 
+def start_tokens(tokenizer: Any) -> list[int]:
+    """The start token, if the tokenizer by itself begins a text with one, as some bases expect; else nothing.
+
+    Prompts begin with it, and so does every text that a module, the router or an evaluation is shown.
+    """
+    start = tokenizer.bos_token_id
+    return [start] if start is not None and tokenizer("")["input_ids"][:1] == [start] else []
+
+
 def pack(
     documents: Iterable[Document],
     tokenizer: Any,
@@ -402,7 +411,7 @@ def pack(
     max_tokens: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> PackedTokens:
-    """Windows of `sequence_length` labels over all documents, each followed by end-of-text.
+    """Windows of `sequence_length` labels over all documents, each between `start_tokens` and end-of-text.
 
     `tokenizer` is a `PreTrainedTokenizerFast`; special tokens written out in a text become those tokens.
     Texts of more than about thirty thousand characters are tokenized in pieces. At most `max_tokens`
@@ -416,12 +425,13 @@ def pack(
         _require("max_tokens", max_tokens, sequence_length)
     if tokenizer.eos_token_id is None:
         raise ConfigError("the tokenizer has no end-of-text token to join documents; set its eos_token")
+    begin = np.array(start_tokens(tokenizer), dtype=np.int32)
     end = np.array([tokenizer.eos_token_id], dtype=np.int32)
     parts: list[np.ndarray] = []
     total = 0
     for done, ids in enumerate(_token_ids(documents, tokenizer), 1):
-        parts += [ids, end]
-        total += len(ids) + 1
+        parts += [begin, ids, end]
+        total += len(begin) + len(ids) + 1
         if progress is not None:
             progress(done)
         if max_tokens is not None and total > max_tokens:
@@ -436,7 +446,7 @@ def pack(
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """Consecutive token ids of one document, and that document's place in what was given."""
+    """Consecutive token ids of one document after the start token, and that document's place in what was given."""
 
     tokens: list[int]
     document_index: int
@@ -447,14 +457,16 @@ def passages(
 ) -> list[Passage]:
     """Every document by itself in pieces of at most `sequence_length` tokens, for evaluation one by one.
 
-    There is no end-of-text, and pieces of less than two tokens, which predict nothing, are dropped. At most
-    `limit` passages, the first ones, are returned.
+    Every piece begins with `start_tokens`, which count. There is no end-of-text, and pieces of less than two
+    tokens, which predict nothing, are dropped. At most `limit` passages, the first ones, are returned.
     """
     _require("sequence_length", sequence_length, 2)
+    begin = start_tokens(tokenizer)
+    room = sequence_length - len(begin)
     found = (
-        Passage(ids[start : start + sequence_length].tolist(), index)
+        Passage(begin + ids[at : at + room].tolist(), index)
         for index, ids in enumerate(_token_ids(documents, tokenizer))
-        for start in range(0, len(ids) - 1, sequence_length)  # from the last token alone nothing starts
+        for at in range(0, len(begin) + len(ids) - 1, room)  # without a start token, not from the last token alone
     )
     return list(itertools.islice(found, limit))
 
@@ -492,3 +504,17 @@ def batches(num_rows: int, batch_size: int, *, seed: int, epoch: int) -> list[np
     _require("seed", seed, 0)
     order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_rows)
     return [order[start : start + batch_size] for start in range(0, num_rows, batch_size)]
+
+
+def schedule(num_rows: int, batch_size: int, *, wanted: int, seed: int) -> list[np.ndarray]:
+    """Batches of one epoch after another until `wanted` rows are read, and what is left of the last batch."""
+    _require("num_rows", num_rows, 1)
+    order: list[np.ndarray] = []
+    read = 0
+    for epoch in itertools.count():
+        for rows in batches(num_rows, batch_size, seed=seed, epoch=epoch):
+            if read >= wanted:
+                return order
+            order.append(rows)
+            read += len(rows)
+    raise AssertionError  # epochs do not end

@@ -38,5 +38,9 @@ class ConfigError(GrowlmError):
     """A setting is out of range, or two settings contradict each other."""
 
 
+class TrainingError(GrowlmError):
+    """Training has gone wrong: its loss is no number any more."""
+
+
 class Interrupted(GrowlmError):
     """A long run was stopped by the user; the message says how to go on."""

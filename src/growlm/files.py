@@ -11,8 +11,9 @@ import hashlib
 import json
 import mmap
 import os
+import secrets
 import shutil
-import tempfile
+import stat
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -28,6 +29,7 @@ _BLOCK = 1 << 20
 _HUGE_PAGE = 2 << 20
 _TWO_THREADS = 16 << 20  # bytes from which a second reader pays for its thread
 _MAX_HEADER = 100_000_000  # the format's own limit
+_LOCK = ".lock"
 
 
 def sha256_file(path: Path) -> str:
@@ -68,27 +70,31 @@ class HashMemo:
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Replaces a file in one step: after a crash it holds the old bytes or the new ones."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    make_folders(path.parent)
+    new = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
     try:
-        with os.fdopen(handle, "wb") as f:
+        with open(new, "xb") as f:
             f.write(content)
             f.flush()
             os.fsync(f.fileno())
-        _readable(name)
-        os.replace(name, path)
+        os.replace(new, path)
     except BaseException as error:
-        Path(name).unlink(missing_ok=True)
+        with suppress(OSError):
+            new.unlink()
         raise_if_full(error, path, len(content))
         raise
     sync(path.parent)
 
 
-def _readable(path: str | Path) -> None:
-    """Gives a file the permissions that a plain `open` would have given it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    os.chmod(path, (0o777 if os.path.isdir(path) else 0o666) & ~mask)
+def make_folders(folder: Path) -> None:
+    """Makes a folder and those above it that are missing, and waits until the name of each is on the disk."""
+    missing = []
+    while not folder.exists():
+        missing.append(folder)
+        folder = folder.parent
+    for made in reversed(missing):
+        made.mkdir(exist_ok=True)
+        sync(made.parent)
 
 
 def sync(path: Path) -> None:
@@ -127,8 +133,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
 
     num_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
     try:
+        with open(path, "ab") as f:
+            plain = stat.S_IMODE(os.fstat(f.fileno()).st_mode)
         save_file({k: v.detach().contiguous() for k, v in tensors.items()}, path)
-        _readable(path)
+        os.chmod(path, plain)  # safetensors replaces the file by one that its owner alone can read
         sync(path)
     except (OSError, SafetensorError) as error:
         raise_if_full(error, path, num_bytes)
@@ -253,51 +261,50 @@ def new_folder(final: Path, scratch: Path, manifest: str) -> Iterator[Path]:
     Raises:
         StoreError: `final` exists, or the disk is full.
     """
-    scratch.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=scratch, prefix=f"{os.getpid()}-"))
     try:
-        yield work
-        assert (work / manifest).exists()
-        for file in work.iterdir():
-            sync(file)
-        _readable(work)
-        sync(work)
-        final.parent.mkdir(parents=True, exist_ok=True)
-        if final.exists():
-            raise StoreError(f"{final}: exists already; run the command again")
-        os.rename(work, final)
-        sync(final.parent)
+        with _work_folder(scratch) as work:
+            yield work
+            assert (work / manifest).exists()
+            for file in work.iterdir():
+                sync(file)
+            sync(work)
+            make_folders(final.parent)
+            if final.exists():
+                raise StoreError(f"{final}: exists already; run the command again")
+            os.rename(work, final)
+            sync(final.parent)
     except BaseException as error:
-        shutil.rmtree(work, ignore_errors=True)
         raise_if_full(error, final, 0)
         raise
 
 
 def remove_folder(folder: Path, scratch: Path) -> None:
     """Deletes a folder so that no one ever sees half of it: renamed away first."""
-    scratch.mkdir(parents=True, exist_ok=True)
-    gone = Path(tempfile.mkdtemp(dir=scratch, prefix=f"{os.getpid()}-")) / "gone"
-    os.rename(folder, gone)
-    sync(folder.parent)
-    shutil.rmtree(gone.parent, ignore_errors=True)
+    with _work_folder(scratch) as work:
+        os.rename(folder, work / "gone")
+        sync(folder.parent)
+
+
+@contextmanager
+def _work_folder(scratch: Path) -> Iterator[Path]:
+    """A folder of one's own in `scratch`, gone in the end. The lock beside it says that it is in use, on any machine
+    that shares the disk; it is there before the folder and goes after it."""
+    work = scratch / secrets.token_hex(8)
+    with locked(scratch / (work.name + _LOCK), keep=False):
+        try:
+            work.mkdir()
+            yield work
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def clear_scratch(scratch: Path) -> None:
-    """Removes what killed processes left in a scratch folder; names begin with the process id."""
-    for left in scratch.iterdir() if scratch.exists() else ():
-        pid = left.name.split("-")[0]
-        if pid.isdigit() and not _alive(int(pid)):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    """Removes what killed processes left in a scratch folder: what no one holds the lock of."""
+    found = list(scratch.iterdir()) if scratch.exists() else []
+    for name in {p.name.removesuffix(_LOCK) for p in found if p.name.endswith(_LOCK) or p.is_dir()}:
+        with suppress(OSError), locked(scratch / (name + _LOCK), wait=False, keep=False) as left:
+            if left:
+                shutil.rmtree(scratch / name, ignore_errors=True)
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from growlm.files import (
     HashMemo,
     clear_scratch,
     locked,
+    make_folders,
     new_folder,
     read_tensors,
     remove_folder,
@@ -45,7 +46,9 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _RESERVED = ("auto", "base", "general", "none")
 WEIGHTS = "module.safetensors"
 MANIFEST = "module.json"
-ROUTER_SUMS = "gaussian"  # under router/: derived from the modules' own files
+# Under router/: what it was shown as none of the modules, and what is derived from the modules' own files.
+GENERAL, ROUTER_SUMS, ROUTER_FITTED = "general", "gaussian", "gaussian-fitted"
+ROUTER_DERIVED = (ROUTER_SUMS, ROUTER_FITTED)
 
 
 class _Manifest(BaseModel):
@@ -59,6 +62,7 @@ class StoreManifest(_Manifest):
     growlm: str = __version__
     created: str
     base: str  # a hub id, or a folder: relative to the store where possible
+    base_revision: str | None = None  # of a hub id: the commit that the store was made for
     base_fingerprint: str
     tokenizer_fingerprint: str
     dtype: str  # in which the base is held and run, and modules are saved
@@ -162,21 +166,22 @@ class Store:
         """
         path = Path(path).expanduser()
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            known = " (it is a store: open it)" if (path / "store.json").exists() else ""
-            raise StoreError(f"{path}: exists already{known}; choose another folder")
+            what = "is a store already" if (path / "store.json").exists() else "exists already"
+            raise StoreError(f"{path}: {what}; choose another folder")
         if dtype not in ("auto", *checkpoint.DTYPES):
             raise StoreError(f"dtype {dtype!r} is not one of auto, {', '.join(checkpoint.DTYPES)}")
         folder = checkpoint.resolve(base)
-        checkpoint.read_config(folder)
+        checkpoint.check(folder)
         local = Path(base).expanduser().is_dir()
         manifest = StoreManifest(
             created=_now(),
             base=os.path.relpath(folder.resolve(), path.resolve()) if local else str(base),
+            base_revision=None if local else checkpoint.hub_revision(folder),
             base_fingerprint=checkpoint.fingerprint(folder),
             tokenizer_fingerprint=checkpoint.tokenizer_fingerprint(folder),
             dtype=checkpoint.stored_dtype(folder) if dtype == "auto" else dtype,
         )
-        (path / "modules").mkdir(parents=True, exist_ok=True)
+        make_folders(path / "modules")
         write_atomic(path / "store.json", manifest.model_dump_json(indent=2).encode())
         return cls(path, manifest)
 
@@ -211,8 +216,8 @@ class Store:
         Raises:
             UnknownModuleError: the store does not hold it.
         """
-        check_name(name)
-        versions = _complete_versions(self.path / "modules" / name)
+        # A name that no module can have is not looked for on the disk.
+        versions = _complete_versions(self.path / "modules" / name) if _allowed(name) else []
         if not versions:
             known = ", ".join(list(self.modules)[:20]) or "none yet"
             raise UnknownModuleError(f"{self.path}: no module {name!r}; modules are: {known}")
@@ -271,17 +276,21 @@ class Store:
                 (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2))
         return StoredModule(name, version, final)
 
-    def remove(self, name: str) -> None:
-        """Withdraws a module, all its versions. Everything else keeps its bytes.
+    def remove(self, name: str, version: int | None = None) -> None:
+        """Withdraws a module, all its versions or one of them. Everything else keeps its bytes.
 
         Raises:
             UnknownModuleError: the store does not hold it.
         """
-        self.module(name)
         with self.lock():
+            self.module(name, version)
+            if version is not None and len(_complete_versions(self.path / "modules" / name)) == 1:
+                version = None  # the last one: nothing is left
             # What was derived from all modules still has this one's share: it goes first, and is made anew when needed.
-            self.drop_router_file(ROUTER_SUMS)
-            remove_folder(self.path / "modules" / name, self.scratch)
+            for derived in ROUTER_DERIVED:
+                self.drop_router_file(derived)
+            folder = self.path / "modules" / name
+            remove_folder(folder if version is None else folder / str(version), self.scratch)
 
     def load(self, name: str, base: Base, *, version: int | None = None, verify: bool = True) -> KnowledgeModule:
         """A module, ready to run on `base`.
@@ -333,7 +342,7 @@ class Store:
                     f"{self.path / 'store.json'}"
                 )
             return checkpoint.resolve(local)
-        return checkpoint.resolve(recorded)
+        return checkpoint.resolve(recorded, revision=self.manifest.base_revision)
 
     def check_base(self) -> Path:
         """The base's folder, once its config, weights and tokenizer are known to be those of this store.
@@ -420,9 +429,24 @@ class Store:
         if (self.router_path / name).is_dir():
             remove_folder(self.router_path / name, self.scratch)
 
+    def router_digest(self, name: str) -> str | None:
+        """The hash of what the router keeps under `name`; None if there is nothing."""
+        while (folder := self._router_version(name)) is not None:
+            try:
+                return _read_manifest(folder / "router.json", RouterManifest).files["router.safetensors"]
+            except (IntegrityError, KeyError):
+                if self._router_version(name) == folder:
+                    raise IntegrityError(f"{folder / 'router.json'}: is damaged; delete {folder.parent}") from None
+        return None
+
     def _router_version(self, name: str) -> Path | None:
-        versions = _complete_versions(self.router_path / name, "router.json")
-        return self.router_path / name / str(versions[-1]) if versions else None
+        folder = self.router_path / name
+        while True:
+            listed = _listed_versions(folder)
+            versions = _complete_versions(folder, "router.json")
+            # Versions that were replaced between the listing and the look into them are not none at all.
+            if versions or listed == _listed_versions(folder):
+                return folder / str(versions[-1]) if versions else None
 
     # The store itself
 
@@ -466,11 +490,9 @@ class Store:
             folder = self.base_folder
             if checkpoint.fingerprint(folder, sha256_file) != self.manifest.base_fingerprint:
                 problems.append(f"{folder}: not the base that this store was made for")
-        except GrowlmError as error:
-            problems.append(str(error))
-        try:
-            if checkpoint.tokenizer_fingerprint(self.base_folder) != self.manifest.tokenizer_fingerprint:
-                problems.append(f"{self.base_folder}: not the tokenizer that this store was made for")
+            if checkpoint.tokenizer_fingerprint(folder) != self.manifest.tokenizer_fingerprint:
+                problems.append(f"{folder}: not the tokenizer that this store was made for")
+            checkpoint.check(folder)
         except GrowlmError as error:
             problems.append(str(error))
         for folder in sorted(self.router_path.glob("*/*")):
@@ -478,6 +500,8 @@ class Store:
                 problems += _check_files(folder, _read_manifest(folder / "router.json", RouterManifest).files)
             except GrowlmError as error:
                 problems.append(str(error))
+        if self.modules and self._router_version(GENERAL) is None:
+            problems.append(f"{self.router_path / GENERAL}: is missing; restore it, or make the store again")
         for name, versions in self._versions():
             for version in versions:
                 folder = self.path / "modules" / name / str(version)
@@ -524,20 +548,27 @@ def check_name(name: str) -> None:
     """
     if name in _RESERVED:
         raise StoreError(f"module name {name!r} is not allowed: it means something else to the engine; choose another")
-    if not _NAME.fullmatch(name) or ".." in name:
+    if not _allowed(name):
         raise StoreError(
             f"module name {name!r} is not allowed: use 1 to 64 of a-z, 0-9, '.', '_', '-', beginning with a letter or "
             "digit, without '..'"
         )
 
 
-def _complete_versions(folder: Path, manifest: str = MANIFEST) -> list[int]:
+def _allowed(name: str) -> bool:
+    return _NAME.fullmatch(name) is not None and ".." not in name and name not in _RESERVED
+
+
+def _listed_versions(folder: Path) -> list[int]:
     try:
         with os.scandir(folder) as entries:
-            found = [e.name for e in entries if re.fullmatch("[1-9][0-9]*", e.name)]
+            return sorted(int(e.name) for e in entries if re.fullmatch("[1-9][0-9]*", e.name))
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(int(v) for v in found if os.path.exists(os.path.join(folder, v, manifest)))
+
+
+def _complete_versions(folder: Path, manifest: str = MANIFEST) -> list[int]:
+    return [v for v in _listed_versions(folder) if os.path.exists(os.path.join(folder, str(v), manifest))]
 
 
 def _read_manifest(path: Path, kind: type[_M]) -> _M:
@@ -580,4 +611,4 @@ def _check_files(folder: Path, files: Mapping[str, str]) -> list[str]:
 
 
 def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="microseconds")

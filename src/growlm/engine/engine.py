@@ -7,102 +7,31 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from growlm.data import start_tokens
+from growlm.engine.answers import Answer, Generation
 from growlm.engine.generation import Group, Prefilled, decode, prefill
-from growlm.engine.kv import Prefix, PrefixCache
+from growlm.engine.kv import PrefixCache
+from growlm.engine.mixing import decode_mixed
 from growlm.engine.module_cache import ModuleCache
+from growlm.engine.rerouting import decode_rerouted
 from growlm.engine.sampling import SamplingConfig
 from growlm.engine.scheduler import Wave, plan
-from growlm.errors import BudgetError, ConfigError, DataError
+from growlm.errors import BudgetError, ConfigError, DataError, IntegrityError
 from growlm.modules import KnowledgeModule, ModuleSet
 from growlm.router import NONE, Route, load_router
-from growlm.store import WEIGHTS, Store
+from growlm.store import MANIFEST, WEIGHTS, Store, StoredModule
 from growlm.units import format_size, parse_size
 
 AUTO = "auto"  # let the router choose
-
-
-@dataclass(frozen=True)
-class Generation:
-    """An answer.
-
-    Attributes:
-        text: the answer alone, without the prompt.
-        module: which module wrote it; None for the base.
-        scores: the router's, best first; empty where the module was given.
-        resident_bytes: weights in memory when it was written: base, router and modules.
-        loaded: modules that were read from the disk for it.
-        tokens: ids of the answer.
-        finish_reason: "stop" (an end of text or a stop text) or "length".
-    """
-
-    text: str
-    module: str | None
-    scores: dict[str, float]
-    resident_bytes: int
-    loaded: list[str]
-    tokens: list[int] = field(repr=False)
-    prompt_tokens: int
-    finish_reason: str
-
-    def to_json(self) -> dict[str, Any]:
-        names = ("text", "module", "scores", "resident_bytes", "loaded", "prompt_tokens", "finish_reason")
-        return {name: getattr(self, name) for name in names}
-
-
-class _Answer:
-    """One row while it is written."""
-
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...], emit: Callable[[str], bool] | None) -> None:
-        self._tokenizer, self._stop, self._emit = tokenizer, stop, emit
-        self.tokens: list[int] = []
-        self.stopped = False
-        self._sent = 0
-
-    def add(self, token: int) -> bool:
-        self.tokens.append(token)
-        if self._stop or self._emit:
-            text = self.text()
-            if any(s in text for s in self._stop):
-                self.stopped = True
-            if self._emit:
-                self._send(text)
-        return not self.stopped
-
-    def text(self) -> str:
-        return self._tokenizer.decode(self.tokens, skip_special_tokens=True)
-
-    def final_text(self) -> str:
-        text = self.text()
-        cuts = [text.index(s) for s in self._stop if s in text]
-        text = text[: min(cuts)] if cuts else text
-        if self._emit and len(text) > self._sent:
-            self._emit(text[self._sent :])
-        return text
-
-    def _send(self, text: str) -> None:
-        # Half a character, or what may become a stop text, waits for the next token.
-        end = len(text)
-        if text.endswith("\ufffd"):
-            end = len(text.rstrip("\ufffd"))
-        for stop in self._stop:
-            if stop in text:
-                end = min(end, text.index(stop))
-            for size in range(min(len(stop) - 1, end), 0, -1):
-                if text[:end].endswith(stop[:size]):
-                    end -= size
-                    break
-        if end > self._sent:
-            assert self._emit is not None
-            if not self._emit(text[self._sent : end]):
-                self.stopped = True
-            self._sent = end
+Prompt = str | Sequence[int]  # text, or token ids as they are
+_OPEN = 0.1  # share of a mixture's prior that all modules in it have alike
 
 
 class Engine:
@@ -127,6 +56,8 @@ class Engine:
         device: str | None = None,
         prefix_bytes: str | int = "256MB",
     ) -> None:
+        if max_batch < 1:
+            raise ConfigError(f"max_batch is {max_batch}; it must be at least 1")
         self.store = store
         self.memory = None if memory is None else parse_size(memory)
         self.max_batch = max_batch
@@ -136,13 +67,13 @@ class Engine:
         self.base_bytes = self.base.num_bytes()
         self._check_budget(self.base_bytes)
         self.tokenizer = store.load_tokenizer()
+        self._start_tokens = start_tokens(self.tokenizer)
         self._end_tokens = _end_tokens(self.base, self.tokenizer)
         self._verified: set[tuple[str, int, int, int]] = set()
         left = None if self.memory is None else self.memory - self.fixed_bytes
         self.modules = ModuleCache(
             left,
-            lambda name: store.module(name).bytes,
-            self._load,
+            self._find,
             reserved=f" of {format_size(self.memory or 0)} after base {format_size(self.base_bytes)} and router "
             f"{format_size(self.router.num_bytes())}",
         )
@@ -173,23 +104,44 @@ class Engine:
 
     # Answers
 
-    def generate(self, prompt: str, *, module: str | None = AUTO, reuse: bool = False, **sampling: Any) -> Generation:
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        module: str | None = AUTO,
+        reuse: bool = False,
+        mix: int = 1,
+        reroute: int = 0,
+        **sampling: Any,
+    ) -> Generation:
         """Answers one prompt.
 
         Args:
             module: a module's name, None for the base alone, or "auto" to let the router choose.
-            reuse: keep keys and values for a prompt that continues this one and its answer (a conversation).
+            reuse: keep keys and values for a prompt that continues this one and its answer (a conversation). They serve
+                a prompt whose module is named; to choose one, the base must read the whole prompt.
+            mix: let the best so many of the router's choices write together, weighted by how well each predicted the
+                text so far. All of them must fit the budget at once.
+            reroute: choose the module anew after every so many tokens; 0 chooses once.
             sampling: the fields of `SamplingConfig`, e.g. max_new_tokens=64, temperature=0.8.
 
         Raises:
             UnknownModuleError: no such module.
             BudgetError: the module does not fit the budget.
             DataError: an empty prompt.
+            ConfigError: `mix` of more modules than the router knows, or `mix`, `reroute` and `module` at odds.
         """
-        return self._answer_one(prompt, module, _sampling(sampling), None, reuse)
+        return self._answer_one(prompt, module, _sampling(sampling), None, reuse, mix, reroute)
 
     def stream(
-        self, prompt: str, *, module: str | None = AUTO, reuse: bool = False, **sampling: Any
+        self,
+        prompt: Prompt,
+        *,
+        module: str | None = AUTO,
+        reuse: bool = False,
+        mix: int = 1,
+        reroute: int = 0,
+        **sampling: Any,
     ) -> Iterator[str | Generation]:
         """As `generate`, piece by piece: the answer's text as it is written, and at the end the `Generation`."""
         config = _sampling(sampling)
@@ -202,7 +154,7 @@ class Engine:
 
         def run() -> None:
             try:
-                queue.put(self._answer_one(prompt, module, config, emit, reuse))
+                queue.put(self._answer_one(prompt, module, config, emit, reuse, mix, reroute))
             except BaseException as error:
                 queue.put(error)
 
@@ -221,7 +173,7 @@ class Engine:
             worker.join()
 
     def generate_many(
-        self, prompts: Sequence[str], *, modules: Sequence[str | None] | str | None = AUTO, **sampling: Any
+        self, prompts: Sequence[Prompt], *, modules: Sequence[str | None] | str | None = AUTO, **sampling: Any
     ) -> list[Generation]:
         """Answers many prompts, grouped by module; the answers are in the prompts' order.
 
@@ -243,7 +195,7 @@ class Engine:
             by_index.update(zip(chosen, results, strict=True))
         return [by_index[i] for i in range(len(prompts))]
 
-    def route(self, prompt: str) -> Route:
+    def route(self, prompt: Prompt) -> Route:
         """Which module the router would choose, and how sure it is of each.
 
         Raises:
@@ -271,15 +223,100 @@ class Engine:
 
     def _answer_one(
         self,
-        prompt: str,
+        prompt: Prompt,
         module: str | None,
         config: SamplingConfig,
         emit: Callable[[str], bool] | None,
         reuse: bool,
+        mix: int = 1,
+        reroute: int = 0,
     ) -> Generation:
+        self._check_several(module, mix, reroute)
         tokens = self._encode(prompt, config)
         self._check_names([module])
+        if mix > 1:
+            return self._answer_mixed(tokens, config, emit, mix)
+        if reroute:
+            return self._answer_rerouted(tokens, config, emit, reroute)
         return self._answer_batch([tokens], [module], config, emit, reuse)[0]
+
+    def _check_several(self, module: str | None, mix: int, reroute: int) -> None:
+        if mix < 1 or reroute < 0:
+            name, value, least = ("mix", mix, 1) if mix < 1 else ("reroute", reroute, 0)
+            raise ConfigError(f"{name} is {value}; it must be at least {least}")
+        if mix > 1 and mix > len(self.router.names):
+            raise ConfigError(f"--mix {mix}: the router knows {len(self.router.names)} modules; mix at most as many")
+        if (mix > 1 or reroute) and module != AUTO:
+            raise ConfigError(f"--mix and --reroute choose modules themselves; leave out --module {module}")
+        if mix > 1 and reroute:
+            raise ConfigError("--mix already follows the text; leave out --reroute")
+
+    def _answer_mixed(
+        self, tokens: Sequence[int], config: SamplingConfig, emit: Callable[[str], bool] | None, mix: int
+    ) -> Generation:
+        with self._lock:
+            before = self.modules.resident
+            state, (route,) = self._prefill([tokens], [AUTO], False)
+            names = list(route.scores)[:mix]
+            prior = torch.tensor([route.scores[name] for name in names])
+            # A module that the router ruled out may still fit what comes later.
+            prior = (1 - _OPEN) * prior / prior.sum() + _OPEN / mix
+            named = [name for name in names if name != NONE]
+            answer = Answer(self.tokenizer, config.stop, emit)
+            with self.modules.using(named) as held:
+                sets = [ModuleSet(self.base, [] if name == NONE else [held[name]]) for name in names]
+                if not {s.fork for s in sets} - {0} <= state.hidden.keys():
+                    state = prefill(self.base, [tokens], {s.fork for s in sets} - {0})
+                weights = decode_mixed(state, sets, prior, config, self._end_tokens, answer.add)
+                resident = self.resident_bytes
+                del sets
+        mixture = dict(zip(names, weights.tolist(), strict=True))
+        best = max(mixture, key=lambda name: mixture[name])
+        return answer.generation(
+            config,
+            module=None if best == NONE else best,
+            scores=route.scores,
+            resident_bytes=resident,
+            loaded=[name for name in named if name not in before],
+            prompt_tokens=len(tokens),
+            mixture=mixture,
+        )
+
+    def _answer_rerouted(
+        self, tokens: Sequence[int], config: SamplingConfig, emit: Callable[[str], bool] | None, every: int
+    ) -> Generation:
+        with self._lock:
+            before = self.modules.resident
+            state, (first,) = self._prefill([tokens], [AUTO], False)
+            answer = Answer(self.tokenizer, config.stop, emit)
+            resident: list[int] = []
+
+            @contextmanager
+            def using(name: str | None) -> Iterator[ModuleSet]:
+                with self.modules.using([] if name is None else [name]) as held:
+                    resident.append(self.resident_bytes)
+                    yield ModuleSet(self.base, list(held.values()))
+
+            changes = decode_rerouted(
+                self.base,
+                state,
+                lambda states: self.router.route(states)[0].module,
+                using,
+                config,
+                self._end_tokens,
+                answer.add,
+                every=every,
+            )
+        used = [name for name in dict.fromkeys(name for _, name in changes) if name is not None]
+        return answer.generation(
+            config,
+            module=changes[-1][1],
+            scores=first.scores,
+            resident_bytes=max(resident),
+            loaded=[name for name in used if name not in before],
+            prompt_tokens=len(tokens),
+            changes=changes,
+        )
 
     def _answer_batch(
         self,
@@ -296,11 +333,9 @@ class Engine:
                 if name is not None and name != AUTO:
                     self.modules.check_fits([name])
                     self.modules.prefetch(name, keep=[n for n in wanted if n is not None])
-            state, routes, prefix = self._prefill(texts, wanted, reuse)
+            state, routes = self._prefill(texts, wanted, reuse)
             names = [route.module if name == AUTO else name for name, route in zip(wanted, routes, strict=True)]
-            if prefix is not None:
-                state = self._continued(state, prefix, names[0], texts)
-            answers = [_Answer(self.tokenizer, config.stop, emit) for _ in texts]
+            answers = [Answer(self.tokenizer, config.stop, emit) for _ in texts]
             results: list[Generation | None] = [None] * len(texts)
             budget = None if self.memory is None else self.memory - self.fixed_bytes
             for name in set(names) - {None}:
@@ -311,16 +346,13 @@ class Engine:
                 resident = self._run_wave(state, wave, following, config, answers, texts, reuse)
                 for name, rows in wave.groups.items():
                     for row in rows:
-                        full = len(answers[row].tokens) == config.max_new_tokens and not answers[row].stopped
-                        results[row] = Generation(
-                            text=answers[row].final_text(),
+                        results[row] = answers[row].generation(
+                            config,
                             module=name,
                             scores=routes[row].scores,
                             resident_bytes=resident,
                             loaded=[name] if name is not None and name not in before else [],
-                            tokens=answers[row].tokens,
                             prompt_tokens=len(texts[row]),
-                            finish_reason="length" if full else "stop",
                         )
             return [r for r in results if r is not None]
 
@@ -330,7 +362,7 @@ class Engine:
         wave: Wave,
         following: Sequence[str],
         config: SamplingConfig,
-        answers: Sequence[_Answer],
+        answers: Sequence[Answer],
         texts: Sequence[Sequence[int]],
         reuse: bool,
     ) -> int:
@@ -352,44 +384,34 @@ class Engine:
             if reuse:
                 # The last token of an answer that was not ended by the model has not been run.
                 seen = [*texts[0], *answers[0].tokens][: cache.length(0)]
-                self._prefixes.put(groups[0].modules.digest, seen, groups[0].modules.fork, cache)
+                self._prefixes.put(groups[0].modules.digest, seen, cache)
             return self.resident_bytes
 
     def _prefill(
         self, texts: Sequence[Sequence[int]], wanted: Sequence[str | None], reuse: bool
-    ) -> tuple[Prefilled, list[Route], Prefix | None]:
+    ) -> tuple[Prefilled, list[Route]]:
         """Runs the base over the prompts, as far as any of them needs, and routes those that want it."""
-        automatic = AUTO in wanted
+        unrouted = [Route(None, {})] * len(texts)
         forks = {self._fork(name) for name in wanted if name != AUTO}
-        if automatic and self.router.names:
-            forks |= {self._fork(name) for name in self.router.names}
-        prefix = self._prefixes.take(texts[0]) if reuse else None
-        if prefix is not None and prefix.fork == self.base.num_layers:
+        if AUTO not in wanted:
+            prefix = self._prefixes.take(self._digest(wanted[0]), texts[0]) if reuse else None
+            if prefix is None:
+                return prefill(self.base, texts, forks, whole=None in wanted), unrouted
             new = [texts[0][len(prefix.tokens) :]]
-            base_only = prefix.cache_for("base")
-            state = prefill(self.base, new, forks, past=len(prefix.tokens), cache=base_only)
-        else:
-            prefix = None
-            state = prefill(self.base, texts, forks, whole=automatic or None in wanted)
-        if not automatic:
-            return state, [Route(None, {})] * len(texts), prefix
+            state = prefill(self.base, new, forks, whole=wanted[0] is None, past=len(prefix.tokens), cache=prefix.cache)
+            return state, unrouted
+        state = prefill(self.base, texts, forks | set(self.router.forks.values()))
         assert state.last is not None
-        seen = None if state.visible is None else state.visible[:, state.past :]
-        routes = self.router.route(state.last, seen)
-        return state, [r if name == AUTO else Route(None, {}) for name, r in zip(wanted, routes, strict=True)], prefix
+        routes = self.router.route(state.last, state.visible)
+        while gone := {r.module for r in routes if r.module is not None and self.store.find(r.module) is None}:
+            # Withdrawn while this engine runs.
+            self.router = self.router.without({str(name) for name in gone})
+            routes = self.router.route(state.last, state.visible)
+        return state, [r if name == AUTO else Route(None, {}) for name, r in zip(wanted, routes, strict=True)]
 
-    def _continued(
-        self, state: Prefilled, prefix: Prefix, name: str | None, texts: Sequence[Sequence[int]]
-    ) -> Prefilled:
-        """The state to go on from, once the module is known: the kept keys and values if they are its own, else the
-        prompt anew."""
-        digest = "base" if name is None else self._digest(name)
-        if digest == prefix.digest:
-            state.cache = prefix.cache_for(digest)
-            return state
-        return prefill(self.base, texts, {self._fork(name)}, whole=name is None)
-
-    def _digest(self, name: str) -> str:
+    def _digest(self, name: str | None) -> str:
+        if name is None:
+            return ModuleSet(self.base).digest
         with self.modules.using([name]) as held:
             return ModuleSet(self.base, [held[name]]).digest
 
@@ -399,20 +421,37 @@ class Engine:
     def _size(self, name: str) -> int:
         return self.store.module(name).bytes
 
-    def _load(self, name: str) -> KnowledgeModule:
-        """Reads a module; its hash is compared once for a file that does not change."""
-        path = self.store.module(name).folder / WEIGHTS
+    def _find(self, name: str) -> tuple[int, Callable[[], KnowledgeModule]]:
+        stored = self.store.module(name)
+        return stored.bytes, lambda: self._load(stored)
+
+    def _load(self, stored: StoredModule) -> KnowledgeModule:
+        """Reads one version of a module; its hash is compared once for a file that does not change."""
+        path = stored.folder / WEIGHTS
         try:
             stat = path.stat()
             mark = (str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns)
         except FileNotFoundError:
             mark = (str(path), 0, 0, 0)
-        module = self.store.load(name, self.base, verify=mark not in self._verified)
+        module = self.store.load(stored.name, self.base, version=stored.version, verify=mark not in self._verified)
+        if module.num_bytes() != stored.bytes:
+            raise IntegrityError(
+                f"{stored.folder / MANIFEST}: says {stored.bytes:,} bytes, the weights take {module.num_bytes():,}; "
+                f"learn {stored.name!r} again"
+            )
         self._verified.add(mark)
         return module
 
-    def _encode(self, prompt: str, config: SamplingConfig) -> list[int]:
-        tokens = self.tokenizer.encode(prompt)
+    def _encode(self, prompt: Prompt, config: SamplingConfig) -> list[int]:
+        if isinstance(prompt, str):
+            try:
+                prompt.encode()
+            except UnicodeEncodeError:
+                raise DataError("the prompt is not valid UTF-8; check the terminal's encoding") from None
+            text = self.tokenizer.encode(prompt, add_special_tokens=False)
+            tokens = [*self._start_tokens, *text] if prompt.strip() else []
+        else:
+            tokens = list(prompt)
         if not tokens:
             raise DataError("the prompt is empty; give some text")
         limit = self.base.max_positions

@@ -111,6 +111,9 @@ def decode(
     config: SamplingConfig,
     end_tokens: Collection[int],
     on_token: Callable[[int, int], bool],
+    *,
+    generators: list[torch.Generator] | None = None,
+    passed: list[Tensor] | None = None,
 ) -> KVCache:
     """Writes the answers of a batch.
 
@@ -118,6 +121,8 @@ def decode(
         groups: the rows to run, each in one group; rows of the batch in no group are left alone.
         end_tokens: tokens that end a row; not reported.
         on_token: told a row and its next token; returns whether the row goes on.
+        generators: of the draws, one a row, to go on with; by default new ones from the config's seed.
+        passed: gets the states (b, 1, d) that each new token had at the lowest fork.
 
     Returns:
         Keys and values of the rows that were left at the end, the prompts' included.
@@ -135,11 +140,12 @@ def decode(
     logits: list[Tensor] = []
     for group in groups:
         own = None if everything and len(groups) == 1 else torch.tensor(group.rows, device=base.device)
-        state, out = _begin(prefilled, group, own, joint, running[-1].stop if running else 0)
+        state, hidden = begin_group(prefilled, group, own, joint, running[-1].stop if running else 0)
         running.append(state)
-        logits.append(out)
+        logits.append(group.modules.project(hidden[:, -1:]))
 
-    generators = [torch.Generator(base.device).manual_seed(config.seed) for _ in rows]
+    if generators is None:
+        generators = [torch.Generator(base.device).manual_seed(config.seed) for _ in rows]
     length = prefilled.past + prefilled.input_ids.shape[1]
     live = torch.ones(len(rows), dtype=torch.bool)
     for count in range(1, config.max_new_tokens + 1):
@@ -160,13 +166,24 @@ def decode(
             live = live[kept]
         if visible is not None:
             visible = torch.cat([visible, visible.new_ones(len(rows), 1)], dim=-1)
-        logits = _step(base, tokens[:, None], joint, prefix, running, past=length, visible=visible)
+        logits = step_groups(base, tokens[:, None], joint, prefix, running, past=length, visible=visible, passed=passed)
         length += 1
     return prefix.extended(running[0].modules.cache_slots).joined(running[0].cache, joint)
 
 
-def _begin(prefilled: Prefilled, group: Group, rows: Tensor | None, joint: int, start: int) -> tuple[_Running, Tensor]:
-    """Runs a group's own layers over the prompts: what the base did below the group's fork is not done again."""
+def begin_group(
+    prefilled: Prefilled, group: Group, rows: Tensor | None, joint: int, start: int
+) -> tuple[_Running, Tensor]:
+    """Runs a group's own layers over the prompts: what the base did below the group's fork is not done again.
+
+    Args:
+        rows: of the batch, or None where the group is the whole batch.
+        joint: below this layer all groups share one cache.
+        start: the group's first row among those that decode together.
+
+    Returns:
+        The group, ready for `step_groups`, and its last layer's output (b, t, d).
+    """
     modules, base = group.modules, group.modules.base
     cache = prefilled.cache.select(rows, joint, modules.fork).extended(modules.cache_slots)
     if prefilled.past:
@@ -191,10 +208,10 @@ def _begin(prefilled: Prefilled, group: Group, rows: Tensor | None, joint: int, 
         hidden = prefilled.hidden[modules.fork]
         hidden = hidden if rows is None else hidden[rows]
     hidden = base.run(hidden, modules.steps[modules.fork :], shared)
-    return running, modules.project(hidden[:, -1:])
+    return running, hidden
 
 
-def _step(
+def step_groups(
     base: Base,
     tokens: Tensor,
     joint: int,
@@ -203,11 +220,15 @@ def _step(
     *,
     past: int,
     visible: Tensor | None,
+    passed: list[Tensor] | None = None,
 ) -> list[Tensor]:
+    """The logits of each group, (b, 1, v), after one more token of every row, `tokens` (b, 1)."""
     embedded, shared = base.begin(tokens, past=past, visible=visible, cache=prefix)
     hidden = embedded
     if joint > 0:
         hidden = base.run(base.embed_positions(hidden, shared.positions), base.steps(0, joint), shared)
+    if passed is not None:
+        passed.append(hidden)
     logits = []
     for group in running:
         own = hidden if len(running) == 1 else hidden[group.start : group.stop]

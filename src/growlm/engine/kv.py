@@ -1,7 +1,7 @@
 """Keys and values of a batch, and those of finished texts kept for their continuation.
 
-Below the fork a cache belongs to the base, above it to one module set: the set's digest is part of every key, and a
-continuation under another set never sees it (guarantee 4). Knows tensors and token ids; runs no layer.
+A cache belongs to one module set: the set's digest is part of every key, and a continuation under another set never
+sees it (guarantee 4). Knows tensors and token ids; runs no layer.
 """
 
 from __future__ import annotations
@@ -97,12 +97,7 @@ class Prefix:
 
     digest: str
     tokens: tuple[int, ...]
-    fork: int
-    _cache: KVCache
-
-    def cache_for(self, digest: str) -> KVCache:
-        """Keys and values that module set `digest` may continue: all of them if they are its own, else the base's."""
-        return self._cache if digest == self.digest else self._cache.select(None, 0, self.fork)
+    cache: KVCache
 
 
 class PrefixCache:
@@ -112,18 +107,18 @@ class PrefixCache:
         self._limit = limit
         self._entries: OrderedDict[tuple[str, tuple[int, ...]], Prefix] = OrderedDict()
 
-    def put(self, digest: str, tokens: Sequence[int], fork: int, cache: KVCache) -> None:
+    def put(self, digest: str, tokens: Sequence[int], cache: KVCache) -> None:
         key = (digest, tuple(tokens))
-        self._entries[key] = Prefix(digest, key[1], fork, cache)
+        self._entries[key] = Prefix(digest, key[1], cache)
         self._entries.move_to_end(key)
-        while sum(e._cache.num_bytes() for e in self._entries.values()) > self._limit:
+        while sum(e.cache.num_bytes() for e in self._entries.values()) > self._limit:
             self._entries.popitem(last=False)
 
-    def take(self, tokens: Sequence[int]) -> Prefix | None:
-        """The longest text kept that `tokens` continues by at least one token. It leaves the cache: who continues it
-        writes into it."""
+    def take(self, digest: str, tokens: Sequence[int]) -> Prefix | None:
+        """The longest text kept under module set `digest` that `tokens` continues by at least one token. It leaves the
+        cache: who continues it writes into it."""
         wanted = tuple(tokens)
-        fits = [k for k in self._entries if len(k[1]) < len(wanted) and wanted[: len(k[1])] == k[1]]
+        fits = [k for k in self._entries if k[0] == digest and len(k[1]) < len(wanted) and wanted[: len(k[1])] == k[1]]
         return self._entries.pop(max(fits, key=lambda k: len(k[1]))) if fits else None
 
     def clear(self) -> None:

@@ -33,21 +33,19 @@ class ModuleCache:
 
     Args:
         budget: bytes for modules; None for no bound.
-        size: bytes of a module once loaded, from its manifest.
-        load: reads a module; called without the lock held, at most once at a time for a name.
+        find: bytes of a module once loaded, and a function that reads exactly what was found. It is called without the
+            lock held, at most once at a time for a name.
         reserved: what else counts against the whole budget, for messages.
     """
 
     def __init__(
         self,
         budget: int | None,
-        size: Callable[[str], int],
-        load: Callable[[str], KnowledgeModule],
+        find: Callable[[str], tuple[int, Callable[[], KnowledgeModule]]],
         reserved: str = "",
     ) -> None:
         self._budget = budget
-        self._size = size
-        self._load = load
+        self._find = find
         self._reserved = reserved
         self._resident: OrderedDict[str, Future[KnowledgeModule]] = OrderedDict()
         self._bytes: dict[str, int] = {}
@@ -75,7 +73,7 @@ class ModuleCache:
         """
         if self._budget is None:
             return
-        sizes = {n: self._size(n) for n in names}
+        sizes = {n: self._find(n)[0] for n in names}
         if sum(sizes.values()) > self._budget:
             listed = ", ".join(f"{n} {format_size(b)}" for n, b in sizes.items())
             raise BudgetError(
@@ -104,8 +102,7 @@ class ModuleCache:
                         self.counts.hits += 1
                         self._resident.move_to_end(name)
                     else:
-                        self._make_room(self._size(name), keep=set(names))
-                        future = self._start(name)
+                        future = self._start(name, keep=set(names))
                         loaded.append(name)
                     self._pins[name] += 1
                     futures[name] = future
@@ -140,10 +137,9 @@ class ModuleCache:
             if name in self._resident:
                 return True
             try:
-                self._make_room(self._size(name), keep={name, *keep})
+                self._start(name, keep={name, *keep})
             except BudgetError:
                 return False
-            self._start(name)
             self.counts.prefetches += 1
             return True
 
@@ -159,10 +155,13 @@ class ModuleCache:
             self._resident.clear()
             self._bytes.clear()
 
-    def _start(self, name: str) -> Future[KnowledgeModule]:
-        self._bytes[name] = self._size(name)
+    def _start(self, name: str, keep: set[str]) -> Future[KnowledgeModule]:
+        """Makes room for a module and begins to read it: the version that was counted, not a later one."""
+        size, load = self._find(name)
+        self._make_room(size, keep)
+        self._bytes[name] = size
         self.counts.loads += 1
-        future = self._resident[name] = self._reader.submit(self._load, name)
+        future = self._resident[name] = self._reader.submit(load)
         future.add_done_callback(lambda done: self._forget_failed(name, done))
         return future
 

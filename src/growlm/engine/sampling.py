@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
 
 from growlm.errors import ConfigError
+
+_GREEDY = 1e-5  # temperatures below it choose the likeliest token; dividing by them would overflow
+_HOTTEST = 1e30  # every token is as likely as any other long before
 
 
 @dataclass(frozen=True)
@@ -16,7 +21,7 @@ class SamplingConfig:
 
     Attributes:
         max_new_tokens: the most tokens to write.
-        temperature: 0 is greedy.
+        temperature: 0 is greedy, and so is what is below 0.00001.
         top_k, top_p: keep the k likeliest tokens, and of these the fewest that hold probability p; 0 and 1 keep all.
         seed: of the draw.
         stop: texts that end the answer; they are not part of it.
@@ -30,21 +35,33 @@ class SamplingConfig:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
-        if self.temperature < 0:
-            raise ConfigError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
-        if self.top_k < 0:
-            raise ConfigError(f"top_k is {self.top_k}; it must be 0 (all) or more")
+        """
+        Raises:
+            ConfigError: a value out of range or of another type.
+        """
+        for name, least in (("max_new_tokens", 1), ("top_k", 0), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+        if self.seed >= 2**64:
+            raise ConfigError(f"seed is {self.seed}; it must be below 2**64")
+        if not isinstance(self.temperature, Real) or not 0 <= self.temperature <= _HOTTEST:
+            raise ConfigError(f"temperature is {self.temperature!r}; it must be from 0 (greedy) to {_HOTTEST:g}")
+        if not isinstance(self.top_p, Real) or not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p is {self.top_p!r}; it must be above 0 and at most 1")
+        if isinstance(self.stop, str) or not isinstance(self.stop, Sequence):
+            raise ConfigError(f"stop is {self.stop!r}; give a tuple of texts")
+        for text in self.stop:
+            if not isinstance(text, str) or not text:
+                raise ConfigError(f"stop holds {text!r}; each must be a text of at least one character")
+        object.__setattr__(self, "stop", tuple(self.stop))
 
 
 def sample(logits: Tensor, config: SamplingConfig, generators: list[torch.Generator]) -> Tensor:
     """Next tokens (b,) from logits (b, v)."""
-    if config.temperature == 0:
+    if config.temperature < _GREEDY:
         return logits.argmax(-1)
-    logits = logits.float() / config.temperature
+    logits = logits.float() / float(config.temperature)
     if config.top_k:
         bound = logits.topk(min(config.top_k, logits.shape[-1]), dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < bound, -torch.inf)

@@ -134,10 +134,11 @@ def matrix_figure(matrix: Mapping[str, Any]) -> Figure:
     with _style():
         figure, axes = _new(max(WIDTH, margin + cell_width * len(columns)), margin + 30 + cell_height * len(rows))
         for x in range(len(columns)):
-            logs = [math.log(max(_finite(row[x]), 1.0)) for row in values]
-            fall = logs[0] - min(logs)
+            logs = [math.log(max(_finite(row[x]), 1.0)) if _finite(row[x]) else math.nan for row in values]
+            fall = logs[0] - min((loss for loss in logs if math.isfinite(loss)), default=math.nan)
             for y, loss in enumerate(logs):
-                share = max(0.0, (logs[0] - loss) / fall) if fall > 0 else 0.0
+                # A loss that is no number has no colour.
+                share = max(0.0, (logs[0] - loss) / fall) if fall > 0 and math.isfinite(loss) else 0.0
                 axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=(LIGHT["heat"], share)))
                 colour = "surface" if share >= HEAT_TEXT_SWITCH else "ink"
                 axes.text(x, y, number(values[y][x]), ha="center", va="center", color=LIGHT[colour], fontsize=8.5)

@@ -22,6 +22,23 @@ from growlm.evaluation.plots import human_bytes, number
 from growlm.evaluation.summary import NONE_SHARES
 
 
+def check_folder(out_dir: Path) -> None:
+    """Makes a report's folder, before the work that it is for.
+
+    Raises ConfigError when it cannot be written, or holds something else than a report.
+    """
+    out_dir = Path(out_dir)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        held = {path.name for path in out_dir.iterdir()}
+        if held and "eval.json" not in held:
+            raise ConfigError(f"report: {out_dir} holds something else than a report; choose another folder")
+        _replace(out_dir / ".writable", "")
+        (out_dir / ".writable").unlink()
+    except OSError as error:
+        raise ConfigError(f"report: cannot write to {out_dir}: {error.strerror}; choose another folder") from error
+
+
 def write_report(result: dict[str, Any], out_dir: Path) -> Path:
     """Write `index.html` and `eval.json` into `out_dir`, made if needed, and return the page's path.
 
@@ -102,14 +119,16 @@ def _tiles(result: Mapping[str, Any]) -> str:
 
 
 def _perplexity(perplexity: Mapping[str, Mapping[str, Any]]) -> str:
-    head = ["domain", "base", "own module", "routed", "95 % interval", "reduction", "tokens", "documents"]
+    head = ["domain", "base", "own module", "routed", "95 % interval", "reduction", "gain kept", "tokens", "documents"]
     rows = []
     for name in plots.by_base(perplexity):
         row = perplexity[name]
         values = [number(row.get(key)) for key in ("base", "module", "routed")]
         counts = [_integer(row.get(key)) for key in ("tokens", "documents")]
         interval = _span(row.get("routed_interval"), number)
-        rows.append([name, *values, interval, _percent(_reduction(row, "routed")), *counts])
+        rows.append(
+            [name, *values, interval, _percent(_reduction(row, "routed")), _percent(row.get("retained_gain")), *counts]
+        )
     alt = f"Bars of perplexity for {_count(len(rows), 'domain')}: base, own module and routed"
     figure = _svg(plots.perplexity_figure(perplexity), "perplexity", alt)
     text = (
@@ -163,9 +182,11 @@ def _routing(routing: Mapping[str, Any]) -> str:
 def _forgetting(detail: Mapping[str, Sequence[str]]) -> str:
     changed = set(detail.get("changed", ()))
     same = [name for name in detail.get("checked", ()) if name not in changed]
-    listed = (("identical", same), ("changed", sorted(changed)))
+    listed = [("identical", same), ("changed", sorted(changed))]
+    if unknown := detail.get("not_comparable"):
+        listed.append(("left out of the mean, because the loss was no number then or is none now", list(unknown)))
     items = "".join(f"<li>{state}: {escape(', '.join(names) or '–')}</li>" for state, names in listed)
-    text = f"What was there before the last learn, before and after it: {_checked(detail)}."
+    text = f"What base and modules answered when each module was learned, and what they answer now: {_checked(detail)}."
     return f"<section><h2>Forgetting</h2><p>{escape(text)}</p><ul>{items}</ul></section>"
 
 
@@ -174,7 +195,7 @@ def _matrix(matrix: Mapping[str, Any]) -> str:
     rows = [["before", *map(number, matrix["before"])]]
     rows += [[f"after {name}", *map(number, row)] for name, row in zip(domains, matrix["after"], strict=True)]
     measures = ", ".join(
-        f"{text} {matrix[key]:+.4f}"
+        f"{text} {_nats(matrix[key])}"
         for text, key in (("average forgetting", "average_forgetting"), ("backward transfer", "backward_transfer"),
                           ("forward transfer", "forward_transfer"))
     )  # fmt: skip
@@ -206,7 +227,7 @@ def _memory(memory: Mapping[str, Any]) -> str:
     lines = _svg(plots.growth_figure(memory), "growth", f"Two lines, {added}: {ends}")
     text = (
         "Resident is what must be in memory to answer: base, router and the largest module. Total is "
-        "everything on disk. The lines show both as modules are added one by one, in the table's order. "
+        "all weights on disk. The lines show both as modules are added one by one, in the table's order. "
         "Total grows with every module, resident only when a module is larger than all before it."
     )
     head = ["part", "size", "bytes", "resident so far", "total so far"]
@@ -275,6 +296,10 @@ def _checked(detail: Mapping[str, Sequence[str]]) -> str:
 
 def _span(interval: Sequence[float] | None, form: Callable[[Any], str]) -> str:
     return "–" if interval is None else f"{form(interval[0])} to {form(interval[1])}"
+
+
+def _nats(difference: float | None) -> str:
+    return "–" if difference is None or not math.isfinite(difference) else f"{difference:+.4f}"
 
 
 def _percent(share: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ def summary(result: Mapping[str, Any]) -> list[str]:
     """The result as a person reads it on a terminal."""
     rows = [["domain", "base", "module", "routed", "95 % interval"]]
     for name, row in result["perplexity"].items():
-        rows.append([name, *(f"{row[key]:.2f}" for key in ("base", "module", "routed")), _span(row["routed_interval"])])
+        rows.append([name, *(_number(row[key]) for key in ("base", "module", "routed")), _span(row["routed_interval"])])
     routing, none = result["routing"], result["routing"]["none"]
     lines = [
         *_table(rows),
@@ -22,16 +23,20 @@ def summary(result: Mapping[str, Any]) -> list[str]:
     lines.append(
         f"none chosen for {' and '.join(shares)}; calibration error {routing['calibration']['expected_error']:.3f}"
     )
+    if unknown := result["forgetting_detail"].get("not_comparable"):
+        lines.append(
+            f"not in forgetting: {', '.join(unknown)}; the loss was no number when it was learned, or is none now"
+        )
     if matrix := result["matrix"]:
-        rows = [["routed perplexity", *matrix["domains"]], ["before", *(f"{x:.2f}" for x in matrix["before"])]]
+        rows = [["routed perplexity", *matrix["domains"]], ["before", *map(_number, matrix["before"])]]
         for name, losses in zip(matrix["domains"], matrix["after"], strict=True):
-            rows.append([f"after {name}", *(f"{x:.2f}" for x in losses)])
+            rows.append([f"after {name}", *map(_number, losses)])
         measures = (("average forgetting", "average_forgetting"), ("backward transfer", "backward_transfer"),
                     ("forward transfer", "forward_transfer"))  # fmt: skip
         lines += [
             "",
             *_table(rows),
-            ", ".join(f"{text} {matrix[key]:+.4f}" for text, key in measures) + " nats a token",
+            ", ".join(f"{text} {_number(matrix[key], '+.4f')}" for text, key in measures) + " nats a token",
         ]
     return lines
 
@@ -45,8 +50,12 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
             for row in rows]  # fmt: skip
 
 
+def _number(value: float | None, form: str = ".2f") -> str:
+    return "-" if value is None or not math.isfinite(value) else format(value, form)
+
+
 def _share(value: float | None, interval: Sequence[float] | None) -> str:
-    if value is None:
+    if value is None or not math.isfinite(value):
         return "-"
     return f"{value:.1%}" if interval is None else f"{value:.1%} [{interval[0]:.1%}, {interval[1]:.1%}]"
 

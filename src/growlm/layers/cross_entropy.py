@@ -26,9 +26,26 @@ def token_losses(
     ids: Tensor | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Log-loss of every token in nats, (n,) float32, without gradient. Arguments as in `linear_cross_entropy`."""
-    losses, _, _, _ = _walk(hidden, weight, rows, ids, labels, softcap, (False, False, False))
-    return losses
+    """Log-loss of every token in nats, (n,) float32, without gradient. Arguments as in `linear_cross_entropy`.
+
+    Scores what is served: the rows' logits are added to the head's and capped in the dtype of `hidden`, as the engine
+    does, and the head is not copied.
+    """
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        head = weight.to(hidden.dtype)
+        own = None if rows is None else rows.to(hidden.dtype)
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        size = _chunk(weight)
+        for at in range(0, len(hidden), size):
+            h = hidden[at : at + size]
+            logits = h @ head.T
+            if own is not None:
+                assert ids is not None
+                logits = logits.index_add_(-1, ids, h @ own.T)
+            if softcap is not None:
+                logits = logits.div_(softcap).tanh_().mul_(softcap)
+            losses[at : at + size] = cross_entropy(logits.float(), labels[at : at + size], reduction="none")
+        return losses
 
 
 def linear_cross_entropy(
@@ -67,6 +84,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         softcap: float | None,
     ) -> Tensor:
+        if not any(ctx.needs_input_grad):
+            return token_losses(hidden, weight, labels, rows=rows, ids=ids, softcap=softcap).mean()
         losses, *gradients = _walk(hidden, weight, rows, ids, labels, softcap, ctx.needs_input_grad[:3])
         ctx.save_for_backward(*gradients)
         return losses.mean()
@@ -92,7 +111,8 @@ def _walk(
         head, order = weight.to(dtype), None
         if rows is not None:
             assert ids is not None
-            # Own rows first: their part of a chunk's gradient is then a slice, not a gather.
+            # Own rows first: their part of a chunk's gradient is then a slice, not a gather. In bfloat16 they are
+            # rounded with the head that they are added to: one product a chunk, where scoring takes two.
             order = torch.cat([ids, _others(ids, len(weight))])
             head = head.index_select(0, order)
             head[: len(ids)] += rows.to(dtype)
@@ -101,18 +121,15 @@ def _walk(
         for_hidden = torch.empty_like(hidden) if needs[0] else None
         for_weight = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None
         for_rows = torch.zeros_like(rows, dtype=torch.float32) if needs[2] and rows is not None else None
-        size = max(_CHUNK // len(weight), 16)
+        size = _chunk(weight)
         for at in range(0, len(hidden), size):
             h, y = hidden[at : at + size], labels[at : at + size, None]
             logits = (h @ head.T).float()
             slope = None
             if softcap is not None:
                 logits = logits.div_(softcap).tanh_()
-                slope = 1 - logits.square() if any(needs) else None
+                slope = 1 - logits.square()
                 logits = logits.mul_(softcap)
-            if not any(needs):
-                losses[at : at + size] = cross_entropy(logits, y[:, 0], reduction="none")
-                continue
             # One pass for the probabilities; the largest gives back the sum that they were divided by.
             g = logits.softmax(-1)
             log_sum = logits.amax(-1, keepdim=True) - g.amax(-1, keepdim=True).log()
@@ -135,6 +152,11 @@ def _walk(
             None if for_weight is None else _unordered(for_weight, order).mul_(share).to(weight.dtype),
             None if for_rows is None or rows is None else for_rows.mul_(share).to(rows.dtype),
         )
+
+
+def _chunk(weight: Tensor) -> int:
+    """Tokens at a time."""
+    return max(_CHUNK // len(weight), 16)
 
 
 def _others(ids: Tensor, count: int) -> Tensor:

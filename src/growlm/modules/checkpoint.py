@@ -10,23 +10,39 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from growlm.errors import BaseModelError
 from growlm.files import sha256_file
 from growlm.modules.anatomy import anatomy_of
+from growlm.modules.base import tensor_bytes
+
+if TYPE_CHECKING:
+    import torch
 
 DTYPES = ("float32", "bfloat16", "float16")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
 _TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 # Keys that say how a config was written, not what the model computes.
 _VOLATILE = ("transformers_version", "_name_or_path", "architectures", "torch_dtype", "dtype", "use_cache")
+_ROWS = 4096  # of two weights, compared at a time
 
 
-def resolve(base: str | Path) -> Path:
+class _Entry(NamedTuple):
+    """What a header says of a tensor."""
+
+    file: Path
+    dtype: str  # as safetensors spells it
+    shape: tuple[int, ...]
+
+
+def resolve(base: str | Path, *, revision: str | None = None) -> Path:
     """The folder of a base: a local path, or a hub id, which is downloaded once into the hub's own cache.
+
+    Args:
+        revision: of a hub id: a commit, tag or branch; by default what its owner last published.
 
     Raises:
         BaseModelError: neither exists.
@@ -44,11 +60,19 @@ def resolve(base: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        found = snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"])
+        found = snapshot_download(
+            text, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+        )
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BaseModelError(f"{text}: no such folder, and the hub did not give it ({reason})") from None
+        what = f"revision {revision[:12]}" if revision else "it"
+        raise BaseModelError(f"{text}: no such folder, and the hub did not give {what} ({reason})") from None
     return Path(found)
+
+
+def hub_revision(folder: Path) -> str | None:
+    """The commit of a folder that the hub's cache holds; None for any other folder."""
+    return folder.name if folder.parent.name == "snapshots" else None
 
 
 def read_config(folder: Path) -> Any:
@@ -82,16 +106,19 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint, in order.
 
     Raises:
-        BaseModelError: there are none, or an index names one that is missing.
+        BaseModelError: there are none, or an index names one that is missing or lies elsewhere.
     """
     index = folder / "model.safetensors.index.json"
     if (folder / "adapter_config.json").exists():
         raise BaseModelError(f"{folder}: holds an adapter, which transformers would load too; merge it or move it away")
     if index.is_file() and not (folder / "model.safetensors").is_file():  # as transformers chooses
         try:
-            names = sorted({str(Path(v).name) for v in json.loads(index.read_text())["weight_map"].values()})
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise BaseModelError(f"{index}: not a readable index ({error})") from None
+        for name in names:
+            if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name or "\0" in name:
+                raise BaseModelError(f"{index}: names {name!r}, which is no file beside it; restore the index")
     else:
         names = ["model.safetensors"]
     for name in names:
@@ -135,25 +162,96 @@ def tokenizer_fingerprint(folder: Path) -> str:
 def stored_dtype(folder: Path) -> str:
     """The dtype that most of a checkpoint's values are stored in."""
     counts: dict[str, int] = {}
-    for entry in _entries(folder):
-        counts[entry["dtype"]] = counts.get(entry["dtype"], 0) + math.prod(entry["shape"])
-    most = max(counts, key=lambda k: counts[k])
+    for entry in _entries(folder).values():
+        counts[entry.dtype] = counts.get(entry.dtype, 0) + math.prod(entry.shape)
+    most = max(counts, key=lambda k: counts[k], default="F32")
     return {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(most, "float32")
 
 
 def loaded_bytes(folder: Path, dtype: str) -> int:
-    """Bytes that the weights take when loaded as `dtype`, from the files' headers alone."""
-    size = 4 if dtype == "float32" else 2
-    return sum(math.prod(entry["shape"]) * size for entry in _entries(folder))
+    """Bytes that `load_model` will take with `dtype`, buffers included. Reads no weights but those that may be tied.
+
+    Raises:
+        BaseModelError: a family that is not supported, missing or malformed weights.
+    """
+    model = _outline(folder, dtype)
+    return tensor_bytes(model.parameters()) + tensor_bytes(model.buffers())
 
 
 def num_parameters(folder: Path) -> int:
-    """Parameters of a checkpoint, from the files' headers alone."""
-    return sum(math.prod(entry["shape"]) for entry in _entries(folder))
+    """Parameters of the model that a checkpoint holds, tied ones counted once.
+
+    Raises:
+        BaseModelError: a family that is not supported, missing or malformed weights.
+    """
+    return sum(p.numel() for p in _outline(folder, "float32").parameters())
 
 
-def _entries(folder: Path) -> list[dict[str, Any]]:
-    entries = []
+def check(folder: Path) -> None:
+    """Looks for what would keep a checkpoint from being loaded, reading no weights.
+
+    Raises:
+        BaseModelError: truncated files, weights that are missing or do not fit the config, an unreadable tokenizer.
+    """
+    model, stored = _outline(folder, "float32"), _entries(folder)
+    tied = model.all_tied_weights_keys
+    for name, parameter in model.named_parameters():
+        found = _find(stored, name, model.base_model_prefix)
+        if found is None and name not in tied and name not in tied.values():
+            raise BaseModelError(f"{folder}: its weights lack {name!r}; give a whole checkpoint")
+        if found is not None and stored[found[1]].shape != tuple(parameter.shape):
+            raise BaseModelError(
+                f"{folder}: {name!r} has shape {stored[found[1]].shape}, its config asks for {tuple(parameter.shape)}; "
+                "give a checkpoint whose config is its own"
+            )
+    load_tokenizer(folder)
+
+
+def _outline(folder: Path, dtype: str) -> Any:
+    """The model that `load_model` makes, with shapes and dtypes but without values or memory for them."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config, stored = read_config(folder), _entries(folder)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    except Exception as error:
+        raise BaseModelError(f"{folder / 'config.json'}: {str(error).strip().splitlines()[0]}") from None
+    # What the config ties but the files hold twice and not alike is loaded twice.
+    for copy, original in model.all_tied_weights_keys.items():
+        held = [_find(stored, name, model.base_model_prefix) for name in (copy, original)]
+        if held[0] and held[1] and not _alike(held[0], held[1], getattr(torch, dtype)):
+            owner, _, name = copy.rpartition(".")
+            untied = torch.nn.Parameter(torch.empty_like(model.get_parameter(original)))
+            setattr(model.get_submodule(owner), name, untied)
+    return model
+
+
+def _find(stored: Mapping[str, _Entry], name: str, prefix: str) -> tuple[Path, str] | None:
+    """The file of a parameter and its name there: files may leave out the prefix of the model's inner part."""
+    spelled = next((n for n in (name, name.removeprefix(f"{prefix}.")) if n in stored), None)
+    return None if spelled is None else (stored[spelled].file, spelled)
+
+
+def _alike(left: tuple[Path, str], right: tuple[Path, str], dtype: torch.dtype) -> bool:
+    """Whether two stored tensors are the same once loaded as `dtype`; some rows of them are in memory at a time."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(left[0], "pt") as one, safe_open(right[0], "pt") as other:
+            a, b = one.get_slice(left[1]), other.get_slice(right[1])
+            if a.get_shape() != b.get_shape():
+                return False
+            pieces = (slice(at, at + _ROWS) for at in range(0, a.get_shape()[0], _ROWS))
+            return all(bool((a[rows].to(dtype) == b[rows].to(dtype)).all()) for rows in pieces)
+    except SafetensorError as error:
+        raise BaseModelError(f"{left[0]}: not a safetensors file ({error})") from None
+
+
+def _entries(folder: Path) -> dict[str, _Entry]:
+    """The tensors of a checkpoint by name, from the files' headers."""
+    entries: dict[str, _Entry] = {}
     for file in weight_files(folder):
         with open(file, "rb") as f:
             size = int.from_bytes(f.read(8), "little")
@@ -162,9 +260,12 @@ def _entries(folder: Path) -> list[dict[str, Any]]:
             try:
                 header = json.loads(f.read(size))
                 header.pop("__metadata__", None)
-            except (ValueError, AttributeError) as error:
+                entries |= {name: _Entry(file, e["dtype"], tuple(e["shape"])) for name, e in header.items()}
+                end = max((e["data_offsets"][1] for e in header.values()), default=0)
+            except (ValueError, AttributeError, TypeError, KeyError, IndexError) as error:
                 raise BaseModelError(f"{file}: not a safetensors file ({error})") from None
-        entries += list(header.values())
+            if 8 + size + end > os.path.getsize(file):
+                raise BaseModelError(f"{file}: truncated ({os.path.getsize(file):,} of {8 + size + end:,} bytes)")
     return entries
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from growlm.errors import ConfigError
 from growlm.units import parse_count, parse_size
+
+_SEEDS = 2**63  # how many there are: torch takes no larger ones as they are
 
 PRESETS: Mapping[str, Mapping[str, int]] = {
     # A llama each, embeddings tied; parameters with its own vocabulary: about 1 M, 8 M and 42 M.
@@ -63,8 +66,24 @@ class TrainConfig:
             raise ConfigError(f"learning_rate is {self.learning_rate}; it must be between 0 and 1")
         if not 0 <= self.warmup < 1:
             raise ConfigError(f"warmup is {self.warmup}; it is a share of all steps, from 0 to below 1")
+        for name in ("weight_decay", "clip", "checkpoint_seconds"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be a number, 0 or more")
+        if not 0 <= self.seed < _SEEDS:
+            raise ConfigError(f"seed is {self.seed}; it must be from 0 to below 2**63")
         if self.precision not in ("auto", "bfloat16", "float32"):
             raise ConfigError(f"precision {self.precision!r} is not one of auto, bfloat16, float32")
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The most tokens of the data that a run can use: `tokens` in whole rows."""
+        return None if self.tokens is None else -(-int(self.tokens) // self.sequence_length) * self.sequence_length
+
+    def rows_wanted(self, num_rows: int) -> int:
+        """Rows that a run reads of data with `num_rows`, again and again if need be."""
+        if self.max_tokens is None:
+            return self.epochs * num_rows
+        return self.max_tokens // self.sequence_length
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -1,12 +1,13 @@
 """Features: what the base's lower layers say of every training row, computed once and kept on disk.
 
-Rows are bfloat16 whether they come from the disk or were just computed, so that training does not depend on which.
+Rows have the dtype of the run's matrix products, as they were computed: training does not depend on where one is from.
 Knows rows by number; does not know what a row is.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,11 +22,17 @@ class FeatureCache:
     """Rows (t, d) on disk, bounded in bytes: the first rows that fit are kept, others are computed each time.
 
     Made anew by every process: what a killed one left is not trusted.
+
+    Args:
+        limit: bytes that it may take.
+        reserve: bytes of the disk that it leaves free for what matters more.
     """
 
-    def __init__(self, path: Path, num_rows: int, shape: tuple[int, int], limit: int) -> None:
-        self._shape = shape
-        self._row_bytes = 2 * shape[0] * shape[1]
+    def __init__(
+        self, path: Path, num_rows: int, shape: tuple[int, int], dtype: torch.dtype, *, limit: int, reserve: int
+    ) -> None:
+        self._shape, self._dtype, self._reserve = shape, dtype, reserve
+        self._row_bytes = dtype.itemsize * shape[0] * shape[1]
         self._kept = np.zeros(num_rows, dtype=bool)
         self._room = min(num_rows, limit // self._row_bytes)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,13 +40,13 @@ class FeatureCache:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
 
     def get(self, rows: np.ndarray, compute: Callable[[np.ndarray], Tensor]) -> Tensor:
-        """Rows by number, (b, t, d) bfloat16; `compute` gives those that are not on disk."""
+        """Rows by number, (b, t, d) in main memory; `compute` gives those that are not on disk."""
         kept = self._kept[rows]
-        out = torch.empty(len(rows), *self._shape, dtype=torch.bfloat16)
+        out = torch.empty(len(rows), *self._shape, dtype=self._dtype)
         if not kept.all():
             missing = rows[~kept]
             # A row at a time: matrix products of other shapes may end in other bits, and a resumed run batches anew.
-            fresh = torch.cat([compute(missing[i : i + 1]) for i in range(len(missing))]).to("cpu", torch.bfloat16)
+            fresh = torch.cat([compute(missing[i : i + 1]) for i in range(len(missing))]).to("cpu", self._dtype)
             out[torch.from_numpy(~kept)] = fresh
             for row, value in zip(missing.tolist(), fresh, strict=True):
                 self._keep(row, value)
@@ -52,11 +59,13 @@ class FeatureCache:
     def _keep(self, row: int, value: Tensor) -> None:
         if row >= self._room:
             return
-        content = as_bytes(value.contiguous())
         try:
-            count = os.pwrite(self._file, content, row * self._row_bytes)
+            if shutil.disk_usage(self._path.parent).free - self._row_bytes < self._reserve:
+                self._room = 0  # too little room costs speed, not the run, whose checkpoints are still to come
+                return
+            count = os.pwrite(self._file, as_bytes(value.contiguous()), row * self._row_bytes)
         except OSError:
-            self._room = 0  # a full disk costs speed, not the run
+            self._room = 0
             return
         self._kept[row] = count == self._row_bytes
 

@@ -21,29 +21,32 @@ from growlm.training.progress import say
 
 HELDOUT_FILE = "heldout.jsonl"  # what pretrain leaves beside a base
 _SAMPLES = 512
+_LENGTH = 256  # tokens of a sample; whatever is learned first, none of the modules is the same class to the router
 
 
-def ensure_general(store: Store, base: Base, tokenizer: Any, length: int, progress: bool | None) -> None:
+def ensure_general(store: Store, base: Base, tokenizer: Any, progress: bool | None) -> None:
     """Shows the router general text: what lies beside the base, or else what the base itself writes."""
     beside = store.base_folder / HELDOUT_FILE
     if beside.is_file():
-        describe_general(store, base, tokenizer, [beside], length=length)
+        describe_general(store, base, tokenizer, [beside])
         return
     say("router: no general text was given; the base writes a sample of its own (see --general)", progress)
     texts = _written_by_base(base, tokenizer)
     router.write_general(store, base, texts[::2], texts[1::2])
 
 
-def describe_general(
-    store: Store, base: Base, tokenizer: Any, paths: Sequence[str | Path], *, length: int = 512
-) -> None:
+def describe_general(store: Store, base: Base, tokenizer: Any, paths: Sequence[str | Path]) -> None:
     """Shows the router general text from files: what is none of the modules' business.
+
+    Args:
+        base: in the store's own dtype, as it is served.
 
     Raises:
         DataError: the files are missing, malformed or empty.
     """
     documents = text_data.read(paths).documents
-    found = [p.tokens for p in text_data.passages(documents, tokenizer, length) if len(p.tokens) > 1]
+    length = min(_LENGTH, base.max_positions or _LENGTH)
+    found = [p.tokens for p in text_data.passages(documents, tokenizer, length)]
     if len(found) < 4:
         raise DataError(f"{', '.join(map(str, paths))}: too little text to learn what general text is; give more")
     order = np.random.default_rng(0).permutation(len(found))[:_SAMPLES]
@@ -58,9 +61,10 @@ def _written_by_base(base: Base, tokenizer: Any, *, texts: int = 96, tokens: int
     if start is None:
         raise DataError(f"{base.where}: its tokenizer has no end-of-text token; give general text with --general")
     generator = torch.Generator(base.device).manual_seed(0)
-    tokens = min(tokens, (base.max_positions or tokens))
+    tokens = min(tokens, base.max_positions or tokens)
     ids = torch.full((texts, 1), start, device=base.device)
     for _ in range(tokens):
         logits = base.logits(ids)[:, -1].float()
         ids = torch.cat([ids, torch.multinomial(logits.softmax(-1), 1, generator=generator)], dim=-1)
-    return ids[:, 1:].tolist()
+    begin = text_data.start_tokens(tokenizer)
+    return [[*begin, *row][:tokens] for row in ids[:, 1:].tolist()]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from growlm import data as text_data
 from growlm import router
-from growlm.errors import ConfigError, DataError, StoreError
+from growlm.errors import ConfigError, DataError, StoreError, TrainingError
 from growlm.files import locked
 from growlm.layers.cross_entropy import linear_cross_entropy
 from growlm.modules import KnowledgeModule, ModuleSet, kind_of
@@ -33,11 +33,12 @@ from growlm.store import Store
 from growlm.training.config import LearnConfig
 from growlm.training.features import FeatureCache
 from growlm.training.general import ensure_general
-from growlm.training.loop import compute_dtype, saved_step, train
+from growlm.training.loop import compute_dtype, require_finite, saved_step, train
 from growlm.training.progress import say, training_bar
 
 _HELDOUT_SAMPLES = 64  # passages from which the router learns how far its own text may be
 _SAMPLE_ROWS = 64  # rows of training text on which the base is asked what it knows
+_CHECKPOINTS = 3  # that the feature cache leaves room for: the last one, the next one, and what is learned
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ def learn(
     Raises:
         StoreError: `name` is not allowed or is taken, or the disk is full.
         DataError: data that is missing, malformed or too little.
+        TrainingError: the loss is no number any more; nothing is saved.
         BaseModelError: the store's base is missing or has changed.
         Interrupted: stopped by the user; progress is saved.
     """
@@ -100,13 +102,14 @@ def learn(
         train_documents,
         tokenizer,
         config.sequence_length,
-        max_tokens=config.tokens,  # type: ignore[arg-type]
+        max_tokens=config.max_tokens,
     )
     heldout = [p.tokens for p in text_data.passages(heldout_documents, tokenizer, config.sequence_length)]
     if not heldout:
         raise DataError(f"{', '.join(map(str, data))}: held-out text is shorter than two tokens; give more text")
 
-    run = _run_id(store, name, corpus.digest, config)
+    dtype = compute_dtype(config.precision, device)
+    run = _run_id(store, name, corpus.digest, config, device, dtype)
     work = store.path / "work" / f"{name}-{run[:16]}"
     with locked(store.path / "work" / f"{name}-{run[:16]}.lock", wait=False, keep=False) as mine:
         if not mine:
@@ -116,30 +119,36 @@ def learn(
         if done := saved_step(work):
             say(f"{name}: going on after step {done} of an earlier run (--restart begins anew)", progress)
         base = store.load_base(device=device)
-        base_dtype = base.dtype
         if base.max_positions is not None and config.sequence_length > base.max_positions:
             raise ConfigError(
                 f"sequence_length is {config.sequence_length}; {base.where} has {base.max_positions} positions"
             )
-        learning = _Learning(base, kind, config, packed, work)
+        # The router is only shown what the engine will show it: the base in the store's dtype.
+        served = base.dtype
         if not router.has_general(store):
-            ensure_general(store, base, tokenizer, config.sequence_length, progress)
-        with training_bar(name, progress) as report:
-            seconds = learning.run(report)
-        crops = _sample_passages(packed, config.router_samples, config.seed)
+            ensure_general(store, base, tokenizer, progress)
+        begin = text_data.start_tokens(tokenizer)
+        learning = _Learning(base, kind, config, packed, work, begin)
+        try:
+            with training_bar(name, progress) as report:
+                seconds = learning.run(report)
+            trained, tokens = learning.module, learning.num_tokens
+            del learning
+            if dtype != served:
+                del base
+                base = store.load_base(device=device)
+            weights = {
+                k: v.detach().to(served) if v.is_floating_point() else v for k, v in trained.state_dict().items()
+            }
+            module = kind.restore(base, trained.config, weights, name)
+            alone, together = ModuleSet(base), ModuleSet(base, [module])
+            before, after = (float(passage_losses(m, heldout).sum()) / num_labels(heldout) for m in (alone, together))
+            require_finite(f"{name}: the held-out loss after training", after)
+        except TrainingError:
+            shutil.rmtree(work, ignore_errors=True)  # the same run would end the same
+            raise
+        crops = _sample_passages(packed, config.router_samples, config.seed, begin)
         evidence = router.evidence(base, crops, heldout[:_HELDOUT_SAMPLES], seed=config.seed)
-        # From here on as the engine will run it: base and module in the store's dtype.
-        if learning.dtype != base_dtype:
-            base = store.load_base(device=device)
-        weights = {
-            k: v.detach().to(base_dtype) if v.is_floating_point() else v
-            for k, v in learning.module.state_dict().items()
-        }
-        module = kind.restore(base, learning.module.config, weights, name)
-        alone, together = ModuleSet(base), ModuleSet(base, [module])
-        before, after = (float(passage_losses(m, heldout).sum()) / num_labels(heldout) for m in (alone, together))
-
-        tokens = learning.num_tokens
         training = {
             "sources": [asdict(s) for s in corpus.sources],
             "documents": len(corpus.documents),
@@ -154,7 +163,7 @@ def learn(
         now = store.find(name)
         if now is not None and not update and (old is None or now.version != old.version):
             raise StoreError(f"{store.path}: module {name!r} exists (learned meanwhile); use --update")
-        stored = store.commit(name, module, training, {router.EVIDENCE: evidence})
+        stored = store.commit(name, module, training, router.files_of(evidence))
         router.add_domain(store, stored, old)
         shutil.rmtree(work, ignore_errors=True)
     return LearnResult(name, stored.version, before, after, tokens, seconds, tokens / max(seconds, 1e-9))
@@ -170,39 +179,40 @@ class _Learning:
         config: LearnConfig,
         packed: text_data.PackedTokens,
         work: Path,
+        begin: Sequence[int] = (),
     ) -> None:
         self.base, self.config, self.packed, self.work = base, config, packed, work
         self.dtype = compute_dtype(config.precision, base.device.type)
         torch.manual_seed(config.seed)
-        full = base.model.state_dict() if base.dtype != self.dtype else None
-        originals = {k: v.clone() for k, v in full.items()} if full is not None else None
-        if originals is not None:
-            base.model.to(self.dtype)
-        row_ids = self._least_known()
-        if originals is not None:
-            # The module is made from the base's weights as they are stored.
-            base.model.to(next(iter(originals.values())).dtype).load_state_dict(originals)
+        # Parameters alone change their dtype: buffers, the frequencies of rotary positions among them, stay as exact as
+        # they are served. A tied weight is one parameter.
+        weights = list(base.model.parameters())
+        stored = [p.data for p in weights]
+        rounded = [p.data.to(self.dtype) for p in weights]
+        _set(weights, rounded)
+        row_ids = self._least_known(begin)
+        # The module is made from the base's weights as they are stored.
+        _set(weights, stored)
         settings = {k: getattr(config, k) for k in kind.Config.model_fields if hasattr(config, k)}
         self.module = kind.create(base, kind.Config(**settings), row_ids)
-        if originals is not None:
-            del originals, full
-            base.model.to(self.dtype)
+        _set(weights, rounded)
+        del stored
         self.modules = ModuleSet(base, [self.module])
         self.fork = self.modules.fork
         self._upper = _Upper(self.modules)
-        epochs = self._epochs()
-        self._order = [
-            text_data.batches(len(packed), config.batch_size, seed=config.seed, epoch=e) for e in range(epochs)
-        ]
-        steps = sum(len(e) for e in self._order)
-        if config.tokens is not None:
-            row_tokens = config.batch_size * config.sequence_length
-            steps = min(steps, max(1, math.ceil(int(config.tokens) / row_tokens)))
-        self._steps = [rows for epoch in self._order for rows in epoch][:steps]
+        wanted = config.rows_wanted(len(packed))
+        self._steps = text_data.schedule(len(packed), config.batch_size, wanted=wanted, seed=config.seed)
         self._cache: FeatureCache | None = None
-        if len(self._steps) > len(self._order[0]) and self.fork > 0:
-            shape = (config.sequence_length, base.hidden_size)
-            self._cache = FeatureCache(work / "features.bin", len(packed), shape, int(config.feature_cache))
+        if wanted > len(packed) and self.fork > 0:
+            checkpoint = 3 * 4 * self.module.num_parameters()  # weights and both moments, in float32
+            self._cache = FeatureCache(
+                work / "features.bin",
+                len(packed),
+                (config.sequence_length, base.hidden_size),
+                self.dtype,
+                limit=int(config.feature_cache),
+                reserve=_CHECKPOINTS * checkpoint,
+            )
 
     @property
     def num_tokens(self) -> int:
@@ -226,7 +236,7 @@ class _Learning:
             if self._cache is not None:
                 self._cache.close()
 
-    def _least_known(self) -> Tensor | None:
+    def _least_known(self, begin: Sequence[int]) -> Tensor | None:
         """Of the tokens that the domain uses, those that the base knows least."""
         if self.config.vocabulary == "none":
             return None
@@ -236,15 +246,10 @@ class _Learning:
         def per_token(labels: Tensor, losses: Tensor) -> None:
             lost.index_add_(0, labels.cpu(), losses.double().cpu())
 
-        sample = _sample_passages(self.packed, _SAMPLE_ROWS, self.config.seed)
+        sample = _sample_passages(self.packed, _SAMPLE_ROWS, self.config.seed, begin)
         passage_losses(ModuleSet(self.base), sample, per_token=per_token)
         counts = np.bincount(self.packed.tokens[:, 1:].reshape(-1), minlength=vocab)
         return choose_rows(lost, torch.from_numpy(counts), self.config.max_rows)
-
-    def _epochs(self) -> int:
-        if self.config.tokens is None:
-            return self.config.epochs
-        return max(1, math.ceil(int(self.config.tokens) / self.packed.num_tokens))
 
     def _tokens_of(self, step: int) -> int:
         return len(self._steps[step]) * self.config.sequence_length
@@ -264,7 +269,7 @@ class _Learning:
         elif self._cache is None:
             given = self._features(rows)
         else:
-            given = self._cache.get(rows, self._features).to(base.device, self.dtype)
+            given = self._cache.get(rows, self._features).to(base.device)
         # The module's weights are float32; each step runs on a copy of them in the dtype of the matrix products. Unlike
         # autocast this keeps norms and activations in that dtype too, and casts each weight once.
         weights = {
@@ -305,15 +310,22 @@ def default_rate(hidden_size: int) -> float:
     return 3e-3 * min(1.0, math.sqrt(256 / hidden_size))
 
 
-def _sample_passages(packed: text_data.PackedTokens, count: int, seed: int) -> list[list[int]]:
+def _set(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    for p, value in zip(parameters, values, strict=True):
+        p.data = value
+
+
+def _sample_passages(packed: text_data.PackedTokens, count: int, seed: int, begin: Sequence[int]) -> list[list[int]]:
+    """Rows of the text, less their last token, each beginning with `begin` as prompts do and no longer for it."""
     rows = np.random.default_rng(seed).permutation(len(packed))[:count]
-    return packed.tokens[np.sort(rows)][:, :-1].tolist()
+    chosen = packed.tokens[np.sort(rows)][:, :-1].tolist()
+    return [[*begin, *row][: len(row)] if row[: len(begin)] != [*begin] else row for row in chosen]
 
 
-def _run_id(store: Store, name: str, data_digest: str, config: LearnConfig) -> str:
+def _run_id(store: Store, name: str, data_digest: str, config: LearnConfig, device: str, dtype: torch.dtype) -> str:
     """Tells a run from every other: what decides its result, and nothing else."""
     settings = config.to_json()
-    for key in ("checkpoint_seconds",):
+    for key in ("checkpoint_seconds", "feature_cache", "precision"):
         settings.pop(key)
     old = store.find(name)
     parts = [
@@ -322,6 +334,8 @@ def _run_id(store: Store, name: str, data_digest: str, config: LearnConfig) -> s
         data_digest,
         settings,
         store.manifest.base_fingerprint,
+        device,
+        str(dtype),
         torch.get_num_threads(),
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -13,15 +13,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from growlm.errors import Interrupted
+from growlm.errors import IntegrityError, Interrupted, TrainingError
 from growlm.files import read_tensors, write_atomic, write_tensors
 from growlm.training.config import TrainConfig
 from growlm.training.memory import kept_pages
@@ -73,7 +72,9 @@ def train(
 
     Raises:
         Interrupted: by Ctrl-C or a termination signal, after a checkpoint.
+        TrainingError: a loss or gradient that is not finite; no step is made on it and no checkpoint saved.
         StoreError: no room for a checkpoint.
+        IntegrityError: the checkpoint to go on from is damaged.
     """
     decayed = [p for n, p in parameters.items() if decay(n, p)]
     others = [p for n, p in parameters.items() if not decay(n, p)]
@@ -94,14 +95,16 @@ def train(
                 group["lr"] = rate_at(step, num_steps, learning_rate, config.warmup)
             loss = loss_of_step(step)
             loss.backward()
+            value = float(loss.detach())
+            require_finite(f"the loss at step {step + 1} of {num_steps}", value)
             if config.clip > 0:
-                nn.utils.clip_grad_norm_(parameters.values(), config.clip)
+                norm = nn.utils.clip_grad_norm_(parameters.values(), config.clip)
+                require_finite(f"the gradient's norm at step {step + 1} of {num_steps}", float(norm))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             tokens += tokens_of_step(step)
             now = time.monotonic()
             if report is not None:
-                value = float(loss.detach())
                 smooth = value if smooth is None else 0.9 * smooth + 0.1 * value
                 report(StepReport(step + 1, num_steps, smooth, tokens, now - started))
             last = step + 1 == num_steps
@@ -113,17 +116,57 @@ def train(
     return spent + time.monotonic() - started
 
 
+def require_finite(what: str, value: float) -> None:
+    """
+    Raises:
+        TrainingError: `value` is infinite or no number.
+    """
+    if not math.isfinite(value):
+        raise TrainingError(f"{what} is {value}; nothing was saved; use a lower --learning-rate, or a stricter --clip")
+
+
 def saved_step(folder: Path) -> int:
-    """Steps done by the newest checkpoint in `folder`; 0 if there is none."""
+    """Steps done by the newest checkpoint in `folder`; 0 if there is none.
+
+    Raises:
+        IntegrityError: what says which it is is damaged.
+    """
     pointer = _pointer(folder)
-    return pointer["step"] if pointer else 0
+    return pointer.step if pointer else 0
 
 
-def _pointer(folder: Path) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class _Pointer:
+    """Which checkpoint is the newest complete one."""
+
+    step: int
+    seconds: float
+    file: str
+    sha256: str
+
+
+def _pointer(folder: Path) -> _Pointer | None:
+    path = folder / _POINTER
     try:
-        return json.loads((folder / _POINTER).read_text())
-    except (OSError, ValueError):
+        pointer = _Pointer(**json.loads(path.read_bytes()))
+        types = [type(value) for value in astuple(pointer)]
+        if types != [int, float, str, str] or pointer.file != _file_of(pointer.step):
+            raise ValueError(f"not what a run writes: {pointer}")
+    except FileNotFoundError:
         return None
+    except (OSError, ValueError, TypeError) as error:
+        raise _damaged(path) from error
+    return pointer
+
+
+def _damaged(path: Path) -> IntegrityError:
+    # It is not passed over: who has a copy of the file loses no hours of training.
+    state = "damaged" if path.exists() else "missing"
+    return IntegrityError(f"{path}: this part of a stopped run is {state}; restore it, or use --restart to begin anew")
+
+
+def _file_of(step: int) -> str:
+    return f"step-{step}.safetensors"
 
 
 def _save(
@@ -139,13 +182,10 @@ def _save(
         for key, value in optimizer.state[p].items():
             tensors[f"{key}.{name}"] = value
     folder.mkdir(parents=True, exist_ok=True)
-    file = f"step-{step}.safetensors"
+    file = _file_of(step)
     digest = write_tensors(folder / file, tensors)
     # The pointer is written last: what it names is complete.
-    write_atomic(
-        folder / _POINTER,
-        json.dumps({"step": step, "seconds": seconds, "file": file, "sha256": digest}).encode(),
-    )
+    write_atomic(folder / _POINTER, json.dumps(asdict(_Pointer(step, seconds, file, digest))).encode())
     for old in folder.glob("step-*.safetensors"):
         if old.name != file:
             old.unlink(missing_ok=True)
@@ -158,14 +198,18 @@ def _restore(
     pointer = _pointer(folder)
     if pointer is None:
         return 0, 0.0
-    tensors = read_tensors(folder / pointer["file"], sha256=pointer["sha256"])
-    torch.set_rng_state(tensors.pop("random").clone())
-    for name, p in parameters.items():
-        p.copy_(tensors.pop(f"parameter.{name}"))
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            if f"{key}.{name}" in tensors:
-                optimizer.state[p][key] = tensors[f"{key}.{name}"].clone()
-    return pointer["step"], pointer["seconds"]
+    path = folder / pointer.file
+    try:
+        tensors = read_tensors(path, sha256=pointer.sha256)
+        torch.set_rng_state(tensors.pop("random").clone())
+        for name, p in parameters.items():
+            p.copy_(tensors.pop(f"parameter.{name}"))
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                if f"{key}.{name}" in tensors:
+                    optimizer.state[p][key] = tensors[f"{key}.{name}"].to(p.device, copy=True)
+    except (IntegrityError, KeyError, RuntimeError) as error:
+        raise _damaged(path) from error
+    return pointer.step, pointer.seconds
 
 
 @contextmanager

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from growlm import data as text_data
-from growlm.errors import ConfigError, DataError, StoreError
+from growlm.errors import ConfigError, DataError, StoreError, TrainingError
 from growlm.files import locked, sync, write_atomic
 from growlm.layers.cross_entropy import linear_cross_entropy
 from growlm.modules import ModuleSet
@@ -29,7 +27,7 @@ from growlm.modules.checkpoint import save_model
 from growlm.modules.scoring import num_labels, passage_losses
 from growlm.training.config import PRESETS, PretrainConfig
 from growlm.training.general import HELDOUT_FILE
-from growlm.training.loop import compute_dtype, saved_step, train
+from growlm.training.loop import compute_dtype, require_finite, saved_step, train
 from growlm.training.progress import say, training_bar
 
 END_OF_TEXT = "<|endoftext|>"
@@ -71,6 +69,7 @@ def pretrain(
         StoreError: `out` exists and holds something else, or the disk is full.
         DataError: data that is missing, malformed or too little.
         ConfigError: settings that contradict each other.
+        TrainingError: the loss is no number any more; nothing is saved.
         Interrupted: stopped by the user; progress is saved.
     """
     config = config or PretrainConfig()
@@ -80,7 +79,9 @@ def pretrain(
     corpus = text_data.read(data, text_key=config.text_key, separator=config.separator)
     train_documents, heldout_documents = text_data.split(corpus, at_most=_HELDOUT_DOCUMENTS, seed=config.seed)
 
-    settings = config.to_json() | {"threads": torch.get_num_threads()}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    settings = config.to_json() | {"threads": torch.get_num_threads(), "device": device}
+    settings |= {"precision": str(compute_dtype(config.precision, device))}
     settings.pop("checkpoint_seconds")
     run = hashlib.sha256(json.dumps([corpus.digest, settings], sort_keys=True).encode()).hexdigest()[:16]
     work = out.parent / f".{out.name}-{run}"
@@ -92,7 +93,11 @@ def pretrain(
         if done := saved_step(work):
             say(f"{out}: going on after step {done} of an earlier run (--restart begins anew)", progress)
         work.mkdir(parents=True, exist_ok=True)
-        return _run(out, work, corpus, train_documents, heldout_documents, config, progress)
+        try:
+            return _run(out, work, corpus, train_documents, heldout_documents, config, device, progress)
+        except TrainingError:
+            shutil.rmtree(work, ignore_errors=True)  # the same run would end the same
+            raise
 
 
 def _run(
@@ -102,6 +107,7 @@ def _run(
     train_documents: list[text_data.Document],
     heldout_documents: list[text_data.Document],
     config: PretrainConfig,
+    device: str,
     progress: bool | None,
 ) -> PretrainResult:
     model_config = _model_config(config)
@@ -115,13 +121,12 @@ def _run(
         train_documents,
         tokenizer,
         config.sequence_length,
-        max_tokens=config.tokens,  # type: ignore[arg-type]
+        max_tokens=config.max_tokens,
     )
     heldout = [p.tokens for p in text_data.passages(heldout_documents, tokenizer, config.sequence_length)]
     if not heldout:
         raise DataError("the held-out text is shorter than two tokens; give more text")
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     model = new_model(model_config, config.seed).to(device)
     base = Base(model, str(out), freeze=False)
     if base.max_positions is not None and config.sequence_length > base.max_positions:
@@ -134,14 +139,8 @@ def _run(
         with autocast:
             return float(passage_losses(ModuleSet(base), heldout).sum()) / num_labels(heldout)
 
-    row_tokens = config.batch_size * config.sequence_length
-    steps = config.epochs * math.ceil(len(packed) / config.batch_size)
-    if config.tokens is not None:
-        steps = max(1, math.ceil(int(config.tokens) / row_tokens))
-    order: list[np.ndarray] = []
-    while len(order) < steps:
-        epoch = len(order) // math.ceil(len(packed) / config.batch_size)
-        order += text_data.batches(len(packed), config.batch_size, seed=config.seed, epoch=epoch)
+    wanted = config.rows_wanted(len(packed))
+    order = text_data.schedule(len(packed), config.batch_size, wanted=wanted, seed=config.seed)
 
     def loss_of_step(step: int) -> Tensor:
         batch = packed[order[step]].to(device)
@@ -157,7 +156,7 @@ def _run(
         seconds = train(
             dict(model.named_parameters()),
             loss_of_step,
-            steps,
+            len(order),
             lambda step: len(order[step]) * config.sequence_length,
             config,
             config.learning_rate or default_rate(base.hidden_size),
@@ -165,13 +164,15 @@ def _run(
             resume_hint="run the same command again to go on",
             report=report,
         )
-    tokens = sum(len(rows) for rows in order[:steps]) * config.sequence_length
+    tokens = sum(len(rows) for rows in order) * config.sequence_length
+    after = heldout_loss()
+    require_finite(f"{out}: the held-out loss after training", after)
     result = PretrainResult(
         path=str(out),
         parameters=sum(p.numel() for p in model.parameters()),
         vocab_size=len(tokenizer),
         loss_before=before,
-        loss_after=heldout_loss(),
+        loss_after=after,
         tokens=tokens,
         seconds=seconds,
         tokens_per_second=tokens / max(seconds, 1e-9),
@@ -248,11 +249,15 @@ def _model_config(config: PretrainConfig) -> Any:
 
     if config.config is not None:
         path = Path(config.config).expanduser()
+        if not path.exists():
+            raise ConfigError(f"{path}: no such file; give a transformers config.json, or the folder that holds one")
         folder = path.parent if path.name == "config.json" else path
         try:
             model_config = AutoConfig.from_pretrained(folder if folder.is_dir() else path)
         except Exception as error:
-            raise ConfigError(f"{path}: not a readable transformers config ({str(error).splitlines()[0]})") from None
+            raise ConfigError(
+                f"{path}: not a readable transformers config ({' '.join(str(error).split())[:300]})"
+            ) from None
         anatomy_of(model_config, str(path))
     else:
         sizes: dict[str, Any] = dict(PRESETS[config.preset])

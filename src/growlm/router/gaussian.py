@@ -1,10 +1,6 @@
-"""Router: hidden states of the base -> ranked modules, or none of them.
+"""The gaussian router: linear discriminant analysis that grows, one mean a domain and one covariance for all.
 
-Knows what the base's last layer says about a text and what was kept of each domain; never loads a module's weights.
-Every kind of router answers through `Router.route`, so that the engine and evaluation need not know which it is.
-
-The `gaussian` kind is linear discriminant analysis that grows: one mean a domain and one covariance for all, both from
-sums. The sums are of integers, so that they are exact: a domain added later, earlier, or taken out again leaves the
+Both come from sums of integers, so that they are exact: a domain added later, earlier, or taken out again leaves the
 same bits (guarantee 9), and no old text is needed.
 """
 
@@ -12,17 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from growlm.errors import GrowlmError, IntegrityError
 from growlm.files import as_bytes, read_tensors
-from growlm.store import ROUTER_SUMS
+from growlm.router.interface import NONE, Route, Router
+from growlm.router.states import base_states, pool
+from growlm.store import GENERAL, MANIFEST, ROUTER_DERIVED, ROUTER_FITTED, ROUTER_SUMS
 
 if TYPE_CHECKING:
     from growlm.modules.base import Base
@@ -30,61 +27,14 @@ if TYPE_CHECKING:
 
 # b batch, t tokens, d hidden size, n samples, c classes
 
-EVIDENCE = "router.safetensors"  # kept in a module's own folder: gone with it, and with nothing else
-NONE = "none"
+# Kept in a module's own folder: gone with it, and with nothing else.
+EVIDENCE = "router.safetensors"  # what every fit reads: the sum of the vectors, and the held-out texts
+VECTORS = "router-vectors.safetensors"
 
 _SCALE = 1024  # steps a unit: pooled states have root mean square 1 and are kept as int16
-_GENERAL = "general"
 _SHORTEST, _LONGEST = 8, 256  # tokens of the texts that the router is shown while learning
 _CUTS = 4  # lengths that each passage is cut to
 _SHRINK = 0.003  # least share of the covariance between features that is taken away
-
-
-@dataclass(frozen=True)
-class Route:
-    """The router's answer for one text.
-
-    Attributes:
-        module: the chosen module's name, or None for none of these.
-        scores: probability of every module and of `"none"`, best first; they sum to 1.
-    """
-
-    module: str | None
-    scores: dict[str, float]
-
-
-class Router(ABC):
-    """Chooses modules from the base's own hidden states."""
-
-    kind: str
-    names: list[str]
-
-    @abstractmethod
-    def route(self, hidden: Tensor, visible: Tensor | None = None) -> list[Route]:
-        """
-        Args:
-            hidden: the base's states after its final norm, (b, t, d).
-            visible: (b, t) bool, False where padded.
-        """
-
-    @abstractmethod
-    def num_bytes(self) -> int:
-        """Bytes that the router keeps in memory."""
-
-
-def pool(hidden: Tensor, visible: Tensor | None = None) -> Tensor:
-    """One vector a text: the mean over tokens of (b, t, d), scaled to root mean square 1; (b, d) float32.
-
-    The first token is left out of texts that have another: attention parks on it, and its state says little.
-    """
-    hidden = hidden.float()
-    batch, tokens, _ = hidden.shape
-    seen = torch.ones(batch, tokens, dtype=torch.bool) if visible is None else visible.bool()
-    seen = seen.to(hidden.device)
-    first = seen & (seen.cumsum(-1) == 1)
-    seen = torch.where(seen.sum(-1, keepdim=True) > 1, seen & ~first, seen)
-    mean = (hidden * seen[..., None]).sum(1) / seen.sum(-1, keepdim=True)
-    return mean * torch.rsqrt(mean.square().mean(-1, keepdim=True) + 1e-12)
 
 
 class GaussianRouter(Router):
@@ -92,8 +42,9 @@ class GaussianRouter(Router):
 
     kind = "gaussian"
 
-    def __init__(self, names: list[str], means: Tensor, whiten: Tensor, limits: Tensor) -> None:
+    def __init__(self, names: list[str], means: Tensor, whiten: Tensor, limits: Tensor, forks: dict[str, int]) -> None:
         self.names = names
+        self.forks = forks
         self._whiten = whiten  # (d, d)
         self._means = means  # (c, d) whitened; the last class is general text
         self._limits = limits  # (c - 1,) largest squared distance at which a text still belongs
@@ -119,6 +70,12 @@ class GaussianRouter(Router):
             routes.append(Route(None if best == NONE else best, {labels[i]: row[i] for i in ranks}))
         return routes
 
+    def without(self, names: Collection[str]) -> GaussianRouter:
+        kept = [i for i, name in enumerate(self.names) if name not in names]
+        left = [self.names[i] for i in kept]
+        means, limits = self._means[[*kept, -1]], self._limits[kept]
+        return GaussianRouter(left, means, self._whiten, limits, {name: self.forks[name] for name in left})
+
     def num_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (self._means, self._whiten, self._limits))
 
@@ -143,6 +100,17 @@ def evidence(
     }
 
 
+def files_of(evidence: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Evidence as the files that lie beside a module's weights, for `Store.commit`."""
+    vectors = evidence["vectors"]
+    summary = {
+        "heldout": evidence["heldout"],
+        "sum": vectors.long().sum(0),
+        "count": torch.tensor([len(vectors)]),
+    }
+    return {EVIDENCE: summary, VECTORS: {"vectors": vectors}}
+
+
 @torch.no_grad()
 def _pooled_beginnings(base: Base, passages: Sequence[Sequence[int]], *, seed: int) -> Tensor:
     """Pooled states (n, d) of each passage cut to several lengths. Prompts are short, so lengths are log-uniform; one
@@ -164,39 +132,20 @@ def _pooled_beginnings(base: Base, passages: Sequence[Sequence[int]], *, seed: i
     return (torch.cat(rows) * _SCALE).round().clamp(-32768, 32767).to(torch.int16)
 
 
-@torch.no_grad()
-def base_states(base: Base, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
-    """The base's states after its final norm (b, t, d) for token ids padded on the left, and which are visible."""
-    input_ids, visible = pad_left(texts, base.device)
-    hidden, shared = base.begin(input_ids, visible=visible)
-    hidden = base.run(base.embed_positions(hidden, shared.positions), base.steps(), shared)
-    return base.norm(hidden), visible
-
-
-def pad_left(texts: Sequence[Sequence[int]], device: Any = "cpu") -> tuple[Tensor, Tensor | None]:
-    """Token ids (b, t) padded on the left with id 0, and (b, t) bool, False where padded; None if nowhere."""
-    longest = max(len(t) for t in texts)
-    input_ids = torch.zeros(len(texts), longest, dtype=torch.long)
-    visible = torch.zeros(len(texts), longest, dtype=torch.bool)
-    for row, tokens in enumerate(texts):
-        input_ids[row, longest - len(tokens) :] = torch.tensor(tokens, dtype=torch.long)
-        visible[row, longest - len(tokens) :] = True
-    return input_ids.to(device), None if visible.all() else visible.to(device)
-
-
-# The sums of all domains
+# The sums of all domains, and what is fitted to them
 
 
 def write_general(store: Store, base: Base, train: Sequence[Sequence[int]], heldout: Sequence[Sequence[int]]) -> None:
     """Records what general text, the class *none*, looks like to this base."""
     tensors = evidence(base, train, heldout)
     with store.lock():
-        store.write_router_file(_GENERAL, tensors)
-        store.drop_router_file(ROUTER_SUMS)
+        store.write_router_file(GENERAL, tensors)
+        for derived in ROUTER_DERIVED:
+            store.drop_router_file(derived)
 
 
 def has_general(store: Store) -> bool:
-    return store.router_file(_GENERAL) is not None
+    return store.router_digest(GENERAL) is not None
 
 
 def add_domain(store: Store, new: StoredModule, old: StoredModule | None) -> None:
@@ -209,10 +158,10 @@ def add_domain(store: Store, new: StoredModule, old: StoredModule | None) -> Non
         if sums is None:
             return
         gram, digest = sums
-        gram += _gram(_read_evidence(new)["vectors"])
+        gram += _gram(_read_kept(new, VECTORS)["vectors"])
         digest = _combine(digest, new, +1)
         if old is not None:
-            gram -= _gram(_read_evidence(old)["vectors"])
+            gram -= _gram(_read_kept(old, VECTORS)["vectors"])
             digest = _combine(digest, old, -1)
         store.write_router_file(ROUTER_SUMS, {"gram": gram, "members": _pack(digest)})
 
@@ -220,85 +169,110 @@ def add_domain(store: Store, new: StoredModule, old: StoredModule | None) -> Non
 def load_router(store: Store, among: Collection[str] | None = None) -> Router:
     """The store's router, fitted to its current modules.
 
+    What was fitted is kept; it is fitted again when the modules or the general text have changed since.
+
     Args:
         among: names of modules; the router then is what it would be if the store held no others.
 
     Raises:
         IntegrityError: a file of the router is not what its manifest says.
     """
-    modules = [m for m in store.modules.values() if among is None or m.name in among]
-    entries = [_read_evidence(m) for m in modules]
-    general = store.router_file(_GENERAL)
-    if modules and general is None:
-        raise IntegrityError(f"{store.router_path / _GENERAL}: is missing; restore it, or make the store again")
-    names = [m.name for m in modules]
-    if among is not None:
-        return _fit(names, entries, general, _total_gram(entries, general))
-    sums = _read_sums(store)
-    wanted = 0
-    if general is not None:
-        wanted = int.from_bytes(hashlib.sha256(as_bytes(general["vectors"])).digest(), "big")
+    while True:
+        modules = [m for m in store.modules.values() if among is None or m.name in among]
+        try:
+            return _load(store, modules, whole=among is None)
+        except IntegrityError:
+            # A module that was removed or replaced meanwhile is not a damaged one.
+            if all((m.folder / MANIFEST).exists() for m in modules):
+                raise
+
+
+def _load(store: Store, modules: Sequence[StoredModule], *, whole: bool) -> Router:
+    described = store.router_digest(GENERAL)
+    mark = _mark(modules, described)
+    if whole and (fitted := _read_derived(store, ROUTER_FITTED)) is not None and _unpack(fitted["members"]) == mark:
+        forks = dict(zip([m.name for m in modules], fitted["forks"].tolist(), strict=True))
+        return _gaussian(forks, fitted["means"], fitted["whiten"], fitted["limits"])
+    # A module that was saved without evidence can be asked for by name, and is never chosen.
+    routed = [m for m in modules if EVIDENCE in m.manifest.files]
+    if not routed:
+        return _gaussian({}, torch.zeros(0, 0), torch.zeros(0, 0), torch.zeros(0))
+    general = store.router_file(GENERAL)
+    if general is None:
+        raise IntegrityError(f"{store.router_path / GENERAL}: is missing; restore it, or make the store again")
+    gram = _current_gram(store, routed, general) if whole else _total_gram(routed, general)
+    means, whiten, limits = _fit(routed, general, gram)
+    chosen = {m.name for m in routed}
+    forks = {m.name: m.manifest.fork if m.name in chosen else -1 for m in modules}
+    if whole:
+        kept = {"means": means, "whiten": whiten, "limits": limits}
+        kept |= {"forks": torch.tensor(list(forks.values())), "members": _pack(mark)}
+        with suppress(OSError, GrowlmError), store.lock():  # a store on a read-only disk still routes
+            if _mark(list(store.modules.values()), store.router_digest(GENERAL)) == mark:
+                store.write_router_file(ROUTER_FITTED, kept)
+    return _gaussian(forks, means, whiten, limits)
+
+
+def _gaussian(forks: dict[str, int], means: Tensor, whiten: Tensor, limits: Tensor) -> GaussianRouter:
+    known = {name: fork for name, fork in forks.items() if fork >= 0}
+    return GaussianRouter(list(known), means, whiten, limits, known)
+
+
+def _current_gram(store: Store, modules: Sequence[StoredModule], general: dict[str, Tensor]) -> Tensor:
+    """The sum of squares over all texts: the kept one if it is of these modules, else made anew."""
+    wanted = int.from_bytes(hashlib.sha256(as_bytes(general["vectors"])).digest(), "big")
     for module in modules:
         wanted = _combine(wanted, module, +1)
-    if sums is None or sums[1] != wanted:
-        sums = _rebuild(store, entries, general, wanted)
-    return _fit(names, entries, general, sums[0])
+    sums = _read_sums(store)
+    if sums is not None and sums[1] == wanted:
+        return sums[0]
+    gram = _total_gram(modules, general)
+    with suppress(OSError, GrowlmError), store.lock():
+        store.write_router_file(ROUTER_SUMS, {"gram": gram, "members": _pack(wanted)})
+    return gram
 
 
-def _rebuild(
-    store: Store, entries: list[dict[str, Tensor]], general: dict[str, Tensor] | None, digest: int
-) -> tuple[Tensor, int]:
-    gram = _total_gram(entries, general)
-    if not gram.numel():
-        return gram, digest
-    try:
-        with store.lock():
-            store.write_router_file(ROUTER_SUMS, {"gram": gram, "members": _pack(digest)})
-    except (OSError, GrowlmError):
-        pass  # a store on a read-only disk still routes
-    return gram, digest
+def _total_gram(modules: Sequence[StoredModule], general: dict[str, Tensor]) -> Tensor:
+    gram = _gram(general["vectors"])
+    for module in modules:
+        gram += _gram(_read_kept(module, VECTORS)["vectors"])
+    return gram
 
 
-def _total_gram(entries: list[dict[str, Tensor]], general: dict[str, Tensor] | None) -> Tensor:
-    parts = [*entries, *([general] if general else [])]
-    if not parts:
-        return torch.zeros(0, 0, dtype=torch.int64)
-    return sum((_gram(p["vectors"]) for p in parts[1:]), start=_gram(parts[0]["vectors"]))
+def _fit(modules: Sequence[StoredModule], general: dict[str, Tensor], gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Whitened means (c, d), the whitening (d, d), and how far each domain reaches (c - 1,).
 
-
-def _fit(
-    names: list[str], entries: list[dict[str, Tensor]], general: dict[str, Tensor] | None, gram: Tensor
-) -> GaussianRouter:
-    if general is None or not names:
-        empty = torch.zeros(0, 0)
-        return GaussianRouter([], empty, empty, torch.zeros(0))
-    classes = [*entries, general]
-    counts = torch.tensor([len(c["vectors"]) for c in classes], dtype=torch.float64)
-    sums = torch.stack([c["vectors"].long().sum(0) for c in classes]).double()
-    means = sums / counts[:, None]
+    Modules' files are read one at a time: memory does not grow with what is kept of a domain.
+    """
+    sums, counts = [], []
+    for module in modules:
+        kept = _read_kept(module, EVIDENCE)
+        sums.append(kept["sum"])
+        counts.append(int(kept["count"]))
+    total = torch.stack([*sums, general["vectors"].long().sum(0)]).double()
+    size = torch.tensor([*counts, len(general["vectors"])], dtype=torch.float64)
+    means = total / size[:, None]
     # Scatter within classes: every sample's square, less what the class means explain.
-    within = gram.double() - sums.T @ means
-    covariance = within / max(float(counts.sum()) - len(classes), 1.0) / _SCALE**2
+    within = gram.double() - total.T @ means
+    covariance = within / max(float(size.sum()) - len(size), 1.0) / _SCALE**2
     # Few samples for many features make a covariance that is sure of too much: keep more of its diagonal alone.
-    shrink = min(max(_SHRINK, 0.05 * len(covariance) / float(counts.sum())), 0.5)
+    shrink = min(max(_SHRINK, 0.05 * len(covariance) / float(size.sum())), 0.5)
     variance = covariance.diagonal().clamp(min=1e-9)
     covariance = (1 - shrink) * covariance + torch.diag(shrink * variance + 1e-9)
     # x^T cov^-1 x = |x^T inv(L)^T|^2 with cov = L L^T.
     lower = torch.linalg.cholesky(covariance)
     whiten = torch.linalg.solve_triangular(lower, torch.eye(len(lower), dtype=torch.float64), upper=False).T
-    means = (means / _SCALE) @ whiten
+    means, whiten = ((means / _SCALE) @ whiten).float(), whiten.float().contiguous()
     other = _whitened(general["heldout"], whiten)
-    limits = torch.stack(
-        [
-            _limit(_whitened(entry["heldout"], whiten) - mean, other - mean)
-            for entry, mean in zip(entries, means[:-1], strict=True)
-        ]
-    )
-    return GaussianRouter(names, means.float(), whiten.float(), limits.float())
+    limits = [
+        _limit(_whitened(_read_kept(module, EVIDENCE)["heldout"], whiten) - mean, other - mean)
+        for module, mean in zip(modules, means[:-1], strict=True)
+    ]
+    return means, whiten, torch.stack(limits)
 
 
 def _whitened(vectors: Tensor, whiten: Tensor) -> Tensor:
-    return (vectors.double() / _SCALE) @ whiten
+    return (vectors.float() / _SCALE) @ whiten
 
 
 def _limit(own: Tensor, general: Tensor) -> Tensor:
@@ -316,24 +290,37 @@ def _gram(vectors: Tensor) -> Tensor:
     return (x.T @ x).to(torch.int64)
 
 
-def _read_evidence(module: StoredModule) -> dict[str, Tensor]:
-    digest = module.manifest.files.get(EVIDENCE)
+def _read_kept(module: StoredModule, file: str) -> dict[str, Tensor]:
+    digest = module.manifest.files.get(file)
     if digest is None:
-        raise IntegrityError(f"{module.folder}: holds no {EVIDENCE}; learn {module.name!r} again")
-    return read_tensors(module.folder / EVIDENCE, sha256=digest)
+        raise IntegrityError(f"{module.folder}: holds no {file}; learn {module.name!r} again")
+    return read_tensors(module.folder / file, sha256=digest)
 
 
 def _read_sums(store: Store) -> tuple[Tensor, int] | None:
+    tensors = _read_derived(store, ROUTER_SUMS)
+    return None if tensors is None else (tensors["gram"], _unpack(tensors["members"]))
+
+
+def _read_derived(store: Store, name: str) -> dict[str, Tensor] | None:
     try:
-        tensors = store.router_file(ROUTER_SUMS)
+        return store.router_file(name)
     except IntegrityError:
         return None  # derived from the modules' own evidence: made anew
-    return None if tensors is None else (tensors["gram"], _unpack(tensors["members"]))
+
+
+def _mark(modules: Sequence[StoredModule], general: str | None) -> int:
+    """Tells one state of the store from another without opening a module's file."""
+    digest = hashlib.sha256(str(general).encode())
+    for module in modules:
+        stat = (module.folder / MANIFEST).stat()
+        digest.update(f"\n{module.name}/{module.version} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}".encode())
+    return int.from_bytes(digest.digest(), "big")
 
 
 def _combine(digest: int, module: StoredModule, sign: int) -> int:
     """A hash of a set that does not depend on order, and from which a member can be taken out again."""
-    content = module.manifest.files.get(EVIDENCE)
+    content = module.manifest.files.get(VECTORS)
     member = hashlib.sha256(f"{module.name}/{module.version}/{content}".encode()).digest()
     return (digest + sign * int.from_bytes(member, "big")) % (1 << 256)
 
@@ -344,7 +331,3 @@ def _pack(digest: int) -> Tensor:
 
 def _unpack(members: Tensor) -> int:
     return int.from_bytes(bytes(members.tolist()), "big")
-
-
-def names_of(routes: Iterable[Route]) -> list[str]:
-    return [r.module or NONE for r in routes]

@@ -1,13 +1,15 @@
-"""Evaluate: perplexity by domain of base, own module and routed choice; routing; forgetting; memory and compute.
+"""Measure: perplexity by domain of base, own module and routed choice; routing; forgetting; memory and compute.
 
 Knows documents, losses and routes. Draws nothing: see `report.py`.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
@@ -19,52 +21,30 @@ from torch import Tensor
 from growlm import __version__
 from growlm import data as text_data
 from growlm.engine import Engine
-from growlm.errors import ConfigError, DataError
+from growlm.errors import DataError, GrowlmError
+from growlm.evaluation.config import EvalConfig
 from growlm.evaluation.continual import ForgettingMatrix
 from growlm.evaluation.statistics import Bootstrap, calibration
 from growlm.modules import ModuleSet
 from growlm.modules.probe import probe
 from growlm.modules.scoring import passage_losses
 from growlm.router import NONE, Route, Router, base_states, load_router, names_of
-from growlm.store import Store
+from growlm.store import Store, StoredModule
 from growlm.training.progress import counting_bar
 
 
 @dataclass(frozen=True)
-class EvalConfig:
-    """Settings of `growlm eval`.
-
-    Attributes:
-        sequence_length: longer documents are scored in pieces of so many tokens.
-        max_documents: of each domain, the first so many; 0 for all.
-        route_tokens: how much of a document's beginning the router sees.
-        matrix: replay the order of learning: what the router knew after each domain, and what that cost the others.
-        text_key, separator: as in `learn`.
-    """
-
-    sequence_length: int = 512
-    max_documents: int = 200
-    route_tokens: int = 256
-    matrix: bool = True
-    text_key: str = "text"
-    separator: str | None = None
-
-    def __post_init__(self) -> None:
-        for name, least in (("sequence_length", 2), ("max_documents", 0), ("route_tokens", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}")
-
-
-@dataclass(frozen=True)
 class EvalResult:
-    """What was measured; `to_json` gives the fields in the form of `growlm eval --json`.
+    """What was measured; `to_json` gives the fields in the form of `growlm eval --json`. A module that diverged has
+    losses that are no numbers: nan here, null there.
 
     Attributes:
         perplexity: by domain: base, module (its own), routed, each with its interval over documents, the retained gain,
             and how many tokens and documents they are over.
         forgetting: mean increase of log-loss, in nats a token, of the base and of every module since it was learned,
             on a fixed text; exactly 0 where not a bit of the logits has changed.
-        forgetting_detail: what was compared, and what differs in any bit.
+        forgetting_detail: what was `checked`; what has `changed` in any bit; what is `not_comparable` and so not in
+            the mean, because its loss was no number then or is none now.
         matrix: routed perplexity on every domain after each domain that was learned, in the order of learning, with
             average forgetting, backward and forward transfer; None where fewer than two domains were measured.
         routing: accuracy, confusion (true domain -> chosen -> documents), retained gain: the share of the improvement
@@ -87,7 +67,7 @@ class EvalResult:
     date: str = field(default_factory=lambda: date.today().isoformat())
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return json.loads(json.dumps(asdict(self)), parse_constant=lambda name: None)
 
 
 @dataclass
@@ -149,15 +129,15 @@ def evaluate(
         name: text_data.read(paths, text_key=config.text_key, separator=config.separator).documents
         for name, paths in data.items()
     }
-    learned = sorted((m for m in store.modules.values() if m.name in data), key=lambda m: (m.manifest.created, m.name))
-    stages = [m.name for m in learned] if config.matrix and len(learned) > 1 else []
+    learned = [m.name for m in _in_order(store) if m.name in data]
+    stages = learned if config.matrix and len(learned) > 1 else []
     with Engine(store, memory=memory) as engine:
         domains = [_read(engine, name, documents, config) for name, documents in corpora.items()]
         routers = [engine.router, *(load_router(store, stages[: i + 1]) for i in range(len(stages)))]
         for domain in domains:
             _route(engine, domain, routers, config.route_tokens)
         speed = _score(engine, domains, progress)
-        changed, forgetting, checked = _forgetting(engine)
+        forgetting, forgetting_detail = _forgetting(engine)
         memory_use = _memory(engine)
     draws = Bootstrap([len(d.labels) for d in domains])
     status = store.status()
@@ -166,7 +146,7 @@ def evaluate(
         base=store.manifest.base,
         perplexity={d.name: _perplexities(d, draws, i) for i, d in enumerate(domains)},
         forgetting=forgetting,
-        forgetting_detail={"checked": checked, "changed": changed},
+        forgetting_detail=forgetting_detail,
         matrix=_matrix(domains, stages),
         routing=_routing(domains, draws),
         memory=memory_use,
@@ -177,6 +157,20 @@ def evaluate(
             "tokens_per_second": speed,
         },
     )
+
+
+def _in_order(store: Store) -> list[StoredModule]:
+    """The current modules in the order of learning. An update does not change a module's place: what counts is the
+    earliest version that is still there."""
+
+    def learned(module: StoredModule) -> tuple[str, str]:
+        folders = module.folder.parent.iterdir()
+        for version in sorted(int(f.name) for f in folders if f.name.isdecimal() and int(f.name) < module.version):
+            with suppress(GrowlmError):  # incomplete or damaged: `verify` says so
+                return store.module(module.name, version).manifest.created, module.name
+        return module.manifest.created, module.name
+
+    return sorted(store.modules.values(), key=learned)
 
 
 def _read(engine: Engine, name: str, documents: Sequence[text_data.Document], config: EvalConfig) -> _Domain:
@@ -304,32 +298,37 @@ def _routing(domains: Sequence[_Domain], draws: Bootstrap) -> dict[str, Any]:
     }
 
 
-def _forgetting(engine: Engine) -> tuple[list[str], float, list[str]]:
+def _forgetting(engine: Engine) -> tuple[float, dict[str, list[str]]]:
     """Compares what base and modules answer now with what they answered when each module was learned."""
     changed: set[str] = set()
+    not_comparable: set[str] = set()
     increases: list[float] = []
-    now_base = probe(ModuleSet(engine.base))
+    base_now = probe(ModuleSet(engine.base))
     checked: list[str] = []
     for name, stored in engine.store.modules.items():
-        then = stored.manifest.training.get("probe")
-        if then is None:
+        record = stored.manifest.training.get("probe")
+        if not isinstance(record, dict):
             continue
         checked.append(name)
         with engine.modules.using([name]) as held:
-            now = probe(ModuleSet(engine.base, [held[name]]))
-        increases += [now["loss"] - then["module"]["loss"], now_base["loss"] - then["base"]["loss"]]
-        if now["logits"] != then["module"]["logits"]:
-            changed.add(name)
-        if now_base["logits"] != then["base"]["logits"]:
-            changed.add("base")
+            module_now = probe(ModuleSet(engine.base, [held[name]]))
+        for part, now, then in ((name, module_now, record.get("module")), ("base", base_now, record.get("base"))):
+            found = then if isinstance(then, dict) else {}
+            if "logits" in found and found["logits"] != now["logits"]:
+                changed.add(part)
+            increase = now["loss"] - found["loss"] if isinstance(found.get("loss"), int | float) else math.nan
+            if math.isfinite(increase):
+                increases.append(increase)
+            else:
+                not_comparable.add(part)
     if checked:
         checked.insert(0, "base")
-    return sorted(changed), sum(increases) / len(increases) if increases else 0.0, checked
+    mean = sum(increases) / len(increases) if increases else 0.0
+    return mean, {"checked": checked, "changed": sorted(changed), "not_comparable": sorted(not_comparable)}
 
 
 def _memory(engine: Engine) -> dict[str, Any]:
-    stored = sorted(engine.store.modules.values(), key=lambda m: m.manifest.created)
-    modules = {m.name: m.bytes for m in stored}
+    modules = {m.name: m.bytes for m in _in_order(engine.store)}
     return {
         "base_bytes": engine.base_bytes,
         "router_bytes": engine.router.num_bytes(),

@@ -1,0 +1,116 @@
+"""Options: what the commands share. Option types, and options made from the fields of a config class.
+
+Knows typer and config classes; nothing of what a command does. Imports nothing heavy: `--help` is printed with it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Memory = Annotated[
+    str | None, typer.Option("--memory", metavar="SIZE", help="Budget for all weights in memory, e.g. 2GB.")
+]
+ModuleChoice = Annotated[
+    str, typer.Option("--module", metavar="NAME", help="auto (the router chooses), base, or a module's name.")
+]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="The most tokens to write.")]
+TopP = Annotated[
+    float, typer.Option("--top-p", help="Keep the likeliest tokens that hold this probability; 1 keeps all.")
+]
+Seed = Annotated[int, typer.Option("--seed", help="Of the draw.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+DataPaths = Annotated[
+    list[str],
+    typer.Option(
+        "--data",
+        metavar="PATH...",
+        help="Files or folders of .txt, .md, .jsonl, .parquet or source code, or hub:owner/name; everything up to the "
+        "next option.",
+        show_default=False,
+    ),
+]
+
+
+def from_config(config: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command an option for every field of a config class: its type, its default, its line of the docstring.
+
+    The command receives the config object as its argument `config`.
+    """
+
+    def wrap(command: Callable[..., None]) -> Callable[..., None]:
+        own = {n: p for n, p in inspect.signature(command, eval_str=True).parameters.items() if n != "config"}
+        hints = get_type_hints(config)
+        docs = _field_docs(config)
+        names = [f.name for f in fields(config)]
+
+        def run(**arguments: Any) -> None:
+            settings = {name: arguments.pop(name) for name in names}
+            command(**arguments, config=config(**settings))
+
+        parameters = list(own.values())
+        for f in fields(config):
+            # A number with a unit is written as text.
+            kind = str if hints[f.name] in (int | str, int | str | None) else hints[f.name]
+            kind = str | None if hints[f.name] == int | str | None else kind
+            flag = f.name.replace("_", "-")
+            spelled = f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}"
+            option = typer.Option(spelled, help=docs.get(f.name, ""))
+            parameters.append(
+                inspect.Parameter(
+                    f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=Annotated[kind, option]
+                )
+            )
+        ordered = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+        run.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in ordered}
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        return run
+
+    return wrap
+
+
+def _field_docs(config: type) -> dict[str, str]:
+    """The `Attributes:` of a config class and of its parents: one sentence or two a field."""
+    docs: dict[str, str] = {}
+    for cls in reversed(config.__mro__):
+        _, _, listed = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")
+        for entry in re.split(r"\n(?=    \S)", listed):
+            names, colon, text = entry.strip().partition(": ")
+            if colon and all(n.isidentifier() for n in names.split(", ")):
+                docs |= dict.fromkeys(names.split(", "), " ".join(text.split()))
+    return docs
+
+
+def spread(arguments: Sequence[str]) -> list[str]:
+    """Lets --data and --general take several values: `--data a b` becomes `--data a --data b`."""
+    found: list[str] = []
+    many: str | None = None
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        if option in ("--data", "--general"):
+            many, first = option, True
+            if equals:
+                found += [many, value]
+                first = False
+            continue
+        if argument.startswith("-") and argument != "-":
+            if many is not None and first:
+                found.append(many)  # without a value: click says what is missing
+            many = None
+        if many is not None:
+            found += [many, argument]
+            first = False
+        else:
+            found.append(argument)
+    if many is not None and first:
+        found.append(many)
+    return found

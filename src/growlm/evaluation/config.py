@@ -1,0 +1,33 @@
+"""Settings of `growlm eval`: the only home of their defaults. The command's flags derive from this class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from growlm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Settings of `growlm eval`.
+
+    Attributes:
+        sequence_length: longer documents are scored in pieces of so many tokens.
+        max_documents: of each domain, the first so many; 0 for all.
+        route_tokens: how much of a document's beginning the router sees.
+        matrix: replay the order of learning: what the router knew after each domain, and what that cost the others.
+        text_key: key of the text in JSONL, column in Parquet.
+        separator: cuts text files into documents, e.g. a blank line; by default a file is one document.
+    """
+
+    sequence_length: int = 512
+    max_documents: int = 200
+    route_tokens: int = 256
+    matrix: bool = True
+    text_key: str = "text"
+    separator: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("sequence_length", 2), ("max_documents", 0), ("route_tokens", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}")

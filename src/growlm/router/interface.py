@@ -1,0 +1,55 @@
+"""What every kind of router answers, so that the engine and evaluation need not know which it is.
+
+Knows hidden states and names; never loads a module's weights.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+NONE = "none"
+
+
+@dataclass(frozen=True)
+class Route:
+    """The router's answer for one text.
+
+    Attributes:
+        module: the chosen module's name, or None for none of these.
+        scores: probability of every module and of `"none"`, best first; they sum to 1.
+    """
+
+    module: str | None
+    scores: dict[str, float]
+
+
+class Router(ABC):
+    """Chooses modules from the base's own hidden states."""
+
+    kind: str
+    names: list[str]
+    forks: dict[str, int]  # of every module: where a request may leave the base
+
+    @abstractmethod
+    def without(self, names: Collection[str]) -> Router:
+        """This router without modules that are gone from the store; no larger than it was."""
+
+    @abstractmethod
+    def route(self, hidden: Tensor, visible: Tensor | None = None) -> list[Route]:
+        """
+        Args:
+            hidden: the base's states after its final norm, (b, t, d).
+            visible: (b, t) bool, False where padded.
+        """
+
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Bytes that the router keeps in memory."""
+
+
+def names_of(routes: Iterable[Route]) -> list[str]:
+    return [r.module or NONE for r in routes]

@@ -1,0 +1,49 @@
+"""What the base says of a text: its last hidden states, and one vector a text made of them. Knows token ids only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from growlm.modules.base import Base
+
+# b batch, t tokens, d hidden size
+
+
+def pool(hidden: Tensor, visible: Tensor | None = None) -> Tensor:
+    """One vector a text: the mean over tokens of (b, t, d), scaled to root mean square 1; (b, d) float32.
+
+    The first token is left out of texts that have another: attention parks on it, and its state says little.
+    """
+    hidden = hidden.float()
+    batch, tokens, _ = hidden.shape
+    seen = torch.ones(batch, tokens, dtype=torch.bool) if visible is None else visible.bool()
+    seen = seen.to(hidden.device)
+    first = seen & (seen.cumsum(-1) == 1)
+    seen = torch.where(seen.sum(-1, keepdim=True) > 1, seen & ~first, seen)
+    mean = (hidden * seen[..., None]).sum(1) / seen.sum(-1, keepdim=True)
+    return mean * torch.rsqrt(mean.square().mean(-1, keepdim=True) + 1e-12)
+
+
+@torch.no_grad()
+def base_states(base: Base, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
+    """The base's states after its final norm (b, t, d) for token ids padded on the left, and which are visible."""
+    input_ids, visible = pad_left(texts, base.device)
+    hidden, shared = base.begin(input_ids, visible=visible)
+    hidden = base.run(base.embed_positions(hidden, shared.positions), base.steps(), shared)
+    return base.norm(hidden), visible
+
+
+def pad_left(texts: Sequence[Sequence[int]], device: Any = "cpu") -> tuple[Tensor, Tensor | None]:
+    """Token ids (b, t) padded on the left with id 0, and (b, t) bool, False where padded; None if nowhere."""
+    longest = max(len(t) for t in texts)
+    input_ids = torch.zeros(len(texts), longest, dtype=torch.long)
+    visible = torch.zeros(len(texts), longest, dtype=torch.bool)
+    for row, tokens in enumerate(texts):
+        input_ids[row, longest - len(tokens) :] = torch.tensor(tokens, dtype=torch.long)
+        visible[row, longest - len(tokens) :] = True
+    return input_ids.to(device), None if visible.all() else visible.to(device)
