@@ -6,6 +6,7 @@ python benchmarks/store_scale.py [--modules 10000]
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -53,28 +54,30 @@ def measure(count: int) -> dict[str, float]:
         fill(store, count)
 
         def seconds(action: Callable[[], object], times: int = 1) -> float:
-            found = []
+            taken = []
             for _ in range(times):
                 start = time.perf_counter()
                 action()
-                found.append(time.perf_counter() - start)
-            return round(statistics.median(found), 4)
+                taken.append(time.perf_counter() - start)
+            return round(statistics.median(taken), 4)
+
+        numbers = itertools.count()
 
         def learn() -> None:
-            name = f"new{len(store.modules)}"
+            name = f"new{next(numbers)}"
             assert store.find(name) is None
             router.add_domain(store, store.commit(name, module, {}, router.files_of(known)), None)
 
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        numbers = {
+        found = {
             "open_and_list": seconds(lambda: len(Store.open(store.path).modules), 5),
             "router_with_sums_made_anew": seconds(lambda: router.load_router(store)),
             "bookkeeping_of_one_more": seconds(learn, 9),
             "router_after_learning": seconds(lambda: router.load_router(store)),
             "router_opened_again": seconds(lambda: router.load_router(store), 5),
         }
-        numbers["router_peak_mb"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1000
-        return numbers
+        found["router_peak_mb"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1000
+        return found
 
 
 def main() -> None:

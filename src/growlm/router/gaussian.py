@@ -247,7 +247,7 @@ def _fit(modules: Sequence[StoredModule], general: dict[str, Tensor], gram: Tens
     sums, counts = [], []
     for module in modules:
         kept = _read_kept(module, EVIDENCE)
-        sums.append(kept["sum"])
+        sums.append(kept["sum"].clone())  # not a view of the whole file
         counts.append(int(kept["count"]))
     total = torch.stack([*sums, general["vectors"].long().sum(0)]).double()
     size = torch.tensor([*counts, len(general["vectors"])], dtype=torch.float64)
