@@ -31,7 +31,8 @@ class Baseline:
         lora_parameters: train a LoRA of about so many parameters over all linear layers; None trains everything.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, lora_parameters: int | None = None) -> None:
+    def __init__(self, model: Any, tokenizer: Any, *, lora_parameters: int | None = None, seed: int = 0) -> None:
+        torch.manual_seed(seed)  # of a LoRA's first weights
         self.model = copy.deepcopy(model).float()
         self.tokenizer = tokenizer
         if lora_parameters is None:

@@ -34,7 +34,7 @@ from common import machine
 from growlm import data as text_data
 from growlm.evaluation import EvalConfig, evaluate
 from growlm.evaluation.continual import ForgettingMatrix
-from growlm.files import write_atomic
+from growlm.files import read_tensors, write_atomic, write_tensors
 from growlm.training.config import LearnConfig, PretrainConfig, TrainConfig
 from growlm.training.pretrain import new_model
 from growlm.units import parse_count
@@ -205,7 +205,7 @@ class Bench:
         sequence = method.endswith("sequence")
 
         def fresh() -> Baseline:
-            return Baseline(self.model, self.tokenizer, lora_parameters=lora)
+            return Baseline(self.model, self.tokenizer, lora_parameters=lora, seed=self.seed)
 
         def trial(rate: float) -> float:
             tried = fresh()
@@ -221,25 +221,23 @@ class Bench:
         own: dict[str, float] = {}
         seconds = 0.0
         general = 0.0
-        weights = self.out / "runs" / method / "model.pt.safetensors"
+
+        def weights(number: int) -> Path:
+            return self.out / "runs" / method / f"after-{number}.safetensors"
+
         for number, name in enumerate(self.domains):
 
             def stage(name: str = name, number: int = number) -> dict[str, Any]:
                 nonlocal model
                 if not sequence:
                     model = fresh()
-                elif number and weights.exists():
-                    from growlm.files import read_tensors
-
-                    model.model.load_state_dict(read_tensors(weights), strict=False)
+                elif number:
+                    model.model.load_state_dict(read_tensors(weights(number - 1)), strict=False)
                 folder = self.out / "runs" / method / name
                 documents = text_data.read([self.training_text(name)]).documents
                 took = model.learn(documents, self.settings(rate), folder, f"{method}: {name}")
                 if sequence:
-                    from growlm.files import write_tensors
-
-                    weights.parent.mkdir(parents=True, exist_ok=True)
-                    write_tensors(weights, dict(model.parameters))
+                    write_tensors(weights(number), dict(model.parameters))
                     row = [model.loss(self.test[n]) for n in self.domains]
                 else:
                     row = [model.loss(self.test[name])]
@@ -250,6 +248,8 @@ class Bench:
                     "parameters": sum(p.numel() for p in model.parameters.values()),
                 }
                 shutil.rmtree(folder)
+                if number > 1:
+                    weights(number - 2).unlink(missing_ok=True)
                 return result
 
             done = self.kept(f"{method}-{number}-{name}", stage)
