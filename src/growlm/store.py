@@ -5,7 +5,6 @@ A module is a folder that appears by one rename, its manifest written last. Noth
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -14,11 +13,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
-from growlm import __version__
 from growlm.errors import BaseModelError, GrowlmError, IntegrityError, StoreError, UnknownModuleError
 from growlm.files import (
     HashMemo,
@@ -32,6 +30,7 @@ from growlm.files import (
     write_atomic,
     write_tensors,
 )
+from growlm.manifests import ModuleManifest, RouterManifest, StoreManifest, first_error, read_manifest
 from growlm.modules import checkpoint
 
 if TYPE_CHECKING:
@@ -40,8 +39,6 @@ if TYPE_CHECKING:
     from growlm.modules import KnowledgeModule
     from growlm.modules.base import Base
 
-FORMAT = 1
-_M = TypeVar("_M", bound="_Manifest")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _RESERVED = ("auto", "base", "general", "none")
 WEIGHTS = "module.safetensors"
@@ -49,52 +46,6 @@ MANIFEST = "module.json"
 # Under router/: what it was shown as none of the modules, and what is derived from the modules' own files.
 GENERAL, ROUTER_SUMS, ROUTER_FITTED = "general", "gaussian", "gaussian-fitted"
 ROUTER_DERIVED = (ROUTER_SUMS, ROUTER_FITTED)
-
-
-class _Manifest(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class StoreManifest(_Manifest):
-    """store.json."""
-
-    format: int = FORMAT
-    growlm: str = __version__
-    created: str
-    base: str  # a hub id, or a folder: relative to the store where possible
-    base_revision: str | None = None  # of a hub id: the commit that the store was made for
-    base_fingerprint: str
-    tokenizer_fingerprint: str
-    dtype: str  # in which the base is held and run, and modules are saved
-
-
-class ModuleManifest(_Manifest):
-    """module.json of one version of one module."""
-
-    format: int = FORMAT
-    growlm: str = __version__
-    created: str
-    name: str
-    version: int
-    kind: str
-    config: dict[str, Any]
-    fork: int  # first base layer whose output it changes
-    base_fingerprint: str
-    tokenizer_fingerprint: str
-    dtype: str
-    files: dict[str, str]  # sha256 of every file beside this one
-    bytes: int
-    parameters: int
-    training: dict[str, Any]
-
-
-class RouterManifest(_Manifest):
-    """router.json beside tensors that the router keeps."""
-
-    format: int = FORMAT
-    growlm: str = __version__
-    created: str
-    files: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -112,7 +63,7 @@ class StoredModule:
             IntegrityError: the manifest is missing, malformed, has unknown keys, or belongs elsewhere.
             StoreError: a newer format.
         """
-        manifest = _read_manifest(self.folder / MANIFEST, ModuleManifest)
+        manifest = read_manifest(self.folder / MANIFEST, ModuleManifest)
         if (manifest.name, manifest.version) != (self.name, self.version):
             raise IntegrityError(
                 f"{self.folder / MANIFEST}: says {manifest.name}/{manifest.version}; folders were moved by hand"
@@ -195,7 +146,7 @@ class Store:
         path = Path(path).expanduser()
         if not (path / "store.json").is_file():
             raise StoreError(f'{path}: not a store (no store.json); make one with "growlm new {path} --base BASE"')
-        return cls(path, _read_manifest(path / "store.json", StoreManifest))
+        return cls(path, read_manifest(path / "store.json", StoreManifest))
 
     # The modules
 
@@ -313,7 +264,7 @@ class Store:
         try:
             config = kind.Config.model_validate(manifest.config)
         except ValidationError as error:
-            raise IntegrityError(f"{stored.folder / MANIFEST}: config: {_first(error)}") from None
+            raise IntegrityError(f"{stored.folder / MANIFEST}: config: {first_error(error)}") from None
         if WEIGHTS not in manifest.files:
             raise IntegrityError(f"{stored.folder / MANIFEST}: names no {WEIGHTS}; learn {name!r} again")
         digest = manifest.files[WEIGHTS]
@@ -406,7 +357,7 @@ class Store:
         return None
 
     def _read_router(self, folder: Path) -> dict[str, Tensor]:
-        manifest = _read_manifest(folder / "router.json", RouterManifest)
+        manifest = read_manifest(folder / "router.json", RouterManifest)
         if set(manifest.files) != {"router.safetensors"}:
             raise IntegrityError(f"{folder / 'router.json'}: does not name router.safetensors; delete {folder.parent}")
         return read_tensors(folder / "router.safetensors", sha256=manifest.files["router.safetensors"])
@@ -433,7 +384,7 @@ class Store:
         """The hash of what the router keeps under `name`; None if there is nothing."""
         while (folder := self._router_version(name)) is not None:
             try:
-                return _read_manifest(folder / "router.json", RouterManifest).files["router.safetensors"]
+                return read_manifest(folder / "router.json", RouterManifest).files["router.safetensors"]
             except (IntegrityError, KeyError):
                 if self._router_version(name) == folder:
                     raise IntegrityError(f"{folder / 'router.json'}: is damaged; delete {folder.parent}") from None
@@ -497,7 +448,7 @@ class Store:
             problems.append(str(error))
         for folder in sorted(self.router_path.glob("*/*")):
             try:
-                problems += _check_files(folder, _read_manifest(folder / "router.json", RouterManifest).files)
+                problems += _check_files(folder, read_manifest(folder / "router.json", RouterManifest).files)
             except GrowlmError as error:
                 problems.append(str(error))
         if self.modules and self._router_version(GENERAL) is None:
@@ -569,32 +520,6 @@ def _listed_versions(folder: Path) -> list[int]:
 
 def _complete_versions(folder: Path, manifest: str = MANIFEST) -> list[int]:
     return [v for v in _listed_versions(folder) if os.path.exists(os.path.join(folder, str(v), manifest))]
-
-
-def _read_manifest(path: Path, kind: type[_M]) -> _M:
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise IntegrityError(f"{path}: file is missing; restore it") from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise IntegrityError(f"{path}: not readable JSON ({error}); restore it") from None
-    found = content.get("format") if isinstance(content, dict) else None
-    if isinstance(found, float | str):
-        raise StoreError(f"{path}: format {found!r}, this growlm reads up to {FORMAT}; install a newer growlm")
-    if isinstance(found, int) and found > FORMAT:
-        raise StoreError(f"{path}: format {found}, this growlm reads up to {FORMAT}; install a newer growlm")
-    try:
-        return kind.model_validate(content)
-    except ValidationError as error:
-        raise IntegrityError(f"{path}: {_first(error)}; restore it or use the growlm that wrote it") from None
-
-
-def _first(error: ValidationError) -> str:
-    first = error.errors()[0]
-    where = ".".join(str(p) for p in first["loc"])
-    if first["type"] == "extra_forbidden":
-        return f"unknown key {where!r}"
-    return f"{where}: {first['msg']}"
 
 
 def _check_files(folder: Path, files: Mapping[str, str]) -> list[str]:
