@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -10,6 +10,7 @@ from growlm.layers.cross_entropy import token_losses
 from growlm.modules import ModuleSet
 
 _BATCH_TOKENS = 4096
+_PROJECTED = 512  # tokens whose logits are held at a time
 
 
 @torch.no_grad()
@@ -30,17 +31,10 @@ def passage_losses(
     base = modules.base
     order = sorted(range(len(passages)), key=lambda i: len(passages[i]))
     totals = torch.zeros(len(passages), dtype=torch.float64)
-    at = 0
-    while at < len(order):
-        longest = len(passages[order[at]])
-        chosen = [order[at]]
-        # Grow the batch while its padded size stays within bounds; texts are sorted, so padding is small.
-        for i in order[at + 1 :]:
-            longest = max(longest, len(passages[i]))
-            if longest * (len(chosen) + 1) > _BATCH_TOKENS:
-                break
-            chosen.append(i)
-        at += len(chosen)
+    done = 0
+    for batch in _batches([len(passages[i]) for i in order]):
+        chosen = [order[i] for i in batch]
+        done += len(chosen)
         longest = max(len(passages[i]) for i in chosen)
         # Padding on the right needs no mask: attention is causal, and padded positions are not counted.
         rows = torch.zeros(len(chosen), longest, dtype=torch.long)
@@ -64,10 +58,58 @@ def passage_losses(
             per_token(labels, losses)
         totals[chosen] = torch.stack([part.double().sum() for part in losses.split(counted.sum(-1).tolist())]).cpu()
         if progress is not None:
-            progress(at)
+            progress(done)
     return totals
+
+
+def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Places in a list of ascending lengths, in runs whose padded size stays within bounds."""
+    batch: list[int] = []
+    for place, length in enumerate(lengths):
+        if batch and length * (len(batch) + 1) > _BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(place)
+    if batch:
+        yield batch
 
 
 def num_labels(passages: Sequence[Sequence[int]]) -> int:
     """Tokens that `passage_losses` scores."""
     return sum(len(p) - 1 for p in passages)
+
+
+@torch.no_grad()
+def continuation_scores(
+    modules: ModuleSet,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> list[tuple[float, bool]]:
+    """Of each (context, continuation), at least one token each: the continuation's log-probability in nats, and whether
+    greedy decoding would have written it."""
+    base = modules.base
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
+    scores: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
+    for batch in _batches([len(pairs[i][0]) + len(pairs[i][1]) for i in order]):
+        some = [order[i] for i in batch]
+        texts = [[*pairs[i][0], *pairs[i][1]] for i in some]
+        rows = torch.zeros(len(some), max(map(len, texts)), dtype=torch.long)
+        scored = torch.zeros(rows.shape, dtype=torch.bool)
+        for row, (i, text) in enumerate(zip(some, texts, strict=True)):
+            rows[row, : len(text)] = torch.tensor(text)
+            scored[row, len(pairs[i][0]) : len(text)] = True
+        rows, scored = rows.to(base.device), scored[:, 1:].to(base.device)
+        hidden, labels = modules.hidden(rows[:, :-1])[scored], rows[:, 1:][scored]
+        found, greedy = [], []
+        for part, wanted in zip(hidden.split(_PROJECTED), labels.split(_PROJECTED), strict=True):
+            logits = modules.project(part[None])[0].float()
+            found.append(logits.log_softmax(-1).gather(-1, wanted[:, None])[:, 0])
+            greedy.append(logits.argmax(-1) == wanted)
+        sizes = scored.sum(-1).tolist()
+        each = zip(some, torch.cat(found).double().split(sizes), torch.cat(greedy).split(sizes), strict=True)
+        for i, values, right in each:
+            scores[i] = (float(values.sum()), bool(right.all()))
+        if progress is not None:
+            progress(len(some))
+    return scores

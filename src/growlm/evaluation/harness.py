@@ -1,0 +1,200 @@
+"""lm-evaluation-harness: a store as a model of the harness, named `growlm`.
+
+    growlm-lm-eval run --model growlm --model_args store=brain,memory=2GB --tasks arc_easy
+
+or, from Python, import this module and call `lm_eval.simple_evaluate(model="growlm", model_args="store=brain", ...)`.
+Knows the harness's requests; the engine routes and runs. Needs the extra `eval`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from growlm.data import start_tokens
+from growlm.engine import AUTO, Engine
+from growlm.errors import ConfigError
+from growlm.modules import ModuleSet
+from growlm.modules.scoring import continuation_scores
+from growlm.router import base_states
+from growlm.store import Store
+
+_ROUTED = 256  # tokens of a context, the newest, that the router sees
+_NEW_TOKENS = 256  # where a task does not say how many to write
+
+
+@register_model("growlm")
+class HarnessModel(TemplateLM):
+    """A store that answers the harness.
+
+    Args:
+        store: folder of the store.
+        memory: budget for all weights, as in `growlm generate`.
+        module: "auto" (each context is routed), "base", or a module's name for everything.
+        max_length: longest text in tokens; by default what the base's config says.
+        batch_size, device: the harness's own; requests are batched by length, whatever batch_size says.
+
+    Raises:
+        StoreError, BudgetError, UnknownModuleError: as `Engine` does.
+    """
+
+    def __init__(
+        self,
+        store: str,
+        memory: str | None = None,
+        module: str = AUTO,
+        max_length: int | None = None,
+        batch_size: Any = None,
+        device: str | None = None,
+        **unknown: Any,
+    ) -> None:
+        super().__init__()
+        names = [name for name in unknown if name != "max_batch_size"]
+        if names:
+            raise ConfigError(f"--model_args: {names[0]!r} is not known; known are store, memory, module, max_length")
+        opened = Store.open(store)
+        self._module = None if module == "base" else module
+        if self._module not in (None, AUTO):
+            opened.module(str(self._module))
+        self.engine = Engine(opened, memory=memory, device=device)
+        self.tokenizer = self.engine.tokenizer
+        self._start = start_tokens(self.tokenizer)
+        self.max_length = int(max_length or getattr(self.engine.base.config, "max_position_embeddings", 2048))
+        self._chosen: dict[tuple[int, ...], str | None] = {}  # by the tokens that were routed
+
+    # Tokens
+
+    @property
+    def eot_token_id(self) -> int:
+        end: Any = self.engine.tokenizer.eos_token_id
+        return int(end)
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self._start[0] if self._start else self.eot_token_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        ids = self.engine.tokenizer.encode(string, add_special_tokens=False)
+        begins = bool(self._start) and ids[:1] == self._start
+        return ids if add_special_tokens is False or begins else [*self._start, *ids]
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.engine.store.path)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return self.engine.tokenizer.apply_chat_template(
+            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )  # fmt: skip
+
+    # Requests
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        names = self._modules_of([context[-_ROUTED:] for _, context, _ in requests])
+        scores = self._score([(context, continuation) for _, context, continuation in requests], names, disable_tqdm)
+        for (key, _, _), score in zip(requests, scores, strict=True):
+            self.cache_hook.add_partial("loglikelihood", key, score)
+        return scores
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        texts = [self.tok_encode(request.args[0], add_special_tokens=False) for request in requests]
+        chosen = self._modules_of([[*self._start, *text][:_ROUTED] or [self.prefix_token_id] for text in texts])
+        pairs: list[tuple[list[int], list[int]]] = []
+        owner: list[int] = []
+        for number, text in enumerate(texts):
+            windows = get_rolling_token_windows(text, self.prefix_token_id, self.max_length, context_len=1)
+            for window in windows:
+                pairs.append(make_disjoint_window(window))
+                owner.append(number)
+        totals = [0.0] * len(requests)
+        for number, (value, _) in zip(owner, self._score(pairs, [chosen[i] for i in owner], disable_tqdm), strict=True):
+            totals[number] += value
+        return totals
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+        repeats: dict[tuple[Any, ...], int] = defaultdict(int)
+        for number, request in enumerate(requests):
+            context, settings = request.args
+            sampling = _sampling(settings)
+            # The same request again asks for another draw: maj@8 sends each eight times.
+            seed = repeats[context, sampling]
+            repeats[context, sampling] += 1
+            groups[*sampling, seed if sampling[2] > 0 else 0].append(number)
+        answers = [""] * len(requests)
+        with tqdm(total=len(requests), desc="Generating", disable=disable_tqdm) as bar:
+            for (stop, tokens, temperature, top_p, seed), places in groups.items():
+                prompts = [self.tok_encode(requests[i].args[0])[-max(self.max_length - tokens, 1) :] for i in places]
+                found = self.engine.generate_many(
+                    prompts, modules=self._module, stop=stop, max_new_tokens=tokens, temperature=temperature,
+                    top_p=top_p, seed=seed,
+                )  # fmt: skip
+                for place, answer in zip(places, found, strict=True):
+                    answers[place] = answer.text
+                    self.cache_hook.add_partial("generate_until", requests[place].args, answer.text)
+                bar.update(len(places))
+        return answers
+
+    # Modules
+
+    def _score(
+        self, pairs: Sequence[tuple[list[int], list[int]]], names: Sequence[str | None], disable_tqdm: bool
+    ) -> list[tuple[float, bool]]:
+        """Each (context, continuation) under its module; a module is read once for all that want it."""
+        cut = []
+        for context, continuation in pairs:
+            continuation = continuation[-self.max_length :]
+            room = max(self.max_length + 1 - len(continuation), 1)  # the last token is predicted and not read
+            cut.append((context[-room:], continuation))
+        scores: list[tuple[float, bool]] = [(0.0, False)] * len(cut)
+        with tqdm(total=len(cut), desc="Scoring", disable=disable_tqdm) as bar:
+            for name in dict.fromkeys(names):
+                places = [place for place, wanted in enumerate(names) if wanted == name]
+                with self.engine.modules.using([] if name is None else [name]) as held:
+                    modules = ModuleSet(self.engine.base, list(held.values()))
+                    found = continuation_scores(modules, [cut[i] for i in places], progress=bar.update)
+                    del modules
+                for place, score in zip(places, found, strict=True):
+                    scores[place] = score
+        return scores
+
+    def _modules_of(self, texts: Sequence[Sequence[int]]) -> list[str | None]:
+        """Which module each text wants; a text that was seen before is not read again."""
+        if self._module != AUTO:
+            return [self._module] * len(texts)
+        seen = [tuple(text) for text in texts]
+        new = sorted({text for text in seen if text not in self._chosen}, key=len)
+        for at in range(0, len(new), 16):
+            some = new[at : at + 16]
+            self._chosen |= dict(zip(some, self._route(some), strict=True))
+        return [self._chosen[text] for text in seen]
+
+    def _route(self, texts: Sequence[Sequence[int]]) -> list[str | None]:
+        return [route.module for route in self.engine.router.route(*base_states(self.engine.base, texts))]
+
+
+def _sampling(settings: dict[str, Any]) -> tuple[tuple[str, ...], int, float, float]:
+    """Stop texts, most new tokens, temperature and top-p of a request's settings."""
+    until = settings.get("until") or ()
+    stop = (until,) if isinstance(until, str) else tuple(until)
+    temperature = float(settings.get("temperature", 0.0) or 0.0)
+    if settings.get("do_sample") is False:
+        temperature = 0.0
+    tokens = settings.get("max_gen_toks", settings.get("max_new_tokens", _NEW_TOKENS))
+    return tuple(s for s in stop if s), int(tokens), temperature, float(settings.get("top_p", 1.0) or 1.0)
+
+
+def main() -> None:
+    """The harness's own command line, to which `growlm` is a model."""
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
