@@ -65,15 +65,15 @@ class HarnessModel(TemplateLM):
         self.engine = Engine(opened, memory=memory, device=device)
         self.tokenizer = self.engine.tokenizer
         self._start = start_tokens(self.tokenizer)
-        self.max_length = int(max_length or getattr(self.engine.base.config, "max_position_embeddings", 2048))
+        positions: int = getattr(self.engine.base.config, "max_position_embeddings", None) or 2048
+        self.max_length = positions if max_length is None else int(max_length)
         self._chosen: dict[tuple[int, ...], str | None] = {}  # by the tokens that were routed
 
     # Tokens
 
     @property
     def eot_token_id(self) -> int:
-        end: Any = self.engine.tokenizer.eos_token_id
-        return int(end)
+        return int(self.engine.tokenizer.eos_token_id)
 
     @property
     def prefix_token_id(self) -> int:
