@@ -583,5 +583,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _note(f"growlm: {error}")
         sys.exit(1)
     except OSError as error:
-        _note(f"growlm: {error.filename or 'file'}: {error.strerror or error}")
+        where = Path(str(error.filename or "a file"))
+        if where.name.startswith("."):  # one of ours, written beside what was asked for
+            where = where.parent
+        _note(f"growlm: {where}: {error.strerror or error}; nothing was written there, choose another place or free it")
         sys.exit(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -11,16 +12,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from growlm.training.loop import StepReport
 
+_LOG_SECONDS = 30  # between two lines where there is no terminal
+
 
 @contextmanager
 def training_bar(title: str, show: bool | None = None) -> Iterator[Callable[[StepReport], None]]:
-    """A bar with loss, tokens/s and time left. By default shown where stderr is a terminal."""
+    """A bar with loss, tokens/s and time left, by default where stderr is a terminal; in a log, a line at times."""
+    logged = time.monotonic()
     with bar(title, show, "{task.fields[note]}") as (progress, task):
 
         def report(step: StepReport) -> None:
+            nonlocal logged
             speed = step.tokens / max(step.seconds, 1e-9)
             note = f"loss {step.loss:.3f}  {speed:,.0f} tokens/s"
             progress.update(task, total=step.num_steps, completed=step.step, note=note)
+            if show is None and progress.disable and time.monotonic() - logged > _LOG_SECONDS:
+                logged = time.monotonic()
+                print(f"{title}: step {step.step} of {step.num_steps}  {note}", file=sys.stderr, flush=True)
 
         yield report
 
