@@ -34,6 +34,8 @@ def test_measures_of_a_matrix_worked_out_by_hand():
 def test_forgetting_is_from_the_best_a_domain_ever_was_since_it_was_learned():
     better_later = ForgettingMatrix(["a", "b", "c"], [5, 5, 5], [[3, 5, 5], [1, 5, 5], [2, 5, 5]])
     assert better_later.forgetting() == pytest.approx(((2 - 1) + 0) / 2)
+    before_it_was_learned = ForgettingMatrix(["a", "b", "c"], [5, 5, 5], [[3, 0.5, 5], [3, 1, 5], [3, 1.2, 5]])
+    assert before_it_was_learned.forgetting() == pytest.approx((0 + 0.2) / 2)
     assert better_later.backward_transfer() == pytest.approx(((3 - 2) + 0) / 2)
 
 

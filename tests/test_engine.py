@@ -635,15 +635,14 @@ def test_a_removed_module_is_no_longer_chosen_and_others_are(home):
 def test_the_version_that_was_counted_is_the_one_that_is_read(home, monkeypatch):
     """An update to a larger version between counting and reading."""
     store = Store.open(home / "store")
-    load = Store.load
-
-    def updated_first(self, name, base, **options):
-        monkeypatch.setattr(Store, "load", load)
-        add_module(store, base, "digits", 77, num_layers=3)
-        return load(self, name, base, **options)
-
     with Engine(store) as engine:
-        monkeypatch.setattr(Store, "load", updated_first)
+        make_room = engine.modules._make_room
+
+        def updated(size: int, keep: set[str]) -> None:
+            add_module(store, engine.base, "digits", 77, num_layers=3)
+            make_room(size, keep)
+
+        monkeypatch.setattr(engine.modules, "_make_room", updated)
         with engine.modules.using(["digits"]) as held:
             assert held["digits"].num_bytes() == engine.modules.resident_bytes
 
