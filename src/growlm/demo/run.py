@@ -44,7 +44,6 @@ class DemoSize:
     learn_tokens: int
     num_layers: int
     max_documents: int
-    router_samples: int
     text_bytes: dict[str, int]
 
 
@@ -55,7 +54,6 @@ FULL = DemoSize(
     learn_tokens=300_000,
     num_layers=4,
     max_documents=60,
-    router_samples=512,
     text_bytes={"english": 9_000_000, "python": 2_000_000, "cpp": 2_000_000, "maths": 2_000_000},
 )
 FAST = DemoSize(
@@ -65,7 +63,6 @@ FAST = DemoSize(
     learn_tokens=120_000,
     num_layers=2,
     max_documents=40,
-    router_samples=192,
     text_bytes={"english": 3_000_000, "python": 1_000_000, "cpp": 1_000_000, "maths": 1_000_000},
 )
 
@@ -147,7 +144,6 @@ def demo(out: str | Path, *, fast: bool = False, progress: bool | None = None) -
             tokens=size.learn_tokens,
             sequence_length=256,
             num_layers=size.num_layers,
-            router_samples=size.router_samples,
         )
         for name in DOMAINS:
             if name not in store.modules:
