@@ -32,9 +32,12 @@ import growlm
 from baselines import Baseline
 from common import machine
 from growlm import data as text_data
+from growlm.errors import TrainingError
 from growlm.evaluation import EvalConfig, evaluate
 from growlm.evaluation.continual import ForgettingMatrix
 from growlm.files import read_tensors, write_atomic, write_tensors
+from growlm.modules import ModuleSet
+from growlm.modules.scoring import num_labels, passage_losses
 from growlm.training.config import LearnConfig, PretrainConfig, TrainConfig
 from growlm.training.pretrain import new_model
 from growlm.units import parse_count
@@ -44,7 +47,7 @@ DOMAINS = [
     "german_novels", "vietnamese_wiki", "medical_qa", "law_dc_code", "finance_fed_speeches",
     "code_mbxp", "math_gsm8k", "shakespeare", "bible_en_kjv",
 ]  # fmt: skip
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # tried from the middle on, until the best is not at an end
 LENGTH, ROUTE = 256, 200  # tokens: of a row, and of what the router sees
 GROWLM: dict[str, dict[str, Any]] = {
     "blocks-top": {},
@@ -87,21 +90,20 @@ class Bench:
         return path
 
     def test_text(self, name: str) -> Path:
-        """The documents that are measured, cut to one passage each."""
+        """The passages that are measured, a document each."""
         return self.out / "text" / f"{name}-test.jsonl"
 
     def _passages(self, name: str, split: str) -> list[list[int]]:
         path = self.out / "text" / f"{name}-{split}.jsonl"
         if not path.exists():
-            total, chosen = 0, []
+            # Every document's first passage, then every document's second: as many documents as there are.
+            pieces: list[tuple[int, str]] = []
             for document in self.documents(name, split):
-                ids = self.tokenizer(document.text, add_special_tokens=False)["input_ids"][:LENGTH]
-                text = self.tokenizer.decode(ids)
-                if len(ids) >= 64:
-                    chosen.append(text_data.Document(text, document.source))
-                    total += len(ids)
-                if total >= self.test_tokens:
-                    break
+                ids = self.tokenizer(document.text[: 40 * LENGTH], add_special_tokens=False)["input_ids"]
+                cut = [ids[at : at + LENGTH] for at in range(0, len(ids), LENGTH)]
+                pieces += [(n, self.tokenizer.decode(piece)) for n, piece in enumerate(cut) if len(piece) >= 64]
+            pieces.sort(key=lambda piece: piece[0])
+            chosen = [text_data.Document(text, name) for _, text in pieces[: -(-self.test_tokens // LENGTH)]]
             self._write(path, chosen, 1 << 40)
         documents = text_data.read([path]).documents
         return [p.tokens for p in text_data.passages(documents, self.tokenizer, LENGTH)]
@@ -133,11 +135,20 @@ class Bench:
 
     def rate(self, kind: str, train: Callable[[float], float]) -> float:
         """The rate with the least loss on the first domain's held-out text, after a quarter of the tokens."""
-        losses = {str(r): self.kept(f"rate-{kind}-{r}", lambda r=r: train(r)) for r in RATES}
-        return float(min(losses, key=lambda r: losses[r]))
+        losses: dict[float, float] = {}
+        low, high = max(len(RATES) // 2 - 1, 0), min(len(RATES) // 2 + 1, len(RATES) - 1)
+        while True:
+            for r in RATES[low : high + 1]:
+                losses[r] = self.kept(f"rate-{kind}-{r}", lambda r=r: _or_infinite(train, r))
+            best = min(losses, key=lambda r: losses[r])
+            at, tried = RATES.index(best), (low, high)
+            low, high = max(min(low, at - 1), 0), min(max(high, at + 1), len(RATES) - 1)
+            if (low, high) == tried:
+                return best
 
-    def valid(self) -> list[list[int]]:
-        return self._passages(self.domains[0], "valid")
+    def valid(self, name: str) -> list[list[int]]:
+        """Held-out passages that nothing is measured on in the end: settings are chosen with them."""
+        return self._passages(name, "valid")
 
     def growlm(self, method: str) -> dict[str, Any]:
         options = GROWLM[method]
@@ -154,10 +165,7 @@ class Bench:
             store = growlm.Store.create(folder, base=self.base)
             learn(store, self.domains[0], rate, self.tokens // 4)
             with growlm.Engine(store) as engine, engine.modules.using([self.domains[0]]) as held:
-                from growlm.modules import ModuleSet
-                from growlm.modules.scoring import num_labels, passage_losses
-
-                passages = self.valid()
+                passages = self.valid(self.domains[0])
                 losses = passage_losses(ModuleSet(engine.base, list(held.values())), passages)
             shutil.rmtree(folder)
             return float(losses.sum()) / num_labels(passages)
@@ -207,15 +215,7 @@ class Bench:
         def fresh() -> Baseline:
             return Baseline(self.model, self.tokenizer, lora_parameters=lora, seed=self.seed)
 
-        def trial(rate: float) -> float:
-            tried = fresh()
-            folder = self.out / "trials" / f"{'lora' if lora else 'finetune'}-{rate}"
-            documents = text_data.read([self.training_text(self.domains[0])]).documents
-            tried.learn(documents, self.settings(rate, self.tokens // 4), folder, f"rate {rate}")
-            shutil.rmtree(folder)
-            return tried.loss(self.valid())
-
-        rate = self.rate("lora" if lora else "finetune", trial)
+        rate = self.baseline_rate(fresh, "lora" if lora else "finetune")
         model = fresh()
         rows: list[list[float]] = []
         own: dict[str, float] = {}
@@ -267,17 +267,28 @@ class Bench:
             result["final"] = own  # an oracle says which model answers
         return result
 
+    def baseline_rate(self, fresh: Callable[[], Baseline], kind: str) -> float:
+        def trial(rate: float) -> float:
+            tried = fresh()
+            folder = self.out / "trials" / f"{kind}-{rate}"
+            documents = text_data.read([self.training_text(self.domains[0])]).documents
+            tried.learn(documents, self.settings(rate, self.tokens // 4), folder, f"rate {rate}")
+            shutil.rmtree(folder)
+            return tried.loss(self.valid(self.domains[0]))
+
+        return self.rate(kind, trial)
+
     def joint(self, method: str) -> dict[str, Any]:
         """Everything at once, as many tokens as all domains together: the upper bound that keeps all text."""
         model = self.model
-        rate = self.rate("finetune", lambda r: math.nan)  # chosen by an earlier method
+        rate = self.baseline_rate(lambda: Baseline(self.model, self.tokenizer, seed=self.seed), "finetune")
         if method == "dense-joint":
             model = self.dense()
         trained = Baseline(model, self.tokenizer)
         packed: list[text_data.Document] = []
         for name in self.domains:
             documents = text_data.read([self.training_text(name)]).documents
-            packed += _cut(documents, self.tokenizer, self.tokens)
+            packed += cut(documents, self.tokenizer, self.tokens)
         folder = self.out / "runs" / method
         seconds = trained.learn(packed, self.settings(rate, self.tokens * len(self.domains)), folder, method)
         final = {n: trained.loss(self.test[n]) for n in self.domains}
@@ -305,7 +316,14 @@ class Bench:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-def _cut(documents: list[text_data.Document], tokenizer: Any, tokens: int) -> list[text_data.Document]:
+def _or_infinite(train: Callable[[float], float], rate: float) -> float:
+    try:
+        return train(rate)
+    except TrainingError:  # it diverged
+        return math.inf
+
+
+def cut(documents: list[text_data.Document], tokenizer: Any, tokens: int) -> list[text_data.Document]:
     """The first documents, until they hold so many tokens."""
     total, chosen = 0, []
     for document in documents:
@@ -354,6 +372,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=parse_count, default=300_000, help="of each domain")
     parser.add_argument("--base-tokens", type=parse_count, default=2_000_000)
     parser.add_argument("--test-tokens", type=parse_count, default=12_000, help="of each domain")
+    parser.add_argument("--lora-parameters", type=parse_count, help="by default as many as the first growlm method's")
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
     base = a.base or a.out / "base"
@@ -367,14 +386,14 @@ def main() -> None:
     before = bench.kept("base", lambda: {n: untouched.loss(p) for n, p in bench.test.items()})
     before["general"] = before[a.general]
     results: dict[str, dict[str, Any]] = {}
-    size = 0
+    size = a.lora_parameters or 0
     for method in METHODS:
         if method in GROWLM and method in a.methods:
             results[method] = bench.kept(method, lambda m=method: bench.growlm(m))
             size = size or int(results[method]["parameters"])
         elif method in a.methods:
-            if not size:
-                raise SystemExit("the baselines take their size from a growlm method: give one of them too")
+            if not size and "lora" in method:
+                raise SystemExit("give --lora-parameters, or a growlm method whose size LoRA can take")
             make = bench.joint if "joint" in method else partial(bench.baseline, lora_parameters=size)
             results[method] = bench.kept(method, lambda m=method, make=make: make(m))
     print(f"{machine()}; {a.tokens:,} tokens a domain, seed {a.seed}\n")
