@@ -79,7 +79,7 @@ class Choices(Bench):
             learned = growlm.learn(store, domain, [self.text(domain)], config)
         except TrainingError:
             return {"loss": None}
-        stored = store.module(domain)
+        manifest = store.module(domain).manifest
         passages = self.valid(domain)
         base = store.load_base()
         losses = passage_losses(ModuleSet(base, [store.load(domain, base)]), passages)
@@ -87,8 +87,8 @@ class Choices(Bench):
         return {
             "loss": float(losses.sum()) / num_labels(passages),
             "seconds": learned.seconds,
-            "parameters": stored.parameters,
-            "fork": stored.manifest.fork,
+            "parameters": manifest.parameters,
+            "fork": manifest.fork,
         }
 
     def baseline(self, domain: str, kind: str, rate: float, epochs: int, lora: int) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from growlm.router import (
     write_general,
 )
 from growlm.store import Store, StoredModule
+from growlm.versions import TensorVersions
 from interruptions import in_new_process, kill_everywhere
 from tiny import make_base, random_ids, save_base
 
@@ -559,7 +560,7 @@ def test_a_store_that_cannot_be_written_still_routes(new_store, monkeypatch):
     def refuse(*args: object, **kwargs: object) -> None:
         raise OSError("read-only file system")
 
-    monkeypatch.setattr(Store, "write_router_file", refuse)
+    monkeypatch.setattr(TensorVersions, "write", refuse)
     found = load_router(made.store)
     assert found.names == ["chem", "law"]
     assert not same(found, wanted)

@@ -46,7 +46,7 @@ def commit(store: Store, name: str, base: Base, seed: int) -> StoredModule:
 
 def put_general(store: Store, seed: int) -> None:
     with store.lock():
-        store.write_router_file("general", make_evidence(seed))
+        store.router_files("general").write(make_evidence(seed))
 
 
 @pytest.fixture(scope="module")
@@ -563,7 +563,7 @@ def manifests(store: Store) -> list[Path]:
 def read_manifests(path: Path) -> None:
     store = Store.open(path)
     assert store.module("a").manifest.name == "a"
-    assert store.router_file("general") is not None
+    assert store.router_files("general").read() is not None
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
@@ -684,14 +684,14 @@ def test_router_files_that_are_replaced_under_a_reader_are_still_there(store, mo
 
     def late(path):
         if str(path).endswith("router.json"):
-            monkeypatch.setattr("growlm.store.os.path.exists", exists)
+            monkeypatch.setattr("growlm.versions.os.path.exists", exists)
             put_general(store, 7)
             put_general(store, 8)
         return exists(path)
 
-    monkeypatch.setattr("growlm.store.os.path.exists", late)
-    assert store.router_digest("general") is not None
-    assert torch.equal(store.router_file("general")["vectors"], make_evidence(8)["vectors"])
+    monkeypatch.setattr("growlm.versions.os.path.exists", late)
+    assert store.router_files("general").digest() is not None
+    assert torch.equal(store.router_files("general").read()["vectors"], make_evidence(8)["vectors"])
 
 
 def test_changed_weights_are_refused(store, base):
@@ -866,7 +866,7 @@ def test_a_kill_at_any_instant_loses_nothing(made, base, killed, scenario):
         for file, content in template.items():
             if not file.startswith(gone) or ("a" in found and scenario == "remove"):
                 assert now[file] == content
-        vectors = store.router_file("general")["vectors"]
+        vectors = store.router_files("general").read()["vectors"]
         allowed = [make_evidence(seed)["vectors"] for seed in ((3, 4) if scenario == "router" else (3,))]
         assert any(torch.equal(vectors, a) for a in allowed)
         # The command can be given again, and what the kill left is cleared away.
@@ -874,7 +874,7 @@ def test_a_kill_at_any_instant_loses_nothing(made, base, killed, scenario):
         assert again.version == found.get("b", 0) + 1
         assert list((store.path / "scratch").iterdir()) == []
         put_general(store, 5)
-        assert torch.equal(store.router_file("general")["vectors"], make_evidence(5)["vectors"])
+        assert torch.equal(store.router_files("general").read()["vectors"], make_evidence(5)["vectors"])
         assert store.verify() == []
     before = {"a": 1, "law": 1}
     after = {"add": {"a": 1, "b": 1, "law": 1}, "update": {"a": 2, "law": 1}, "remove": {"law": 1}}
@@ -923,7 +923,7 @@ def read_while_replaced(path: Path) -> None:
     writer = forked(replace)
     allowed = [make_evidence(seed)["vectors"] for seed in (0, 1, 3)]
     while os.waitpid(writer, os.WNOHANG) == (0, 0):
-        found = store.router_file("general")
+        found = store.router_files("general").read()
         assert found is not None
         assert any(torch.equal(found["vectors"], a) for a in allowed)
 

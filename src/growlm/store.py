@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +31,7 @@ from growlm.files import (
 )
 from growlm.manifests import ModuleManifest, RouterManifest, StoreManifest, first_error, read_manifest
 from growlm.modules import checkpoint
+from growlm.versions import ROUTER_MANIFEST, TensorVersions, complete_versions, now
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -125,7 +125,7 @@ class Store:
         checkpoint.check(folder)
         local = Path(base).expanduser().is_dir()
         manifest = StoreManifest(
-            created=_now(),
+            created=now(),
             base=os.path.relpath(folder.resolve(), path.resolve()) if local else str(base),
             base_revision=None if local else checkpoint.hub_revision(folder),
             base_fingerprint=checkpoint.fingerprint(folder),
@@ -158,7 +158,7 @@ class Store:
     def find(self, name: str) -> StoredModule | None:
         """The current version of `name`, None if there is none; in time that does not depend on how many there are."""
         check_name(name)
-        versions = _complete_versions(self.path / "modules" / name)
+        versions = complete_versions(self.path / "modules" / name, MANIFEST)
         return self._current(name, versions) if versions else None
 
     def module(self, name: str, version: int | None = None) -> StoredModule:
@@ -168,7 +168,7 @@ class Store:
             UnknownModuleError: the store does not hold it.
         """
         # A name that no module can have is not looked for on the disk.
-        versions = _complete_versions(self.path / "modules" / name) if _allowed(name) else []
+        versions = complete_versions(self.path / "modules" / name, MANIFEST) if _allowed(name) else []
         if not versions:
             known = ", ".join(list(self.modules)[:20]) or "none yet"
             raise UnknownModuleError(f"{self.path}: no module {name!r}; modules are: {known}")
@@ -200,7 +200,7 @@ class Store:
         weights = {k: v.to(dtype) if v.is_floating_point() else v for k, v in module.state_dict().items()}
         clear_scratch(self.scratch)
         with self.lock():
-            versions = _complete_versions(self.path / "modules" / name)
+            versions = complete_versions(self.path / "modules" / name, MANIFEST)
             version = versions[-1] + 1 if versions else 1
             final = self.path / "modules" / name / str(version)
             if final.exists():  # a folder without its manifest: not a version, whatever it is
@@ -210,7 +210,7 @@ class Store:
                 for file, tensors in (files or {}).items():
                     hashes[file] = write_tensors(folder / file, tensors)
                 manifest = ModuleManifest(
-                    created=_now(),
+                    created=now(),
                     name=name,
                     version=version,
                     kind=module.kind,
@@ -235,11 +235,11 @@ class Store:
         """
         with self.lock():
             self.module(name, version)
-            if version is not None and len(_complete_versions(self.path / "modules" / name)) == 1:
+            if version is not None and len(complete_versions(self.path / "modules" / name, MANIFEST)) == 1:
                 version = None  # the last one: nothing is left
             # What was derived from all modules still has this one's share: it goes first, and is made anew when needed.
             for derived in ROUTER_DERIVED:
-                self.drop_router_file(derived)
+                self.router_files(derived).drop()
             folder = self.path / "modules" / name
             remove_folder(folder if version is None else folder / str(version), self.scratch)
 
@@ -342,62 +342,9 @@ class Store:
     def router_path(self) -> Path:
         return self.path / "router"
 
-    def router_file(self, name: str) -> dict[str, Tensor] | None:
-        """Tensors that the router keeps under `name`, their hash checked; None if there are none.
-
-        Raises:
-            IntegrityError: the file is not what its manifest says.
-        """
-        while (folder := self._router_version(name)) is not None:
-            try:
-                return self._read_router(folder)
-            except IntegrityError:
-                if self._router_version(name) == folder:
-                    raise
-        return None
-
-    def _read_router(self, folder: Path) -> dict[str, Tensor]:
-        manifest = read_manifest(folder / "router.json", RouterManifest)
-        if set(manifest.files) != {"router.safetensors"}:
-            raise IntegrityError(f"{folder / 'router.json'}: does not name router.safetensors; delete {folder.parent}")
-        return read_tensors(folder / "router.safetensors", sha256=manifest.files["router.safetensors"])
-
-    def write_router_file(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Replaces the tensors kept under `name`. The caller holds the lock."""
-        old = self._router_version(name)
-        version = int(old.name) + 1 if old else 1
-        with new_folder(self.router_path / name / str(version), self.scratch, "router.json") as folder:
-            hashes = {"router.safetensors": write_tensors(folder / "router.safetensors", tensors)}
-            manifest = RouterManifest(created=_now(), files=hashes)
-            (folder / "router.json").write_text(manifest.model_dump_json(indent=2))
-        # The one before stays for those who are reading it; the next write takes it away.
-        for older in _complete_versions(self.router_path / name, "router.json"):
-            if old is not None and older < int(old.name):
-                remove_folder(self.router_path / name / str(older), self.scratch)
-
-    def drop_router_file(self, name: str) -> None:
-        """Forgets what is kept under `name`, where there is any."""
-        if (self.router_path / name).is_dir():
-            remove_folder(self.router_path / name, self.scratch)
-
-    def router_digest(self, name: str) -> str | None:
-        """The hash of what the router keeps under `name`; None if there is nothing."""
-        while (folder := self._router_version(name)) is not None:
-            try:
-                return read_manifest(folder / "router.json", RouterManifest).files["router.safetensors"]
-            except (IntegrityError, KeyError):
-                if self._router_version(name) == folder:
-                    raise IntegrityError(f"{folder / 'router.json'}: is damaged; delete {folder.parent}") from None
-        return None
-
-    def _router_version(self, name: str) -> Path | None:
-        folder = self.router_path / name
-        while True:
-            listed = _listed_versions(folder)
-            versions = _complete_versions(folder, "router.json")
-            # Versions that were replaced between the listing and the look into them are not none at all.
-            if versions or listed == _listed_versions(folder):
-                return folder / str(versions[-1]) if versions else None
+    def router_files(self, name: str) -> TensorVersions:
+        """Tensors that the router keeps under `name`."""
+        return TensorVersions(self.router_path / name, self.scratch)
 
     # The store itself
 
@@ -448,10 +395,10 @@ class Store:
             problems.append(str(error))
         for folder in sorted(self.router_path.glob("*/*")):
             try:
-                problems += _check_files(folder, read_manifest(folder / "router.json", RouterManifest).files)
+                problems += _check_files(folder, read_manifest(folder / ROUTER_MANIFEST, RouterManifest).files)
             except GrowlmError as error:
                 problems.append(str(error))
-        if self.modules and self._router_version(GENERAL) is None:
+        if self.modules and not self.router_files(GENERAL).versions():
             problems.append(f"{self.router_path / GENERAL}: is missing; restore it, or make the store again")
         for name, versions in self._versions():
             for version in versions:
@@ -485,7 +432,7 @@ class Store:
     def _versions(self) -> Iterator[tuple[str, list[int]]]:
         folder = self.path / "modules"
         for name in sorted(e.name for e in os.scandir(folder) if e.is_dir()) if folder.is_dir() else ():
-            if _NAME.fullmatch(name) and (versions := _complete_versions(folder / name)):
+            if _NAME.fullmatch(name) and (versions := complete_versions(folder / name, MANIFEST)):
                 yield name, versions
 
     def _current(self, name: str, versions: list[int]) -> StoredModule:
@@ -510,18 +457,6 @@ def _allowed(name: str) -> bool:
     return _NAME.fullmatch(name) is not None and ".." not in name and name not in _RESERVED
 
 
-def _listed_versions(folder: Path) -> list[int]:
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(int(e.name) for e in entries if re.fullmatch("[1-9][0-9]*", e.name))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-
-
-def _complete_versions(folder: Path, manifest: str = MANIFEST) -> list[int]:
-    return [v for v in _listed_versions(folder) if os.path.exists(os.path.join(folder, str(v), manifest))]
-
-
 def _check_files(folder: Path, files: Mapping[str, str]) -> list[str]:
     problems = []
     for name, digest in files.items():
@@ -533,7 +468,3 @@ def _check_files(folder: Path, files: Mapping[str, str]) -> list[str]:
         elif (found := sha256_file(path)) != digest:
             problems.append(f"{path}: sha256 {found[:12]}..., manifest says {digest[:12]}...")
     return problems
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="microseconds")

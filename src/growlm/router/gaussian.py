@@ -139,13 +139,13 @@ def write_general(store: Store, base: Base, train: Sequence[Sequence[int]], held
     """Records what general text, the class *none*, looks like to this base."""
     tensors = evidence(base, train, heldout)
     with store.lock():
-        store.write_router_file(GENERAL, tensors)
+        store.router_files(GENERAL).write(tensors)
         for derived in ROUTER_DERIVED:
-            store.drop_router_file(derived)
+            store.router_files(derived).drop()
 
 
 def has_general(store: Store) -> bool:
-    return store.router_digest(GENERAL) is not None
+    return store.router_files(GENERAL).digest() is not None
 
 
 def add_domain(store: Store, new: StoredModule, old: StoredModule | None) -> None:
@@ -163,7 +163,7 @@ def add_domain(store: Store, new: StoredModule, old: StoredModule | None) -> Non
         if old is not None:
             gram -= _gram(_read_kept(old, VECTORS)["vectors"])
             digest = _combine(digest, old, -1)
-        store.write_router_file(ROUTER_SUMS, {"gram": gram, "members": _pack(digest)})
+        store.router_files(ROUTER_SUMS).write({"gram": gram, "members": _pack(digest)})
 
 
 def load_router(store: Store, among: Collection[str] | None = None) -> Router:
@@ -188,7 +188,7 @@ def load_router(store: Store, among: Collection[str] | None = None) -> Router:
 
 
 def _load(store: Store, modules: Sequence[StoredModule], *, whole: bool) -> Router:
-    described = store.router_digest(GENERAL)
+    described = store.router_files(GENERAL).digest()
     mark = _mark(modules, described)
     if whole and (fitted := _read_derived(store, ROUTER_FITTED)) is not None and _unpack(fitted["members"]) == mark:
         forks = dict(zip([m.name for m in modules], fitted["forks"].tolist(), strict=True))
@@ -197,7 +197,7 @@ def _load(store: Store, modules: Sequence[StoredModule], *, whole: bool) -> Rout
     routed = [m for m in modules if EVIDENCE in m.manifest.files]
     if not routed:
         return _gaussian({}, torch.zeros(0, 0), torch.zeros(0, 0), torch.zeros(0))
-    general = store.router_file(GENERAL)
+    general = store.router_files(GENERAL).read()
     if general is None:
         raise IntegrityError(f"{store.router_path / GENERAL}: is missing; restore it, or make the store again")
     gram = _current_gram(store, routed, general) if whole else _total_gram(routed, general)
@@ -208,8 +208,8 @@ def _load(store: Store, modules: Sequence[StoredModule], *, whole: bool) -> Rout
         kept = {"means": means, "whiten": whiten, "limits": limits}
         kept |= {"forks": torch.tensor(list(forks.values())), "members": _pack(mark)}
         with suppress(OSError, GrowlmError), store.lock():  # a store on a read-only disk still routes
-            if _mark(list(store.modules.values()), store.router_digest(GENERAL)) == mark:
-                store.write_router_file(ROUTER_FITTED, kept)
+            if _mark(list(store.modules.values()), store.router_files(GENERAL).digest()) == mark:
+                store.router_files(ROUTER_FITTED).write(kept)
     return _gaussian(forks, means, whiten, limits)
 
 
@@ -228,7 +228,7 @@ def _current_gram(store: Store, modules: Sequence[StoredModule], general: dict[s
         return sums[0]
     gram = _total_gram(modules, general)
     with suppress(OSError, GrowlmError), store.lock():
-        store.write_router_file(ROUTER_SUMS, {"gram": gram, "members": _pack(wanted)})
+        store.router_files(ROUTER_SUMS).write({"gram": gram, "members": _pack(wanted)})
     return gram
 
 
@@ -304,7 +304,7 @@ def _read_sums(store: Store) -> tuple[Tensor, int] | None:
 
 def _read_derived(store: Store, name: str) -> dict[str, Tensor] | None:
     try:
-        return store.router_file(name)
+        return store.router_files(name).read()
     except IntegrityError:
         return None  # derived from the modules' own evidence: made anew
 
