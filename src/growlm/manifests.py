@@ -33,6 +33,8 @@ class StoreManifest(Manifest):
     base_fingerprint: str
     tokenizer_fingerprint: str
     dtype: str  # in which the base is held and run, and modules are saved
+    router: str = "gaussian"  # the kind that chooses
+    keep_samples: int = 0  # bytes of every domain's text, as token ids, that are kept for the router
 
 
 class ModuleManifest(Manifest):
@@ -62,6 +64,9 @@ class RouterManifest(Manifest):
     growlm: str = __version__
     created: str
     files: dict[str, str]
+    config: dict[str, Any] = {}  # of a router that is trained: its shape
+    modules: dict[str, tuple[int, int]] = {}  # which it knows: version and fork
+    training: dict[str, Any] = {}
 
 
 def read_manifest(path: Path, kind: type[_M]) -> _M:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from growlm.errors import BaseModelError, GrowlmError, IntegrityError, StoreError, UnknownModuleError
+from growlm.errors import BaseModelError, ConfigError, GrowlmError, IntegrityError, StoreError, UnknownModuleError
 from growlm.files import (
     HashMemo,
     clear_scratch,
@@ -31,6 +31,7 @@ from growlm.files import (
 )
 from growlm.manifests import ModuleManifest, RouterManifest, StoreManifest, first_error, read_manifest
 from growlm.modules import checkpoint
+from growlm.units import parse_size
 from growlm.versions import ROUTER_MANIFEST, TensorVersions, complete_versions, now
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ MANIFEST = "module.json"
 # Under router/: what it was shown as none of the modules, and what is derived from the modules' own files.
 GENERAL, ROUTER_SUMS, ROUTER_FITTED = "general", "gaussian", "gaussian-fitted"
 ROUTER_DERIVED = (ROUTER_SUMS, ROUTER_FITTED)
+ROUTERS = ("gaussian", "transformer")
+_KEPT = "2MB"  # of every domain's text, where a router is trained on it
 
 
 @dataclass(frozen=True)
@@ -105,14 +108,20 @@ class Store:
         base: str | Path,
         *,
         dtype: str = "auto",
+        router: str = ROUTERS[0],
+        keep_samples: str | int | None = None,
     ) -> Store:
         """Makes a new store for a base: a local checkpoint folder or a hub id.
 
         Args:
             dtype: in which the base is held and run: float32, bfloat16, float16, or auto for the checkpoint's own.
+            router: the kind that chooses, gaussian or transformer.
+            keep_samples: how much of every domain's text is kept, e.g. "2MB"; by default 2 MB where the router is
+                trained on it, else nothing.
 
         Raises:
             StoreError: the folder exists and is not empty.
+            ConfigError: no such router, or one that needs samples without any.
             BaseModelError: no such base, or a family that is not supported.
         """
         path = Path(path).expanduser()
@@ -121,6 +130,7 @@ class Store:
             raise StoreError(f"{path}: {what}; choose another folder")
         if dtype not in ("auto", *checkpoint.DTYPES):
             raise StoreError(f"dtype {dtype!r} is not one of auto, {', '.join(checkpoint.DTYPES)}")
+        kept = _samples_for(router, keep_samples)
         folder = checkpoint.resolve(base)
         checkpoint.check(folder)
         local = Path(base).expanduser().is_dir()
@@ -131,6 +141,8 @@ class Store:
             base_fingerprint=checkpoint.fingerprint(folder),
             tokenizer_fingerprint=checkpoint.tokenizer_fingerprint(folder),
             dtype=checkpoint.stored_dtype(folder) if dtype == "auto" else dtype,
+            router=router,
+            keep_samples=kept,
         )
         make_folders(path / "modules")
         write_atomic(path / "store.json", manifest.model_dump_json(indent=2).encode())
@@ -338,6 +350,21 @@ class Store:
 
     # The router's files
 
+    def set_router(self, kind: str, keep_samples: str | int | None = None) -> None:
+        """Records which kind of router chooses, and how much text is kept for it from now on.
+
+        Raises:
+            ConfigError: as `create`.
+        """
+        if keep_samples is None and self.manifest.keep_samples:
+            keep_samples = self.manifest.keep_samples
+        kept = _samples_for(kind, keep_samples)
+        with self.lock():
+            # Others may have changed it since this store was opened.
+            manifest = read_manifest(self.path / "store.json", StoreManifest)
+            self.manifest = manifest.model_copy(update={"router": kind, "keep_samples": kept})
+            write_atomic(self.path / "store.json", self.manifest.model_dump_json(indent=2).encode())
+
     @property
     def router_path(self) -> Path:
         return self.path / "router"
@@ -451,6 +478,22 @@ def check_name(name: str) -> None:
             f"module name {name!r} is not allowed: use 1 to 64 of a-z, 0-9, '.', '_', '-', beginning with a letter or "
             "digit, without '..'"
         )
+
+
+def _samples_for(router: str, keep_samples: str | int | None) -> int:
+    """Bytes of text to keep of every domain for a kind of router."""
+    if router not in ROUTERS:
+        raise ConfigError(f"router {router!r} is not one of {', '.join(ROUTERS)}")
+    trained = router == "transformer"
+    if keep_samples is None:
+        keep_samples = _KEPT if trained else 0
+    size = parse_size(keep_samples)
+    if trained and not size:
+        raise ConfigError(
+            "--keep-samples 0: a transformer router is trained on kept text of every domain; keep some, or use "
+            "--router gaussian"
+        )
+    return size
 
 
 def _allowed(name: str) -> bool:

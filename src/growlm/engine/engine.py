@@ -41,6 +41,7 @@ class Engine:
         store: what to serve.
         memory: budget for all weights in memory, e.g. "2GB"; None for no bound. Keys and values are not counted.
         max_batch: prompts that are run together.
+        router: kind of router, gaussian or transformer; by default the store's own.
 
     Raises:
         BudgetError: base and router do not fit the budget.
@@ -55,15 +56,17 @@ class Engine:
         max_batch: int = 32,
         device: str | None = None,
         prefix_bytes: str | int = "256MB",
+        router: str | None = None,
     ) -> None:
         if max_batch < 1:
             raise ConfigError(f"max_batch is {max_batch}; it must be at least 1")
         self.store = store
         self.memory = None if memory is None else parse_size(memory)
         self.max_batch = max_batch
-        self.router = load_router(store)
+        self.router = load_router(store, kind=router)
         self._check_budget(store.base_bytes())
         self.base = store.load_base(device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.router = self.router.bind(self.base)
         self.base_bytes = self.base.num_bytes()
         self._check_budget(self.base_bytes)
         self.tokenizer = store.load_tokenizer()

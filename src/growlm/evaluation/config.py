@@ -15,6 +15,7 @@ class EvalConfig:
         sequence_length: longer documents are scored in pieces of so many tokens.
         max_documents: of each domain, the first so many; 0 for all.
         route_tokens: how much of a document's beginning the router sees.
+        router: kind of router, gaussian or transformer; by default the store's own.
         matrix: replay the order of learning: what the router knew after each domain, and what that cost the others.
         text_key: key of the text in JSONL, column in Parquet.
         separator: cuts text files into documents, e.g. a blank line; by default a file is one document.
@@ -23,6 +24,7 @@ class EvalConfig:
     sequence_length: int = 512
     max_documents: int = 200
     route_tokens: int = 256
+    router: str | None = None
     matrix: bool = True
     text_key: str = "text"
     separator: str | None = None

@@ -8,10 +8,13 @@ Knows the harness's requests; the engine routes and runs. Needs the extra `eval`
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -19,12 +22,14 @@ from tqdm import tqdm
 
 from growlm.data import start_tokens
 from growlm.engine import AUTO, Engine
-from growlm.errors import ConfigError
+from growlm.errors import ConfigError, GrowlmError
+from growlm.evaluation.tasks import FOLDER
 from growlm.modules import ModuleSet
 from growlm.modules.scoring import continuation_scores
 from growlm.router import base_states
 from growlm.store import Store
 
+_log = logging.getLogger(__name__)
 _ROUTED = 256  # tokens of a context, the newest, that the router sees
 _NEW_TOKENS = 256  # where a task does not say how many to write
 
@@ -131,9 +136,18 @@ class HarnessModel(TemplateLM):
             repeats[context, sampling] += 1
             groups[*sampling, seed if sampling[2] > 0 else 0].append(number)
         answers = [""] * len(requests)
+        cut = 0
         with tqdm(total=len(requests), desc="Generating", disable=disable_tqdm) as bar:
             for (stop, tokens, temperature, top_p, seed), places in groups.items():
-                prompts = [self.tok_encode(requests[i].args[0])[-max(self.max_length - tokens, 1) :] for i in places]
+                room = self.max_length - tokens
+                if room < 1:
+                    raise ConfigError(
+                        f"the task writes up to {tokens} tokens, but a text has {self.max_length} at most, prompt "
+                        f"included; give --gen_kwargs max_gen_toks={max(self.max_length // 4, 1)}"
+                    )
+                prompts = [self.tok_encode(requests[i].args[0]) for i in places]
+                cut += sum(len(prompt) > room for prompt in prompts)
+                prompts = [prompt[-room:] for prompt in prompts]
                 found = self.engine.generate_many(
                     prompts, modules=self._module, stop=stop, max_new_tokens=tokens, temperature=temperature,
                     top_p=top_p, seed=seed,
@@ -142,7 +156,15 @@ class HarnessModel(TemplateLM):
                     answers[place] = answer.text
                     self.cache_hook.add_partial("generate_until", requests[place].args, answer.text)
                 bar.update(len(places))
+        self._note_cuts(cut, len(requests))
         return answers
+
+    def _note_cuts(self, cut: int, of: int) -> None:
+        if cut:
+            _log.warning(
+                "%d of %d texts are longer than the %d tokens of max_length: their beginnings, with the first of their "
+                "shots, are cut off; fewer shots (--num_fewshot) are shorter", cut, of, self.max_length,
+            )  # fmt: skip
 
     # Modules
 
@@ -151,10 +173,13 @@ class HarnessModel(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """Each (context, continuation) under its module; a module is read once for all that want it."""
         cut = []
+        shortened = 0
         for context, continuation in pairs:
             continuation = continuation[-self.max_length :]
             room = max(self.max_length + 1 - len(continuation), 1)  # the last token is predicted and not read
+            shortened += len(context) > room
             cut.append((context[-room:], continuation))
+        self._note_cuts(shortened, len(pairs))
         scores: list[tuple[float, bool]] = [(0.0, False)] * len(cut)
         with tqdm(total=len(cut), desc="Scoring", disable=disable_tqdm) as bar:
             for name in dict.fromkeys(names):
@@ -194,7 +219,22 @@ def _sampling(settings: dict[str, Any]) -> tuple[tuple[str, ...], int, float, fl
 
 
 def main() -> None:
-    """The harness's own command line, to which `growlm` is a model."""
-    from lm_eval.__main__ import cli_evaluate
+    """The harness's own command line, to which `growlm` is a model and `growlm_...` are tasks."""
+    from lm_eval._cli import HarnessCLI
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+    from lm_eval.utils import setup_logging
 
-    cli_evaluate()
+    setup_logging()
+    line = HarnessCLI()
+    arguments = line.parse_args()
+    written = EvaluatorConfig.load_yaml_config(arguments.config) if getattr(arguments, "config", None) else {}
+    if "include_path" in arguments:
+        given = arguments.include_path or written.get("include_path")
+        arguments.include_path = [str(FOLDER), *([given] if given else [])]
+    if "device" in arguments and not arguments.device and not written.get("device"):
+        arguments.device = "cuda" if torch.cuda.is_available() else "cpu"  # the harness's default is cuda:0 anywhere
+    try:
+        line.execute(arguments)
+    except GrowlmError as error:
+        print(f"growlm: {error}", file=sys.stderr)
+        sys.exit(1)

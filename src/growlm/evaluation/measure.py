@@ -131,9 +131,10 @@ def evaluate(
     }
     learned = [m.name for m in _in_order(store) if m.name in data]
     stages = learned if config.matrix and len(learned) > 1 else []
-    with Engine(store, memory=memory) as engine:
+    with Engine(store, memory=memory, router=config.router) as engine:
         domains = [_read(engine, name, documents, config) for name, documents in corpora.items()]
-        routers = [engine.router, *(load_router(store, stages[: i + 1]) for i in range(len(stages)))]
+        replayed = (load_router(store, stages[: i + 1], kind=config.router) for i in range(len(stages)))
+        routers = [engine.router, *(router.bind(engine.base) for router in replayed)]
         for domain in domains:
             _route(engine, domain, routers, config.route_tokens)
         speed = _score(engine, domains, progress)

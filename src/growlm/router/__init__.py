@@ -1,6 +1,7 @@
 """Router: hidden states of the base -> ranked modules, or none of them.
 
 Knows what the base's last layer says about a text and what was kept of each domain; never loads a module's weights.
+Two kinds answer the same interface: gaussian, which grows from each domain's own text, and transformer, trained on all.
 """
 
 from growlm.router.gaussian import (
@@ -11,19 +12,23 @@ from growlm.router.gaussian import (
     evidence,
     files_of,
     has_general,
-    load_router,
     write_general,
 )
 from growlm.router.interface import NONE, Route, Router, names_of
+from growlm.router.loading import load_router
+from growlm.router.samples import SAMPLES, pack_samples, read_samples, unpack_samples
 from growlm.router.states import base_states, pad_left, pool
+from growlm.router.transformer import TransformerRouter
 
 __all__ = [
     "EVIDENCE",
     "NONE",
+    "SAMPLES",
     "VECTORS",
     "GaussianRouter",
     "Route",
     "Router",
+    "TransformerRouter",
     "add_domain",
     "base_states",
     "evidence",
@@ -31,7 +36,10 @@ __all__ = [
     "has_general",
     "load_router",
     "names_of",
+    "pack_samples",
     "pad_left",
     "pool",
+    "read_samples",
+    "unpack_samples",
     "write_general",
 ]

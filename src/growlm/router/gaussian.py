@@ -166,8 +166,8 @@ def add_domain(store: Store, new: StoredModule, old: StoredModule | None) -> Non
         store.router_files(ROUTER_SUMS).write({"gram": gram, "members": _pack(digest)})
 
 
-def load_router(store: Store, among: Collection[str] | None = None) -> Router:
-    """The store's router, fitted to its current modules.
+def load_gaussian(store: Store, among: Collection[str] | None = None) -> Router:
+    """The gaussian router, fitted to the store's current modules.
 
     What was fitted is kept; it is fitted again when the modules or the general text have changed since.
 

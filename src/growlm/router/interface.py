@@ -8,8 +8,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from growlm.modules.base import Base
 
 NONE = "none"
 
@@ -33,6 +37,10 @@ class Router(ABC):
     kind: str
     names: list[str]
     forks: dict[str, int]  # of every module: where a request may leave the base
+
+    def bind(self, base: Base) -> Router:
+        """This router, ready to route on `base`: for kinds that run layers of the base's family."""
+        return self
 
     @abstractmethod
     def without(self, names: Collection[str]) -> Router:

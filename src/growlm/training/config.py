@@ -123,6 +123,8 @@ class LearnConfig(TrainConfig):
         max_rows: the most tokens that get rows of their own.
         feature_cache: disk space for the base's outputs when the data is read more than once.
         router_samples: passages of which the router keeps a trace (vectors, no text).
+        keep_samples: text kept for a router that is trained on it, e.g. 2MB; 0 keeps none; by default what the store
+            says.
     """
 
     kind: str = "blocks"
@@ -132,14 +134,39 @@ class LearnConfig(TrainConfig):
     max_rows: int = 8192
     feature_cache: int | str = "2GB"
     router_samples: int = 512
+    keep_samples: int | str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "feature_cache", parse_size(self.feature_cache))
+        if self.keep_samples is not None:
+            object.__setattr__(self, "keep_samples", parse_size(self.keep_samples))
         if self.placement not in ("top", "interleaved"):
             raise ConfigError(f"placement {self.placement!r} is not one of top, interleaved")
         if self.vocabulary not in ("none", "head", "both"):
             raise ConfigError(f"vocabulary {self.vocabulary!r} is not one of none, head, both")
         for name in ("num_layers", "max_rows", "router_samples"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class RouterConfig(TrainConfig):
+    """Settings of a transformer router's training. A row is a passage of one domain's kept text, cut to
+    `sequence_length` tokens; `tokens` and `epochs` count them over all domains.
+
+    Attributes:
+        router_layers: decoder layers of the router.
+        passages: rows drawn from every domain's kept text.
+    """
+
+    router_layers: int = 4
+    passages: int = 256
+    sequence_length: int = 256
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("router_layers", "passages"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")

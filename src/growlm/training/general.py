@@ -1,6 +1,7 @@
 """General text: what the router is shown as *none of the modules*, once a store.
 
-Comes from the user, from beside the base, or from the base itself. Knows texts; the router keeps vectors only.
+Comes from the user, from beside the base, or from the base itself. Kept as vectors; as text only where the store keeps
+samples.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from growlm import data as text_data
 from growlm import router
 from growlm.errors import DataError
 from growlm.modules.base import Base
+from growlm.router.samples import GENERAL_SAMPLES, pack_samples, unpack_samples
 from growlm.store import Store
 from growlm.training.progress import say
 
@@ -26,13 +28,7 @@ _LENGTH = 256  # tokens of a sample; whatever is learned first, none of the modu
 
 def ensure_general(store: Store, base: Base, tokenizer: Any, progress: bool | None) -> None:
     """Shows the router general text: what lies beside the base, or else what the base itself writes."""
-    beside = store.base_folder / HELDOUT_FILE
-    if beside.is_file():
-        describe_general(store, base, tokenizer, [beside])
-        return
-    say("router: no general text was given; the base writes a sample of its own (see --general)", progress)
-    texts = _written_by_base(base, tokenizer)
-    router.write_general(store, base, texts[::2], texts[1::2])
+    _show(store, base, *_texts(store, base, tokenizer, progress))
 
 
 def describe_general(store: Store, base: Base, tokenizer: Any, paths: Sequence[str | Path]) -> None:
@@ -44,6 +40,36 @@ def describe_general(store: Store, base: Base, tokenizer: Any, paths: Sequence[s
     Raises:
         DataError: the files are missing, malformed or empty.
     """
+    _show(store, base, *_from_files(base, tokenizer, paths))
+
+
+def general_samples(store: Store, base: Base, tokenizer: Any, progress: bool | None) -> list[list[int]]:
+    """General text for a router that is trained on it: what was kept, or else what `ensure_general` would show."""
+    kept = store.router_files(GENERAL_SAMPLES).read()
+    if kept is not None:
+        return unpack_samples(kept)
+    train, heldout = _texts(store, base, tokenizer, progress)
+    return [*train, *heldout]
+
+
+def _show(store: Store, base: Base, train: list[list[int]], heldout: list[list[int]]) -> None:
+    router.write_general(store, base, train, heldout)
+    if limit := store.manifest.keep_samples:
+        with store.lock():
+            store.router_files(GENERAL_SAMPLES).write(pack_samples([*train, *heldout], limit))
+
+
+def _texts(store: Store, base: Base, tokenizer: Any, progress: bool | None) -> tuple[list[list[int]], list[list[int]]]:
+    beside = store.base_folder / HELDOUT_FILE
+    if beside.is_file():
+        return _from_files(base, tokenizer, [beside])
+    say("router: no general text was given; the base writes a sample of its own (see --general)", progress)
+    texts = _written_by_base(base, tokenizer)
+    return texts[::2], texts[1::2]
+
+
+def _from_files(base: Base, tokenizer: Any, paths: Sequence[str | Path]) -> tuple[list[list[int]], list[list[int]]]:
+    """Passages to train on, and held-out ones."""
     documents = text_data.read(paths).documents
     length = min(_LENGTH, base.max_positions or _LENGTH)
     found = [p.tokens for p in text_data.passages(documents, tokenizer, length)]
@@ -52,7 +78,7 @@ def describe_general(store: Store, base: Base, tokenizer: Any, paths: Sequence[s
     order = np.random.default_rng(0).permutation(len(found))[:_SAMPLES]
     chosen = [found[i] for i in order]
     heldout = max(len(chosen) // 4, 1)
-    router.write_general(store, base, chosen[heldout:], chosen[:heldout])
+    return chosen[heldout:], chosen[:heldout]
 
 
 @torch.no_grad()

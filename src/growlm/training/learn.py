@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -33,7 +32,7 @@ from growlm.store import Store
 from growlm.training.config import LearnConfig
 from growlm.training.features import FeatureCache
 from growlm.training.general import ensure_general
-from growlm.training.loop import compute_dtype, require_finite, saved_step, train
+from growlm.training.loop import compute_dtype, module_rate, require_finite, saved_step, train
 from growlm.training.progress import say, training_bar
 
 _HELDOUT_SAMPLES = 64  # passages from which the router learns how far its own text may be
@@ -227,7 +226,7 @@ class _Learning:
                 len(self._steps),
                 self._tokens_of,
                 self.config,
-                self.config.learning_rate or default_rate(self.base.hidden_size),
+                self.config.learning_rate or module_rate(self.base.hidden_size),
                 folder=self.work,
                 resume_hint="run the same command again to go on",
                 report=report,
@@ -303,11 +302,6 @@ class _Upper(nn.Module):
             return base.norm(self._set.hidden(given))
         shared = base.pass_for(given, torch.arange(given.shape[1], device=given.device)[None])
         return base.norm(base.run(given, self._set.steps[fork:], shared))
-
-
-def default_rate(hidden_size: int) -> float:
-    """Peak learning rate where none is given: modules start as the identity and want more than finetuning does."""
-    return 3e-3 * min(1.0, math.sqrt(256 / hidden_size))
 
 
 def _set(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:

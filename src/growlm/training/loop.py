@@ -49,6 +49,11 @@ def rate_at(step: int, num_steps: int, peak: float, warmup: float) -> float:
     return peak * (_MIN_RATE + (1 - _MIN_RATE) * 0.5 * (1 + math.cos(math.pi * share)))
 
 
+def module_rate(hidden_size: int) -> float:
+    """Peak learning rate where none is given: what starts as the identity wants more than finetuning does."""
+    return 3e-3 * min(1.0, math.sqrt(256 / hidden_size))
+
+
 def train(
     parameters: Mapping[str, nn.Parameter],
     loss_of_step: Callable[[int], Tensor],

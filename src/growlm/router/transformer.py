@@ -1,0 +1,182 @@
+"""The transformer router: decoder layers that read the base's last states and name a category (IP-LLM, equation 2).
+
+The layers are of the base's own family and start as the identity; *other* is a category like any domain. They are
+trained on kept text of all domains at once (`training/router.py`): a domain that is added takes a new training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from growlm.errors import IntegrityError
+from growlm.modules import assign
+from growlm.modules.base import Base, tensor_bytes
+from growlm.modules.blocks import Blocks, BlocksConfig
+from growlm.router.interface import NONE, Route, Router
+
+if TYPE_CHECKING:
+    from growlm.manifests import RouterManifest
+    from growlm.store import Store
+
+# b batch, t tokens, d hidden size, c categories: the domains, and the last one for none of them
+
+TRANSFORMER = "transformer"  # under router/: one version a training
+
+
+class RouterLayers(nn.Module):
+    """Decoder layers above the base's last, a norm, and a row for each category.
+
+    Args:
+        blocks: the layers, at the top of the base and without vocabulary rows.
+    """
+
+    def __init__(self, base: Base, blocks: Blocks, num_categories: int) -> None:
+        super().__init__()
+        self._base = base
+        self.blocks = blocks
+        self.norm = nn.RMSNorm(base.hidden_size)
+        self.categories = nn.Linear(base.hidden_size, num_categories)
+
+    @classmethod
+    def create(cls, base: Base, num_layers: int, num_categories: int) -> Self:
+        """New layers in float32, drawn from torch's generator."""
+        config = BlocksConfig(num_layers=num_layers, placement="top", vocabulary="none")
+        return cls(base, Blocks.create(base, config), num_categories).to(base.device)
+
+    @classmethod
+    def restore(cls, base: Base, config: Mapping[str, Any], tensors: dict[str, Tensor], where: str) -> Self:
+        """
+        Raises:
+            IntegrityError: the tensors are not those of a router of this config on this base.
+        """
+        try:
+            shape = BlocksConfig(**config)
+        except (ValidationError, TypeError):
+            raise IntegrityError(f"{where}: its config is not that of a router; train it again") from None
+        own = {k.removeprefix("blocks."): v for k, v in tensors.items() if k.startswith("blocks.")}
+        blocks = Blocks.restore(base, shape, own, where)
+        with torch.device("meta"):
+            layers = cls(base, blocks, len(tensors["categories.bias"]) if "categories.bias" in tensors else 0)
+        assign(layers, tensors, where)
+        return layers
+
+    def forward(self, hidden: Tensor, visible: Tensor | None = None) -> Tensor:
+        """Logits of the categories (b, t, c) at every token, from the base's last states (b, t, d)."""
+        base = self._base
+        if visible is None:
+            positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        else:
+            positions = (visible.long().cumsum(-1) - 1).clamp_(min=0)
+        shared = base.pass_for(hidden, positions, visible=visible)
+        steps = self.blocks.extend(base.steps())[base.num_layers :]
+        return self.categories(self.norm(base.run(hidden, steps, shared)))
+
+
+class TransformerRouter(Router):
+    """Trained decoder layers that name a category at a text's last token. `bind` it to a base before it routes.
+
+    Args:
+        labels: the domain of each category but the last; those that are not among `forks` are never chosen.
+        forks: of every module that can be chosen.
+    """
+
+    kind = "transformer"
+
+    def __init__(
+        self,
+        labels: list[str],
+        forks: dict[str, int],
+        config: Mapping[str, Any],
+        tensors: dict[str, Tensor],
+        where: str,
+        layers: RouterLayers | None = None,
+    ) -> None:
+        self.names = [name for name in labels if name in forks]
+        self.forks = {name: forks[name] for name in self.names}
+        self._labels, self._config, self._tensors, self._where = labels, config, tensors, where
+        self._layers = layers
+
+    def bind(self, base: Base) -> TransformerRouter:
+        if not self._tensors:  # none was trained yet
+            return self
+        tensors = {k: v.to(base.device) for k, v in self._tensors.items()}
+        layers = RouterLayers.restore(base, self._config, tensors, self._where)
+        if len(self._labels) + 1 != layers.categories.out_features:
+            raise IntegrityError(
+                f"{self._where}: names {len(self._labels)} domains, its tensors do not; train it again"
+            )
+        return TransformerRouter(self._labels, self.forks, self._config, tensors, self._where, layers)
+
+    @torch.no_grad()
+    def route(self, hidden: Tensor, visible: Tensor | None = None) -> list[Route]:
+        if not self._tensors:
+            return [Route(None, {NONE: 1.0}) for _ in hidden]
+        assert self._layers is not None, "bind the router to a base first"
+        logits = self._layers(hidden, visible)
+        last = torch.full((len(hidden),), hidden.shape[1] - 1, device=hidden.device)
+        if visible is not None:
+            last = (visible.long() * torch.arange(hidden.shape[1], device=hidden.device)).amax(-1)
+        scores = logits[torch.arange(len(hidden), device=hidden.device), last].float().cpu()
+        gone = torch.tensor([name not in self.forks for name in self._labels] + [False])
+        scores = scores.masked_fill(gone, -torch.inf).softmax(-1)
+        labels = [*self._labels, NONE]
+        routes = []
+        order = scores.argsort(dim=-1, descending=True, stable=True)
+        for row, ranks in zip(scores.tolist(), order.tolist(), strict=True):
+            known = [i for i in ranks if not gone[i]]
+            best = labels[known[0]]
+            routes.append(Route(None if best == NONE else best, {labels[i]: row[i] for i in known}))
+        return routes
+
+    def without(self, names: Collection[str]) -> TransformerRouter:
+        left = {name: fork for name, fork in self.forks.items() if name not in names}
+        return TransformerRouter(self._labels, left, self._config, self._tensors, self._where, self._layers)
+
+    def num_bytes(self) -> int:
+        return tensor_bytes(self._tensors.values())
+
+
+def load_transformer(store: Store, among: Collection[str] | None = None) -> Router:
+    """The store's trained router; one that knows no module where none was trained.
+
+    Args:
+        among: names of modules; the newest router that was trained for just these, or else the current one, which then
+            chooses among them only.
+
+    Raises:
+        IntegrityError: the router's files are not what their manifest says.
+    """
+    files = store.router_files(TRANSFORMER)
+    versions = files.versions()
+    chosen = versions[-1] if versions else 0
+    for number in reversed(versions if among is not None else []):
+        found = files.manifest(number)
+        if found is not None and set(found.modules) == set(among or ()):
+            chosen = number
+            break
+    manifest, tensors = files.manifest(chosen), files.read(chosen)
+    if manifest is None or tensors is None:
+        return TransformerRouter([], {}, {}, {}, str(files.folder))
+    forks = _forks(store, manifest)
+    if among is not None:
+        forks = {name: fork for name, fork in forks.items() if name in among}
+    return TransformerRouter(list(manifest.modules), forks, manifest.config, tensors, str(files.folder / str(chosen)))
+
+
+def unknown_to(store: Store, manifest: RouterManifest | None) -> list[str]:
+    """Modules of the store that a router was not trained for."""
+    return [name for name in store.modules if manifest is None or name not in manifest.modules]
+
+
+def _forks(store: Store, manifest: RouterManifest) -> dict[str, int]:
+    """Of the modules that the router knows and the store still has; one that was updated since is looked up."""
+    forks: dict[str, int] = {}
+    for name, (version, fork) in manifest.modules.items():
+        if (module := store.find(name)) is not None:
+            forks[name] = fork if module.version == version else module.manifest.fork
+    return forks

@@ -1,0 +1,261 @@
+"""Training of a transformer router: decoder layers that name the domain of a text, from kept text of all domains.
+
+Every token of a passage is asked for the passage's domain, so that short prompts are learned with long ones. The
+modules' names, not the order in which they were learned, decide what is trained: the same store gives the same router.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from growlm import data as text_data
+from growlm.errors import StoreError, TrainingError
+from growlm.files import locked
+from growlm.modules.base import Base
+from growlm.router import SAMPLES, read_samples
+from growlm.router.transformer import TRANSFORMER, RouterLayers
+from growlm.store import Store, StoredModule
+from growlm.training.config import RouterConfig
+from growlm.training.general import general_samples
+from growlm.training.loop import compute_dtype, module_rate, saved_step, train
+from growlm.training.progress import say, training_bar
+
+_FIRST = 4  # tokens from which on a passage's domain is asked for: fewer say nothing
+_HELDOUT = 8  # one passage in so many is not trained on
+
+
+@dataclass(frozen=True)
+class RouterResult:
+    """What was trained. `accuracy` is the share of held-out passages whose last token names their domain, None where
+    the kept text is too little to hold any out."""
+
+    version: int
+    modules: int
+    accuracy: float | None
+    heldout: int
+    tokens: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def train_router(
+    store: Store,
+    config: RouterConfig | None = None,
+    *,
+    base: Base | None = None,
+    restart: bool = False,
+    progress: bool | None = None,
+) -> RouterResult:
+    """Trains a transformer router on the kept text of all modules; it becomes the newest version and is not chosen
+    by this: `Store.set_router` does that.
+
+    A run that was stopped goes on where it was when it is called again with the same arguments.
+
+    Args:
+        base: the store's base as it is served, where it is loaded already.
+        restart: forget what a stopped run had done.
+
+    Raises:
+        StoreError: a store without modules, modules whose text was not kept, or the same training under way.
+        TrainingError: the loss is no number any more; nothing is saved.
+        Interrupted: stopped by the user; progress is saved.
+    """
+    config = config or RouterConfig()
+    modules = list(store.modules.values())
+    if not modules:
+        raise StoreError(f"{store.path}: holds no modules; learn one before its router is trained")
+    require_samples(store, modules)
+    base = base or store.load_base(device="cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = store.load_tokenizer()
+    kept = [*(read_samples(m) for m in modules), general_samples(store, base, tokenizer, progress)]
+    labels = [m.name for m in modules]
+    begin = text_data.start_tokens(tokenizer)
+    length = min(config.sequence_length, base.max_positions or config.sequence_length)
+    rows = _Rows(kept, config, begin, length)
+
+    dtype = compute_dtype(config.precision, base.device.type)
+    run = _run_id(store, modules, kept[-1], config, base, dtype)
+    work = store.path / "work" / f"router-{run[:16]}"
+    with locked(store.path / "work" / f"router-{run[:16]}.lock", wait=False, keep=False) as mine:
+        if not mine:
+            raise StoreError(f"{store.path}: the same training of its router is under way already; wait for it")
+        if restart:
+            shutil.rmtree(work, ignore_errors=True)
+        if done := saved_step(work):
+            say(f"router: going on after step {done} of an earlier run (--restart begins anew)", progress)
+        torch.manual_seed(config.seed)
+        layers = RouterLayers.create(base, config.router_layers, len(kept))
+        wanted = config.rows_wanted(len(rows))
+        order = text_data.schedule(len(rows), config.batch_size, wanted=wanted, seed=config.seed)
+
+        def loss_of_step(step: int) -> Tensor:
+            ids, lengths, targets = rows.batch(order[step])
+            hidden = _states(base, ids)
+            with torch.autocast(base.device.type, dtype=dtype, enabled=dtype != torch.float32):
+                logits = layers(hidden).float()
+            asked = (torch.arange(ids.shape[1]) >= torch.clamp(lengths - 1, max=_FIRST)[:, None]) & (
+                torch.arange(ids.shape[1]) < lengths[:, None]
+            )
+            spread = torch.where(asked, targets[:, None], -100).to(base.device)
+            return torch.nn.functional.cross_entropy(logits.flatten(0, 1), spread.flatten(), ignore_index=-100)
+
+        try:
+            with training_bar("router", progress) as report:
+                seconds = train(
+                    dict(layers.named_parameters()),
+                    loss_of_step,
+                    len(order),
+                    lambda step: int(rows.lengths[order[step]].sum()),
+                    config,
+                    config.learning_rate or module_rate(base.hidden_size),
+                    folder=work,
+                    resume_hint="run growlm router --kind transformer on the store to go on",
+                    report=report,
+                )
+        except TrainingError:
+            shutil.rmtree(work, ignore_errors=True)  # the same run would end the same
+            raise
+        tensors = {k: v.detach().to("cpu", base.dtype) for k, v in layers.state_dict().items()}
+        served = RouterLayers.restore(
+            base, _shape(layers), {k: v.to(base.device) for k, v in tensors.items()}, "router"
+        )
+        accuracy = _accuracy(base, served, rows)
+        tokens = sum(int(rows.lengths[step].sum()) for step in order)
+        training = {
+            "samples": {m.name: m.manifest.files[SAMPLES] for m in modules},
+            "settings": config.to_json(),
+            "tokens": tokens,
+            "seconds": seconds,
+            "accuracy": accuracy,
+            "heldout": len(rows.heldout),
+        }
+        with store.lock():
+            version = store.router_files(TRANSFORMER).write(
+                tensors,
+                keep=True,
+                config=_shape(layers),
+                modules={m.name: (m.version, m.manifest.fork) for m in modules},
+                training=training,
+            )
+        shutil.rmtree(work, ignore_errors=True)
+    return RouterResult(version, len(labels), accuracy, len(rows.heldout), tokens, seconds)
+
+
+def require_samples(store: Store, modules: Sequence[StoredModule]) -> None:
+    """
+    Raises:
+        StoreError: text of a module was not kept, so that no router can be trained on it.
+    """
+    without = [m.name for m in modules if SAMPLES not in m.manifest.files]
+    if without:
+        names = ", ".join(without[:5]) + (" and others" if len(without) > 5 else "")
+        raise StoreError(
+            f"{store.path}: no text of {names} was kept, and a transformer router is trained on text of every module; "
+            "learn again with --update --keep-samples 2MB, or use the gaussian router, which needs none"
+        )
+
+
+class _Rows:
+    """Passages of every category, as many of each, and some that are held out.
+
+    Attributes:
+        lengths: (rows,) tokens of each.
+        heldout: passages and their categories that are not among the rows.
+    """
+
+    def __init__(
+        self, kept: Sequence[list[list[int]]], config: RouterConfig, begin: Sequence[int], length: int
+    ) -> None:
+        draw = np.random.default_rng(config.seed)
+        self._passages: list[list[int]] = []
+        self._targets: list[int] = []
+        self.heldout: list[tuple[list[int], int]] = []
+        for category, passages in enumerate(kept):
+            order = draw.permutation(len(passages))
+            out = order[: len(passages) // _HELDOUT]
+            into = order[len(out) :]
+            self.heldout += [(passages[i][:length], category) for i in out]
+            # A passage of which there are too few is read again, from another place.
+            for number in range(config.passages):
+                self._passages.append(_crop(passages[into[number % len(into)]], begin, length, draw))
+                self._targets.append(category)
+        self.lengths = np.array([len(p) for p in self._passages])
+
+    def __len__(self) -> int:
+        return len(self._passages)
+
+    def batch(self, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids (b, t) padded on the right, lengths (b,), categories (b,)."""
+        return _padded([self._passages[i] for i in rows], [self._targets[i] for i in rows])
+
+
+def _crop(passage: list[int], begin: Sequence[int], length: int, draw: np.random.Generator) -> list[int]:
+    start = int(draw.integers(max(len(passage) - length, 0) + 1))
+    if start == 0:
+        return passage[:length]
+    return [*begin, *passage[start:]][:length]
+
+
+def _padded(passages: Sequence[list[int]], targets: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    lengths = torch.tensor([len(p) for p in passages])
+    ids = torch.zeros(len(passages), int(lengths.max()), dtype=torch.long)
+    for row, passage in enumerate(passages):
+        ids[row, : len(passage)] = torch.tensor(passage)
+    return ids, lengths, torch.tensor(targets)
+
+
+@torch.no_grad()
+def _states(base: Base, ids: Tensor) -> Tensor:
+    """The base's states after its final norm (b, t, d). Padding on the right needs no mask: attention is causal."""
+    hidden, shared = base.begin(ids.to(base.device))
+    return base.norm(base.run(base.embed_positions(hidden, shared.positions), base.steps(), shared))
+
+
+@torch.no_grad()
+def _accuracy(base: Base, layers: RouterLayers, rows: _Rows) -> float | None:
+    right = 0
+    for at in range(0, len(rows.heldout), 16):
+        some = rows.heldout[at : at + 16]
+        ids, lengths, targets = _padded([p for p, _ in some], [c for _, c in some])
+        logits = layers(_states(base, ids))[torch.arange(len(some)), lengths - 1].cpu()
+        right += int((logits.argmax(-1) == targets).sum())
+    return right / len(rows.heldout) if rows.heldout else None
+
+
+def _shape(layers: RouterLayers) -> dict[str, Any]:
+    return layers.blocks.config.model_dump(mode="json")
+
+
+def _run_id(
+    store: Store,
+    modules: Sequence[StoredModule],
+    general: list[list[int]],
+    config: RouterConfig,
+    base: Base,
+    dtype: torch.dtype,
+) -> str:
+    """Tells a run from every other: what decides its result, and nothing else."""
+    settings = config.to_json()
+    for key in ("checkpoint_seconds", "precision"):
+        settings.pop(key)
+    parts = [
+        [(m.name, m.version, m.manifest.files[SAMPLES]) for m in modules],
+        general,
+        settings,
+        store.manifest.base_fingerprint,
+        base.device.type,
+        str(dtype),
+        torch.get_num_threads(),
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
