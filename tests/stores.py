@@ -14,6 +14,7 @@ from growlm import router
 from growlm.modules import ModuleSet
 from growlm.modules.base import Base
 from growlm.modules.blocks import Blocks, BlocksConfig
+from growlm.modules.checkpoint import save_model
 from growlm.modules.probe import probe
 from growlm.store import Store, StoredModule
 from tiny import make_model, make_tokenizer, perturb
@@ -58,7 +59,10 @@ def add_module(
         optimizer.step()
     seen = router.evidence(base, texts[:30], texts[30:])
     record = {"probe": {"base": probe(ModuleSet(base)), "module": probe(ModuleSet(base, [module]))}}
-    return store.commit(name, module, record, router.files_of(seen))
+    files = router.files_of(seen)
+    if store.manifest.keep_samples:
+        files[router.SAMPLES] = router.pack_samples(texts, store.manifest.keep_samples)
+    return store.commit(name, module, record, files)
 
 
 def save_lively_base(folder: Path, family: str = "llama", **changes: Any) -> Path:
@@ -68,16 +72,22 @@ def save_lively_base(folder: Path, family: str = "llama", **changes: Any) -> Pat
         for p in model.parameters():
             if p.ndim > 1:
                 p.mul_(4)
-    model.save_pretrained(folder)
+    save_model(model, folder)
     make_tokenizer().save_pretrained(folder)
     return folder
 
 
 def make_store(
-    folder: Path, family: str = "llama", modules: Mapping[str, Mapping[str, Any]] = PLAIN, **changes: Any
+    folder: Path,
+    family: str = "llama",
+    modules: Mapping[str, Mapping[str, Any]] = PLAIN,
+    *,
+    keep_samples: int = 0,
+    **changes: Any,
 ) -> Store:
     """`folder/base` and `folder/store`, with modules by name: the fields of their `BlocksConfig`, and `domain`."""
-    store = Store.create(folder / "store", save_lively_base(folder / "base", family, **changes))
+    base_folder = save_lively_base(folder / "base", family, **changes)
+    store = Store.create(folder / "store", base_folder, keep_samples=keep_samples)
     base = store.load_base()
     tokenizer = store.load_tokenizer()
     for seed, (name, config) in enumerate(modules.items(), start=1):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from growlm.errors import BaseModelError
 from growlm.modules.base import Base
 from growlm.modules.checkpoint import (
+    check,
     fingerprint,
     hub_revision,
     load_model,
@@ -180,3 +181,16 @@ def test_a_folder_has_no_revision(tmp_path, asked):
     folder = save_base(tmp_path / "base")
     assert resolve(folder, revision="def456") == folder
     assert asked == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_checkpoint_of_every_family_is_found_whole(tmp_path, family):
+    """Also where the names in the file are not the model's, as `embed_out` of gpt_neox."""
+    save_base(tmp_path, family)
+    check(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    missing = next(name for name in stored if "norm" in name or "ln_" in name)
+    del stored[missing]
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BaseModelError, match="its weights lack"):
+        check(tmp_path)

@@ -32,7 +32,7 @@ from growlm.cli_options import (
 )
 from growlm.errors import ConfigError, GrowlmError
 from growlm.evaluation.config import EvalConfig
-from growlm.training.config import LearnConfig, PretrainConfig
+from growlm.training.config import LearnConfig, PretrainConfig, RouterConfig
 from growlm.units import format_count, format_size
 
 app = typer.Typer(
@@ -102,6 +102,17 @@ def new(
     store: StorePath,
     base: Annotated[str, typer.Option("--base", help="Checkpoint folder, or a hub id.", show_default=False)],
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16, or auto.")] = "auto",
+    router: Annotated[
+        str, typer.Option("--router", help="gaussian (grows domain by domain) or transformer (trained on kept text).")
+    ] = "gaussian",
+    keep_samples: Annotated[
+        str | None,
+        typer.Option(
+            "--keep-samples",
+            metavar="SIZE",
+            help="Text of every module that is kept for the router; by default 2MB for a transformer, else none.",
+        ),
+    ] = None,
     general: Annotated[
         list[str] | None,
         typer.Option(
@@ -120,11 +131,13 @@ def new(
         growlm new brain --base base/
 
         growlm new brain --base Qwen/Qwen2.5-0.5B --dtype bfloat16 --general news.jsonl
+
+        growlm new brain --base base/ --router transformer --keep-samples 2MB
     """
     from growlm.store import Store
 
     missing = [path for path in (store.expanduser(), *store.expanduser().parents) if not path.exists()]
-    made = Store.create(store, base, dtype=dtype)
+    made = Store.create(store, base, dtype=dtype, router=router, keep_samples=keep_samples)
     if general:
         from growlm.training.general import describe_general
 
@@ -166,6 +179,7 @@ def learn(
     print(
         f"{name} version {result.version}: held-out loss {result.loss_before:.3f} -> {result.loss_after:.3f} after "
         f"{result.tokens:,} tokens in {result.seconds:,.0f} s ({result.tokens_per_second:,.0f} tokens/s)"
+        + (f"; router version {result.router}" if result.router else "")
     )
     if result.loss_after > result.loss_before:
         _note(f"{name} does worse than the base on its own held-out text: give more text or --epochs, or remove it")
@@ -192,6 +206,61 @@ def route(
     print(answer.module or "none of the modules")
     for name, score in list(answer.scores.items())[:10]:
         print(f"  {score:6.1%}  {name}")
+    return None
+
+
+@app.command()
+@from_config(RouterConfig)
+def router(
+    store: StorePath,
+    config: Any,
+    kind: Annotated[
+        str | None,
+        typer.Option("--kind", help="Change to gaussian, or train a transformer and change to it.", show_default=False),
+    ] = None,
+    remove_version: Annotated[
+        int | None,
+        typer.Option("--remove-version", help="Of the transformer: the newest, to roll back.", show_default=False),
+    ] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin training anew instead of resuming.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show which router a store has; change it, train it, or roll it back.
+
+    Run a training again to go on after Ctrl-C or a kill.
+
+    Examples:
+
+        growlm router brain
+
+        growlm router brain --kind transformer --router-layers 4
+
+        growlm router brain --remove-version 3
+    """
+    from growlm.store import Store
+    from growlm.training.router import describe_router, train_router
+
+    opened = Store.open(store)
+    if remove_version is not None:
+        opened.remove_router_version(remove_version)
+    if kind == "transformer":
+        train_router(opened, config, restart=restart)
+    if kind is not None:
+        opened.set_router(kind)
+    found = describe_router(opened)
+    if as_json:
+        return _print_json(found)
+    print(f"{found['kind']}: chooses among {found['knows']} of {_plural(found['modules'], 'module')}")
+    if found["unknown"]:
+        print(
+            f"not known to it: {', '.join(found['unknown'][:10])}; growlm router {store} --kind transformer trains it"
+        )
+    for version in found["versions"]:
+        accuracy = "no text held out" if version["accuracy"] is None else f"{version['accuracy']:.1%} on held-out text"
+        print(
+            f"  transformer version {version['version']}: {_plural(version['modules'], 'module')}, "
+            f"{format_size(version['bytes'])}, {accuracy}"
+        )
     return None
 
 
@@ -394,8 +463,7 @@ def verify(store: StorePath, as_json: Json = False) -> None:
     if as_json:
         _print_json({"ok": not problems, "problems": problems})
     elif not problems:
-        count = len(opened.modules)
-        print(f"{store}: {count} module{'' if count == 1 else 's'}, every file as it should be")
+        print(f"{store}: {_plural(len(opened.modules), 'module')}, every file as it should be")
     else:
         print("\n".join(problems))
     if problems:
@@ -523,6 +591,10 @@ def _engine(store: Path, memory: str | None) -> Any:
     return Engine(Store.open(store), memory=memory)
 
 
+def _plural(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def _module(name: str) -> str | None:
     return None if name == "base" else name
 
@@ -551,7 +623,7 @@ def _note(line: str) -> None:
 
 
 _CHAT_HELP = "/module NAME, /module base, /module auto, /new, /quit"
-_RESUMED = ("pretrain", "learn", "demo")  # commands that save as they go
+_RESUMED = ("pretrain", "learn", "router", "demo")  # commands that save as they go
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

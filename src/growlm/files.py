@@ -240,6 +240,7 @@ def _view(data: Tensor, entry: dict[str, Any]) -> Tensor:
         "I16": torch.int16,
         "I8": torch.int8,
         "U8": torch.uint8,
+        "U16": torch.uint16,
         "BOOL": torch.bool,
     }
     start, stop = entry["data_offsets"]

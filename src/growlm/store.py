@@ -47,6 +47,7 @@ MANIFEST = "module.json"
 # Under router/: what it was shown as none of the modules, and what is derived from the modules' own files.
 GENERAL, ROUTER_SUMS, ROUTER_FITTED = "general", "gaussian", "gaussian-fitted"
 ROUTER_DERIVED = (ROUTER_SUMS, ROUTER_FITTED)
+ROUTER_TRAINED = "transformer"
 ROUTERS = ("gaussian", "transformer")
 _KEPT = "2MB"  # of every domain's text, where a router is trained on it
 
@@ -368,6 +369,19 @@ class Store:
     @property
     def router_path(self) -> Path:
         return self.path / "router"
+
+    def remove_router_version(self, version: int) -> None:
+        """Takes a trained router away; the newest that is left is current.
+
+        Raises:
+            StoreError: no such version.
+        """
+        with self.lock():
+            files = self.router_files(ROUTER_TRAINED)
+            if version not in files.versions():
+                known = ", ".join(map(str, files.versions())) or "none"
+                raise StoreError(f"{self.path}: no trained router of version {version}; versions are: {known}")
+            files.remove(version)
 
     def router_files(self, name: str) -> TensorVersions:
         """Tensors that the router keeps under `name`."""

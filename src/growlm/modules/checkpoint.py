@@ -196,7 +196,7 @@ def check(folder: Path) -> None:
     model, stored = _outline(folder, "float32"), _entries(folder)
     tied = model.all_tied_weights_keys
     for name, parameter in model.named_parameters():
-        found = _find(stored, name, model.base_model_prefix)
+        found = _find(stored, name, model)
         if found is None and name not in tied and name not in tied.values():
             raise BaseModelError(f"{folder}: its weights lack {name!r}; give a whole checkpoint")
         if found is not None and stored[found[1]].shape != tuple(parameter.shape):
@@ -220,7 +220,7 @@ def _outline(folder: Path, dtype: str) -> Any:
         raise BaseModelError(f"{folder / 'config.json'}: {str(error).strip().splitlines()[0]}") from None
     # What the config ties but the files hold twice and not alike is loaded twice.
     for copy, original in model.all_tied_weights_keys.items():
-        held = [_find(stored, name, model.base_model_prefix) for name in (copy, original)]
+        held = [_find(stored, name, model) for name in (copy, original)]
         if held[0] and held[1] and not _alike(held[0], held[1], getattr(torch, dtype)):
             owner, _, name = copy.rpartition(".")
             untied = torch.nn.Parameter(torch.empty_like(model.get_parameter(original)))
@@ -228,10 +228,23 @@ def _outline(folder: Path, dtype: str) -> Any:
     return model
 
 
-def _find(stored: Mapping[str, _Entry], name: str, prefix: str) -> tuple[Path, str] | None:
-    """The file of a parameter and its name there: files may leave out the prefix of the model's inner part."""
-    spelled = next((n for n in (name, name.removeprefix(f"{prefix}.")) if n in stored), None)
-    return None if spelled is None else (stored[spelled].file, spelled)
+def _find(stored: Mapping[str, _Entry], name: str, model: Any) -> tuple[Path, str] | None:
+    """The file of a parameter and its name there: files may leave out the prefix of the model's inner part, or use a
+    name that the family had before (`embed_out` of gpt_neox), which transformers translates as it loads."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    inner = name.removeprefix(f"{model.base_model_prefix}.")
+    if found := next((n for n in (name, inner) if n in stored), None):
+        return stored[found].file, found
+    for renaming in get_model_conversion_mapping(model):
+        if type(renaming) is WeightRenaming:
+            (target,) = renaming.target_patterns
+            for source in renaming.source_patterns:
+                for old in stored:
+                    if re.sub(source, target, old) == name:
+                        return stored[old].file, old
+    return None
 
 
 def _alike(left: tuple[Path, str], right: tuple[Path, str], dtype: torch.dtype) -> bool:

@@ -21,18 +21,18 @@ GENERAL_SAMPLES = "general-samples"  # under router/: of text that is none of th
 
 
 def pack_samples(passages: Sequence[Sequence[int]], limit: int) -> dict[str, Tensor]:
-    """The first passages whose token ids fit in `limit` bytes, as one array and their lengths."""
+    """The first passages that fit in `limit` bytes, as one array of token ids and their lengths (4 bytes each)."""
     largest = max((max(p, default=0) for p in passages), default=0)
     dtype = torch.uint16 if largest < 1 << 16 else torch.int32
     kept: list[int] = []
     lengths: list[int] = []
     for passage in passages:
-        room = limit // dtype.itemsize - len(kept)
+        room = (limit - 4 * (len(lengths) + 1)) // dtype.itemsize - len(kept)
         if room < 1:
             break
         kept += passage[:room]
         lengths.append(min(len(passage), room))
-    return {"tokens": torch.tensor(kept, dtype=torch.int64).to(dtype), "lengths": torch.tensor(lengths)}
+    return {"tokens": torch.tensor(kept, dtype=torch.int64).to(dtype), "lengths": torch.tensor(lengths, dtype=torch.int32)}
 
 
 def unpack_samples(tensors: dict[str, Tensor]) -> list[list[int]]:

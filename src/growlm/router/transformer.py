@@ -18,14 +18,13 @@ from growlm.modules import assign
 from growlm.modules.base import Base, tensor_bytes
 from growlm.modules.blocks import Blocks, BlocksConfig
 from growlm.router.interface import NONE, Route, Router
+from growlm.store import ROUTER_TRAINED
 
 if TYPE_CHECKING:
     from growlm.manifests import RouterManifest
     from growlm.store import Store
 
 # b batch, t tokens, d hidden size, c categories: the domains, and the last one for none of them
-
-TRANSFORMER = "transformer"  # under router/: one version a training
 
 
 class RouterLayers(nn.Module):
@@ -151,7 +150,7 @@ def load_transformer(store: Store, among: Collection[str] | None = None) -> Rout
     Raises:
         IntegrityError: the router's files are not what their manifest says.
     """
-    files = store.router_files(TRANSFORMER)
+    files = store.router_files(ROUTER_TRAINED)
     versions = files.versions()
     chosen = versions[-1] if versions else 0
     for number in reversed(versions if among is not None else []):

@@ -34,6 +34,7 @@ from growlm.training.features import FeatureCache
 from growlm.training.general import ensure_general
 from growlm.training.loop import compute_dtype, module_rate, require_finite, saved_step, train
 from growlm.training.progress import say, training_bar
+from growlm.training.router import require_samples, train_router
 
 _HELDOUT_SAMPLES = 64  # passages from which the router learns how far its own text may be
 _SAMPLE_ROWS = 64  # rows of training text on which the base is asked what it knows
@@ -51,6 +52,7 @@ class LearnResult:
     tokens: int
     seconds: float
     tokens_per_second: float
+    router: int | None = None  # version of the router that was trained with it, where the store's kind is trained
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -90,6 +92,15 @@ def learn(
             f"{store.path}: module {name!r} exists (version {old.version}); use --update to learn its next version"
         )
     kind = kind_of(config.kind)
+    keep = int(config.keep_samples) if config.keep_samples is not None else store.manifest.keep_samples
+    trains_router = store.manifest.router == "transformer"
+    if trains_router:
+        if not keep:
+            raise StoreError(
+                f"{store.path}: its transformer router is trained on kept text; without any, {name!r} could never be "
+                "chosen: leave out --keep-samples 0, or change to the gaussian router (growlm router --kind gaussian)"
+            )
+        require_samples(store, [m for m in store.modules.values() if m.name != name])
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     corpus = text_data.read(data, text_key=config.text_key, separator=config.separator)
@@ -162,10 +173,19 @@ def learn(
         now = store.find(name)
         if now is not None and not update and (old is None or now.version != old.version):
             raise StoreError(f"{store.path}: module {name!r} exists (learned meanwhile); use --update")
-        stored = store.commit(name, module, training, router.files_of(evidence))
+        files = router.files_of(evidence)
+        if keep:
+            rows = -(-keep // (2 * config.sequence_length))  # two bytes a token at the least
+            files[router.SAMPLES] = router.pack_samples(_sample_passages(packed, rows, config.seed, begin), keep)
+        stored = store.commit(name, module, training, files)
         router.add_domain(store, stored, old)
         shutil.rmtree(work, ignore_errors=True)
-    return LearnResult(name, stored.version, before, after, tokens, seconds, tokens / max(seconds, 1e-9))
+    trained_router = None
+    if trains_router:
+        trained_router = train_router(store, base=base, progress=progress).version
+    return LearnResult(
+        name, stored.version, before, after, tokens, seconds, tokens / max(seconds, 1e-9), trained_router
+    )
 
 
 class _Learning:
@@ -319,7 +339,7 @@ def _sample_passages(packed: text_data.PackedTokens, count: int, seed: int, begi
 def _run_id(store: Store, name: str, data_digest: str, config: LearnConfig, device: str, dtype: torch.dtype) -> str:
     """Tells a run from every other: what decides its result, and nothing else."""
     settings = config.to_json()
-    for key in ("checkpoint_seconds", "feature_cache", "precision"):
+    for key in ("checkpoint_seconds", "feature_cache", "keep_samples", "precision"):
         settings.pop(key)
     old = store.find(name)
     parts = [

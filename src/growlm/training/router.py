@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from growlm import data as text_data
-from growlm.errors import StoreError, TrainingError
+from growlm.errors import IntegrityError, StoreError, TrainingError
 from growlm.files import locked
 from growlm.modules.base import Base
-from growlm.router import SAMPLES, read_samples
-from growlm.router.transformer import TRANSFORMER, RouterLayers
-from growlm.store import Store, StoredModule
+from growlm.router import EVIDENCE, SAMPLES, read_samples
+from growlm.router.transformer import RouterLayers, unknown_to
+from growlm.store import ROUTER_TRAINED, Store, StoredModule
 from growlm.training.config import RouterConfig
 from growlm.training.general import general_samples
 from growlm.training.loop import compute_dtype, module_rate, saved_step, train
@@ -63,6 +63,7 @@ def train_router(
     A run that was stopped goes on where it was when it is called again with the same arguments.
 
     Args:
+        config: by default that of the newest version.
         base: the store's base as it is served, where it is loaded already.
         restart: forget what a stopped run had done.
 
@@ -71,7 +72,7 @@ def train_router(
         TrainingError: the loss is no number any more; nothing is saved.
         Interrupted: stopped by the user; progress is saved.
     """
-    config = config or RouterConfig()
+    config = config or _last_config(store)
     modules = list(store.modules.values())
     if not modules:
         raise StoreError(f"{store.path}: holds no modules; learn one before its router is trained")
@@ -141,7 +142,7 @@ def train_router(
             "heldout": len(rows.heldout),
         }
         with store.lock():
-            version = store.router_files(TRANSFORMER).write(
+            version = store.router_files(ROUTER_TRAINED).write(
                 tensors,
                 keep=True,
                 config=_shape(layers),
@@ -164,6 +165,47 @@ def require_samples(store: Store, modules: Sequence[StoredModule]) -> None:
             f"{store.path}: no text of {names} was kept, and a transformer router is trained on text of every module; "
             "learn again with --update --keep-samples 2MB, or use the gaussian router, which needs none"
         )
+
+
+def _last_config(store: Store) -> RouterConfig:
+    newest = store.router_files(ROUTER_TRAINED).manifest()
+    try:
+        return RouterConfig(**newest.training["settings"]) if newest else RouterConfig()
+    except (KeyError, TypeError):
+        raise IntegrityError(
+            f"{store.router_path / ROUTER_TRAINED}: its newest version does not say how it was trained; "
+            "train it again with growlm router --kind transformer"
+        ) from None
+
+
+def describe_router(store: Store) -> dict[str, Any]:
+    """The kind that chooses, how many modules it knows, which it does not, and the trained versions."""
+    names = list(store.modules)
+    files = store.router_files(ROUTER_TRAINED)
+    versions = []
+    for number in files.versions():
+        manifest = files.manifest(number)
+        if manifest is not None:
+            versions.append(
+                {
+                    "version": number,
+                    "modules": len(manifest.modules),
+                    "accuracy": manifest.training.get("accuracy"),
+                    "bytes": sum(p.stat().st_size for p in (files.folder / str(number)).glob("*.safetensors")),
+                }
+            )
+    if store.manifest.router == ROUTER_TRAINED:
+        unknown = unknown_to(store, files.manifest())
+    else:
+        unknown = [m.name for m in store.modules.values() if EVIDENCE not in m.manifest.files]
+    return {
+        "kind": store.manifest.router,
+        "modules": len(names),
+        "knows": len(names) - len(unknown),
+        "unknown": unknown,
+        "keep_samples": store.manifest.keep_samples,
+        "versions": versions,
+    }
 
 
 class _Rows:
