@@ -32,7 +32,10 @@ def pack_samples(passages: Sequence[Sequence[int]], limit: int) -> dict[str, Ten
             break
         kept += passage[:room]
         lengths.append(min(len(passage), room))
-    return {"tokens": torch.tensor(kept, dtype=torch.int64).to(dtype), "lengths": torch.tensor(lengths, dtype=torch.int32)}
+    return {
+        "tokens": torch.tensor(kept, dtype=torch.int64).to(dtype),
+        "lengths": torch.tensor(lengths, dtype=torch.int32),
+    }
 
 
 def unpack_samples(tensors: dict[str, Tensor]) -> list[list[int]]:
