@@ -25,7 +25,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import matplotlib
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import biographies as bio
@@ -34,6 +37,7 @@ from baselines import Baseline
 from common import machine
 from growlm import data as text_data
 from growlm.errors import GrowlmError, TrainingError
+from growlm.evaluation import plots
 from growlm.files import read_tensors, write_atomic, write_tensors
 from growlm.modules import ModuleSet
 from growlm.modules.scoring import continuation_scores
@@ -321,12 +325,43 @@ def name_of(group: int) -> str:
 # What is shown
 
 
-def table(results: Mapping[str, list[dict[str, Any]]], group_bits: float, base_parameters: int) -> list[str]:
-    """Bits known after each number of groups, and what that is at the end, a line a method."""
+def lines_of(results: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """The stages of each line of table and figure: every method, and growlm's router beside its own modules."""
     lines = {("growlm, own module" if method == "growlm" else method): s for method, s in results.items()}
     if "growlm" in results:
         lines["growlm, routed"] = [s | {"groups": s["routed"]} for s in results["growlm"]]
-    known = {name: [sum(row["bits"] for row in s["groups"]) for s in stages] for name, stages in lines.items()}
+    return lines
+
+
+def kbits(stages: Sequence[Mapping[str, Any]]) -> list[float]:
+    return [sum(row["bits"] for row in stage["groups"]) / 1e3 for stage in stages]
+
+
+def figure(results: Mapping[str, list[dict[str, Any]]], group_bits: float) -> Figure:
+    """Kilobits known against groups learned, one line a method, and all that there were to know."""
+    lines = lines_of(results)
+    with matplotlib.rc_context(plots.SETTINGS):
+        drawn = Figure(figsize=(plots.WIDTH / 72, 3.4), layout="constrained")
+        axes = drawn.add_subplot()
+        counts = range(1, max(map(len, lines.values())) + 1)
+        axes.plot(
+            counts, [group_bits * n / 1e3 for n in counts], ":", color=plots.LIGHT["muted"], label="all there are"
+        )
+        roles = dict(zip(lines, ("module", "ink", "base", "router"), strict=False))
+        for name, marker in zip(lines, "os^D", strict=False):
+            axes.plot(counts[: len(lines[name])], kbits(lines[name]), color=plots.LIGHT[roles[name]], marker=marker,
+                      markersize=4, label=name)  # fmt: skip
+        axes.set(xlabel="groups of people learned, one after another", ylabel="kbit known", ylim=(0, None))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(axis="y")
+        drawn.legend(loc="outside upper center", ncols=3)
+    return drawn
+
+
+def table(results: Mapping[str, list[dict[str, Any]]], group_bits: float, base_parameters: int) -> list[str]:
+    """Bits known after each number of groups, and what that is at the end, a line a method."""
+    lines = lines_of(results)
+    known = {name: [1e3 * k for k in kbits(stages)] for name, stages in lines.items()}
     counts = range(1, max(map(len, lines.values())) + 1)
     made = ["| kbit known of | " + " | ".join(f"{n} learned" for n in counts) + " |", "|---|" + "---:|" * len(counts)]
     for name, bits in {"all there are": [group_bits * n for n in counts], **known}.items():
@@ -355,7 +390,10 @@ def report(experiment: Capacity, methods: Sequence[str]) -> str:
     for method in METHODS:
         if method in methods:
             results[method] = experiment.growlm() if method == "growlm" else experiment.baseline(method)
-    made = table(results, bio.bits_per_person() * scale.people, size)
+    group_bits = bio.bits_per_person() * scale.people
+    with matplotlib.rc_context(plots.SETTINGS):
+        figure(results, group_bits).savefig(experiment.out / "capacity.svg")
+    made = table(results, group_bits, size)
     made += [
         "",
         "Published: 2 bits a parameter after 1000 exposures, 1 after 100. "

@@ -144,8 +144,8 @@ def main() -> None:
     parser.add_argument("--test-tokens", type=parse_count, default=20_000)
     parser.add_argument("--passages", type=int, default=256, help="of each domain that the transformer reads (real)")
     parser.add_argument("--domains", nargs="+", type=int, default=[2, 10, 100, 1000], help="how many (growth)")
-    parser.add_argument("--samples", type=int, default=32, help="texts of each made-up domain (growth)")
-    parser.add_argument("--router-tokens", type=parse_count, default=500_000, help="the transformer reads (growth)")
+    parser.add_argument("--samples", type=int, default=128, help="texts of each made-up domain (growth)")
+    parser.add_argument("--router-tokens", type=parse_count, default=200_000, help="the transformer reads (growth)")
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
     if a.what == "real" and a.data is None:

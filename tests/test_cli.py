@@ -262,7 +262,9 @@ def test_a_report_goes_where_nothing_else_is_and_is_checked_first(home, run, mon
 
 
 def test_a_module_that_does_worse_than_the_base_is_said_to(home, run):
-    code, out, err = run("learn", "store", "other", "--data", "other.jsonl", *LEARN, "--learning-rate", "0.9")
+    code, out, err = run(
+        "learn", "store", "other", "--data", "other.jsonl", *LEARN, "--learning-rate", "0.9", "--epochs", "1"
+    )
     assert code == 0, err
     before, after = map(float, out.split("loss ")[1].split(" after")[0].split(" -> "))
     assert ("does worse than the base" in err) == (after > before)

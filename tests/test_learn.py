@@ -188,7 +188,7 @@ def test_the_number_of_tokens_bounds_the_run(store):
     per_step = 4 * 16
     assert run(store, tokens=5 * per_step).tokens == 5 * per_step
     assert run(store, tokens=300, update=True).tokens == pytest.approx(300, abs=per_step)
-    once = run(store, update=True).tokens
+    once = run(store, epochs=1, update=True).tokens
     assert run(store, epochs=3, update=True).tokens == 3 * once
     assert once < run(store, tokens=f"{2 * once}", update=True).tokens <= 2 * once + per_step
 

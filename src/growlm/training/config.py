@@ -127,6 +127,7 @@ class LearnConfig(TrainConfig):
             says.
     """
 
+    epochs: int = 2
     kind: str = "blocks"
     num_layers: int = 4
     placement: str = "top"
