@@ -29,9 +29,13 @@ class Baseline:
     Args:
         model: a transformers causal LM; it is copied.
         lora_parameters: train a LoRA of about so many parameters over all linear layers; None trains everything.
+        vocabulary: of these parameters, spend first what it takes to train the whole input embedding (and the output
+            head that is tied to it), as a module has rows of its own.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, lora_parameters: int | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, *, lora_parameters: int | None = None, vocabulary: bool = False, seed: int = 0
+    ) -> None:
         torch.manual_seed(seed)  # of a LoRA's first weights
         self.model = copy.deepcopy(model).float()
         self.tokenizer = tokenizer
@@ -43,9 +47,12 @@ class Baseline:
                 for n, m in self.model.named_modules()
                 if isinstance(m, torch.nn.Linear) and "lm_head" not in n
             )
-            rank = max(round(lora_parameters / one), 1)
+            embedding = self.model.get_input_embeddings().weight
+            left = lora_parameters - (embedding.numel() if vocabulary else 0)
+            rank = max(round(left / one), 1)
             config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", lora_dropout=0.0)
             get_peft_model(self.model, config)  # puts its layers into the model
+            embedding.requires_grad_(vocabulary)
         self.base = Base(self.model, freeze=False)
 
     @property

@@ -35,6 +35,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "top, 8 layers": {"num_layers": 8},
     "top, own embeddings too": {"vocabulary": "both"},
     "top, no own rows": {"vocabulary": "none"},
+    "top, 1,024 rows": {"max_rows": 1024},
+    "top, 2,048 rows": {"max_rows": 2048},
     "interleaved": {"placement": "interleaved"},
     "interleaved, 2 layers": {"placement": "interleaved", "num_layers": 2},
     "interleaved, 8 layers": {"placement": "interleaved", "num_layers": 8},
@@ -49,6 +51,7 @@ GRID = [
 ]
 BASELINES = [
     *(("lora", rate, 1) for rate in (1e-3, 3e-3, 1e-2)),
+    *(("lora and embeddings", rate, 1) for rate in (3e-4, 1e-3, 3e-3)),
     *(("finetune", rate, 1) for rate in (3e-4, 1e-3, 3e-3)),
     ("lora", 3e-3, 4),
     ("finetune", 1e-3, 4),
@@ -93,8 +96,12 @@ class Choices(Bench):
 
     def baseline(self, domain: str, kind: str, rate: float, epochs: int, lora: int) -> dict[str, Any]:
         model = Baseline(
-            self.model, self.tokenizer, lora_parameters=lora if kind == "lora" else None, seed=self.seed
-        )  # fmt: skip
+            self.model,
+            self.tokenizer,
+            lora_parameters=lora if "lora" in kind else None,
+            vocabulary="embeddings" in kind,
+            seed=self.seed,
+        )
         folder = self.out / "trials" / f"{kind}-{domain}"
         documents = text_data.read([self.text(domain)]).documents
         try:
@@ -132,7 +139,8 @@ def main() -> None:
     lora = round(sum(rows[("top", 3e-3, 1)][d]["parameters"] for d in a.domains) / len(a.domains))
     for kind, rate, epochs in BASELINES:
         for d in a.domains:
-            made = bench.kept(f"{d}-{kind}-{rate}-{epochs}", partial(bench.baseline, d, kind, rate, epochs, lora))
+            label = f"{d}-{kind}-{rate}-{epochs}".replace(" ", "-")
+            made = bench.kept(label, partial(bench.baseline, d, kind, rate, epochs, lora))
             rows.setdefault((kind, rate, epochs), {})[d] = made
     print(f"{machine()}; {a.tokens:,} tokens a domain, seed {a.seed}\n")
     print("| what | rate | epochs | parameters | fork | seconds | " + " | ".join(a.domains) + " |")
