@@ -23,7 +23,7 @@ from growlm.store import ROUTER_DERIVED, Store
 from stores import ALPHABETS, add_module, domain_text, make_store
 
 COMMANDS = ["pretrain", "new", "learn", "route", "generate", "chat", "eval", "status", "verify", "remove", "export"]
-COMMANDS += ["demo", "version"]
+COMMANDS += ["router", "demo", "version"]
 LEARN = ["--num-layers", "1", "--sequence-length", "16", "--batch-size", "4", "--max-rows", "50"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -700,3 +700,45 @@ def test_version_2_is_what_status_shows(home, answer):
     store = Store.open(home / "store")
     add_module(store, store.load_base(), "digits", 9)
     assert [m["version"] for m in answer("status", "store")["modules"]] == [2, 1, 1]
+
+
+def test_the_router_is_changed_trained_again_and_rolled_back(home, run, answer):
+    code, out, err = run("router", "store")
+    assert (code, out) == (0, "gaussian: chooses among 3 of 3 modules\n"), err
+    code, out, err = run("router", "store", "--kind", "transformer")
+    assert (code, out) == (1, "")
+    assert "no text of digits, letters, signs was kept" in err
+    assert err.count("\n") == 1
+    small = ["--router-layers", "1", "--sequence-length", "32", "--passages", "8", "--epochs", "1"]
+    code, _, err = run("new", "kept", "--base", "base", "--router", "transformer", "--keep-samples", "50kB")
+    assert code == 0, err
+    options = [*LEARN, "--tokens", "600", "--router-samples", "8"]
+    for version, name in enumerate(("letters", "digits"), start=1):
+        learned = answer("learn", "kept", name, "--data", f"{name}.jsonl", *options)
+        assert learned["router"] == version
+    found = answer("router", "kept", "--kind", "transformer", *small)
+    assert (found["kind"], found["knows"], found["modules"], found["unknown"]) == ("transformer", 2, 2, [])
+    assert [v["modules"] for v in found["versions"]] == [1, 2, 2]
+    assert found["versions"][2]["bytes"] < found["versions"][1]["bytes"]
+    for version in (3, 2):
+        found = answer("router", "kept", "--remove-version", version)
+    assert (found["knows"], found["unknown"]) == (1, ["digits"])
+    code, out, err = run("router", "kept")
+    assert "never chosen: digits" in out
+    assert answer("router", "kept", "--kind", "gaussian")["knows"] == 2
+    assert answer("verify", "kept")["ok"]
+
+
+def test_bad_router_options_are_one_line(home, run):
+    for options, message in (
+        (["--kind", "oracle"], "router 'oracle' is not one of gaussian, transformer"),
+        (["--remove-version", "7"], "no trained router of version 7; versions are: none"),
+        (["--kind", "transformer", "--router-layers", "0"], "router_layers is 0; it must be at least 1"),
+    ):
+        code, out, err = run("router", "store", *options)
+        assert (code, out, err.count("\n")) == (1, "", 1)
+        assert message in err
+    code, _, err = run("new", "other", "--base", "base", "--router", "transformer", "--keep-samples", "0")
+    assert code == 1
+    assert "keep some, or use --router gaussian" in err
+    assert not (home / "other").exists()

@@ -252,9 +252,8 @@ def router(
         return _print_json(found)
     print(f"{found['kind']}: chooses among {found['knows']} of {_plural(found['modules'], 'module')}")
     if found["unknown"]:
-        print(
-            f"not known to it: {', '.join(found['unknown'][:10])}; growlm router {store} --kind transformer trains it"
-        )
+        cure = f"; growlm router {store} --kind transformer trains anew" if found["kind"] == "transformer" else ""
+        print(f"never chosen: {', '.join(found['unknown'][:10])}{cure}")
     for version in found["versions"]:
         accuracy = "no text held out" if version["accuracy"] is None else f"{version['accuracy']:.1%} on held-out text"
         print(
