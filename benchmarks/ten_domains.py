@@ -51,6 +51,7 @@ RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # tried from the middle on, 
 LENGTH, ROUTE = 256, 200  # tokens: of a row, and of what the router sees
 GROWLM: dict[str, dict[str, Any]] = {
     "blocks-top": {},
+    "blocks-top-1024-rows": {"max_rows": 1024},  # as many rows in every module: memory does not move
     "blocks-interleaved": {"placement": "interleaved", "vocabulary": "head"},
     "blocks-interleaved-both": {"placement": "interleaved", "vocabulary": "both"},
 }
