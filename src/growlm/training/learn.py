@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,8 +19,7 @@ from torch import Tensor, nn
 
 from growlm import data as text_data
 from growlm import router
-from growlm.errors import ConfigError, DataError, StoreError, TrainingError
-from growlm.files import locked
+from growlm.errors import ConfigError, DataError, StoreError
 from growlm.layers.cross_entropy import linear_cross_entropy
 from growlm.modules import KnowledgeModule, ModuleSet, kind_of
 from growlm.modules.base import Base
@@ -32,9 +30,10 @@ from growlm.store import Store
 from growlm.training.config import LearnConfig
 from growlm.training.features import FeatureCache
 from growlm.training.general import ensure_general
-from growlm.training.loop import compute_dtype, module_rate, require_finite, saved_step, train
+from growlm.training.loop import compute_dtype, module_rate, require_finite, train
 from growlm.training.progress import say, training_bar
 from growlm.training.router import require_samples, train_router
+from growlm.training.runs import run_folder
 
 _HELDOUT_SAMPLES = 64  # passages from which the router learns how far its own text may be
 _SAMPLE_ROWS = 64  # rows of training text on which the base is asked what it knows
@@ -120,14 +119,7 @@ def learn(
 
     dtype = compute_dtype(config.precision, device)
     run = _run_id(store, name, corpus.digest, config, device, dtype)
-    work = store.path / "work" / f"{name}-{run[:16]}"
-    with locked(store.path / "work" / f"{name}-{run[:16]}.lock", wait=False, keep=False) as mine:
-        if not mine:
-            raise StoreError(f"{store.path}: the same learning of {name!r} is running already; wait for it")
-        if restart:
-            shutil.rmtree(work, ignore_errors=True)
-        if done := saved_step(work):
-            say(f"{name}: going on after step {done} of an earlier run (--restart begins anew)", progress)
+    with run_folder(store, name, run, restart=restart, progress=progress) as work:
         base = store.load_base(device=device)
         if base.max_positions is not None and config.sequence_length > base.max_positions:
             raise ConfigError(
@@ -139,24 +131,18 @@ def learn(
             ensure_general(store, base, tokenizer, progress)
         begin = text_data.start_tokens(tokenizer)
         learning = _Learning(base, kind, config, packed, work, begin)
-        try:
-            with training_bar(name, progress) as report:
-                seconds = learning.run(report)
-            trained, tokens = learning.module, learning.num_tokens
-            del learning
-            if dtype != served:
-                del base
-                base = store.load_base(device=device)
-            weights = {
-                k: v.detach().to(served) if v.is_floating_point() else v for k, v in trained.state_dict().items()
-            }
-            module = kind.restore(base, trained.config, weights, name)
-            alone, together = ModuleSet(base), ModuleSet(base, [module])
-            before, after = (float(passage_losses(m, heldout).sum()) / num_labels(heldout) for m in (alone, together))
-            require_finite(f"{name}: the held-out loss after training", after)
-        except TrainingError:
-            shutil.rmtree(work, ignore_errors=True)  # the same run would end the same
-            raise
+        with training_bar(name, progress) as report:
+            seconds = learning.run(report)
+        trained, tokens = learning.module, learning.num_tokens
+        del learning
+        if dtype != served:
+            del base
+            base = store.load_base(device=device)
+        weights = {k: v.detach().to(served) if v.is_floating_point() else v for k, v in trained.state_dict().items()}
+        module = kind.restore(base, trained.config, weights, name)
+        alone, together = ModuleSet(base), ModuleSet(base, [module])
+        before, after = (float(passage_losses(m, heldout).sum()) / num_labels(heldout) for m in (alone, together))
+        require_finite(f"{name}: the held-out loss after training", after)
         crops = _sample_passages(packed, config.router_samples, config.seed, begin)
         evidence = router.evidence(base, crops, heldout[:_HELDOUT_SAMPLES], seed=config.seed)
         training = {
@@ -179,7 +165,6 @@ def learn(
             files[router.SAMPLES] = router.pack_samples(_sample_passages(packed, rows, config.seed, begin), keep)
         stored = store.commit(name, module, training, files)
         router.add_domain(store, stored, old)
-        shutil.rmtree(work, ignore_errors=True)
     trained_router = None
     if trains_router:
         trained_router = train_router(store, base=base, progress=progress).version

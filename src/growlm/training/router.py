@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,16 +17,16 @@ import torch
 from torch import Tensor
 
 from growlm import data as text_data
-from growlm.errors import IntegrityError, StoreError, TrainingError
-from growlm.files import locked
+from growlm.errors import IntegrityError, StoreError
 from growlm.modules.base import Base
 from growlm.router import EVIDENCE, SAMPLES, read_samples
 from growlm.router.transformer import RouterLayers, unknown_to
 from growlm.store import ROUTER_TRAINED, Store, StoredModule
 from growlm.training.config import RouterConfig
 from growlm.training.general import general_samples
-from growlm.training.loop import compute_dtype, module_rate, saved_step, train
-from growlm.training.progress import say, training_bar
+from growlm.training.loop import compute_dtype, module_rate, train
+from growlm.training.progress import training_bar
+from growlm.training.runs import run_folder
 
 _FIRST = 4  # tokens from which on a passage's domain is asked for: fewer say nothing
 _HELDOUT = 8  # one passage in so many is not trained on
@@ -87,14 +86,7 @@ def train_router(
 
     dtype = compute_dtype(config.precision, base.device.type)
     run = _run_id(store, modules, kept[-1], config, base, dtype)
-    work = store.path / "work" / f"router-{run[:16]}"
-    with locked(store.path / "work" / f"router-{run[:16]}.lock", wait=False, keep=False) as mine:
-        if not mine:
-            raise StoreError(f"{store.path}: the same training of its router is under way already; wait for it")
-        if restart:
-            shutil.rmtree(work, ignore_errors=True)
-        if done := saved_step(work):
-            say(f"router: going on after step {done} of an earlier run (--restart begins anew)", progress)
+    with run_folder(store, "router", run, restart=restart, progress=progress) as work:
         torch.manual_seed(config.seed)
         layers = RouterLayers.create(base, config.router_layers, len(kept))
         wanted = config.rows_wanted(len(rows))
@@ -111,22 +103,18 @@ def train_router(
             spread = torch.where(asked, targets[:, None], -100).to(base.device)
             return torch.nn.functional.cross_entropy(logits.flatten(0, 1), spread.flatten(), ignore_index=-100)
 
-        try:
-            with training_bar("router", progress) as report:
-                seconds = train(
-                    dict(layers.named_parameters()),
-                    loss_of_step,
-                    len(order),
-                    lambda step: int(rows.lengths[order[step]].sum()),
-                    config,
-                    config.learning_rate or module_rate(base.hidden_size),
-                    folder=work,
-                    resume_hint="run growlm router --kind transformer on the store to go on",
-                    report=report,
-                )
-        except TrainingError:
-            shutil.rmtree(work, ignore_errors=True)  # the same run would end the same
-            raise
+        with training_bar("router", progress) as report:
+            seconds = train(
+                dict(layers.named_parameters()),
+                loss_of_step,
+                len(order),
+                lambda step: int(rows.lengths[order[step]].sum()),
+                config,
+                config.learning_rate or module_rate(base.hidden_size),
+                folder=work,
+                resume_hint="run growlm router --kind transformer on the store to go on",
+                report=report,
+            )
         tensors = {k: v.detach().to("cpu", base.dtype) for k, v in layers.state_dict().items()}
         served = RouterLayers.restore(
             base, _shape(layers), {k: v.to(base.device) for k, v in tensors.items()}, "router"
@@ -149,7 +137,6 @@ def train_router(
                 modules={m.name: (m.version, m.manifest.fork) for m in modules},
                 training=training,
             )
-        shutil.rmtree(work, ignore_errors=True)
     return RouterResult(version, len(labels), accuracy, len(rows.heldout), tokens, seconds)
 
 
