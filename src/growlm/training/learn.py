@@ -119,7 +119,9 @@ def learn(
 
     dtype = compute_dtype(config.precision, device)
     run = _run_id(store, name, corpus.digest, config, device, dtype)
-    with run_folder(store, name, run, restart=restart, progress=progress) as work:
+    folder = store.path / "work" / f"{name}-{run[:16]}"
+    busy = f"{store.path}: the same learning of {name!r} is running already"
+    with run_folder(folder, name, busy, restart=restart, progress=progress) as work:
         base = store.load_base(device=device)
         if base.max_positions is not None and config.sequence_length > base.max_positions:
             raise ConfigError(

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from growlm import data as text_data
-from growlm.errors import ConfigError, DataError, StoreError, TrainingError
-from growlm.files import locked, sync, write_atomic
+from growlm.errors import ConfigError, DataError, StoreError
+from growlm.files import sync, write_atomic
 from growlm.layers.cross_entropy import linear_cross_entropy
 from growlm.modules import ModuleSet
 from growlm.modules.anatomy import anatomy_of
@@ -27,8 +27,9 @@ from growlm.modules.checkpoint import save_model
 from growlm.modules.scoring import num_labels, passage_losses
 from growlm.training.config import PRESETS, PretrainConfig
 from growlm.training.general import HELDOUT_FILE
-from growlm.training.loop import compute_dtype, require_finite, saved_step, train
+from growlm.training.loop import compute_dtype, require_finite, train
 from growlm.training.progress import say, training_bar
+from growlm.training.runs import run_folder
 
 END_OF_TEXT = "<|endoftext|>"
 _HELDOUT_DOCUMENTS = 256
@@ -84,20 +85,11 @@ def pretrain(
     settings |= {"precision": str(compute_dtype(config.precision, device))}
     settings.pop("checkpoint_seconds")
     run = hashlib.sha256(json.dumps([corpus.digest, settings], sort_keys=True).encode()).hexdigest()[:16]
-    work = out.parent / f".{out.name}-{run}"
-    with locked(out.parent / f".{out.name}-{run}.lock", wait=False, keep=False) as mine:
-        if not mine:
-            raise StoreError(f"{out}: the same pretraining is running already; wait for it")
-        if restart:
-            shutil.rmtree(work, ignore_errors=True)
-        if done := saved_step(work):
-            say(f"{out}: going on after step {done} of an earlier run (--restart begins anew)", progress)
+    folder = out.parent / f".{out.name}-{run}"
+    busy = f"{out}: the same pretraining is running already"
+    with run_folder(folder, str(out), busy, restart=restart, progress=progress) as work:
         work.mkdir(parents=True, exist_ok=True)
-        try:
-            return _run(out, work, corpus, train_documents, heldout_documents, config, device, progress)
-        except TrainingError:
-            shutil.rmtree(work, ignore_errors=True)  # the same run would end the same
-            raise
+        return _run(out, work, corpus, train_documents, heldout_documents, config, device, progress)
 
 
 def _run(
@@ -298,4 +290,3 @@ def _save(
         out.rmdir()
     ready.rename(out)
     sync(out.parent)
-    shutil.rmtree(work, ignore_errors=True)

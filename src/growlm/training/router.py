@@ -86,7 +86,9 @@ def train_router(
 
     dtype = compute_dtype(config.precision, base.device.type)
     run = _run_id(store, modules, kept[-1], config, base, dtype)
-    with run_folder(store, "router", run, restart=restart, progress=progress) as work:
+    folder = store.path / "work" / f"router-{run[:16]}"
+    busy = f"{store.path}: the same training of its router is running already"
+    with run_folder(folder, "router", busy, restart=restart, progress=progress) as work:
         torch.manual_seed(config.seed)
         layers = RouterLayers.create(base, config.router_layers, len(kept))
         wanted = config.rows_wanted(len(rows))
