@@ -51,11 +51,11 @@ RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # tried from the middle on, 
 LENGTH, ROUTE = 256, 200  # tokens: of a row, and of what the router sees
 GROWLM: dict[str, dict[str, Any]] = {
     "blocks-top": {},
-    "blocks-top-1024-rows": {"max_rows": 1024},  # as many rows in every module: memory does not move
     "blocks-interleaved": {"placement": "interleaved", "vocabulary": "head"},
     "blocks-interleaved-both": {"placement": "interleaved", "vocabulary": "both"},
 }
-METHODS = [*GROWLM, "finetune-sequence", "lora-sequence", "lora-oracle", "finetune-oracle", "joint", "dense-joint"]
+METHODS = [*GROWLM, "finetune-sequence", "lora-sequence", "lora-oracle", "lora-vocabulary-oracle",
+           "finetune-oracle", "joint", "dense-joint"]  # fmt: skip
 
 
 @dataclass
@@ -214,9 +214,11 @@ class Bench:
         sequence = method.endswith("sequence")
 
         def fresh() -> Baseline:
-            return Baseline(self.model, self.tokenizer, lora_parameters=lora, seed=self.seed)
+            return Baseline(
+                self.model, self.tokenizer, lora_parameters=lora, vocabulary="vocabulary" in method, seed=self.seed
+            )
 
-        rate = self.baseline_rate(fresh, "lora" if lora else "finetune")
+        rate = self.baseline_rate(fresh, method.rsplit("-", 1)[0])
         model = fresh()
         rows: list[list[float]] = []
         own: dict[str, float] = {}

@@ -16,7 +16,7 @@ import pytest
 
 from disk import all_files, edit, flip, write_jsonl
 from growlm import __version__, cli
-from growlm.cli_options import spread
+from growlm.cli.options import spread
 from growlm.engine import Generation
 from growlm.evaluation import EvalConfig
 from growlm.store import ROUTER_DERIVED, Store

@@ -110,7 +110,7 @@ def test_a_file_that_is_named_is_read_whatever_its_suffix(tmp_path: Path) -> Non
 
 
 def test_many_files_become_one_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "FILES_LISTED", 2)
+    monkeypatch.setattr("growlm.data.reading.FILES_LISTED", 2)
     for home in (tmp_path / "one", tmp_path / "two"):
         home.mkdir()
         for name in "abc":
@@ -465,8 +465,8 @@ def test_packed_tokens_give_batches_of_int64() -> None:
 def test_long_documents_are_tokenized_in_pieces_without_a_word(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(data, "TOKENIZE_CHARS", 50)
-    monkeypatch.setattr(data, "TOKENIZE_TEXTS", 3)
+    monkeypatch.setattr("growlm.data.packing.TOKENIZE_CHARS", 50)
+    monkeypatch.setattr("growlm.data.packing.TOKENIZE_TEXTS", 3)
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     documents = as_data([f"{n} " * 200 for n in range(5)]).documents
     seen: list[int] = []

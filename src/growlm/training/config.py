@@ -120,7 +120,8 @@ class LearnConfig(TrainConfig):
         num_layers: new decoder layers.
         placement: top (after the base's last layer) or interleaved (between its layers: learns more, shares less).
         vocabulary: own rows of the output head (head), of the input embedding too (both), or none.
-        max_rows: the most tokens that get rows of their own.
+        max_rows: the most tokens that get rows of their own; by default a quarter of the vocabulary and at most 8,192,
+            so that modules of one store need about the same memory.
         feature_cache: disk space for the base's outputs when the data is read more than once.
         router_samples: passages of which the router keeps a trace (vectors, no text).
         keep_samples: text kept for a router that is trained on it, e.g. 2MB; 0 keeps none; by default what the store
@@ -132,7 +133,7 @@ class LearnConfig(TrainConfig):
     num_layers: int = 4
     placement: str = "top"
     vocabulary: str = "head"
-    max_rows: int = 8192
+    max_rows: int | None = None
     feature_cache: int | str = "2GB"
     router_samples: int = 512
     keep_samples: int | str | None = None
@@ -147,8 +148,8 @@ class LearnConfig(TrainConfig):
         if self.vocabulary not in ("none", "head", "both"):
             raise ConfigError(f"vocabulary {self.vocabulary!r} is not one of none, head, both")
         for name in ("num_layers", "max_rows", "router_samples"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1")
 
 
 @dataclass(frozen=True)

@@ -255,7 +255,7 @@ class _Learning:
         sample = _sample_passages(self.packed, _SAMPLE_ROWS, self.config.seed, begin)
         passage_losses(ModuleSet(self.base), sample, per_token=per_token)
         counts = np.bincount(self.packed.tokens[:, 1:].reshape(-1), minlength=vocab)
-        return choose_rows(lost, torch.from_numpy(counts), self.config.max_rows)
+        return choose_rows(lost, torch.from_numpy(counts), self.config.max_rows or min(max(vocab // 4, 1), 8192))
 
     def _tokens_of(self, step: int) -> int:
         return len(self._steps[step]) * self.config.sequence_length

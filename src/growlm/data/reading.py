@@ -1,30 +1,17 @@
-"""Data: files -> documents -> packed token batches.
-
-Reads text, source code, JSONL, Parquet and Hugging Face datasets into documents in a stable order, holds some
-of them out, and packs token ids into windows. A tokenizer is passed in; nothing here knows of models,
-modules, devices or training.
-"""
+"""Reading: files, folders and hub datasets -> documents in a stable order, each with where it came from."""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import re
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from growlm.errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    import torch
 
 # What is read from a folder. No .json: it is settings and data more often than text.
 PROSE = ".txt .md .rst .tex .html"
@@ -35,10 +22,6 @@ CODE = (
 SUFFIXES = frozenset(f"{PROSE} {CODE} .jsonl .parquet".split())
 
 FILES_LISTED = 1000  # a folder with more files than this is recorded as one source
-HELD_OUT_PASSAGES = 4  # a long held-out document is truncated to so many passages
-# A tokenizer holds some 200 bytes for every token of a call, so a call gets so many texts of bounded length.
-TOKENIZE_TEXTS = 256
-TOKENIZE_CHARS = 1 << 15
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,233 +271,3 @@ def _lacks(what: str, text_key: str, found: Iterable[str]) -> str:
 
 def _one_line(reason: object) -> str:
     return " ".join(str(reason).split())[:300]
-
-
-def _require(name: str, value: float, least: float, most: float = float("inf")) -> None:
-    if not least <= value <= most:
-        wanted = f"at least {least}" if most == float("inf") else f"{least} to {most}"
-        raise ConfigError(f"{name} is {value}, expected {wanted}")
-
-
-def split(
-    data: TextData,
-    *,
-    fraction: float = 0.02,
-    at_least: int = 16,
-    at_most: int = 128,
-    seed: int = 0,
-    passage_chars: int = 2000,
-) -> tuple[list[Document], list[Document]]:
-    """(train, held-out), both in the order of `data`.
-
-    Whole documents are held out if at least `4 * at_least` differ, each truncated to a few passages.
-    Otherwise every document is cut into passages of about `passage_chars` characters, some passages are held
-    out, and the stretches between them are the training documents. No copy of a held-out text, white space
-    around it aside, stays in train.
-
-    The texts whose hash with `seed` is in the lowest `fraction` are held out, whatever else is in the data.
-    The bounds `at_least`, `at_most` and a quarter of all texts take more or fewer of the lowest hashes. At
-    the first two bounds, more data can still return a held-out text to train, but never take one out of
-    train.
-
-    Raises `DataError` if fewer than four texts differ, `ConfigError` for a setting out of range.
-    """
-    _require("fraction", fraction, 0, 0.25)
-    _require("at_least", at_least, 1)
-    _require("at_most", at_most, at_least)
-    _require("passage_chars", passage_chars, 1)
-    units = [[document.text] for document in data.documents]
-    if len({document.text.strip() for document in data.documents}) < 4 * at_least:
-        units = [list(_cut(document.text, passage_chars)) for document in data.documents]
-    ranks = [[_rank(text, seed) for text in unit] for unit in units]
-    candidates = sorted(set(itertools.chain.from_iterable(ranks)) - {_rank("", seed)})
-    below = bisect_left(candidates, int(fraction * 2**64).to_bytes(8, "big"))
-    count = min(max(below, at_least), at_most, len(candidates) // 4)
-    if not count:
-        found = f"{len(candidates)} different passages of about {passage_chars} characters, expected 4"
-        raise DataError(f"too little text to hold some out for evaluation: {found}; give more text")
-    chosen = set(candidates[:count])
-    train: list[Document] = []
-    held: dict[bytes, Document] = {}
-    for document, unit, ranked in zip(data.documents, units, ranks, strict=True):
-        for out, stretch in itertools.groupby(zip(unit, ranked, strict=True), lambda pair: pair[1] in chosen):
-            if not out:
-                train.append(Document("".join(text for text, _ in stretch), document.source))
-                continue
-            for text, rank in stretch:
-                start = itertools.islice(_cut(text, passage_chars), HELD_OUT_PASSAGES)
-                held.setdefault(rank, Document("".join(start), document.source))
-    # Truncating or joining could have made a training text equal to a held-out one after all.
-    texts = {document.text.strip() for document in held.values()} | {""}
-    return [document for document in train if document.text.strip() not in texts], list(held.values())
-
-
-def _rank(text: str, seed: int) -> bytes:
-    return hashlib.sha256(f"{seed}\0{text.strip()}".encode()).digest()
-
-
-def _cut(text: str, chars: int) -> Iterator[str]:
-    """Pieces of about `chars` (half to 1.5 times) that join to `text`, cut at a paragraph, line or space."""
-    start = 0
-    while len(text) - start > 1.5 * chars:
-        end = start + chars
-        for mark in ("\n\n", "\n", " "):
-            found = text.rfind(mark, start + chars // 2, end)
-            if found >= 0:
-                end = found + len(mark)
-                break
-        yield text[start:end]
-        start = end
-    yield text[start:]
-
-
-@dataclass(frozen=True, eq=False)
-class PackedTokens:
-    """Windows of one stream of token ids: `tokens` (N, T + 1) int32, read-only, T the sequence length.
-
-    Row i holds the inputs `[:-1]` and the labels `[1:]`. Rows overlap by one token, so that every token of
-    the stream but the first is a label exactly once.
-    """
-
-    tokens: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, indices: Sequence[int] | np.ndarray | slice) -> torch.LongTensor:
-        """The rows at `indices` as a batch (b, T + 1) of int64."""
-        import torch
-
-        rows: Any = torch.from_numpy(self.tokens[indices].astype(np.int64))
-        return rows
-
-    @property
-    def num_tokens(self) -> int:
-        """Labels in all rows."""
-        return len(self) * (self.tokens.shape[1] - 1)
-
-
-def start_tokens(tokenizer: Any) -> list[int]:
-    """The start token, if the tokenizer by itself begins a text with one, as some bases expect; else nothing.
-
-    Prompts begin with it, and so does every text that a module, the router or an evaluation is shown.
-    """
-    start = tokenizer.bos_token_id
-    return [start] if start is not None and tokenizer("")["input_ids"][:1] == [start] else []
-
-
-def pack(
-    documents: Iterable[Document],
-    tokenizer: Any,
-    sequence_length: int,
-    *,
-    max_tokens: int | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> PackedTokens:
-    """Windows of `sequence_length` labels over all documents, each between `start_tokens` and end-of-text.
-
-    `tokenizer` is a `PreTrainedTokenizerFast`; special tokens written out in a text become those tokens.
-    Texts of more than about thirty thousand characters are tokenized in pieces. At most `max_tokens`
-    labels are kept, and an incomplete last window is dropped. `progress` is told the number of documents
-    done.
-
-    Raises `DataError` for less than one window, `ConfigError` for a tokenizer without an end-of-text token.
-    """
-    _require("sequence_length", sequence_length, 1)
-    if max_tokens is not None:
-        _require("max_tokens", max_tokens, sequence_length)
-    if tokenizer.eos_token_id is None:
-        raise ConfigError("the tokenizer has no end-of-text token to join documents; set its eos_token")
-    begin = np.array(start_tokens(tokenizer), dtype=np.int32)
-    end = np.array([tokenizer.eos_token_id], dtype=np.int32)
-    parts: list[np.ndarray] = []
-    total = 0
-    for done, ids in enumerate(_token_ids(documents, tokenizer), 1):
-        parts += [begin, ids, end]
-        total += len(begin) + len(ids) + 1
-        if progress is not None:
-            progress(done)
-        if max_tokens is not None and total > max_tokens:
-            break
-    if total <= sequence_length:
-        found = f"{total} tokens, sequence length {sequence_length}"
-        raise DataError(f"less than one sequence: {found}; give more text or a smaller --sequence-length")
-    stream = np.concatenate(parts)[: None if max_tokens is None else max_tokens + 1]
-    windows = np.lib.stride_tricks.sliding_window_view(stream, sequence_length + 1)
-    return PackedTokens(windows[::sequence_length])
-
-
-@dataclass(frozen=True, slots=True)
-class Passage:
-    """Consecutive token ids of one document after the start token, and that document's place in what was given."""
-
-    tokens: list[int]
-    document_index: int
-
-
-def passages(
-    documents: Iterable[Document], tokenizer: Any, sequence_length: int, *, limit: int | None = None
-) -> list[Passage]:
-    """Every document by itself in pieces of at most `sequence_length` tokens, for evaluation one by one.
-
-    Every piece begins with `start_tokens`, which count. There is no end-of-text, and pieces of less than two
-    tokens, which predict nothing, are dropped. At most `limit` passages, the first ones, are returned.
-    """
-    _require("sequence_length", sequence_length, 2)
-    begin = start_tokens(tokenizer)
-    room = sequence_length - len(begin)
-    found = (
-        Passage(begin + ids[at : at + room].tolist(), index)
-        for index, ids in enumerate(_token_ids(documents, tokenizer))
-        for at in range(0, len(begin) + len(ids) - 1, room)  # without a start token, not from the last token alone
-    )
-    return list(itertools.islice(found, limit))
-
-
-def _token_ids(documents: Iterable[Document], tokenizer: Any) -> Iterator[np.ndarray]:
-    """Token ids (n,) int32 of each document in turn."""
-    parts: list[np.ndarray] = []
-    pieces = _pieces(documents)
-    while batch := list(itertools.islice(pieces, TOKENIZE_TEXTS)):
-        encoded = tokenizer(
-            [piece for piece, _ in batch],
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,  # a document may well be longer than the model's context
-        )
-        for (_, last), ids in zip(batch, encoded["input_ids"], strict=True):
-            parts.append(np.array(ids, dtype=np.int32))
-            if last:
-                yield np.concatenate(parts)
-                parts = []
-
-
-def _pieces(documents: Iterable[Document]) -> Iterator[tuple[str, bool]]:
-    """(text to tokenize at once, whether it ends its document)"""
-    for document in documents:
-        *pieces, last = _cut(document.text, TOKENIZE_CHARS)
-        yield from ((piece, False) for piece in pieces)
-        yield last, True
-
-
-def batches(num_rows: int, batch_size: int, *, seed: int, epoch: int) -> list[np.ndarray]:
-    """Row indices of an epoch's batches: each row once, shuffled by seed and epoch; the last may be short."""
-    _require("batch_size", batch_size, 1)
-    _require("seed", seed, 0)
-    order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_rows)
-    return [order[start : start + batch_size] for start in range(0, num_rows, batch_size)]
-
-
-def schedule(num_rows: int, batch_size: int, *, wanted: int, seed: int) -> list[np.ndarray]:
-    """Batches of one epoch after another until `wanted` rows are read, and what is left of the last batch."""
-    _require("num_rows", num_rows, 1)
-    order: list[np.ndarray] = []
-    read = 0
-    for epoch in itertools.count():
-        for rows in batches(num_rows, batch_size, seed=seed, epoch=epoch):
-            if read >= wanted:
-                return order
-            order.append(rows)
-            read += len(rows)
-    raise AssertionError  # epochs do not end

@@ -1,0 +1,34 @@
+"""The command line's root, on which every command registers itself."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from growlm import __version__
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    help="A language model that grows: a frozen base, and knowledge modules learned one by one, kept on disk, chosen "
+    "by a router and loaded when a prompt needs them.",
+)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    pass

@@ -1,0 +1,157 @@
+"""Commands that ask a store: which module, an answer, a conversation."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from growlm.cli.app import app
+from growlm.cli.options import Json, MaxNewTokens, Memory, ModuleChoice, Seed, StorePath, TopP
+from growlm.cli.output import note, print_json, print_stream
+from growlm.errors import GrowlmError
+from growlm.units import format_size
+
+_CHAT_HELP = "/module NAME, /module base, /module auto, /new, /quit"
+
+
+@app.command()
+def route(
+    store: StorePath,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", show_default=False)],
+    memory: Memory = None,
+    as_json: Json = False,
+) -> None:
+    """Say which module the router would choose for a prompt.
+
+    Example:
+
+        growlm route brain "What does aspirin inhibit?"
+    """
+    with _engine(store, memory) as engine:
+        answer = engine.route(prompt)
+    if as_json:
+        return print_json({"module": answer.module, "scores": answer.scores})
+    print(answer.module or "none of the modules")
+    for name, score in list(answer.scores.items())[:10]:
+        print(f"  {score:6.1%}  {name}")
+    return None
+
+
+@app.command()
+def generate(
+    store: StorePath,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", show_default=False)],
+    module: ModuleChoice = "auto",
+    memory: Memory = None,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option("--top-k", help="0 keeps all.")] = 0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="Text that ends the answer; repeatable.")] = None,
+    mix: Annotated[
+        int, typer.Option("--mix", help="Let so many of the best modules write together, by how well each predicts.")
+    ] = 1,
+    reroute: Annotated[
+        int, typer.Option("--reroute", help="Choose the module anew after every so many tokens; 0 chooses once.")
+    ] = 0,
+    as_json: Json = False,
+) -> None:
+    """Answer a prompt with the module that the router chooses, as it is written.
+
+    Examples:
+
+        growlm generate brain "What does aspirin inhibit?" --memory 2GB
+
+        growlm generate brain "Article 1." --module law --temperature 0.8 --top-p 0.95 --seed 7
+
+        growlm generate brain "The patient sued the hospital because" --mix 2
+    """
+    sampling = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+        "stop": tuple(stop or ()),
+    }
+    with _engine(store, memory) as engine:
+        if as_json:
+            answer = engine.generate(prompt, module=_module(module), mix=mix, reroute=reroute, **sampling)
+            return print_json(answer.to_json())
+        result = print_stream(engine.stream(prompt, module=_module(module), mix=mix, reroute=reroute, **sampling))
+    writers = result.module or "base"
+    if result.mixture:
+        writers = ", ".join(f"{name} {share:.0%}" for name, share in result.mixture.items())
+    elif len(result.changes) > 1:
+        writers = ", ".join(f"{name or 'base'} from token {at}" for at, name in result.changes)
+    note(
+        f"[{writers}; {format_size(result.resident_bytes)} of weights in memory"
+        f"{'; loaded ' + ', '.join(result.loaded) if result.loaded else ''}]"
+    )
+    return None
+
+
+@app.command()
+def chat(
+    store: StorePath,
+    module: ModuleChoice = "auto",
+    memory: Memory = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.7,
+    top_p: TopP = 0.95,
+    seed: Seed = 0,
+) -> None:
+    """Talk to a store. Every turn is routed anew; /module NAME fixes one, /module auto undoes it, /new begins anew.
+
+    Example:
+
+        growlm chat brain --memory 2GB
+    """
+    from growlm.chat import Chat
+
+    with _engine(store, memory) as engine:
+        talk = Chat(engine, _module(module), max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+        note(_CHAT_HELP)
+        turn, failed = 0, False
+        while True:
+            try:
+                line = input("> " if sys.stdin.isatty() else "").strip()
+            except EOFError:
+                if failed and not sys.stdin.isatty():
+                    raise typer.Exit(1) from None
+                return
+            try:
+                if line in ("/quit", "/exit"):
+                    return
+                if line == "/new":
+                    talk.reset()
+                elif line.split()[:1] == ["/module"]:
+                    talk.choose(_module(line.removeprefix("/module").strip() or "auto"))
+                elif line.startswith("/"):
+                    note(_CHAT_HELP)
+                elif line:
+                    turn += 1
+                    result = print_stream(talk.say(line, seed=seed + turn))
+                    note(f"[{result.module or 'base'}]")
+            except KeyboardInterrupt:
+                if not sys.stdin.isatty():
+                    raise
+                note("\n[stopped]")  # this answer, not the conversation
+            except GrowlmError as error:
+                failed = True
+                note(f"error: {error}")
+
+
+def _engine(store: Path, memory: str | None) -> Any:
+    from growlm.engine import Engine
+    from growlm.store import Store
+
+    return Engine(Store.open(store), memory=memory)
+
+
+def _module(name: str) -> str | None:
+    return None if name == "base" else name

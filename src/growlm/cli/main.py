@@ -1,0 +1,58 @@
+"""Entry point: runs a command, and makes one line and an exit status of whatever goes wrong."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from growlm.cli.app import app
+from growlm.cli.options import spread
+from growlm.cli.output import note
+from growlm.errors import GrowlmError
+
+# Typer brings a click of its own or uses the installed one: take the base class from what it raises.
+ClickError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+
+_RESUMED = ("pretrain", "learn", "router", "demo")  # commands that save as they go
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: every error that a user or a file can cause becomes one line and a non-zero exit status."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        status = app(spread(given), prog_name="growlm", standalone_mode=False)
+        if status == 130:  # typer's own word for Ctrl-C
+            raise KeyboardInterrupt
+        sys.exit(status if isinstance(status, int) else 0)
+    except ClickError as error:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "growlm"
+        if context and type(error).__name__ == "NoArgsIsHelpError":
+            print(context.get_help())
+        else:
+            note(f"{command}: {' '.join(error.format_message().split()).rstrip('.')}; see {command} --help")
+        sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
+        saved = given and given[0] in _RESUMED
+        note(f"growlm: interrupted{'; what was saved is kept: run the same command again to go on' if saved else ''}")
+        sys.exit(1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except GrowlmError as error:
+        note(f"growlm: {error}")
+        sys.exit(1)
+    except OSError as error:
+        where = Path(str(error.filename or "a file"))
+        if where.name.startswith("."):  # one of ours, written beside what was asked for
+            where = where.parent
+        note(f"growlm: {where}: {error.strerror or error}; nothing was written there, choose another place or free it")
+        sys.exit(1)

@@ -1,0 +1,234 @@
+"""Commands that make something: a base, a store, a module, a router, the demo."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from growlm.cli.app import app
+from growlm.cli.options import DataPaths, Json, StorePath, from_config
+from growlm.cli.output import note, plural, print_json
+from growlm.training.config import LearnConfig, PretrainConfig, RouterConfig
+from growlm.units import format_count, format_size
+
+
+@app.command()
+@from_config(PretrainConfig)
+def pretrain(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the checkpoint.", show_default=False)],
+    data: DataPaths,
+    config: Any,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin anew instead of resuming.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a small base model from scratch: tokenizer and weights, an ordinary transformers checkpoint.
+
+    Run the same command again to go on after Ctrl-C or a kill.
+
+    Examples:
+
+        growlm pretrain base/ --data notes/ more.jsonl --preset small --tokens 4M
+
+        growlm pretrain base/ --data text.parquet --config my-model/config.json --epochs 2
+    """
+    from growlm.training.pretrain import pretrain as run
+
+    result = run(out, data, config, restart=restart)
+    if as_json:
+        return print_json(result.to_json())
+    print(
+        f"{out}: {format_count(result.parameters)} parameters, vocabulary {result.vocab_size:,}; held-out loss "
+        f"{result.loss_before:.3f} -> {result.loss_after:.3f} after {result.tokens:,} tokens "
+        f"({result.tokens_per_second:,.0f} tokens/s)"
+    )
+    return None
+
+
+@app.command()
+def new(
+    store: StorePath,
+    base: Annotated[str, typer.Option("--base", help="Checkpoint folder, or a hub id.", show_default=False)],
+    dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16, or auto.")] = "auto",
+    router: Annotated[
+        str, typer.Option("--router", help="gaussian (grows domain by domain) or transformer (trained on kept text).")
+    ] = "gaussian",
+    keep_samples: Annotated[
+        str | None,
+        typer.Option(
+            "--keep-samples",
+            metavar="SIZE",
+            help="Text of every module that is kept for the router; by default 2MB for a transformer, else none.",
+        ),
+    ] = None,
+    general: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--general",
+            metavar="PATH...",
+            help="General text, from which the router learns what belongs to no module. By default the held-out text "
+            "beside the base, or else text that the base writes.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a store for a base model.
+
+    Examples:
+
+        growlm new brain --base base/
+
+        growlm new brain --base Qwen/Qwen2.5-0.5B --dtype bfloat16 --general news.jsonl
+
+        growlm new brain --base base/ --router transformer --keep-samples 2MB
+    """
+    from growlm.store import Store
+
+    missing = [path for path in (store.expanduser(), *store.expanduser().parents) if not path.exists()]
+    made = Store.create(store, base, dtype=dtype, router=router, keep_samples=keep_samples)
+    if general:
+        from growlm.training.general import describe_general
+
+        with _undone_on_failure(made.path, missing):
+            describe_general(made, made.load_base(), made.load_tokenizer(), general)
+    if as_json:
+        return print_json(made.manifest.model_dump())
+    print(f"{store}: made for {base} ({made.manifest.dtype}, {format_size(made.base_bytes())})")
+    return None
+
+
+@app.command()
+@from_config(LearnConfig)
+def learn(
+    store: StorePath,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Of the module.", show_default=False)],
+    data: DataPaths,
+    config: Any,
+    update: Annotated[bool, typer.Option("--update", help="NAME exists: learn its next version.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin anew instead of resuming.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Learn a body of text as a new module. The base and all other modules keep their bytes.
+
+    Run the same command again to go on after Ctrl-C or a kill.
+
+    Examples:
+
+        growlm learn brain medicine --data pubmed.jsonl
+
+        growlm learn brain law --data statutes/ --epochs 3 --placement interleaved
+    """
+    from growlm.store import Store
+    from growlm.training.learn import learn as run
+
+    result = run(Store.open(store), name, data, config, update=update, restart=restart)
+    if as_json:
+        return print_json(result.to_json())
+    print(
+        f"{name} version {result.version}: held-out loss {result.loss_before:.3f} -> {result.loss_after:.3f} after "
+        f"{result.tokens:,} tokens in {result.seconds:,.0f} s ({result.tokens_per_second:,.0f} tokens/s)"
+        + (f"; router version {result.router}" if result.router else "")
+    )
+    if result.loss_after > result.loss_before:
+        note(f"{name} does worse than the base on its own held-out text: give more text or --epochs, or remove it")
+    return None
+
+
+@app.command()
+@from_config(RouterConfig)
+def router(
+    store: StorePath,
+    config: Any,
+    kind: Annotated[
+        str | None,
+        typer.Option("--kind", help="Change to gaussian, or train a transformer and change to it.", show_default=False),
+    ] = None,
+    remove_version: Annotated[
+        int | None,
+        typer.Option("--remove-version", help="Of the transformer: the newest, to roll back.", show_default=False),
+    ] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin training anew instead of resuming.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show which router a store has; change it, train it, or roll it back.
+
+    Run a training again to go on after Ctrl-C or a kill.
+
+    Examples:
+
+        growlm router brain
+
+        growlm router brain --kind transformer --router-layers 4
+
+        growlm router brain --remove-version 3
+    """
+    from growlm.store import Store
+    from growlm.training.router import describe_router, train_router
+
+    opened = Store.open(store)
+    if remove_version is not None:
+        opened.remove_router_version(remove_version)
+    if kind == "transformer":
+        train_router(opened, config, restart=restart)
+    if kind is not None:
+        opened.set_router(kind)
+    found = describe_router(opened)
+    if as_json:
+        return print_json(found)
+    print(f"{found['kind']}: chooses among {found['knows']} of {plural(found['modules'], 'module')}")
+    if found["unknown"]:
+        cure = f"; growlm router {store} --kind transformer trains anew" if found["kind"] == "transformer" else ""
+        print(f"never chosen: {', '.join(found['unknown'][:10])}{cure}")
+    for version in found["versions"]:
+        accuracy = "no text held out" if version["accuracy"] is None else f"{version['accuracy']:.1%} on held-out text"
+        print(
+            f"  transformer version {version['version']}: {plural(version['modules'], 'module')}, "
+            f"{format_size(version['bytes'])}, {accuracy}"
+        )
+    return None
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder for base, store and report.")] = Path("demo-out"),
+    fast: Annotated[bool, typer.Option("--fast", help="A smaller base and less text: under two minutes.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Grow a model from text that is already on this machine: pretrain, learn three domains, evaluate, report.
+
+    Example:
+
+        growlm demo --fast
+    """
+    from growlm.demo.run import demo as run
+
+    result = run(out, fast=fast)
+    if as_json:
+        return print_json(result.to_json())
+    print("\n".join(result.lines()))
+    return None
+
+
+@contextmanager
+def _undone_on_failure(folder: Path, made: Sequence[Path]) -> Iterator[None]:
+    """If what follows fails, takes away what was put into a folder that was empty or not there.
+
+    Args:
+        made: of the folder and those above it those that were not there before, the deepest first.
+    """
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for path in list(folder.iterdir()):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+            for path in made:
+                path.rmdir()
+        raise

@@ -1,0 +1,65 @@
+"""Commands that measure a store on held-out text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from growlm.cli.app import app
+from growlm.cli.options import Json, Memory, StorePath, from_config
+from growlm.cli.output import note, print_json
+from growlm.errors import ConfigError
+from growlm.evaluation.config import EvalConfig
+
+
+@app.command(name="eval")
+@from_config(EvalConfig)
+def evaluate(
+    store: StorePath,
+    data: Annotated[
+        list[str],
+        typer.Option(
+            "--data",
+            metavar="NAME=PATH...",
+            help="Held-out text by module; none=PATH is text that belongs to no module.",
+            show_default=False,
+        ),
+    ],
+    config: Any,
+    report: Annotated[Path | None, typer.Option("--report", help="Write a page with figures to this folder.")] = None,
+    memory: Memory = None,
+    as_json: Json = False,
+) -> None:
+    """Measure perplexity, routing and forgetting on held-out text.
+
+    Examples:
+
+        growlm eval brain --data medicine=heldout.txt law=heldout2.txt --report report/
+
+        growlm eval brain --data law=heldout2.txt none=news.txt --json
+    """
+    from growlm.evaluation import evaluate as run
+    from growlm.store import Store
+
+    paths: dict[str, list[str]] = {}
+    for item in data:
+        name, equals, path = item.partition("=")
+        if not equals or not name or not path:
+            raise ConfigError(f"--data {item!r}: write it as NAME=PATH, e.g. medicine=heldout.txt")
+        paths.setdefault(name, []).append(path)
+    if report is not None:
+        from growlm.evaluation.report import check_folder, write_report
+
+        check_folder(report)
+    result = run(Store.open(store), dict(paths), config, memory=memory).to_json()
+    if report is not None:
+        page = write_report(result, report)
+        note(f"report: {page}")
+    if as_json:
+        return print_json(result)
+    from growlm.evaluation.summary import summary
+
+    print("\n".join(summary(result)))
+    return None
