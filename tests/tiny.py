@@ -44,6 +44,17 @@ SETTINGS: dict[str, dict] = {
     "phi3": {**_SIZES, "sliding_window": WINDOW},
     "smollm3": {**_SIZES, "num_hidden_layers": 5, "no_rope_layer_interval": 2},
     "gpt2": _GPT2,
+    # Every kind of layer that the from-scratch model has.
+    "growlm": {
+        **_SIZES,
+        "num_hidden_layers": 4,
+        "attention": ["stickbreaking", "softmax", "stickbreaking", "softmax"],
+        "feed_forward": ["experts", "dense", "dense", "experts"],
+        "num_attention_experts": [3, 0, 0, 4],
+        "num_experts": [4, 0, 0, 5],
+        "head_dim": 8,
+        "router_size": 16,
+    },
 }
 FAMILIES = list(SETTINGS)
 

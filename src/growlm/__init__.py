@@ -9,11 +9,15 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from growlm.model.registration import install as _install
+
 __version__ = "0.1.0"
 
 _HOMES = {
     "Engine": "growlm.engine",
+    "GrowlmConfig": "growlm.model",
     "GrowlmError": "growlm.errors",
+    "GrowlmForCausalLM": "growlm.model",
     "LearnConfig": "growlm.training.config",
     "PretrainConfig": "growlm.training.config",
     "Store": "growlm.store",
@@ -37,3 +41,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+_install()

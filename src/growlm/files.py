@@ -14,6 +14,7 @@ import os
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -277,6 +278,45 @@ def new_folder(final: Path, scratch: Path, manifest: str) -> Iterator[Path]:
     except BaseException as error:
         raise_if_full(error, final, 0)
         raise
+
+
+@contextmanager
+def checkpoint_folder(out: Path, num_bytes: int = 0) -> Iterator[Path]:
+    """A folder for a user, which appears at `out` complete or not at all.
+
+    Yields a hidden folder beside it to write into; it is synced and renamed in the end, or removed on an error.
+
+    Args:
+        num_bytes: about to be written, for the message where the disk is full.
+
+    Raises:
+        StoreError: `out` exists and is not empty, or the disk is full.
+    """
+    refuse_existing(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+    try:
+        yield work
+        for file in work.iterdir():
+            sync(file)
+        work.chmod(0o755)
+        if out.is_dir():
+            out.rmdir()
+        work.rename(out)
+        sync(out.parent)
+    except BaseException as error:
+        shutil.rmtree(work, ignore_errors=True)
+        raise_if_full(error, out, num_bytes)
+        raise
+
+
+def refuse_existing(out: Path) -> None:
+    """
+    Raises:
+        StoreError: `out` exists and is not an empty folder.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise StoreError(f"{out}: exists already; choose another folder")
 
 
 def remove_folder(folder: Path, scratch: Path) -> None:

@@ -31,7 +31,7 @@ class Anatomy:
     positions: str | None = None  # learned position embeddings, inside the decoder; None: rotary
     cache_argument: str = "past_key_values"
     sliding_everywhere: bool = False  # config.sliding_window, where set, holds for every layer
-    per_layer_settings: tuple[str, ...] = ("layer_types",)  # config lists with one entry a layer
+    per_layer_settings: tuple[str, ...] = ("layer_types",)  # settings that may be lists with one entry a layer
     scaled_embedding: bool = False  # the embedding multiplies its rows by sqrt(hidden_size)
 
 
@@ -99,6 +99,18 @@ FAMILIES: dict[str, Anatomy] = {
             ("mlp.c_proj.bias", 0.0),
         ),
         positions="wpe",
+    ),
+    "growlm": Anatomy(
+        **_LLAMA,
+        zeroed=(
+            ("self_attn.o_proj.weight", 0.0),
+            ("self_attn.experts.output.weight", 0.0),
+            ("self_attn.experts.bias", 0.0),
+            ("mlp.down_proj.weight", 0.0),
+            ("mlp.experts.down.weight", 0.0),
+            ("mlp.experts.bias", 0.0),
+        ),
+        per_layer_settings=("attention", "feed_forward", "num_experts", "num_attention_experts"),
     ),
 }
 

@@ -125,7 +125,7 @@ class Blocks(KnowledgeModule):
         order += range(start, depth)
         for name in anatomy_of(config, "base").per_layer_settings:
             setting = getattr(config, name, None)
-            if setting is not None:
+            if isinstance(setting, list | tuple):
                 setattr(extended, name, [setting[i] for i in order])
         extended.num_hidden_layers = len(order)
         return extended

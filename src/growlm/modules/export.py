@@ -5,16 +5,13 @@ Possible because a module's layers are the family's own: base and `blocks` toget
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from growlm.errors import StoreError
-from growlm.files import raise_if_full, sync
+from growlm.files import checkpoint_folder, refuse_existing
 from growlm.modules import KnowledgeModule, attach
 from growlm.modules.base import Base
 from growlm.modules.checkpoint import save_model
@@ -32,28 +29,14 @@ def export(store: Store, out: str | Path, module: str, *, version: int | None = 
         UnknownModuleError: no such module.
     """
     out = Path(out).expanduser()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise StoreError(f"{out}: exists already; choose another folder")
+    refuse_existing(out)
     store.module(module, version)
     base = store.load_base()
     loaded = store.load(module, base, version=version)
     model = merge(base, loaded)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
-    try:
+    with checkpoint_folder(out, base.num_bytes() + loaded.num_bytes()) as work:
         save_model(model, work)
         store.load_tokenizer().save_pretrained(work)
-        for file in work.iterdir():
-            sync(file)
-        work.chmod(0o755)
-        if out.is_dir():
-            out.rmdir()
-        work.rename(out)
-        sync(out.parent)
-    except BaseException as error:
-        shutil.rmtree(work, ignore_errors=True)
-        raise_if_full(error, out, base.num_bytes() + loaded.num_bytes())
-        raise
     return out
 
 

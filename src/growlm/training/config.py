@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from growlm.errors import ConfigError
@@ -12,11 +13,13 @@ from growlm.units import parse_count, parse_size
 
 _SEEDS = 2**63  # how many there are: torch takes no larger ones as they are
 
-PRESETS: Mapping[str, Mapping[str, int]] = {
+# Sizes of a llama, or the file of a growlm model's config.
+PRESETS: Mapping[str, Mapping[str, int] | Path] = {
     # A llama each, embeddings tied; parameters with its own vocabulary: about 1 M, 8 M and 42 M.
     "tiny": {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 2048},
     "small": {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "vocab_size": 8192},
     "base": {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "vocab_size": 16384},
+    **{path.stem: path for path in sorted((Path(__file__).parents[1] / "model" / "presets").glob("*.json"))},
 }
 
 
@@ -94,7 +97,8 @@ class PretrainConfig(TrainConfig):
     """Settings of `growlm pretrain`.
 
     Attributes:
-        preset: tiny, small or base: a llama of about 1, 8 or 42 million parameters.
+        preset: tiny, small or base: a llama of about 1, 8 or 42 million parameters; molm-tiny: a ModuleFormer of 13
+            million, 3 of them active; molm-4b-k2, molm-4b-k4, molm-8b-k2: the published sizes.
         config: path of a transformers config.json to use instead of a preset.
         vocab_size: of the byte-level BPE trained on the data; by default the preset's or the config's.
     """

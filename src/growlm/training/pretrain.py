@@ -137,10 +137,11 @@ def _run(
     def loss_of_step(step: int) -> Tensor:
         batch = packed[order[step]].to(device)
         with autocast:
-            hidden = base.norm(ModuleSet(base).hidden(batch[:, :-1])).to(dtype)
-        return linear_cross_entropy(
-            hidden.flatten(0, 1), base.head_weight, batch[:, 1:].flatten(), softcap=base.softcap
+            hidden, auxiliary = final_states(base, batch[:, :-1])
+        loss = linear_cross_entropy(
+            hidden.to(dtype).flatten(0, 1), base.head_weight, batch[:, 1:].flatten(), softcap=base.softcap
         )
+        return loss if auxiliary is None else loss + auxiliary
 
     before = heldout_loss()
     model.train()
@@ -173,6 +174,14 @@ def _run(
     return result
 
 
+def final_states(base: Base, input_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What the head reads, (b, t, d), and the loss on what routers decided, for a model that has one."""
+    if not hasattr(base.model, "auxiliary_loss"):
+        return base.norm(ModuleSet(base).hidden(input_ids)), None
+    out = base.decoder(input_ids, use_cache=False, output_routings=True)
+    return out.last_hidden_state, base.model.auxiliary_loss(out.routings)
+
+
 def new_model(model_config: Any, seed: int) -> nn.Module:
     """A model with random weights. All initialisation is here: the family's own, except that projections into the
     residual stream are scaled down by the square root of their number, as GPT-2 has it."""
@@ -186,7 +195,7 @@ def new_model(model_config: Any, seed: int) -> nn.Module:
         for layer in layers:
             parameters = dict(layer.named_parameters())
             for name, _ in anatomy.zeroed:
-                if name in parameters and parameters[name].ndim == 2:
+                if name in parameters and parameters[name].ndim >= 2:
                     parameters[name].mul_((2 * len(layers)) ** -0.5)
     return model
 
@@ -239,8 +248,9 @@ def default_rate(hidden_size: int) -> float:
 def _model_config(config: PretrainConfig) -> Any:
     from transformers import AutoConfig, LlamaConfig
 
-    if config.config is not None:
-        path = Path(config.config).expanduser()
+    preset = PRESETS[config.preset] if config.config is None else Path(config.config)
+    if isinstance(preset, Path):
+        path = preset.expanduser()
         if not path.exists():
             raise ConfigError(f"{path}: no such file; give a transformers config.json, or the folder that holds one")
         folder = path.parent if path.name == "config.json" else path
@@ -252,7 +262,7 @@ def _model_config(config: PretrainConfig) -> Any:
             ) from None
         anatomy_of(model_config, str(path))
     else:
-        sizes: dict[str, Any] = dict(PRESETS[config.preset])
+        sizes: dict[str, Any] = dict(preset)
         hidden = sizes["hidden_size"]
         model_config = LlamaConfig(
             **sizes,

@@ -1,0 +1,175 @@
+"""Configuration of the language model that growlm trains from scratch: every layer chooses its parts.
+
+`presets` holds the published sizes (ModuleFormer, table 1) and a small one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+ATTENTIONS = ("stickbreaking", "softmax")
+FEED_FORWARDS = ("dense", "experts")
+AUXILIARY_LOSSES = ("mutual_information", "load_concentration", "st_moe", "none")
+
+
+class GrowlmConfig(PreTrainedConfig):
+    """Settings of a growlm model.
+
+    Args:
+        attention: `stickbreaking` (no positions) or `softmax` (with rotary ones); one word, or one a layer.
+        feed_forward: `dense` or `experts`; one word, or one a layer.
+        num_attention_heads: heads, of every attention expert where there are such.
+        num_key_value_heads: by default as many.
+        head_dim: by default hidden_size over the number of heads.
+        num_attention_experts: 0: ordinary heads; more: a mixture of attention heads, of which a token uses
+            `attention_experts_per_tok`.
+        shared_key_value: False: keys and values are the layer's input itself (one head as wide as the model).
+        intermediate_size: width of the dense feed-forward, or of each expert.
+        num_experts, num_experts_per_tok: of the feed-forward.
+        router: mlp, linear or cosine; `router_size` is its width.
+        router_gates: `probabilities` (over all experts, not renormalised) or `renormalised` (over the chosen).
+        num_sampled_experts: of the chosen experts, so many are drawn at random in training.
+        gated: the feed-forward multiplies two halves (SwiGLU), else one activation.
+        key_value_bias, expert_bias: biases of key and value projections; a vector added to experts' results.
+        norm: layernorm or rmsnorm.
+        history_length: most tokens of an earlier segment whose keys and values are read, without gradient.
+        auxiliary_loss: mutual_information, load_concentration, st_moe or none, added in training with
+            `auxiliary_loss_weight`; st_moe adds its z-loss with `router_z_weight`.
+        sequence_length: that it is trained at; a number for users, nothing is bound to it.
+    """
+
+    model_type = "growlm"
+    keys_to_ignore_at_inference = ("past_key_values",)
+
+    def __init__(
+        self,
+        vocab_size: int = 32_000,
+        hidden_size: int = 256,
+        num_hidden_layers: int = 4,
+        attention: str | list[str] = "stickbreaking",
+        feed_forward: str | list[str] = "experts",
+        num_attention_heads: int = 4,
+        num_key_value_heads: int | None = None,
+        head_dim: int | None = None,
+        num_attention_experts: int | list[int] = 0,
+        attention_experts_per_tok: int = 2,
+        shared_key_value: bool = True,
+        intermediate_size: int = 512,
+        num_experts: int | list[int] = 8,
+        num_experts_per_tok: int = 2,
+        router: str = "mlp",
+        router_size: int = 256,
+        router_gates: str = "probabilities",
+        router_dropout: float = 0.0,
+        num_sampled_experts: int = 0,
+        hidden_act: str = "gelu_new",
+        gated: bool = False,
+        key_value_bias: bool = True,
+        expert_bias: bool = False,
+        norm: str = "layernorm",
+        norm_eps: float = 1e-5,
+        rope_parameters: dict[str, Any] | None = None,
+        history_length: int = 0,
+        sequence_length: int = 512,
+        max_position_embeddings: int = 2048,
+        auxiliary_loss: str = "mutual_information",
+        auxiliary_loss_weight: float = 0.01,
+        router_z_weight: float = 0.1,
+        dropout: float = 0.0,
+        initializer_range: float = 0.02,
+        use_cache: bool = True,
+        tie_word_embeddings: bool = False,
+        bos_token_id: int | None = None,
+        eos_token_id: int | None = None,
+        pad_token_id: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.attention = attention
+        self.feed_forward = feed_forward
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
+        self.head_dim = hidden_size // num_attention_heads if head_dim is None else head_dim
+        self.num_attention_experts = num_attention_experts
+        self.attention_experts_per_tok = attention_experts_per_tok
+        self.shared_key_value = shared_key_value
+        self.intermediate_size = intermediate_size
+        self.num_experts = num_experts
+        self.num_experts_per_tok = num_experts_per_tok
+        self.router = router
+        self.router_size = router_size
+        self.router_gates = router_gates
+        self.router_dropout = router_dropout
+        self.num_sampled_experts = num_sampled_experts
+        self.hidden_act = hidden_act
+        self.gated = gated
+        self.key_value_bias = key_value_bias
+        self.expert_bias = expert_bias
+        self.norm = norm
+        self.norm_eps = norm_eps
+        self.rope_parameters = rope_parameters or {"rope_type": "default", "rope_theta": 10_000.0}
+        self.history_length = history_length
+        self.sequence_length = sequence_length
+        self.max_position_embeddings = max_position_embeddings
+        self.auxiliary_loss = auxiliary_loss
+        self.auxiliary_loss_weight = auxiliary_loss_weight
+        self.router_z_weight = router_z_weight
+        self.dropout = dropout
+        self.initializer_range = initializer_range
+        self.use_cache = use_cache
+        self.tie_word_embeddings = tie_word_embeddings
+        self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
+        super().__init__(**kwargs)
+        self.check()
+
+    def attention_of(self, layer: int) -> str:
+        return self.attention if isinstance(self.attention, str) else self.attention[layer]
+
+    def feed_forward_of(self, layer: int) -> str:
+        return self.feed_forward if isinstance(self.feed_forward, str) else self.feed_forward[layer]
+
+    def experts_of(self, layer: int) -> int:
+        """Feed-forward experts of a layer: pruning leaves layers with different numbers."""
+        return self.num_experts if isinstance(self.num_experts, int) else self.num_experts[layer]
+
+    def attention_experts_of(self, layer: int) -> int:
+        many = self.num_attention_experts
+        return many if isinstance(many, int) else many[layer]
+
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: settings that contradict each other; says which, and what is possible.
+        """
+        for name, words in (("attention", ATTENTIONS), ("feed_forward", FEED_FORWARDS)):
+            chosen = getattr(self, name)
+            listed = [chosen] if isinstance(chosen, str) else list(chosen)
+            if not isinstance(chosen, str) and len(listed) != self.num_hidden_layers:
+                raise ValueError(f"{name} lists {len(listed)} layers, expected {self.num_hidden_layers}")
+            for word in listed:
+                if word not in words:
+                    raise ValueError(f"{name} is {word!r}, expected {' or '.join(words)}")
+        if self.auxiliary_loss not in AUXILIARY_LOSSES:
+            raise ValueError(f"auxiliary_loss is {self.auxiliary_loss!r}, expected {', '.join(AUXILIARY_LOSSES)}")
+        if self.norm not in ("layernorm", "rmsnorm"):
+            raise ValueError(f"norm is {self.norm!r}, expected layernorm or rmsnorm")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"{self.num_attention_heads} heads cannot share {self.num_key_value_heads} of keys")
+        if not self.shared_key_value and self.head_dim != self.hidden_size:
+            raise ValueError(f"without key and value projections head_dim is {self.hidden_size}, not {self.head_dim}")
+        for layer in range(self.num_hidden_layers):
+            if self.feed_forward_of(layer) == "experts":
+                _at_most(self.num_experts_per_tok, self.experts_of(layer), "num_experts", layer)
+            if self.attention_experts_of(layer):
+                _at_most(
+                    self.attention_experts_per_tok, self.attention_experts_of(layer), "num_attention_experts", layer
+                )
+
+
+def _at_most(top_k: int, num_experts: int, name: str, layer: int) -> None:
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"layer {layer}: a token uses {top_k} experts, expected 1 to {name}, {num_experts}")

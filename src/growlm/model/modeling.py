@@ -1,0 +1,509 @@
+"""The language model that growlm trains from scratch, as transformers has models: every layer chooses its parts.
+
+A layer is attention (stick-breaking, or softmax with rotary positions; ordinary heads, or a mixture of them) and
+feed-forward (dense, or routed experts), each behind a norm and beside the residual stream. What the routers decided is
+returned by `forward(..., output_routings=True)` and kept nowhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from growlm.layers.experts import AttentionExperts, ExpertRouter, GroupedLinear, SparseFeedForward
+from growlm.layers.losses import load_balance, load_concentration, mutual_information, router_z
+from growlm.layers.stickbreaking import stickbreaking_attention
+from growlm.model.configuration import GrowlmConfig
+
+# b batch, t new tokens, s tokens seen so far and new ones, d hidden size, h heads, g heads of keys, w head width
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What one router decided for all tokens of a batch."""
+
+    logits: Tensor  # (b t, e)
+    experts: Tensor  # (b t, k)
+
+
+@dataclass(frozen=True)
+class LayerRouting:
+    """The decisions of one layer; None where it has no experts."""
+
+    attention: Decision | None
+    feed_forward: Decision | None
+
+
+@dataclass
+class GrowlmOutput(BaseModelOutputWithPast):
+    """Adds `routings`, one a layer, where they were asked for."""
+
+    routings: tuple[LayerRouting, ...] | None = None
+
+
+@dataclass
+class GrowlmCausalLMOutput(CausalLMOutputWithPast):
+    """Adds `routings` where they were asked for, and the `auxiliary_loss` that is part of `loss`, in training."""
+
+    auxiliary_loss: Tensor | None = None
+    routings: tuple[LayerRouting, ...] | None = None
+
+
+def _norm(config: GrowlmConfig) -> nn.Module:
+    if config.norm == "rmsnorm":
+        return LlamaRMSNorm(config.hidden_size, eps=config.norm_eps)
+    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+
+
+def _router(config: GrowlmConfig) -> dict[str, Any]:
+    return {
+        "kind": config.router,
+        "size": config.router_size,
+        "gates": config.router_gates,
+        "num_sampled": config.num_sampled_experts,
+        "dropout": config.router_dropout,
+    }
+
+
+class GrowlmAttention(nn.Module):
+    """Attention of one layer: (b, t, d) -> (b, t, d), and what its router decided."""
+
+    def __init__(self, config: GrowlmConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.kind = config.attention_of(layer_idx)
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        self.k_proj: nn.Linear | None = None
+        self.v_proj: nn.Linear | None = None
+        if config.shared_key_value:
+            self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.key_value_bias)
+            self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.key_value_bias)
+        self.experts: AttentionExperts | None = None
+        if num_experts := config.attention_experts_of(layer_idx):
+            self.experts = AttentionExperts(
+                config.hidden_size,
+                width,
+                num_experts,
+                config.attention_experts_per_tok,
+                bias=config.expert_bias,
+                **_router(config),
+            )
+        else:
+            self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
+            self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        *,
+        mask: Tensor | None = None,
+        documents: Tensor | None = None,
+        cache: Any = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Decision | None]:
+        """
+        Args:
+            mask: broadcastable to (b, 1, t, s), False where a key is not to be seen; or to be added, below zero there.
+            documents: (b, s); attention stays within a document.
+            rotary: cosines and sines, for softmax attention.
+        """
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask >= 0
+        b, t, _ = hidden.shape
+        key = self._split(hidden if self.k_proj is None else self.k_proj(hidden))
+        value = self._split(hidden if self.v_proj is None else self.v_proj(hidden))
+        decision, routing, dispatch = None, None, None
+        if self.experts is None:
+            query = self.q_proj(hidden)[:, :, None]
+        else:
+            tokens = hidden.flatten(0, 1)
+            routing = self.experts.router(tokens)
+            query, dispatch = self.experts.queries(tokens, routing)
+            decision = Decision(routing.logits, routing.experts)
+        # (b, t, k, g, h/g, w) -> (b, g k h/g, t, w): heads that share keys stand together
+        query = query.view(b, t, -1, self.kv_heads, self.heads // self.kv_heads, self.head_dim)
+        inner = query.shape[2:]
+        query = query.permute(0, 3, 2, 4, 1, 5).flatten(1, 3)
+        if self.kind == "softmax":
+            assert rotary is not None
+            query, key = apply_rotary_pos_emb(query, key, *rotary)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        if self.kind == "softmax":
+            out = softmax_attention(query, key, value, mask=mask, documents=documents)
+        else:
+            out = stickbreaking_attention(query, key, value, mask=mask, documents=documents)
+        out = out.view(b, self.kv_heads, inner[0], inner[2], t, self.head_dim).permute(0, 4, 2, 1, 3, 5)
+        if self.experts is None:
+            return self.o_proj(out.reshape(b, t, -1)), None
+        assert routing is not None
+        assert dispatch is not None
+        heads = out.reshape(b * t, inner[0], -1)
+        return self.experts.outputs(heads, routing, dispatch).view(b, t, -1).to(hidden.dtype), decision
+
+    def _split(self, hidden: Tensor) -> Tensor:
+        return hidden.view(*hidden.shape[:2], self.kv_heads, self.head_dim).transpose(1, 2)
+
+
+def softmax_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None, documents: Tensor | None = None
+) -> Tensor:
+    """Causal softmax attention with the arguments of `stickbreaking_attention`; masks are whole (t, s) tensors."""
+    t, s = query.shape[2], key.shape[2]
+    if mask is None and documents is None and (t == s or t == 1):
+        return F.scaled_dot_product_attention(query, key, value, is_causal=t > 1, enable_gqa=True)
+    seen = torch.ones(t, s, dtype=torch.bool, device=query.device).tril(s - t)[None, None]
+    itself = torch.eye(s, dtype=torch.bool, device=query.device)[s - t :]
+    if mask is not None:
+        seen = seen & mask | itself  # a query of padding sees itself, so that its softmax is defined
+    if documents is not None:
+        seen = seen & (documents[:, None, s - t :, None] == documents[:, None, None, :])
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=seen, enable_gqa=True)
+
+
+class GrowlmMLP(nn.Module):
+    """Dense feed-forward: (b, t, d) -> (b, t, d)."""
+
+    def __init__(self, config: GrowlmConfig) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False) if config.gated else None
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self.gate_proj is None:
+            return self.down_proj(self.activation(self.up_proj(hidden)))
+        return self.down_proj(self.activation(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+class GrowlmExperts(nn.Module):
+    """Routed feed-forward of one layer."""
+
+    def __init__(self, config: GrowlmConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.experts = SparseFeedForward(
+            config.hidden_size,
+            config.intermediate_size,
+            config.experts_of(layer_idx),
+            config.num_experts_per_tok,
+            activation=ACT2FN[config.hidden_act],
+            gated=config.gated,
+            bias=config.expert_bias,
+            **_router(config),
+        )
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Decision]:
+        out, routing = self.experts(hidden)
+        return out, Decision(routing.logits, routing.experts)
+
+
+class GrowlmDecoderLayer(GradientCheckpointingLayer):
+    """One layer; called as transformers' own decoder layers are."""
+
+    def __init__(self, config: GrowlmConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.input_layernorm = _norm(config)
+        self.self_attn = GrowlmAttention(config, layer_idx)
+        self.post_attention_layernorm = _norm(config)
+        sparse = config.feed_forward_of(layer_idx) == "experts"
+        self.mlp: nn.Module = GrowlmExperts(config, layer_idx) if sparse else GrowlmMLP(config)
+        self.dropout = config.dropout
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        document_ids: Tensor | None = None,
+        output_routings: bool = False,
+        **_: Any,
+    ) -> Any:
+        """Hidden states (b, t, d); with `output_routings` also the logits and choices of both routers, or None."""
+        attended, attention = self.self_attn(
+            self.input_layernorm(hidden_states),
+            mask=attention_mask,
+            documents=document_ids,
+            cache=past_key_values,
+            rotary=position_embeddings,
+        )
+        hidden_states = hidden_states + F.dropout(attended, self.dropout, self.training)
+        normed = self.post_attention_layernorm(hidden_states)
+        feed_forward = None
+        if isinstance(self.mlp, GrowlmExperts):
+            added, feed_forward = self.mlp(normed)
+        else:
+            added = self.mlp(normed)
+        hidden_states = hidden_states + F.dropout(added, self.dropout, self.training)
+        if not output_routings:
+            return hidden_states
+        flat = [x for d in (attention, feed_forward) for x in ((d.logits, d.experts) if d else (None, None))]
+        return (hidden_states, *flat)
+
+
+class GrowlmPreTrainedModel(PreTrainedModel):
+    config_class = GrowlmConfig
+    config: GrowlmConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GrowlmDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, GroupedLinear):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, ExpertRouter):
+            nn.init.normal_(module.embeddings, std=module.embeddings.shape[-1] ** -0.5)
+            if module.temperature is not None:
+                nn.init.zeros_(module.temperature)
+        elif isinstance(module, SparseFeedForward | AttentionExperts) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class GrowlmModel(GrowlmPreTrainedModel):
+    """The stack: token ids -> hidden states after the final norm."""
+
+    def __init__(self, config: GrowlmConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([GrowlmDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = _norm(config)
+        self._rotated = any(config.attention_of(i) == "softmax" for i in range(config.num_hidden_layers))
+        self.rotary = LlamaRotaryEmbedding(config) if self._rotated else None  # type: ignore[arg-type]
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embed_tokens = value  # type: ignore[assignment]
+
+    def rotary_emb(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines for softmax attention; None where no layer has it."""
+        return None if self.rotary is None else self.rotary(hidden, position_ids=position_ids)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        document_ids: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_routings: bool = False,
+        return_dict: bool | None = None,
+        **_: Any,
+    ) -> GrowlmOutput:
+        """
+        Args:
+            attention_mask: (b, s), 0 where a row is padded.
+            document_ids: (b, s) integers; a token attends to tokens of its own number only.
+            past_key_values: a cache to go on from, or a `history`.
+            output_routings: return what every router decided.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give input_ids or inputs_embeds, not both")
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        t = hidden.shape[1]
+        mask = None if attention_mask is None else self._mask(attention_mask, past, t)
+        if position_ids is None:
+            if attention_mask is not None and attention_mask.ndim == 2:
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_(min=0)[:, -t:]
+            else:
+                position_ids = torch.arange(past, past + t, device=hidden.device)[None]
+        rotary = self.rotary_emb(hidden, position_ids)
+        seen: list[Tensor] = []
+        routings: list[LayerRouting] = []
+        for layer in self.layers:
+            if output_hidden_states:
+                seen.append(hidden)
+            result = layer(
+                hidden,
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=rotary,
+                document_ids=document_ids,
+                output_routings=output_routings,
+            )
+            if output_routings:
+                hidden, *flat = result
+                pairs = [None if flat[i] is None else Decision(flat[i], flat[i + 1]) for i in (0, 2)]
+                routings.append(LayerRouting(*pairs))
+            else:
+                hidden = result
+        hidden = self.norm(hidden)
+        return GrowlmOutput(
+            last_hidden_state=hidden,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=(*seen, hidden) if output_hidden_states else None,
+            routings=tuple(routings) if output_routings else None,
+        )
+
+    @staticmethod
+    def _mask(attention_mask: Tensor, past: int, t: int) -> Tensor:
+        if attention_mask.ndim == 4:
+            return attention_mask
+        if attention_mask.shape[1] != past + t:
+            raise ValueError(f"attention_mask covers {attention_mask.shape[1]} tokens, expected {past + t}")
+        return attention_mask.bool()[:, None, None]
+
+    def history(self, past_key_values: DynamicCache, length: int | None = None) -> DynamicCache:
+        """The last keys and values of a cache without gradient, for the next segment (Transformer-XL).
+
+        Args:
+            length: tokens, by default the config's `history_length`, which is also the most.
+
+        Raises:
+            ValueError: longer than the config allows, or a layer with rotary positions, which history would shift.
+        """
+        most = self.config.history_length
+        length = most if length is None else length
+        if not 0 < length <= most:
+            raise ValueError(f"a history of {length} tokens, expected 1 to history_length, {most}")
+        if self._rotated:
+            raise ValueError("history needs stick-breaking attention in all layers: rotary positions would be shifted")
+        kept = DynamicCache()
+        for index, layer in enumerate(past_key_values.layers):
+            keys, values = (getattr(layer, name)[:, :, -length:].detach() for name in ("keys", "values"))
+            kept.update(keys, values, index)
+        return kept
+
+
+class GrowlmForCausalLM(GrowlmPreTrainedModel, GenerationMixin):
+    """The stack with an output head. In training its loss includes the auxiliary loss of the config."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: GrowlmConfig) -> None:
+        super().__init__(config)
+        self.model = GrowlmModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        document_ids: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_routings: bool = False,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> GrowlmCausalLMOutput:
+        """Arguments as in `GrowlmModel.forward`; `labels` (b, t) are shifted here, -100 is not counted."""
+        weighed = self.training and labels is not None and self.config.auxiliary_loss != "none"
+        out = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            document_ids=document_ids,
+            output_hidden_states=output_hidden_states,
+            output_routings=output_routings or weighed,
+        )
+        hidden = out.last_hidden_state
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden[:, keep])
+        loss = auxiliary = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            if weighed:
+                counted = None if attention_mask is None else attention_mask[:, -hidden.shape[1] :].flatten()
+                auxiliary = self.auxiliary_loss(out.routings, counted)
+                loss = loss + auxiliary
+        return GrowlmCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+            auxiliary_loss=auxiliary,
+            routings=out.routings if output_routings else None,
+        )
+
+    def num_active_parameters(self) -> int:
+        """Parameters that compute for one token: of experts those that are chosen, and no input embedding, of which a
+        row is looked up, unless it is the output head as well."""
+        total = sum(p.numel() for p in self.parameters())
+        if self.lm_head.weight is not self.model.embed_tokens.weight:
+            total -= self.model.embed_tokens.weight.numel()
+        for module in self.modules():
+            if isinstance(module, SparseFeedForward | AttentionExperts):
+                weights = sum(
+                    p.numel() for m in module.children() if isinstance(m, GroupedLinear) for p in m.parameters()
+                )
+                idle = module.router.num_experts - module.router.top_k
+                total -= weights * idle // module.router.num_experts
+        return total
+
+    def auxiliary_loss(self, routings: tuple[LayerRouting, ...] | None, counted: Tensor | None = None) -> Tensor:
+        """The config's loss on what all routers decided, weighed, summed over them, in float32.
+
+        Args:
+            counted: (b t,), 0 for tokens of padding.
+        """
+        config = self.config
+        total = torch.zeros((), device=self.lm_head.weight.device)
+        for routing in routings or ():
+            for decision in (routing.attention, routing.feed_forward):
+                if decision is None:
+                    continue
+                if config.auxiliary_loss == "mutual_information":
+                    total = total + mutual_information(decision.logits, counted)
+                elif config.auxiliary_loss == "load_concentration":
+                    total = total + load_concentration(decision.logits, counted)
+                elif config.auxiliary_loss == "st_moe":
+                    z = router_z(decision.logits, counted)
+                    total = (
+                        total + load_balance(decision.logits, decision.experts, counted) + config.router_z_weight * z
+                    )
+        return config.auxiliary_loss_weight * total

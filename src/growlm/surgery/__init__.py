@@ -1,0 +1,1 @@
+"""Surgery on finished checkpoints and modules: conversion, usage, pruning."""

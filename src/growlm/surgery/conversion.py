@@ -1,0 +1,110 @@
+"""Conversion of checkpoint folders: published layouts into ours, and ours back into MoLM's.
+
+Which layout a folder has is read from its config. What the tensors are called is known to `model/convert.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from growlm.errors import BaseModelError
+from growlm.files import checkpoint_folder, read_tensors, refuse_existing, write_tensors
+from growlm.model import convert
+from growlm.model.configuration import GrowlmConfig
+from growlm.model.modeling import GrowlmForCausalLM
+from growlm.modules.base import tensor_bytes
+from growlm.modules.checkpoint import resolve, weight_files
+
+LAYOUTS = ("growlm", "molm")
+_CARRIED = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "generation_config*")
+
+
+def convert_checkpoint(source: str | Path, out: str | Path, *, to: str | None = None) -> Path:
+    """Writes a checkpoint in another layout, tokenizer files included; weights keep their dtype and bits.
+
+    Args:
+        source: a folder or hub id: MoLM (model type `moduleformer`), JetMoE, or ours.
+        to: `growlm` or `molm`; by default ours, and MoLM's for a checkpoint of ours.
+
+    Raises:
+        BaseModelError: an unknown layout, or tensors that are missing, unexpected or of another shape (named).
+        ConfigError: a setting that the other layout cannot express.
+        StoreError: `out` exists and is not empty, or the disk is full.
+    """
+    out = Path(out).expanduser()
+    refuse_existing(out)
+    folder = resolve(source)
+    where = str(folder)
+    settings = _settings(folder)
+    family = settings.get("model_type")
+    if family not in ("growlm", "moduleformer", "jetmoe"):
+        raise BaseModelError(f"{where}: model type {family!r}; known layouts are growlm, moduleformer and jetmoe")
+    wanted = to or ("molm" if family == "growlm" else "growlm")
+    if wanted not in LAYOUTS:
+        raise BaseModelError(f"layout {wanted!r} is not one of {', '.join(LAYOUTS)}")
+    if (wanted == "growlm") == (family == "growlm"):
+        raise BaseModelError(f"{where}: has model type {family!r}; {wanted} cannot be made of it")
+    tensors: dict[str, Tensor] = {}
+    for file in weight_files(folder):
+        tensors |= read_tensors(file)
+    if family == "growlm":
+        config = GrowlmConfig.from_pretrained(folder)
+        check_tensors(tensors, config, where)
+        written = convert.to_molm_config(config, where)
+        renamed = convert.to_molm(tensors, config, where)
+    else:
+        name = convert.molm_config if family == "moduleformer" else convert.jetmoe_config
+        config = name(settings, where)
+        rename = convert.from_molm if family == "moduleformer" else convert.from_jetmoe
+        renamed = rename(tensors, config, where)
+        check_tensors(renamed, config, where)
+        dtype = next(iter(renamed.values())).dtype
+        written = config.to_dict() | {"dtype": str(dtype).removeprefix("torch.")}
+    with checkpoint_folder(out, tensor_bytes(renamed.values())) as work:
+        (work / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
+        write_tensors(work / "model.safetensors", renamed)
+        for pattern in _CARRIED:
+            for file in folder.glob(pattern):
+                shutil.copyfile(file, work / file.name)
+    return out
+
+
+def check_tensors(tensors: Mapping[str, Tensor], config: GrowlmConfig, where: str) -> None:
+    """
+    Raises:
+        BaseModelError: tensors that are not those of a model of this config; names them.
+    """
+    with torch.device("meta"):
+        model = GrowlmForCausalLM(config)
+    wanted = {name: p.shape for name, p in model.named_parameters()}
+    missing, unexpected = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    if config.tie_word_embeddings:
+        unexpected = [name for name in unexpected if name != "lm_head.weight"]
+    for names, what in ((missing, "missing"), (unexpected, "unexpected")):
+        if names:
+            more = f" and {len(names) - 3} others" if len(names) > 3 else ""
+            raise BaseModelError(
+                f"{where}: tensors that its config does not describe; {what}: {', '.join(names[:3])}{more}"
+            )
+    for name, shape in wanted.items():
+        if tensors[name].shape != shape:
+            found = tuple(tensors[name].shape)
+            raise BaseModelError(f"{where}: tensor {name} has shape {found}, its config says {tuple(shape)}")
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        settings = json.loads(path.read_text())
+        if not isinstance(settings, dict):
+            raise ValueError("not a JSON object")
+    except (OSError, ValueError) as error:
+        raise BaseModelError(f"{path}: not a readable config ({error})") from None
+    return settings

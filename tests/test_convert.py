@@ -1,0 +1,177 @@
+"""Published checkpoints: what they compute, read and written back; JetMoE against transformers' own model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, JetMoeConfig, JetMoeForCausalLM
+
+from growlm.errors import BaseModelError, ConfigError, StoreError
+from growlm.model import convert
+from growlm.surgery.conversion import convert_checkpoint
+
+GOLDEN = Path(__file__).with_name("golden")
+NAMES = ["molm-k2", "molm-heads", "molm-linear-gate"]
+
+
+@pytest.fixture(params=NAMES)
+def golden(request: pytest.FixtureRequest) -> Path:
+    return GOLDEN / request.param
+
+
+def close(got: torch.Tensor, want: torch.Tensor, bound: float = 1e-4) -> bool:
+    return float((got - want).detach().abs().max()) <= bound * float(want.detach().abs().max())
+
+
+def load(golden: Path, tmp_path: Path):
+    return AutoModelForCausalLM.from_pretrained(convert_checkpoint(golden, tmp_path / "ours"))
+
+
+def test_molm_computes_what_the_reference_does(golden: Path, tmp_path: Path) -> None:
+    model, expected = load(golden, tmp_path).train(), load_file(golden / "expected.safetensors")
+    ids = expected["input_ids"]
+    out = model(ids, labels=ids, output_hidden_states=True)
+    assert close(out.logits, expected["logits"])
+    assert close(out.hidden_states[-1], expected["hidden_last"])
+    assert close(out.loss, expected["loss"])
+    weight = model.config.auxiliary_loss_weight
+    assert close(out.auxiliary_loss / weight, expected["aux_loss"])
+    out.loss.backward()
+    grads = convert.to_molm({n: p.grad for n, p in model.named_parameters()}, model.config, "here")
+    checked = [name for name in expected if name.startswith("grad.")]
+    assert len(checked) == 4
+    for name in checked:
+        assert close(grads[name.removeprefix("grad.")], expected[name]), name
+
+
+@torch.no_grad()
+def test_molm_decodes_what_the_reference_does(golden: Path, tmp_path: Path) -> None:
+    model, expected = load(golden, tmp_path), load_file(golden / "expected.safetensors")
+    ids = expected["input_ids"]
+    start = ids.shape[1] - 8
+    out = model(ids[:, :start], use_cache=True)
+    steps = []
+    for at in range(start, ids.shape[1]):
+        out = model(ids[:, at : at + 1], past_key_values=out.past_key_values, use_cache=True)
+        steps.append(out.logits[:, 0])
+    assert close(torch.stack(steps, 1), expected["cached_step_logits"])
+    greedy = model.generate(ids[:1, :16], max_new_tokens=24, do_sample=False, eos_token_id=None)
+    assert torch.equal(greedy, expected["greedy"])
+
+
+def test_molm_comes_back_as_it_was(golden: Path, tmp_path: Path) -> None:
+    back = convert_checkpoint(convert_checkpoint(golden, tmp_path / "ours"), tmp_path / "back")
+    before, after = load_file(golden / "model.safetensors"), load_file(back / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    settings = json.loads((golden / "config.json").read_text())
+    written = json.loads((back / "config.json").read_text())
+    assert all(settings[k] == written[k] for k in written if k in settings)
+    assert written["model_type"] == "moduleformer"
+
+
+@torch.no_grad()
+def test_jetmoe_computes_what_transformers_does(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = JetMoeConfig(
+        vocab_size=101, hidden_size=32, num_hidden_layers=3, num_key_value_heads=2, kv_channels=8,
+        intermediate_size=24, max_position_embeddings=64, num_local_experts=5, num_experts_per_tok=2,
+        pad_token_id=None, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = JetMoeForCausalLM(config).eval()
+    for p in model.parameters():
+        p.normal_(std=0.1)
+    model.save_pretrained(tmp_path / "jetmoe")
+    ours = AutoModelForCausalLM.from_pretrained(convert_checkpoint(tmp_path / "jetmoe", tmp_path / "ours"))
+    ids = torch.randint(0, 101, (2, 20))
+    assert close(ours(ids).logits, model(ids).logits)
+    padded = torch.ones_like(ids)
+    padded[0, :6] = 0
+    # Positions count what is visible; transformers' own model counts padding too where it is not told.
+    positions = (padded.cumsum(-1) - 1).clamp(min=0)
+    theirs = model(ids, attention_mask=padded, position_ids=positions).logits
+    assert close(ours(ids, attention_mask=padded).logits[0, 6:], theirs[0, 6:])
+    wanted = model.generate(ids[:1, :8], max_new_tokens=8, do_sample=False)
+    assert torch.equal(ours.generate(ids[:1, :8], max_new_tokens=8, do_sample=False), wanted)
+
+
+# Bad input
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    folder = tmp_path / "copy"
+    shutil.copytree(GOLDEN / "molm-k2", folder)
+    (folder / "expected.safetensors").unlink()
+    return folder
+
+
+def edit(folder: Path, **changes) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in changes.items():
+        if tensor is None:
+            del tensors[name]
+        else:
+            tensors[name] = tensor
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_a_missing_tensor_is_named(copy: Path, tmp_path: Path) -> None:
+    edit(copy, **{"transformer.h.1.mlpf.experts.weight": None})
+    with pytest.raises(BaseModelError, match=r"missing: model\.layers\.1\.mlp\.experts\.up\.weight"):
+        convert_checkpoint(copy, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tensor_too_many_is_named(copy: Path, tmp_path: Path) -> None:
+    edit(copy, **{"transformer.h.1.mlpf.bias": torch.zeros(3)})
+    with pytest.raises(ConfigError, match=r"transformer\.h\.1\.mlpf\.bias"):
+        convert_checkpoint(copy, tmp_path / "out")
+    edit(copy, **{"transformer.h.1.mlpf.bias": None, "transformer.h.7.ln_1.weight": torch.zeros(32)})
+    with pytest.raises(BaseModelError, match=r"unexpected: model\.layers\.7"):
+        convert_checkpoint(copy, tmp_path / "out")
+
+
+def test_a_shape_that_differs_is_named(copy: Path, tmp_path: Path) -> None:
+    edit(copy, **{"transformer.ln_f.bias": torch.zeros(31)})
+    with pytest.raises(BaseModelError, match=r"model\.norm\.bias has shape \(31,\), its config says \(32,\)"):
+        convert_checkpoint(copy, tmp_path / "out")
+
+
+def test_an_unknown_layout_is_refused(copy: Path, tmp_path: Path) -> None:
+    (copy / "config.json").write_text('{"model_type": "mamba"}')
+    with pytest.raises(BaseModelError, match="model type 'mamba'; known layouts are"):
+        convert_checkpoint(copy, tmp_path / "out")
+
+
+def test_a_missing_setting_is_named(copy: Path, tmp_path: Path) -> None:
+    settings = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({k: v for k, v in settings.items() if k != "k_mlp"}))
+    with pytest.raises(ConfigError, match="no setting 'k_mlp'"):
+        convert_checkpoint(copy, tmp_path / "out")
+
+
+def test_more_experts_chosen_than_there_are(copy: Path, tmp_path: Path) -> None:
+    settings = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(settings | {"k_mlp": 7}))
+    with pytest.raises(ConfigError, match="uses 7 experts, expected 1 to num_experts, 6"):
+        convert_checkpoint(copy, tmp_path / "out")
+
+
+def test_what_the_molm_layout_cannot_hold_is_refused(copy: Path, tmp_path: Path) -> None:
+    ours = convert_checkpoint(copy, tmp_path / "ours")
+    settings = json.loads((ours / "config.json").read_text())
+    (ours / "config.json").write_text(json.dumps(settings | {"attention": "softmax"}))
+    with pytest.raises(ConfigError, match="attention is 'softmax'; the MoLM layout holds 'stickbreaking' only"):
+        convert_checkpoint(ours, tmp_path / "out")
+
+
+def test_an_existing_folder_is_left_alone(copy: Path) -> None:
+    with pytest.raises(StoreError, match="exists already"):
+        convert_checkpoint(copy, copy)
+    assert (copy / "model.safetensors").exists()
