@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 import biographies as bio
 import growlm
 from baselines import Baseline
-from common import machine
+from common import best_rate, machine
 from growlm import data as text_data
 from growlm.errors import GrowlmError, TrainingError
 from growlm.evaluation import plots
@@ -45,7 +45,7 @@ from growlm.router import NONE, base_states, names_of
 from growlm.training.config import LearnConfig, PretrainConfig, TrainConfig
 
 METHODS = ["growlm", "finetune-sequence", "lora-sequence"]
-RATES = {"growlm": (1e-2, 3e-2), "finetune-sequence": (3e-3, 1e-2), "lora-sequence": (3e-3, 1e-2)}
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # tried from the middle on, until the best is not at an end of those tried
 
 
 @dataclass(frozen=True)
@@ -207,8 +207,7 @@ class Capacity:
             except TrainingError:  # it diverged
                 return math.inf
 
-        losses = {r: self.kept(f"rate-{method}-{r:g}", partial(loss, r)) for r in RATES[method]}
-        return min(losses, key=lambda r: losses[r])
+        return best_rate(RATES, lambda r: self.kept(f"rate-{method}-{r:g}", partial(loss, r)))
 
     def stages(self, method: str, stage: Callable[[int], dict[str, Any]]) -> list[dict[str, Any]]:
         """What a method knows after each group."""

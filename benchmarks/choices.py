@@ -19,11 +19,12 @@ from typing import Any
 
 import growlm
 from baselines import Baseline
-from common import machine
+from common import machine, same_settings
 from growlm import data as text_data
 from growlm.errors import TrainingError
 from growlm.files import write_atomic
 from growlm.modules import ModuleSet
+from growlm.modules.checkpoint import fingerprint
 from growlm.modules.scoring import num_labels, passage_losses
 from growlm.training.config import LearnConfig
 from growlm.units import parse_count
@@ -127,6 +128,8 @@ def main() -> None:
     parser.add_argument("--test-tokens", type=parse_count, default=12_000)
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
+    settings = {"base": fingerprint(a.base), "tokens": a.tokens, "test_tokens": a.test_tokens, "seed": a.seed}
+    same_settings(a.out, settings)
     bench = Choices(a.out, a.general, a.domains, a.data, a.tokens, a.test_tokens, a.base.resolve(), a.seed)
     untouched = Baseline(bench.model, bench.tokenizer)
     base = {d: bench.kept(f"base-{d}", lambda d=d: untouched.loss(bench.valid(d))) for d in a.domains}

@@ -6,7 +6,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -53,6 +53,38 @@ def interleaved(sides: dict[str, Callable[[], object]], rounds: int, warmup: int
             if turn >= warmup:
                 times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def same_settings(out: Path, settings: dict[str, object]) -> None:
+    """Results in `out` are of these settings only; they are recorded the first time.
+
+    Raises:
+        SystemExit: it holds results of other settings; says which differ.
+    """
+    path = out / "settings.json"
+    plain = json.loads(json.dumps(settings, default=str))
+    if path.exists():
+        before = json.loads(path.read_text())
+        differ = sorted(k for k in before.keys() | plain.keys() if before.get(k) != plain.get(k))
+        if differ:
+            raise SystemExit(f"{out}: holds results with another {', '.join(differ)}; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(plain, indent=1))
+
+
+def best_rate(rates: Sequence[float], loss: Callable[[float], float]) -> float:
+    """The rate of least loss, tried from the middle of `rates` on until the best is not at an end of those tried."""
+    losses: dict[float, float] = {}
+    low, high = max(len(rates) // 2 - 1, 0), min(len(rates) // 2 + 1, len(rates) - 1)
+    while True:
+        for rate in rates[low : high + 1]:
+            if rate not in losses:
+                losses[rate] = loss(rate)
+        best = min(losses, key=lambda r: losses[r])
+        at, tried = rates.index(best), (low, high)
+        low, high = max(min(low, at - 1), 0), min(max(high, at + 1), len(rates) - 1)
+        if (low, high) == tried:
+            return best
 
 
 def machine() -> str:

@@ -35,7 +35,9 @@ def losses_of(engine: Engine, name: str, texts: torch.Tensor) -> torch.Tensor:
         rows, ids = (None, None) if own is None else (own.rows, own.ids)
         hidden = engine.base.norm(modules.hidden(texts[:, :-1]))
         labels = texts[:, 1:].flatten()
-        found = token_losses(hidden.flatten(0, 1), engine.base.head_weight, labels, rows=rows, ids=ids)
+        found = token_losses(
+            hidden.flatten(0, 1), engine.base.head_weight, labels, rows=rows, ids=ids, softcap=engine.base.softcap
+        )
     return found.view(len(texts), -1)
 
 

@@ -11,6 +11,7 @@ python benchmarks/routers.py growth --out routers/ --base checkpoint/ --domains 
 from __future__ import annotations
 
 import argparse
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,7 @@ def growth(a: argparse.Namespace) -> None:
         config = RouterConfig(
             passages=max(a.router_tokens // (128 * (count + 1)), 1), tokens=a.router_tokens, sequence_length=128
         )  # fmt: skip
+        shutil.rmtree(store.router_path / "gaussian-fitted", ignore_errors=True)  # what an earlier run left
         start = time.perf_counter()
         load_router(store, kind="gaussian")
         fitted = time.perf_counter() - start

@@ -19,7 +19,8 @@ import copy
 import json
 import math
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,13 +31,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import growlm
 from baselines import Baseline
-from common import machine
+from common import best_rate, machine, same_settings
 from growlm import data as text_data
 from growlm.errors import TrainingError
 from growlm.evaluation import EvalConfig, evaluate
 from growlm.evaluation.continual import ForgettingMatrix
 from growlm.files import read_tensors, write_atomic, write_tensors
 from growlm.modules import ModuleSet
+from growlm.modules.checkpoint import fingerprint
 from growlm.modules.scoring import num_labels, passage_losses
 from growlm.training.config import LearnConfig, PretrainConfig, TrainConfig
 from growlm.training.pretrain import new_model
@@ -136,16 +138,7 @@ class Bench:
 
     def rate(self, kind: str, train: Callable[[float], float]) -> float:
         """The rate with the least loss on the first domain's held-out text, after a quarter of the tokens."""
-        losses: dict[float, float] = {}
-        low, high = max(len(RATES) // 2 - 1, 0), min(len(RATES) // 2 + 1, len(RATES) - 1)
-        while True:
-            for r in RATES[low : high + 1]:
-                losses[r] = self.kept(f"rate-{kind}-{r}", lambda r=r: _or_infinite(train, r))
-            best = min(losses, key=lambda r: losses[r])
-            at, tried = RATES.index(best), (low, high)
-            low, high = max(min(low, at - 1), 0), min(max(high, at + 1), len(RATES) - 1)
-            if (low, high) == tried:
-                return best
+        return best_rate(RATES, lambda r: self.kept(f"rate-{kind}-{r}", lambda: _or_infinite(train, r)))
 
     def valid(self, name: str) -> list[list[int]]:
         """Held-out passages that nothing is measured on in the end: settings are chosen with them."""
@@ -174,28 +167,33 @@ class Bench:
         rate = self.rate(method, trial)
         folder = self.out / "stores" / method
         store = growlm.Store.open(folder) if folder.exists() else growlm.Store.create(folder, base=self.base)
-        seconds, resident = [], []
+        seconds, walls, resident = [], [], []
         for number, name in enumerate(self.domains):
 
             def stage(name: str = name, number: int = number) -> dict[str, Any]:
-                took = 0.0
-                if store.find(name) is None:
-                    took = learn(store, name, rate, self.tokens).seconds
-                return {"seconds": took, "resident": self.resident(store, self.domains[: number + 1])}
+                start, whole = time.perf_counter(), store.find(name) is None
+                if whole:
+                    learn(store, name, rate, self.tokens)
+                took = time.perf_counter() - start if whole else None
+                trained = store.module(name).manifest.training["seconds"]
+                return {"seconds": trained, "wall": took, "resident": self.resident(store, self.domains[: number + 1])}
 
             done = self.kept(f"{method}-{number}-{name}", stage)
             seconds.append(done["seconds"])
+            walls.append(done.get("wall"))
             resident.append(done["resident"])
         data = {name: [self.test_text(name)] for name in self.domains} | {"none": [self.test_text(self.general)]}
         found = evaluate(store, data, EvalConfig(sequence_length=LENGTH, max_documents=0, route_tokens=ROUTE)).to_json()
         own = {name: math.log(row["module"]) for name, row in found["perplexity"].items()}
         return {
             "rate": rate,
-            "parameters": sum(m.parameters for m in store.modules.values()) / len(self.domains),
+            "parameters": sum(m.parameters for m in store.modules.values()),
+            "size": sum(m.parameters for m in store.modules.values()) / len(self.domains),
             "final": {n: math.log(found["perplexity"][n]["routed"]) for n in self.domains},
             "own": own,
             "general": math.log(found["perplexity"]["none"]["routed"]),
             "seconds": sum(seconds),
+            "wall": _sum_of_all(walls),
             "resident": resident,
             "evaluation": found,
         }
@@ -223,6 +221,7 @@ class Bench:
         rows: list[list[float]] = []
         own: dict[str, float] = {}
         seconds = 0.0
+        walls: list[float | None] = []
         general = 0.0
 
         def weights(number: int) -> Path:
@@ -237,8 +236,10 @@ class Bench:
                 elif number:
                     model.model.load_state_dict(read_tensors(weights(number - 1)), strict=False)
                 folder = self.out / "runs" / method / name
+                start, whole = time.perf_counter(), not folder.exists()
                 documents = text_data.read([self.training_text(name)]).documents
                 took = model.learn(documents, self.settings(rate), folder, f"{method}: {name}")
+                wall = time.perf_counter() - start if whole else None
                 if sequence:
                     write_tensors(weights(number), dict(model.parameters))
                     row = [model.loss(self.test[n]) for n in self.domains]
@@ -246,6 +247,7 @@ class Bench:
                     row = [model.loss(self.test[name])]
                 result = {
                     "seconds": took,
+                    "wall": wall,
                     "row": row,
                     "general": model.loss(self.test[self.general]),
                     "parameters": sum(p.numel() for p in model.parameters.values()),
@@ -257,10 +259,19 @@ class Bench:
 
             done = self.kept(f"{method}-{number}-{name}", stage)
             seconds += done["seconds"]
+            walls.append(done.get("wall"))
             general = done["general"]
             rows.append(done["row"])
             own[name] = done["row"][number if sequence else 0]
-        result: dict[str, Any] = {"rate": rate, "parameters": done["parameters"], "own": own, "seconds": seconds}
+        many = 1 if sequence else len(self.domains)
+        result: dict[str, Any] = {
+            "rate": rate,
+            "parameters": done["parameters"] * many,
+            "size": done["parameters"],
+            "own": own,
+            "seconds": seconds,
+            "wall": _sum_of_all(walls),
+        }
         if sequence:
             before = [Baseline(self.model, self.tokenizer).loss(self.test[n]) for n in self.domains]
             result["matrix"] = ForgettingMatrix(self.domains, before, rows).to_json()
@@ -293,7 +304,9 @@ class Bench:
             documents = text_data.read([self.training_text(name)]).documents
             packed += cut(documents, self.tokenizer, self.tokens)
         folder = self.out / "runs" / method
+        start, whole = time.perf_counter(), not folder.exists()
         seconds = trained.learn(packed, self.settings(rate, self.tokens * len(self.domains)), folder, method)
+        wall = time.perf_counter() - start if whole else None
         final = {n: trained.loss(self.test[n]) for n in self.domains}
         return {
             "rate": rate,
@@ -302,6 +315,7 @@ class Bench:
             "own": final,
             "general": trained.loss(self.test[self.general]),
             "seconds": seconds,
+            "wall": wall,
         }
 
     def dense(self) -> Any:
@@ -353,15 +367,31 @@ def table(results: dict[str, dict[str, Any]], base: dict[str, float], domains: l
     )
     general = [f"{math.exp(r['general']):.1f}" if "general" in r else "–" for r in results.values()]
     lines.append(f"| general text | {math.exp(base['general']):.1f} | " + " | ".join(general) + " |")
-    forgetting = [r["matrix"]["average_forgetting"] if "matrix" in r else 0.0 if "evaluation" in r else None
-                  for r in results.values()]  # fmt: skip
-    cells = ["–" if f is None else f"{f:.3f}" for f in forgetting]
-    lines.append("| average forgetting, nats | – | " + " | ".join(cells) + " |")
-    facts = {"seconds": "seconds of training", "parameters": "trained parameters", "rate": "learning rate"}
-    for key, label in facts.items():
-        form = "{:g}" if key == "rate" else "{:,.0f}"
-        lines.append(f"| {label} | – | " + " | ".join(form.format(r[key]) for r in results.values()) + " |")
+    # Of growlm the answers as routed, module by module in the order of learning; below, of modules asked by name.
+    measured = [r.get("matrix") or r.get("evaluation", {}).get("matrix") for r in results.values()]
+    lines.append(_row("average forgetting, nats", [m and m["average_forgetting"] for m in measured], "{:.3f}"))
+    own = [r["evaluation"]["forgetting"] if "evaluation" in r else None for r in results.values()]
+    lines.append(_row("forgetting of base and modules themselves", own, "{:g}"))
+    facts = {
+        "seconds": ("seconds of optimiser steps", "{:,.0f}"),
+        "wall": ("seconds from text to stored result", "{:,.0f}"),
+        "size": ("trained parameters a domain", "{:,.0f}"),
+        "parameters": ("trained parameters in all", "{:,.0f}"),
+        "rate": ("learning rate", "{:g}"),
+    }
+    for key, (label, form) in facts.items():
+        lines.append(_row(label, [r.get(key) for r in results.values()], form))
     return lines
+
+
+def _row(label: str, values: Sequence[float | None], form: str) -> str:
+    return f"| {label} | – | " + " | ".join("–" if v is None else form.format(v) for v in values) + " |"
+
+
+def _sum_of_all(values: Sequence[float | None]) -> float | None:
+    """Their sum; None where one is not known, as of a stage that was interrupted."""
+    known = [v for v in values if v is not None]
+    return sum(known) if len(known) == len(values) else None
 
 
 def main() -> None:
@@ -384,6 +414,17 @@ def main() -> None:
             preset="small", tokens=a.base_tokens, sequence_length=LENGTH, separator="\n\n", seed=a.seed
         )
         growlm.pretrain(base, [a.data / a.general / "train.txt"], config)
+    same_settings(
+        a.out,
+        {
+            "base": fingerprint(base),
+            "general": a.general,
+            "domains": a.domains,
+            "tokens": a.tokens,
+            "test_tokens": a.test_tokens,
+            "seed": a.seed,
+        },
+    )
     bench = Bench(a.out, a.general, a.domains, a.data, a.tokens, a.test_tokens, base.resolve(), a.seed)
     untouched = Baseline(bench.model, bench.tokenizer)
     before = bench.kept("base", lambda: {n: untouched.loss(p) for n, p in bench.test.items()})
@@ -393,7 +434,7 @@ def main() -> None:
     for method in METHODS:
         if method in GROWLM and method in a.methods:
             results[method] = bench.kept(method, lambda m=method: bench.growlm(m))
-            size = size or int(results[method]["parameters"])
+            size = size or int(results[method]["size"])
         elif method in a.methods:
             if not size and "lora" in method:
                 raise SystemExit("give --lora-parameters, or a growlm method whose size LoRA can take")

@@ -154,7 +154,7 @@ def test_a_model_that_knows_one_attribute_of_everyone(asked):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(capacity, "RATES", dict.fromkeys(METHODS, (3e-3,)))
+    monkeypatch.setattr(capacity, "RATES", (3e-3,))
 
     def call(*extra: str) -> str:
         monkeypatch.setattr(sys, "argv", ["capacity.py", "--out", str(tmp_path / "out"), *TINY.split(), *extra])
