@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from growlm.evaluation.continual import ForgettingMatrix
+from growlm.evaluation.continual import ForgettingMatrix, row_names
 from growlm.evaluation.statistics import Bootstrap, calibration
 
 # Domain a forgets 1 nat when b is learned and gets 0.5 back with c; b loses 0.25. Learning a helps b by 2, learning b
@@ -52,6 +52,17 @@ def test_one_domain_has_no_measures_and_wrong_shapes_are_refused():
     for before, after in (([1.0], [[1.0, 2.0], [1.0, 2.0]]), ([1.0, 2.0], [[1.0, 2.0]]), ([1.0, 2.0], [[1.0], [2.0]])):
         with pytest.raises(ValueError, match="2 domains"):
             ForgettingMatrix(["a", "b"], before, after)
+
+
+def test_a_row_more_is_what_was_learned_beside_the_domains_at_the_end():
+    matrix = ForgettingMatrix(["a", "b"], [5.0, 6.0], [[2.0, 4.0], [2.5, 1.0], [3.0, 1.25]])
+    assert matrix.forgetting() == pytest.approx(((3.0 - 2.0) + (1.25 - 1.0)) / 2)
+    assert matrix.backward_transfer() == pytest.approx(((2.0 - 3.0) + (1.0 - 1.25)) / 2)
+    assert matrix.forward_transfer() == pytest.approx(6.0 - 4.0)
+    assert row_names(matrix.to_json()) == ["after a", "after b", "now"]
+    assert row_names(MATRIX.to_json()) == ["after a", "after b", "after c"]
+    with pytest.raises(ValueError, match="2 domains has 4 rows"):
+        ForgettingMatrix(["a", "b"], [5.0, 6.0], [[2.0, 4.0]] * 4)
 
 
 def test_json_holds_perplexities_and_nats():

@@ -7,11 +7,13 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 
 from disk import edit, write_jsonl
 from growlm.errors import BudgetError, ConfigError, DataError, UnknownModuleError
@@ -27,7 +29,7 @@ from growlm.store import Store
 from stores import PLAIN, Watch, add_module, domain_text, make_store
 
 DOCUMENTS = 6
-CONFIG = EvalConfig(sequence_length=24)
+CONFIG = EvalConfig(sequence_length=24, route_tokens=24)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -122,7 +124,7 @@ def test_long_documents_are_scored_in_pieces_and_only_the_first_are_read(store, 
     for length in (8, 24, 100):
         row = evaluate(store, {"digits": data["digits"]}, EvalConfig(sequence_length=length)).perplexity["digits"]
         assert row["base"] == pytest.approx(perplexity(losses_of(store, None, "digits", length)), rel=1e-5)
-    some = evaluate(store, {"digits": data["digits"]}, EvalConfig(sequence_length=24, max_documents=2))
+    some = evaluate(store, {"digits": data["digits"]}, replace(CONFIG, max_documents=2))
     assert some.perplexity["digits"]["base"] == pytest.approx(
         perplexity(losses_of(store, None, "digits")[:2]), rel=1e-5
     )
@@ -192,6 +194,51 @@ def test_text_of_no_module_counts_against_a_router_that_chooses_one(store, home,
     assert result.routing["retained_gain"] is None  # nothing could be gained
 
 
+def test_what_text_of_no_module_loses_is_told_apart_from_the_domains_gain(store, home, data, monkeypatch):
+    routed_as(monkeypatch, {("none", 1): "letters", ("digits", 0): None})
+    result = evaluate(store, data, CONFIG).to_json()
+    row, routing = result["perplexity"]["none"], result["routing"]
+    lost = math.log(row["routed"] / row["base"])
+    assert routing["none_cost"] == pytest.approx(lost)
+    low, high = routing["none_cost_interval"]
+    assert low <= lost <= high
+    assert f"routing costs text of no domain {lost:+.4f} nats a token" in summary(result)
+    page = write_report(result, home / "report").read_text()
+    assert f"text of no domain loses {lost:+.4f} nats a token" in page
+    assert f"cost of routing on text of no domain: {lost:+.4f} nats a token" in page
+
+    monkeypatch.undo()
+    routed_as(monkeypatch, {("digits", 0): None})
+    without = evaluate(store, {name: data[name] for name in ("digits", "letters")}, CONFIG).to_json()
+    assert without["routing"]["retained_gain"] == pytest.approx(routing["retained_gain"])
+    assert without["routing"]["retained_gain_interval"] == pytest.approx(routing["retained_gain_interval"])
+    assert (without["routing"]["none_cost"], without["routing"]["none_cost_interval"]) == (None, None)
+    assert "of no domain +" not in "\n".join(summary(without))
+
+
+@pytest.mark.parametrize("start", [False, True], ids=["no start token", "start token"])
+def test_the_router_sees_its_tokens_whatever_is_scored_at_once(store, data, monkeypatch, start):
+    if start:
+        load = Store.load_tokenizer
+
+        def starting(self):
+            tokenizer = load(self)
+            tokenizer.bos_token = tokenizer.eos_token
+            tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+                single=f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, tokenizer.bos_token_id)]
+            )
+            return tokenizer
+
+        monkeypatch.setattr(Store, "load_tokenizer", starting)
+    found = [
+        evaluate(store, data, replace(CONFIG, sequence_length=length, route_tokens=20)).routing for length in (8, 20)
+    ]
+    assert found[0]["confusion"] == found[1]["confusion"]
+    assert found[0]["calibration"] == found[1]["calibration"]
+    fewer = evaluate(store, data, replace(CONFIG, sequence_length=8, route_tokens=8)).routing
+    assert fewer["calibration"] != found[0]["calibration"]
+
+
 # The order of learning
 
 
@@ -204,10 +251,10 @@ def test_the_matrix_replays_what_the_store_knew_after_each_domain(store, data, m
     base = [result.perplexity[name]["base"] for name in matrix["domains"]]
     own = [result.perplexity[name]["module"] for name in matrix["domains"]]
     assert matrix["before"] == pytest.approx(base)
-    # Only letters are known at first: digits are theirs or none's.
+    # Signs and letters are known at first: digits are theirs or none's.
     assert matrix["after"][0][0] == pytest.approx(own[0])
-    among = load_router(store, ["letters"])
-    assert among.names == ["letters"]
+    among = load_router(store, ["letters", "signs"])
+    assert among.names == ["letters", "signs"]
     alone = [loss_of_route(store, among, i) for i in range(DOCUMENTS)]
     assert matrix["after"][0][1] == pytest.approx(perplexity(alone), rel=1e-5)
     assert matrix["after"][1] == pytest.approx(own)
@@ -259,7 +306,7 @@ def test_a_router_among_some_modules_is_that_of_a_store_without_the_others(store
 
 
 def test_no_matrix_where_it_is_not_wanted_or_of_one_domain(store, data):
-    assert evaluate(store, data, EvalConfig(sequence_length=24, matrix=False)).matrix is None
+    assert evaluate(store, data, replace(CONFIG, matrix=False)).matrix is None
     assert evaluate(store, {"digits": data["digits"]}, CONFIG).matrix is None
 
 
@@ -268,7 +315,7 @@ def test_no_matrix_where_it_is_not_wanted_or_of_one_domain(store, data):
 
 def test_intervals_hold_what_they_are_of(store, data, monkeypatch):
     routed_as(monkeypatch, {("digits", 2): None, ("none", 1): "letters"})
-    result = evaluate(store, data, EvalConfig(sequence_length=24, matrix=False))
+    result = evaluate(store, data, replace(CONFIG, matrix=False))
     for row in result.perplexity.values():
         for side in ("base", "module", "routed"):
             low, high = row[f"{side}_interval"]
@@ -328,13 +375,60 @@ def test_a_module_altered_behind_the_stores_back_is_named(store, data, by):
     result = evaluate(store, {"digits": data["digits"]}, CONFIG)
     assert result.forgetting_detail["changed"] == ["letters"]
     assert result.forgetting != 0
+    assert "changed since learned: letters; 1 of 4 parts" in summary(result.to_json())
 
 
-def test_a_store_without_records_says_that_nothing_was_checked(store, data):
+def recorded(store: Store, name: str, **by: float) -> None:
+    """Makes a module's record say that the base's or its own loss was lower by so much, of other logits."""
+    path = store.path / "modules" / name / "1" / "module.json"
+    training = json.loads(path.read_text())["training"]
+    for part, lower in by.items():
+        found = training["probe"][part]
+        training["probe"][part] = {"logits": "0" * 64, "loss": found["loss"] - lower}
+    edit(path, training=training)
+
+
+@pytest.mark.parametrize(
+    ("records", "largest", "changed"),
+    [
+        ({"letters": {"module": 1.0}}, 1.0, ["letters"]),  # not the mean with those that stayed
+        (
+            {"letters": {"module": 1.0}, "digits": {"module": -1.0}},
+            1.0,
+            ["digits", "letters"],
+        ),  # nor with one that fell
+        ({"letters": {"module": -0.5}}, -0.5, ["letters"]),
+        ({name: {"base": 0.5} for name in PLAIN}, 0.5, ["base"]),  # one part, whoever recorded it
+        ({"letters": {"base": 0.25}, "digits": {"base": 0.5}, "signs": {"module": 0.3}}, 0.5, ["base", "signs"]),
+    ],
+)
+def test_forgetting_is_the_largest_increase(store, home, data, records, largest, changed):
+    for name, by in records.items():
+        recorded(store, name, **by)
+    result = evaluate(store, {"digits": data["digits"]}, CONFIG).to_json()
+    assert result["forgetting"] == pytest.approx(largest)
+    assert result["forgetting_detail"]["changed"] == changed
+    assert f"changed since learned: {', '.join(changed)}; {len(changed)} of 4 parts" in summary(result)
+    assert f"4 parts compared bit for bit, {len(changed)} changed" in write_report(result, home / "report").read_text()
+
+
+def test_a_store_without_records_says_that_nothing_was_checked(store, home, data):
     for name in store.modules:
         edit(store.path / "modules" / name / "1" / "module.json", training={})
     result = evaluate(store, {"digits": data["digits"]}, CONFIG)
     assert result.forgetting_detail == {"checked": [], "changed": [], "not_comparable": []}
+    assert result.forgetting is None
+    assert any(line.endswith("forgetting -") for line in summary(result.to_json()))
+    write_report(result.to_json(), home / "report")
+
+
+def test_forgetting_of_one_module_that_diverged_is_not_known(store, data):
+    for name in ("digits", "signs"):
+        store.remove(name)
+    diverge(store, "letters")
+    result = evaluate(store, {"letters": data["letters"]}, CONFIG)
+    assert result.forgetting is None
+    assert result.forgetting_detail == {"checked": ["base", "letters"], "changed": [], "not_comparable": ["letters"]}
 
 
 # Modules that diverged

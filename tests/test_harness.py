@@ -105,6 +105,43 @@ def test_generated_text_is_the_engines_and_repeats_are_other_draws(model):
     assert found == model.generate_until(requests("generate_until", *asked), disable_tqdm=True)
 
 
+def test_a_module_that_was_withdrawn_is_chosen_no_more(model, home):
+    asked = requests("loglikelihood", (CONTEXTS[1], " 01"))
+    Store.open(home / "store").remove("digits")
+    ((value, _),) = model.loglikelihood(asked, disable_tqdm=True)
+    ((again, _),) = HarnessModel(str(home / "store"), max_length=200).loglikelihood(asked, disable_tqdm=True)
+    assert value == pytest.approx(again, rel=1e-4)
+    # One that was chosen before.
+    letters = requests("loglikelihood", (CONTEXTS[0], " ab"))
+    before = model.loglikelihood(letters, disable_tqdm=True)
+    Store.open(home / "store").remove("letters")
+    assert model.loglikelihood(letters, disable_tqdm=True) != before
+    rolled = requests("loglikelihood_rolling", (CONTEXTS[0],))
+    assert model.loglikelihood_rolling(rolled, disable_tqdm=True)[0] < 0
+
+
+def test_sampling_without_a_temperature_samples(model):
+    def drawn(**settings) -> list[str]:
+        asked = [(CONTEXTS[0], {"until": [], "max_gen_toks": 12, **settings})] * 4
+        return model.generate_until(requests("generate_until", *asked), disable_tqdm=True)
+
+    found = drawn(do_sample=True)
+    assert len(set(found)) > 1
+    assert found == drawn(do_sample=True, temperature=1.0)
+    for greedy in ({}, {"do_sample": True, "temperature": 0.0}, {"do_sample": False, "temperature": 1.0}):
+        assert len(set(drawn(**greedy))) == 1
+
+
+def test_a_length_beyond_the_learned_positions_is_refused(tmp_path):
+    store = make_store(tmp_path, "gpt2", {}, max_position_embeddings=100)
+    with pytest.raises(ConfigError, match=r"max_length is 101; .*base has 100 learned positions, give at most so many"):
+        HarnessModel(str(store.path), max_length=101)
+    model = HarnessModel(str(store.path), max_length=100)
+    long = domain_text("digits", 1, words=60)
+    ((value, _),) = model.loglikelihood(requests("loglikelihood", (long, " 01")), disable_tqdm=True)
+    assert value < 0
+
+
 def test_bad_arguments_are_one_line(home):
     with pytest.raises(ConfigError, match="'colour' is not known"):
         HarnessModel(str(home / "store"), colour="red")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -335,6 +336,7 @@ def test_columns_of_files_and_of_the_hub_are_the_same_question():
         {**here, "answer": 1},
         {**here, "answer": "B", "subject": ""},
         {**here, "label": 1},
+        {**here, "label": " 1 "},
         {
             "question": " Where? ",
             "choices": {"text": ["here", "there"], "label": ["A", "B"]},
@@ -361,6 +363,9 @@ def test_columns_of_files_and_of_the_hub_are_the_same_question():
         ({"answer": True}, "'answer' is True"),
         ({"answer": ""}, "'answer' is ''"),
         ({"answer": None}, "'answer' is null"),
+        ({"answer": "2"}, "'answer' is 2, expected 0 to 1"),
+        ({"answer": "1" * 5000}, "'answer' is '111"),
+        ({"answer": "0", "choices": {"text": ["a", "b"], "label": ["1", "2"]}}, "'answer' is '0', .* one of 1, 2"),
     ],
 )
 def test_a_bad_choice_is_refused(change, wanted):
@@ -454,6 +459,17 @@ def test_any_number_is_found_however_it_is_written(value, before):
 )  # fmt: skip
 def test_the_box_of_an_answer(text, wanted):
     assert boxed(text) == wanted
+
+
+def test_boxes_that_are_never_closed_are_read_in_time_that_grows_with_the_text():
+    def seconds(text: str) -> float:
+        started = time.process_time()
+        assert boxed("\\boxed{7} " + text) == "7"
+        return time.process_time() - started
+
+    for piece in ("\\boxed{", "\\boxed  ", "{\\boxed{ "):
+        seconds(piece * 500)  # the first call compiles the patterns
+        assert seconds(piece * 20_000) < 2  # quadratic, it would be minutes
 
 
 nested = st.recursive(

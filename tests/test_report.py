@@ -15,7 +15,7 @@ import pytest
 
 from growlm.errors import ConfigError, DataError
 from growlm.evaluation import plots
-from growlm.evaluation.report import write_report
+from growlm.evaluation.report import check_folder, write_report
 
 
 def make_result(num_domains: int = 3, names: list[str] | None = None) -> dict[str, Any]:
@@ -202,6 +202,15 @@ def test_unusable_input_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot write"):
         write_report(make_result(1), tmp_path / "file")
+
+
+def test_a_folder_with_what_a_kill_left_is_free(tmp_path: Path) -> None:
+    for left in (".writable", "..writable.7.tmp", ".eval.json.123.tmp", ".index.html.123.tmp"):
+        (tmp_path / left).write_text("")
+        check_folder(tmp_path)
+    (tmp_path / ".eval.json.tmp").write_text("someone's own")
+    with pytest.raises(ConfigError, match="holds something else than a report"):
+        check_folder(tmp_path)
 
 
 def test_failed_write_keeps_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

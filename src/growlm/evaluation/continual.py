@@ -6,7 +6,7 @@ Knows a matrix of log-losses; not where it came from, so that any way of learnin
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,8 @@ class ForgettingMatrix:
     Attributes:
         domains: in the order of learning; columns are in the same order.
         before: (number of domains,) before anything was learned.
-        after: row i is what was measured once domain i had been learned.
+        after: row i is what was measured once domain i had been learned. One more row may follow: what was measured at
+            the end, where other things than these domains were learned after the last of them.
 
     The measures are those of Lopez-Paz and Ranzato, "Gradient Episodic Memory" (2017), for transfer, and of Chaudhry et
     al., "Riemannian Walk" (2018), for forgetting. They are defined there for accuracies; a loss is better when it is
@@ -30,13 +31,22 @@ class ForgettingMatrix:
     after: Sequence[Sequence[float]]
 
     def __post_init__(self) -> None:
-        sizes = {len(self.domains), len(self.before), len(self.after), *map(len, self.after)}
-        if len(sizes) != 1:
-            raise ValueError(f"a matrix of {len(self.domains)} domains has rows and columns of sizes {sorted(sizes)}")
+        size = len(self.domains)
+        columns = {len(self.before), *map(len, self.after)}
+        if columns != {size} or len(self.after) not in (size, size + 1):
+            raise ValueError(
+                f"a matrix of {size} domains has {len(self.after)} rows and columns of sizes {sorted(columns)}"
+            )
+
+    @property
+    def _last(self) -> int:
+        """The last row; the domains before it can have changed since they were learned."""
+        return len(self.after) - 1
 
     def backward_transfer(self) -> float | None:
-        """How much later domains lowered earlier ones' loss: mean over all but the last of R[j][j] - R[last][j]."""
-        last = len(self.domains) - 1
+        """How much later domains lowered earlier ones' loss: mean over all learned before the last row of
+        R[j][j] - R[last][j]."""
+        last = self._last
         return _mean([self.after[j][j] - self.after[last][j] for j in range(last)])
 
     def forward_transfer(self) -> float | None:
@@ -44,8 +54,9 @@ class ForgettingMatrix:
         return _mean([self.before[j] - self.after[j - 1][j] for j in range(1, len(self.domains))])
 
     def forgetting(self) -> float | None:
-        """Mean over all but the last domain of the final loss, less the least since that domain was learned."""
-        last = len(self.domains) - 1
+        """Mean over the domains learned before the last row of the final loss, less the least since each was
+        learned."""
+        last = self._last
         return _mean([self.after[last][j] - min(row[j] for row in self.after[j:last]) for j in range(last)])
 
     def to_json(self) -> dict[str, Any]:
@@ -58,6 +69,12 @@ class ForgettingMatrix:
             "backward_transfer": self.backward_transfer(),
             "forward_transfer": self.forward_transfer(),
         }
+
+
+def row_names(matrix: Mapping[str, Any]) -> list[str]:
+    """What the rows of a matrix's `to_json` are called, "before" not included."""
+    domains = matrix["domains"]
+    return [f"after {name}" for name in domains] + ["now"] * (len(matrix["after"]) - len(domains))
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from growlm.router import base_states
 from growlm.store import Store
 
 _log = logging.getLogger(__name__)
-_ROUTED = 256  # tokens of a context, the newest, that the router sees
+_ROUTED = 256  # tokens of a context, the newest, that the router sees at most
 _NEW_TOKENS = 256  # where a task does not say how many to write
 
 
@@ -47,6 +47,7 @@ class HarnessModel(TemplateLM):
 
     Raises:
         StoreError, BudgetError, UnknownModuleError: as `Engine` does.
+        ConfigError: an argument that is not known, or a `max_length` that the base cannot read.
     """
 
     def __init__(
@@ -72,6 +73,13 @@ class HarnessModel(TemplateLM):
         self._start = start_tokens(self.tokenizer)
         positions: int = getattr(self.engine.base.config, "max_position_embeddings", None) or 2048
         self.max_length = positions if max_length is None else int(max_length)
+        limit = self.engine.base.max_positions
+        if limit is not None and self.max_length > limit:
+            raise ConfigError(
+                f"--model_args: max_length is {self.max_length}; {self.engine.base.where} has {limit} learned "
+                "positions, give at most so many"
+            )
+        self._routed = min(_ROUTED, limit or _ROUTED)
         self._chosen: dict[tuple[int, ...], str | None] = {}  # by the tokens that were routed
 
     # Tokens
@@ -104,7 +112,7 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        names = self._modules_of([context[-_ROUTED:] for _, context, _ in requests])
+        names = self._modules_of([context[-self._routed :] for _, context, _ in requests])
         scores = self._score([(context, continuation) for _, context, continuation in requests], names, disable_tqdm)
         for (key, _, _), score in zip(requests, scores, strict=True):
             self.cache_hook.add_partial("loglikelihood", key, score)
@@ -112,7 +120,7 @@ class HarnessModel(TemplateLM):
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         texts = [self.tok_encode(request.args[0], add_special_tokens=False) for request in requests]
-        chosen = self._modules_of([[*self._start, *text][:_ROUTED] or [self.prefix_token_id] for text in texts])
+        chosen = self._modules_of([[*self._start, *text][: self._routed] or [self.prefix_token_id] for text in texts])
         pairs: list[tuple[list[int], list[int]]] = []
         owner: list[int] = []
         for number, text in enumerate(texts):
@@ -193,10 +201,12 @@ class HarnessModel(TemplateLM):
         return scores
 
     def _modules_of(self, texts: Sequence[Sequence[int]]) -> list[str | None]:
-        """Which module each text wants; a text that was seen before is not read again."""
+        """Which module each text wants; a text that was seen before is not read again, unless its module is gone."""
         if self._module != AUTO:
             return [self._module] * len(texts)
         seen = [tuple(text) for text in texts]
+        gone = self._gone(self._chosen.values())
+        self._chosen = {text: name for text, name in self._chosen.items() if name not in gone}
         new = sorted({text for text in seen if text not in self._chosen}, key=len)
         for at in range(0, len(new), 16):
             some = new[at : at + 16]
@@ -204,18 +214,29 @@ class HarnessModel(TemplateLM):
         return [self._chosen[text] for text in seen]
 
     def _route(self, texts: Sequence[Sequence[int]]) -> list[str | None]:
-        return [route.module for route in self.engine.router.route(*base_states(self.engine.base, texts))]
+        states = base_states(self.engine.base, texts)
+        router = self.engine.router
+        names = [route.module for route in router.route(*states)]
+        while gone := self._gone(names):  # withdrawn while the harness runs
+            router = router.without(gone)
+            names = [route.module for route in router.route(*states)]
+        return names
+
+    def _gone(self, names: Iterable[str | None]) -> set[str]:
+        return {name for name in set(names) if name is not None and self.engine.store.find(name) is None}
 
 
 def _sampling(settings: dict[str, Any]) -> tuple[tuple[str, ...], int, float, float]:
     """Stop texts, most new tokens, temperature and top-p of a request's settings."""
     until = settings.get("until") or ()
     stop = (until,) if isinstance(until, str) else tuple(until)
-    temperature = float(settings.get("temperature", 0.0) or 0.0)
+    temperature = settings.get("temperature")
+    if temperature is None:
+        temperature = 1.0 if settings.get("do_sample") else 0.0  # as transformers samples
     if settings.get("do_sample") is False:
         temperature = 0.0
     tokens = settings.get("max_gen_toks", settings.get("max_new_tokens", _NEW_TOKENS))
-    return tuple(s for s in stop if s), int(tokens), temperature, float(settings.get("top_p", 1.0) or 1.0)
+    return tuple(s for s in stop if s), int(tokens), float(temperature), float(settings.get("top_p", 1.0) or 1.0)
 
 
 def main() -> None:

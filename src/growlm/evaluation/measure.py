@@ -9,7 +9,6 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
@@ -21,16 +20,20 @@ from torch import Tensor
 from growlm import __version__
 from growlm import data as text_data
 from growlm.engine import Engine
-from growlm.errors import DataError, GrowlmError
+from growlm.errors import ConfigError, DataError
+from growlm.evaluation.beginnings import Beginnings
 from growlm.evaluation.config import EvalConfig
 from growlm.evaluation.continual import ForgettingMatrix
+from growlm.evaluation.forgetting import forgetting
+from growlm.evaluation.replay import earlier_stages, in_order, routers
 from growlm.evaluation.statistics import Bootstrap, calibration
 from growlm.modules import ModuleSet
-from growlm.modules.probe import probe
 from growlm.modules.scoring import passage_losses
-from growlm.router import NONE, Route, Router, base_states, load_router, names_of
+from growlm.router import NONE, names_of
 from growlm.store import Store, StoredModule
 from growlm.training.progress import counting_bar
+
+_STATES = 512_000_000  # bytes of the base's states that are kept from one router of the replay to the next
 
 
 @dataclass(frozen=True)
@@ -41,15 +44,18 @@ class EvalResult:
     Attributes:
         perplexity: by domain: base, module (its own), routed, each with its interval over documents, the retained gain,
             and how many tokens and documents they are over.
-        forgetting: mean increase of log-loss, in nats a token, of the base and of every module since it was learned,
-            on a fixed text; exactly 0 where not a bit of the logits has changed.
+        forgetting: largest increase of log-loss, in nats a token, of the base and of every module since it was
+            learned, among those that changed, on a fixed text; exactly 0 where not a bit of the logits has changed;
+            None where no module could be compared.
         forgetting_detail: what was `checked`; what has `changed` in any bit; what is `not_comparable` and so not in
-            the mean, because its loss was no number then or is none now.
+            the number, because its loss was no number then or is none now.
         matrix: routed perplexity on every domain after each domain that was learned, in the order of learning, with
-            average forgetting, backward and forward transfer; None where fewer than two domains were measured.
+            average forgetting, backward and forward transfer; which modules were `updated` since, as every row is of
+            the modules' present versions. None where fewer than two domains were measured.
         routing: accuracy, confusion (true domain -> chosen -> documents), retained gain: the share of the improvement
-            of each domain's own module that automatic routing keeps (summed log-loss, over documents); intervals of
-            accuracy and gain; calibration; the share of *none* on text of no domain and on the domains' text.
+            of each domain's own module that automatic routing keeps (summed log-loss, over the domains' documents);
+            `none_cost`: what routing costs text of no domain, in nats a token; intervals of the three; calibration;
+            the share of *none* on text of no domain and on the domains' text.
         memory: bytes of base, router and modules; resident with the largest module, and in total.
         compute: parameters of base, active and in total; tokens a second while scoring.
     """
@@ -57,7 +63,7 @@ class EvalResult:
     store: str
     base: str
     perplexity: dict[str, dict[str, Any]]
-    forgetting: float
+    forgetting: float | None
     forgetting_detail: dict[str, list[str]]
     matrix: dict[str, Any] | None
     routing: dict[str, Any]
@@ -78,7 +84,8 @@ class _Domain:
     passages: list[list[int]]
     owner: Tensor  # (passages,) the document of each passage
     labels: Tensor  # (documents,) tokens scored
-    choices: list[list[str]] = field(default_factory=list)  # by router: the module chosen for each document
+    beginnings: list[list[int]]  # of each document, as far as the router sees it
+    choices: list[list[str]] = field(default_factory=list)  # by router, the store's first: each document's module
     confidence: Tensor = field(default_factory=lambda: torch.empty(0))  # (documents,) the full router's
     losses: dict[str, Tensor] = field(default_factory=dict)  # by module: (documents,) summed; nan where not scored
 
@@ -118,6 +125,8 @@ def evaluate(
     Raises:
         UnknownModuleError: a domain that is no module.
         DataError: data that is missing, malformed or too short.
+        BudgetError: what is measured does not fit `memory`.
+        ConfigError, StoreError: a router that was not trained for any of the modules.
     """
     config = config or EvalConfig()
     if not data:
@@ -129,26 +138,26 @@ def evaluate(
         name: text_data.read(paths, text_key=config.text_key, separator=config.separator).documents
         for name, paths in data.items()
     }
-    learned = [m.name for m in _in_order(store) if m.name in data]
-    stages = learned if config.matrix and len(learned) > 1 else []
+    order = in_order(store)
+    learned = [m.name for m in order if m.name in data]
+    replayed = config.matrix and len(learned) > 1
+    stages = earlier_stages([m.name for m in order], learned) if replayed else []
     with Engine(store, memory=memory, router=config.router) as engine:
+        _check_router(engine)
         domains = [_read(engine, name, documents, config) for name, documents in corpora.items()]
-        replayed = (load_router(store, stages[: i + 1], kind=config.router) for i in range(len(stages)))
-        routers = [engine.router, *(router.bind(engine.base) for router in replayed)]
-        for domain in domains:
-            _route(engine, domain, routers, config.route_tokens)
+        _route(engine, domains, stages)
         speed = _score(engine, domains, progress)
-        forgetting, forgetting_detail = _forgetting(engine)
-        memory_use = _memory(engine)
+        largest_increase, forgetting_detail = forgetting(engine)
+        memory_use = _memory(engine, order)
     draws = Bootstrap([len(d.labels) for d in domains])
     status = store.status()
     return EvalResult(
         store=str(store.path),
         base=store.manifest.base,
         perplexity={d.name: _perplexities(d, draws, i) for i, d in enumerate(domains)},
-        forgetting=forgetting,
+        forgetting=largest_increase,
         forgetting_detail=forgetting_detail,
-        matrix=_matrix(domains, stages),
+        matrix=_matrix(domains, order) if replayed else None,
         routing=_routing(domains, draws),
         memory=memory_use,
         compute={
@@ -160,18 +169,14 @@ def evaluate(
     )
 
 
-def _in_order(store: Store) -> list[StoredModule]:
-    """The current modules in the order of learning. An update does not change a module's place: what counts is the
-    earliest version that is still there."""
-
-    def learned(module: StoredModule) -> tuple[str, str]:
-        folders = module.folder.parent.iterdir()
-        for version in sorted(int(f.name) for f in folders if f.name.isdecimal() and int(f.name) < module.version):
-            with suppress(GrowlmError):  # incomplete or damaged: `verify` says so
-                return store.module(module.name, version).manifest.created, module.name
-        return module.manifest.created, module.name
-
-    return sorted(store.modules.values(), key=learned)
+def _check_router(engine: Engine) -> None:
+    """A trained router that knows no module sends every text to the base: that says nothing of how well it chooses."""
+    if engine.router.kind == "transformer" and not engine.router.names and engine.store.modules:
+        path = engine.store.path
+        raise ConfigError(
+            f"{path}: its transformer router was trained for none of its modules; train one with "
+            f"`growlm router {path} --kind transformer`, or give --router gaussian"
+        )
 
 
 def _read(engine: Engine, name: str, documents: Sequence[text_data.Document], config: EvalConfig) -> _Domain:
@@ -186,25 +191,28 @@ def _read(engine: Engine, name: str, documents: Sequence[text_data.Document], co
     owner = torch.tensor([numbers[p.document_index] for p in found])
     scored = torch.tensor([len(p.tokens) - 1 for p in found])
     labels = torch.zeros(len(numbers), dtype=torch.int64).index_add_(0, owner, scored)
-    return _Domain(name, [p.tokens for p in found], owner, labels)
+    seen = config.route_tokens if limit is None else min(config.route_tokens, limit)
+    begin = len(text_data.start_tokens(engine.tokenizer))
+    beginnings: list[list[int]] = [[] for _ in numbers]
+    for passage, document in zip(found, owner.tolist(), strict=True):
+        start = beginnings[document]
+        more = passage.tokens[begin if start else 0 :]  # what the router sees may be longer than what is scored at once
+        start += more[: seen - len(start)]
+    return _Domain(name, [p.tokens for p in found], owner, labels, beginnings)
 
 
-def _route(engine: Engine, domain: _Domain, routers: Sequence[Router], tokens: int) -> None:
-    """Each router's choice for each document, from the beginning of its first passage."""
-    first: dict[int, list[int]] = {}
-    for passage, document in zip(domain.passages, domain.owner.tolist(), strict=True):
-        first.setdefault(document, list(passage[:tokens]))
-    starts = [first[d] for d in range(len(first))]
-    order = sorted(range(len(starts)), key=lambda i: len(starts[i]))
-    routes: list[list[Route]] = [[Route(None, {NONE: 1.0})] * len(starts) for _ in routers]
-    for at in range(0, len(order), 16):
-        some = order[at : at + 16]
-        states = base_states(engine.base, [starts[i] for i in some])
-        for found, router in zip(routes, routers, strict=True):
-            for i, route in zip(some, router.route(*states), strict=True):
-                found[i] = route
-    domain.choices = [names_of(found) for found in routes]
-    domain.confidence = torch.tensor([max(r.scores.values(), default=1.0) for r in routes[0]])
+def _route(engine: Engine, domains: Sequence[_Domain], stages: Sequence[Sequence[str]]) -> None:
+    """Fills in the choices of the store's router, and of the router of each stage."""
+    room = _STATES // len(domains) if stages else 0
+    texts = [Beginnings(engine.base, domain.beginnings, room) for domain in domains]
+    for domain, beginnings in zip(domains, texts, strict=True):
+        routes = beginnings.routes(engine.router)
+        domain.choices.append(names_of(routes))
+        domain.confidence = torch.tensor([max(r.scores.values(), default=1.0) for r in routes])
+    for router in routers(engine, stages):
+        for domain, beginnings in zip(domains, texts, strict=True):
+            domain.choices.append(names_of(beginnings.routes(router)))
+        del router  # before the next one is read
 
 
 def _score(engine: Engine, domains: Sequence[_Domain], progress: bool | None) -> dict[str, float]:
@@ -232,20 +240,21 @@ def _score(engine: Engine, domains: Sequence[_Domain], progress: bool | None) ->
     return {side: tokens[side] / seconds[side] for side in tokens if seconds[side] > 0}
 
 
-def _matrix(domains: Sequence[_Domain], stages: Sequence[str]) -> dict[str, Any] | None:
-    if not stages:
-        return None
+def _matrix(domains: Sequence[_Domain], order: Sequence[StoredModule]) -> dict[str, Any]:
     by_name = {d.name: d for d in domains}
-    columns = [by_name[name] for name in stages]
+    columns = [by_name[m.name] for m in order if m.name in by_name]
 
     def loss(domain: _Domain, losses: Tensor) -> float:
         return float(losses.sum() / domain.labels.sum())
 
-    return ForgettingMatrix(
-        stages,
+    # The last row is of the store as it is, whose router was the first to choose.
+    rows = [*range(1, len(columns[0].choices)), 0]
+    matrix = ForgettingMatrix(
+        [d.name for d in columns],
         [loss(d, d.base) for d in columns],
-        [[loss(d, d.chosen(1 + stage)) for d in columns] for stage in range(len(stages))],
-    ).to_json()
+        [[loss(d, d.chosen(row)) for d in columns] for row in rows],
+    )
+    return {**matrix.to_json(), "updated": [m.name for m in order if m.version > 1]}
 
 
 def _perplexities(domain: _Domain, draws: Bootstrap, group: int) -> dict[str, Any]:
@@ -276,10 +285,7 @@ def _routing(domains: Sequence[_Domain], draws: Bootstrap) -> dict[str, Any]:
     right = [torch.tensor([c == d.name for c in d.choices[0]]) for d in domains]
     none = [torch.tensor([c == NONE for c in d.choices[0]]) for d in domains]
     documents = sum(map(len, right))
-    gains = [d.base - d.own for d in domains]
-    kept = [d.base - d.chosen(0) for d in domains]
-    gain = float(sum(g.sum() for g in gains))
-    resampled = [sum(draws.sums(i, x) for i, x in enumerate(each)) for each in (right, gains, kept)]
+    accuracy = torch.stack([draws.sums(i, r) for i, r in enumerate(right)]).sum(0) / documents
     shares = {
         where: float(torch.cat(some).double().mean())
         for where, some in (
@@ -290,46 +296,40 @@ def _routing(domains: Sequence[_Domain], draws: Bootstrap) -> dict[str, Any]:
     }
     return {
         "accuracy": sum(int(r.sum()) for r in right) / documents,
-        "accuracy_interval": draws.interval(torch.as_tensor(resampled[0]) / documents),
+        "accuracy_interval": draws.interval(accuracy),
         "confusion": confusion,
-        "retained_gain": float(sum(k.sum() for k in kept)) / gain if gain > 0 else None,
-        "retained_gain_interval": draws.interval(torch.as_tensor(resampled[2]) / resampled[1]) if gain > 0 else None,
+        **_retained(domains, draws),
+        **_none_cost(domains, draws),
         "none": shares,
         "calibration": calibration(torch.cat([d.confidence for d in domains]), torch.cat(right)),
     }
 
 
-def _forgetting(engine: Engine) -> tuple[float, dict[str, list[str]]]:
-    """Compares what base and modules answer now with what they answered when each module was learned."""
-    changed: set[str] = set()
-    not_comparable: set[str] = set()
-    increases: list[float] = []
-    base_now = probe(ModuleSet(engine.base))
-    checked: list[str] = []
-    for name, stored in engine.store.modules.items():
-        record = stored.manifest.training.get("probe")
-        if not isinstance(record, dict):
-            continue
-        checked.append(name)
-        with engine.modules.using([name]) as held:
-            module_now = probe(ModuleSet(engine.base, [held[name]]))
-        for part, now, then in ((name, module_now, record.get("module")), ("base", base_now, record.get("base"))):
-            found = then if isinstance(then, dict) else {}
-            if "logits" in found and found["logits"] != now["logits"]:
-                changed.add(part)
-            increase = now["loss"] - found["loss"] if isinstance(found.get("loss"), int | float) else math.nan
-            if math.isfinite(increase):
-                increases.append(increase)
-            else:
-                not_comparable.add(part)
-    if checked:
-        checked.insert(0, "base")
-    mean = sum(increases) / len(increases) if increases else 0.0
-    return mean, {"checked": checked, "changed": sorted(changed), "not_comparable": sorted(not_comparable)}
+def _retained(domains: Sequence[_Domain], draws: Bootstrap) -> dict[str, Any]:
+    """Of the domains alone: text of none has no module's gain to keep, and how much of it there is would move the
+    share."""
+    groups = [(i, d) for i, d in enumerate(domains) if d.name != NONE]
+    gain = sum(float((d.base - d.own).sum()) for _, d in groups)
+    if not gain > 0:
+        return {"retained_gain": None, "retained_gain_interval": None}
+    kept = sum(float((d.base - d.chosen(0)).sum()) for _, d in groups)
+    gains = torch.stack([draws.sums(i, d.base - d.own) for i, d in groups]).sum(0)
+    keeps = torch.stack([draws.sums(i, d.base - d.chosen(0)) for i, d in groups]).sum(0)
+    return {"retained_gain": kept / gain, "retained_gain_interval": draws.interval(keeps / gains)}
 
 
-def _memory(engine: Engine) -> dict[str, Any]:
-    modules = {m.name: m.bytes for m in _in_order(engine.store)}
+def _none_cost(domains: Sequence[_Domain], draws: Bootstrap) -> dict[str, Any]:
+    """What wrong choices cost text of no domain, in nats a token."""
+    for i, domain in enumerate(domains):
+        if domain.name == NONE:
+            lost = domain.chosen(0) - domain.base
+            interval = draws.interval(draws.sums(i, lost) / draws.sums(i, domain.labels))
+            return {"none_cost": float(lost.sum() / domain.labels.sum()), "none_cost_interval": interval}
+    return {"none_cost": None, "none_cost_interval": None}
+
+
+def _memory(engine: Engine, order: Sequence[StoredModule]) -> dict[str, Any]:
+    modules = {m.name: m.bytes for m in order}
     return {
         "base_bytes": engine.base_bytes,
         "router_bytes": engine.router.num_bytes(),

@@ -23,6 +23,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from growlm.evaluation.continual import row_names
+
 # One colour per role. A role's hex is unique: `to_svg` finds the role by it.
 LIGHT = {
     "surface": "#ffffff", "ink": "#1f2328", "muted": "#57606a", "grid": "#d8dee4", "heat": "#1c5cab",
@@ -127,7 +129,7 @@ def matrix_figure(matrix: Mapping[str, Any]) -> Figure:
     Colour is the share of the column's largest fall in log-perplexity: the fuller, the better.
     """
     columns = list(matrix["domains"])
-    rows = ["before", *(f"after {name}" for name in columns)]
+    rows = ["before", *row_names(matrix)]
     values = [matrix["before"], *matrix["after"]]
     cell_width, cell_height = max(40.0, min(58.0, 300 / len(columns))), 24.0
     margin = 20 + 5.8 * max(len(_label(name)) for name in rows)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -18,8 +19,12 @@ from matplotlib.figure import Figure
 
 from growlm.errors import ConfigError, DataError
 from growlm.evaluation import plots
+from growlm.evaluation.continual import row_names
 from growlm.evaluation.plots import human_bytes, number
 from growlm.evaluation.summary import NONE_SHARES
+
+# What a kill may leave of `_replace` and `check_folder`.
+_LEFTOVER = re.compile(r"\.writable|\.(?:\.writable|eval\.json|index\.html)\.\d+\.tmp")
 
 
 def check_folder(out_dir: Path) -> None:
@@ -30,7 +35,7 @@ def check_folder(out_dir: Path) -> None:
     out_dir = Path(out_dir)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        held = {path.name for path in out_dir.iterdir()}
+        held = {path.name for path in out_dir.iterdir() if not _LEFTOVER.fullmatch(path.name)}
         if held and "eval.json" not in held:
             raise ConfigError(f"report: {out_dir} holds something else than a report; choose another folder")
         _replace(out_dir / ".writable", "")
@@ -104,11 +109,11 @@ def _tiles(result: Mapping[str, Any]) -> str:
         ("mean perplexity reduction", _percent(routed),
          f"over {_count(len(learned), 'domain')}, routed; with each domain's own module {_percent(own)}"),
         ("retained gain", _percent(routing.get("retained_gain")),
-         "share of the improvement of each domain's own module that automatic routing keeps"),
+         "share of the improvement of each domain's own module that automatic routing keeps" + _none_cost(routing)),
         ("router accuracy", _percent(routing.get("accuracy")),
          "share of documents sent to the module of their own domain"),
         ("forgetting", "–" if forgetting is None else f"{forgetting:.3g}",
-         _checked(detail) if detail else "what earlier modules lost; 0 means nothing"),
+         _checked(detail) if detail else "the most that a part's loss rose; 0 means that nothing changed"),
     ]  # fmt: skip
     if memory := result.get("memory"):
         note = f"of {human_bytes(memory['total_bytes'])} in total: base, router and one module at a time"
@@ -158,13 +163,17 @@ def _routing(routing: Mapping[str, Any]) -> str:
         "fuller a cell's colour, the larger its share of the row. A perfect router fills the diagonal only. "
         "“none” means that the router found no module that fits, and the base answered alone. Retained gain: "
         "share of the improvement of each domain's own module that automatic routing keeps, summed log-loss "
-        "over documents. A wrong choice between two similar modules costs accuracy, but little gain."
+        "over the domains' documents; what wrong choices cost text of no domain is listed apart. A wrong choice "
+        "between two similar modules costs accuracy, but little gain."
     )
     table = _table("Documents by true domain and chosen module", ["true domain", "right", *columns], cells)
     facts = [
         f"{label}: {_percent(routing.get(key))}, 95 % interval {_span(routing.get(f'{key}_interval'), _percent)}"
         for label, key in (("accuracy", "accuracy"), ("retained gain", "retained_gain"))
     ]
+    if (cost := routing.get("none_cost")) is not None:
+        span = _span(routing.get("none_cost_interval"), _nats)
+        facts.append(f"cost of routing on text of no domain: {_nats(cost)} nats a token, 95 % interval {span}")
     facts += [
         f"none for {what}: {_percent(routing['none'][key])}"
         for key, what in NONE_SHARES if key in routing.get("none", {})
@@ -184,16 +193,19 @@ def _forgetting(detail: Mapping[str, Sequence[str]]) -> str:
     same = [name for name in detail.get("checked", ()) if name not in changed]
     listed = [("identical", same), ("changed", sorted(changed))]
     if unknown := detail.get("not_comparable"):
-        listed.append(("left out of the mean, because the loss was no number then or is none now", list(unknown)))
+        listed.append(("not compared, because the loss was no number then or is none now", list(unknown)))
     items = "".join(f"<li>{state}: {escape(', '.join(names) or '–')}</li>" for state, names in listed)
-    text = f"What base and modules answered when each module was learned, and what they answer now: {_checked(detail)}."
+    text = (
+        f"What base and modules answered when each module was learned, and what they answer now: {_checked(detail)}. "
+        "The number above is the largest increase of a loss, in nats a token, among the parts that changed."
+    )
     return f"<section><h2>Forgetting</h2><p>{escape(text)}</p><ul>{items}</ul></section>"
 
 
 def _matrix(matrix: Mapping[str, Any]) -> str:
     domains = matrix["domains"]
     rows = [["before", *map(number, matrix["before"])]]
-    rows += [[f"after {name}", *map(number, row)] for name, row in zip(domains, matrix["after"], strict=True)]
+    rows += [[name, *map(number, row)] for name, row in zip(row_names(matrix), matrix["after"], strict=True)]
     measures = ", ".join(
         f"{text} {_nats(matrix[key])}"
         for text, key in (("average forgetting", "average_forgetting"), ("backward transfer", "backward_transfer"),
@@ -201,8 +213,8 @@ def _matrix(matrix: Mapping[str, Any]) -> str:
     )  # fmt: skip
     text = (
         "Perplexity on each domain (column) with what the store knew after each domain (row), in the order of "
-        "learning, routed. A column should fall once, at its own row, and stay: modules do not change, so what can "
-        f"still change is the router's choice. In nats a token: {measures}."
+        "learning, routed. A column should fall once, at its own row, and stay: every row is of the modules' present "
+        f"versions, so what can still change is the router's choice.{_updated(matrix)} In nats a token: {measures}."
     )
     figure = _svg(plots.matrix_figure(matrix), "matrix", f"Heat map of perplexity on {_count(len(domains), 'domain')}")
     return _section("Learning one after another", text, [figure], _table("Perplexity", ["", *domains], rows))
@@ -287,6 +299,16 @@ def _reduction(row: Mapping[str, Any], key: str) -> float | None:
 def _mean(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None and math.isfinite(value)]
     return sum(known) / len(known) if known else None
+
+
+def _none_cost(routing: Mapping[str, Any]) -> str:
+    cost = routing.get("none_cost")
+    return "" if cost is None else f"; text of no domain loses {_nats(cost)} nats a token"
+
+
+def _updated(matrix: Mapping[str, Any]) -> str:
+    names = matrix.get("updated")
+    return f" Updated since, and shown as they are today: {', '.join(names)}." if names else ""
 
 
 def _checked(detail: Mapping[str, Sequence[str]]) -> str:

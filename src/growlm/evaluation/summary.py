@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from growlm.evaluation.continual import row_names
+
 
 def summary(result: Mapping[str, Any]) -> list[str]:
     """The result as a person reads it on a terminal."""
@@ -17,20 +19,24 @@ def summary(result: Mapping[str, Any]) -> list[str]:
         *_table(rows),
         f"router accuracy {_share(routing['accuracy'], routing['accuracy_interval'])}, "
         f"retained gain {_share(routing['retained_gain'], routing['retained_gain_interval'])}, "
-        f"forgetting {result['forgetting']:.3g}",
+        f"forgetting {_number(result['forgetting'], '.3g')}",
     ]
     shares = [f"{none[key]:.1%} of {text}" for key, text in NONE_SHARES if key in none]
-    lines.append(
-        f"none chosen for {' and '.join(shares)}; calibration error {routing['calibration']['expected_error']:.3f}"
-    )
+    error = f"calibration error {routing['calibration']['expected_error']:.3f}"
+    lines.append(f"none chosen for {' and '.join(shares)}; {error}")
+    if (cost := routing["none_cost"]) is not None:
+        lines.append(f"routing costs text of no domain {_number(cost, '+.4f')} nats a token")
+    detail = result["forgetting_detail"]
+    if changed := detail["changed"]:
+        lines.append(f"changed since learned: {', '.join(changed)}; {len(changed)} of {len(detail['checked'])} parts")
     if unknown := result["forgetting_detail"].get("not_comparable"):
         lines.append(
             f"not in forgetting: {', '.join(unknown)}; the loss was no number when it was learned, or is none now"
         )
     if matrix := result["matrix"]:
         rows = [["routed perplexity", *matrix["domains"]], ["before", *map(_number, matrix["before"])]]
-        for name, losses in zip(matrix["domains"], matrix["after"], strict=True):
-            rows.append([f"after {name}", *map(_number, losses)])
+        for name, losses in zip(row_names(matrix), matrix["after"], strict=True):
+            rows.append([name, *map(_number, losses)])
         measures = (("average forgetting", "average_forgetting"), ("backward transfer", "backward_transfer"),
                     ("forward transfer", "forward_transfer"))  # fmt: skip
         lines += [
@@ -38,6 +44,8 @@ def summary(result: Mapping[str, Any]) -> list[str]:
             *_table(rows),
             ", ".join(f"{text} {_number(matrix[key], '+.4f')}" for text, key in measures) + " nats a token",
         ]
+        if updated := matrix["updated"]:
+            lines.append(f"every row is of today's versions; updated since: {', '.join(updated)}")
     return lines
 
 

@@ -50,25 +50,26 @@ def _canonical(digits: str) -> str:
 
 def boxed(text: str) -> str:
     r"""What the last complete `\boxed{...}` holds, with all the braces inside it."""
-    at = len(text)
-    while (at := text.rfind("\\boxed", 0, at)) >= 0:
-        rest = text[at + len("\\boxed") :].lstrip()
-        if rest.startswith("{"):
-            if (end := _closing(rest)) is not None:
-                return rest[1:end].strip()
-        elif single := re.match(r"\w+", rest):
-            return single.group()
+    closing = _closing(text)
+    for found in reversed(list(re.finditer(r"\\boxed\s*(?:\{|(\w+))", text))):
+        if found[1] is not None:
+            return found[1]
+        if (end := closing.get(found.end() - 1)) is not None:
+            return text[found.end() : end].strip()
     return ""
 
 
-def _closing(text: str) -> int | None:
-    """Where the brace that opens `text` is closed; a brace after a backslash is a character."""
-    depth = 0
+def _closing(text: str) -> dict[int, int]:
+    """Where each brace that is opened is closed; a brace after a backslash is a character. All at once, because a text
+    may open thousands and close none."""
+    closing: dict[int, int] = {}
+    opened: list[int] = []
     for found in re.finditer(r"\\.|[{}]", text, re.DOTALL):
-        depth += {"{": 1, "}": -1}.get(found.group(), 0)
-        if depth == 0 and found.group() == "}":
-            return found.start()
-    return None
+        if found.group() == "{":
+            opened.append(found.start())
+        elif found.group() == "}" and opened:
+            closing[opened.pop()] = found.start()
+    return closing
 
 
 def plain_latex(text: str) -> str:

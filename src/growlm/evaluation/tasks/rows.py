@@ -41,8 +41,8 @@ def choice_row(row: Mapping[str, Any]) -> Choice:
     """A row of multiple choice: MMLU, C-Eval, ARC or PIQA.
 
     Question: `question` or `goal`. Choices: a list in `choices`, ARC's `{"text": [...], "label": [...]}`, columns `A`
-    to `J`, or `sol1` and `sol2`. Answer: `answer`, `answerKey` or `label`; an index from 0, or a choice's letter or
-    label. `subject` may be absent.
+    to `J`, or `sol1` and `sol2`. Answer: `answer`, `answerKey` or `label`; an index from 0, also as text, or a choice's
+    letter or label. `subject` may be absent.
     """
     question = _text(row, ("question", "goal"), _CHOICE)
     labels: list[str] = []
@@ -63,6 +63,8 @@ def choice_row(row: Mapping[str, Any]) -> Choice:
     labels = labels or list(LETTERS[: len(choices)])
     if isinstance(answer, str) and answer.strip() in labels:
         answer = labels.index(answer.strip())
+    elif isinstance(answer, str) and re.fullmatch("[0-9]", answer.strip()) and not any(map(str.isdecimal, labels)):
+        answer = int(answer)  # where the labels are numbers themselves, another number is no index
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
         expected = f"expected 0 to {len(choices) - 1} or one of {', '.join(labels)}"
         raise DataError(f"{name!r} is {_shown(answer)}, {expected}; a split without answers cannot be evaluated")

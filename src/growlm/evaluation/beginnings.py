@@ -1,0 +1,49 @@
+"""Beginnings: the first tokens of some documents, as one router after another sees them.
+
+Knows token ids and what the base says of them; not which module is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from growlm.modules.base import Base
+from growlm.router import NONE, Route, Router, base_states
+
+_BATCH = 16
+
+
+class Beginnings:
+    """Texts that several routers are asked about; the base reads them once, as far as its states fit in `room`.
+
+    Args:
+        texts: token ids, at least one each.
+        room: bytes of states that may be kept for the next router; those of other texts are computed again.
+    """
+
+    def __init__(self, base: Base, texts: Sequence[Sequence[int]], room: int) -> None:
+        self._base, self._texts, self._room = base, texts, room
+        # Texts of like length share a batch, so that little of it is padding.
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        self._batches = [order[at : at + _BATCH] for at in range(0, len(order), _BATCH)]
+        self._kept: dict[int, tuple[Tensor, Tensor | None]] = {}  # by the batch's number
+
+    def routes(self, router: Router) -> list[Route]:
+        """The router's answer for each text."""
+        found = [Route(None, {NONE: 1.0})] * len(self._texts)
+        for number, some in enumerate(self._batches):
+            for i, route in zip(some, router.route(*self._states(number)), strict=True):
+                found[i] = route
+        return found
+
+    def _states(self, number: int) -> tuple[Tensor, Tensor | None]:
+        if number in self._kept:
+            return self._kept[number]
+        hidden, visible = base_states(self._base, [self._texts[i] for i in self._batches[number]])
+        size = hidden.numel() * hidden.element_size()
+        if size <= self._room:
+            self._room -= size
+            self._kept[number] = hidden, visible
+        return hidden, visible
