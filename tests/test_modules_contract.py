@@ -28,6 +28,10 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
         "interleaved": {"num_layers": 2, "placement": "interleaved"},
         "recorded": {"num_layers": 2, "placement": "interleaved", "after": (1, 2), "sources": (0, 1)},
     },
+    "experts": {
+        "everywhere": {"num_experts": 3, "num_attention_experts": 2, "router_size": 8},
+        "upper": {"num_experts": 2, "num_experts_per_tok": 1, "first_layer": 1, "expert_size": 5},
+    },
 }
 VOCABULARIES = ["none", "head", "both"]
 CASES = [
@@ -60,7 +64,10 @@ def make_module(base: Base, case: Case, *, seed: int | None = None) -> Knowledge
     kind = kind_of(name)
     row_ids = None if settings["vocabulary"] == "none" else ROW_IDS
     module = kind.create(base, kind.Config(**settings), row_ids)
-    return module if seed is None else perturb(module, seed)
+    if seed is None:
+        return module
+    module.open()
+    return perturb(module, seed)
 
 
 def snapshot(base: Base) -> dict[str, Any]:
@@ -273,7 +280,9 @@ def test_the_fork_is_the_first_base_layer_that_changes(base, case):
     assert 0 <= fork <= base.num_layers
     assert all(step.layer is layer for step, layer in zip(modules.steps[:fork], base.layers[:fork], strict=True))
     assert [s.attention for s in modules.steps[:fork]] == [s.attention for s in base.steps(0, fork)]
-    assert {id(layer) for layer in base.layers} <= {id(step.layer) for step in modules.steps}
+    # New layers stand between the base's, or others in the place of the base's.
+    instead = len(modules.steps) == base.num_layers
+    assert instead or {id(layer) for layer in base.layers} <= {id(step.layer) for step in modules.steps}
 
     input_ids = random_ids(2, LENGTHS[1])
     embedded, shared = base.begin(input_ids)
@@ -283,7 +292,8 @@ def test_the_fork_is_the_first_base_layer_that_changes(base, case):
     with_module = base.run(own, modules.steps[:fork], shared)
     assert torch.equal(with_module, below) == (fork > 0 or modules.rows.input is None)
     # What the next base layer puts out is another thing with the module than without it.
-    position = next((i for i, s in enumerate(modules.steps) if s.layer in base.layers[fork:]), len(modules.steps) - 1)
+    own_layers = [i for i, s in enumerate(modules.steps) if s.layer in base.layers[fork:]]
+    position = fork if instead else next(iter(own_layers), len(modules.steps) - 1)
     after = base.run(own, modules.steps[: position + 1], shared)
     assert not torch.equal(after, base.run(embedded, base.steps(0, min(fork + 1, base.num_layers)), shared))
 
@@ -491,6 +501,7 @@ def test_a_base_of_another_size_is_refused(case):
 def test_gradients_reach_the_whole_module_and_not_the_base(family, case):
     base = base_of(family)
     module = make_module(base, case)
+    module.open()  # as learning does
     modules = ModuleSet(base, [module])
     input_ids = random_ids(2, LENGTHS[1])
     loss = loss_of(modules, input_ids)
@@ -605,3 +616,36 @@ def test_extending_a_config_leaves_the_original(base):
         extended = module.extended_config(base.config)
         assert base.config.to_dict() == before
         assert extended.num_hidden_layers == len(ModuleSet(base, [module]).steps)
+
+
+# Several at once
+
+
+def combining() -> list[Any]:
+    return [case for case in CASES if kind_of(case.values[0][0]).combines and case.values[0][1]["vocabulary"] == "none"]
+
+
+@pytest.mark.parametrize("case", combining())
+@torch.no_grad()
+def test_modules_that_combine_leave_one_another_as_they_are(base, case):
+    one, two = make_module(base, case, seed=1), make_module(base, case, seed=2)
+    input_ids = random_ids(2, LENGTHS[1])
+    alone = [ModuleSet(base, [m]).logits(input_ids) for m in (one, two)]
+    both = ModuleSet(base, [one, two])
+    together = both.logits(input_ids)
+    assert not any(torch.allclose(together, logits) for logits in alone)
+    assert both.digest not in [ModuleSet(base, [m]).digest for m in (one, two)]
+    torch.testing.assert_close(ModuleSet(base, [two, one]).logits(input_ids), together, rtol=1e-4, atol=1e-5)
+    # Each again without the other: the same bits.
+    for module, logits in zip((one, two), alone, strict=True):
+        assert torch.equal(ModuleSet(base, [module]).logits(input_ids), logits)
+    # One that has learned nothing yet is not there.
+    new = make_module(base, case)
+    assert torch.equal(ModuleSet(base, [one, new]).logits(input_ids), alone[0])
+
+
+def test_only_one_of_several_can_have_rows():
+    base = base_of("llama")
+    case = ("experts", {"num_experts": 2, "vocabulary": "head"})
+    with pytest.raises(ConfigError, match="2 modules have vocabulary rows"):
+        ModuleSet(base, [make_module(base, case), make_module(base, case)])

@@ -6,7 +6,10 @@ router decided is returned, never kept on a module: layers are re-entrant, and l
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,6 +35,21 @@ class Routing:
     def probabilities(self) -> Tensor:
         """Of all experts, before the choice, (n, e)."""
         return self.logits.softmax(-1)
+
+
+_watching: ContextVar[list[Routing] | None] = ContextVar("watching", default=None)
+
+
+@contextmanager
+def watched() -> Iterator[list[Routing]]:
+    """Within it, every router's decision is added to the list that this yields, in the order of the forward pass. It
+    holds for this thread or task alone, and nothing is kept on the layers."""
+    found: list[Routing] = []
+    token = _watching.set(found)
+    try:
+        yield found
+    finally:
+        _watching.reset(token)
 
 
 class ExpertRouter(nn.Module):
@@ -112,7 +130,10 @@ class ExpertRouter(nn.Module):
             gates = probabilities.gather(-1, experts)
         if self.gates == "renormalised":
             gates = logits.gather(-1, experts).softmax(-1)
-        return Routing(logits, experts, gates)
+        routing = Routing(logits, experts, gates)
+        if (found := _watching.get()) is not None:
+            found.append(routing)
+        return routing
 
 
 @dataclass(frozen=True)
@@ -198,9 +219,24 @@ def grouped_product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 # Operators of our own around torch's, whose shape rules for tracing know bfloat16 only.
 
 
+def _aligned(*matrices: Tensor) -> bool:
+    """Whether torch's grouped product takes them: rows of a multiple of 16 bytes."""
+    return all(m.shape[-1] * m.element_size() % 16 == 0 for m in matrices)
+
+
+def _parts(ends: Tensor) -> list[slice]:
+    bounds = [0, *ends.tolist()]
+    return [slice(a, b) for a, b in itertools.pairwise(bounds)]
+
+
 @torch.library.custom_op("growlm::grouped_product", mutates_args=())
 def _grouped_product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    return F.grouped_mm(rows, weight, offs=ends)
+    if _aligned(rows, weight):
+        return F.grouped_mm(rows, weight, offs=ends)
+    out = rows.new_empty(len(rows), weight.shape[2])
+    for part, matrix in zip(_parts(ends), weight, strict=True):
+        torch.mm(rows[part], matrix, out=out[part])
+    return out
 
 
 @_grouped_product.register_fake
@@ -211,7 +247,13 @@ def _(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 @torch.library.custom_op("growlm::grouped_product_backward", mutates_args=())
 def _grouped_product_backward(grad: Tensor, rows: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
     grad = grad.contiguous()
-    return F.grouped_mm(grad, weight.transpose(1, 2), offs=ends), F.grouped_mm(rows.t(), grad, offs=ends)
+    if _aligned(rows, weight):
+        return F.grouped_mm(grad, weight.transpose(1, 2), offs=ends), F.grouped_mm(rows.t(), grad, offs=ends)
+    grad_rows, grad_weight = torch.empty_like(rows), torch.empty_like(weight)
+    for i, part in enumerate(_parts(ends)):
+        torch.mm(grad[part], weight[i].t(), out=grad_rows[part])
+        torch.mm(rows[part].t(), grad[part], out=grad_weight[i])
+    return grad_rows, grad_weight
 
 
 @_grouped_product_backward.register_fake
@@ -268,14 +310,16 @@ class SparseFeedForward(nn.Module):
     def apply_to(self, tokens: Tensor, routing: Routing) -> Tensor:
         """The chosen experts' sum for tokens (n, d)."""
         dispatch = Dispatch.of(routing.experts, self.router.num_experts)
-        inner = self.up(dispatch.spread(tokens), dispatch.ends)
-        if self.gated:
-            left, right = inner.chunk(2, -1)
-            inner = self.activation(left) * right
-        else:
-            inner = self.activation(inner)
+        inner = self.activate(self.up(dispatch.spread(tokens), dispatch.ends))
         out = dispatch.combine(self.down(inner, dispatch.ends), routing.gates)
         return out if self.bias is None else out + self.bias.to(out.dtype)
+
+    def activate(self, inner: Tensor) -> Tensor:
+        """Hidden units, (rows, f) or gated (rows, 2 f) -> (rows, f)."""
+        if not self.gated:
+            return self.activation(inner)
+        left, right = inner.chunk(2, -1)
+        return self.activation(left) * right
 
 
 class AttentionExperts(nn.Module):

@@ -25,7 +25,7 @@ from growlm.modules.vocabulary import VocabularyRows
 
 __all__ = ["KINDS", "KnowledgeModule", "ModuleConfig", "ModuleSet", "attach", "attached", "detach", "kind_of"]
 
-KINDS = {"blocks": "growlm.modules.blocks:Blocks"}
+KINDS = {"blocks": "growlm.modules.blocks:Blocks", "experts": "growlm.modules.experts:Experts"}
 
 
 class ModuleConfig(BaseModel):
@@ -46,6 +46,7 @@ class KnowledgeModule(nn.Module, ABC):
     """
 
     kind: ClassVar[str]
+    combines: ClassVar[bool] = False  # whether several of the kind can be active together
     Config: ClassVar[type[ModuleConfig]]
 
     config: ModuleConfig
@@ -72,6 +73,13 @@ class KnowledgeModule(nn.Module, ABC):
         Raises:
             IntegrityError: the tensors are not those of a module of this config on this base.
         """
+
+    def open(self) -> None:
+        """Called before the first step of training: what `create` keeps shut, so that nothing changes, is opened."""
+
+    def regularisation(self) -> Tensor | None:
+        """What `--routing-regularisation` weighs, for a kind that has routers."""
+        return None
 
     @abstractmethod
     def extend(self, steps: Sequence[Step]) -> list[Step]:
@@ -117,9 +125,15 @@ class ModuleSet:
     """
 
     def __init__(self, base: Base, modules: Sequence[KnowledgeModule] = ()) -> None:
-        if len(modules) > 1:
+        rowed = [m for m in modules if m.rows.head is not None or m.rows.input is not None]
+        if len(modules) > 1 and not (all(m.combines for m in modules) and len({m.kind for m in modules}) == 1):
             kinds = ", ".join(m.kind for m in modules)
             raise ConfigError(f"modules of kinds {kinds} cannot be active together; choose one")
+        if len(rowed) > 1:
+            raise ConfigError(
+                f"{len(rowed)} modules have vocabulary rows of their own, and at most one of several that are active "
+                "together can; learn them with --vocabulary none"
+            )
         for module in modules:
             if module.shape != base_shape(base):
                 raise BaseModelError(f"a module made for a base of shape {module.shape} cannot run on {base.where}")
@@ -130,7 +144,7 @@ class ModuleSet:
         for module in modules:
             steps = module.extend(steps)
         self.steps = steps
-        self.rows = modules[0].rows if modules else VocabularyRows()
+        self.rows = rowed[0].rows if rowed else VocabularyRows()
         self.cache_slots = max((m.cache_slots(base) for m in modules), default=base.num_layers)
         names = "\n".join(sorted(m.identity for m in modules))
         self.digest = hashlib.sha256(names.encode()).hexdigest() if modules else "base"

@@ -1,0 +1,185 @@
+"""Experts: routed experts in the layers of a frozen base, learned for one domain (ModuleFormer, section 4.3).
+
+Where a layer of the base has experts, new ones join them and are chosen by the same router, whose old rows stay as they
+are (equation 9). Where it has a dense feed-forward, the experts stand beside it with a router of their own, and the
+dense part stays always on. Several such modules can be active together.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from growlm.errors import ConfigError, IntegrityError
+from growlm.layers.experts import AttentionExperts, SparseFeedForward
+from growlm.layers.insertion import AttentionUnion, Beside, FeedForwardUnion, NewExperts
+from growlm.layers.losses import routing_regularisation
+from growlm.modules import KnowledgeModule, ModuleConfig, assign
+from growlm.modules.base import Base, Step
+from growlm.modules.vocabulary import VocabularyRows
+
+
+class ExpertsConfig(ModuleConfig):
+    """Shape of an `experts` module.
+
+    Attributes:
+        num_experts: new feed-forward experts of every layer.
+        num_attention_experts: new attention experts of every layer whose attention has experts.
+        num_experts_per_tok: experts that a token uses where they stand beside a dense feed-forward; a layer that has
+            experts keeps its own number.
+        expert_size: hidden units of an expert beside a dense feed-forward; by default half the model's width.
+        router_size: width of a new router.
+        first_layer: layers of the base from this one on get experts; those before are shared with other modules.
+    """
+
+    num_experts: int = Field(default=4, ge=1, le=65_536)
+    num_attention_experts: int = Field(default=2, ge=0, le=65_536)
+    num_experts_per_tok: int = Field(default=2, ge=1)
+    expert_size: int | None = Field(default=None, ge=1)
+    router_size: int = Field(default=64, ge=1)
+    first_layer: int = Field(default=0, ge=0)
+    vocabulary: Literal["none", "head", "both"] = "head"
+
+
+class _LayerExperts(nn.Module):
+    """What one layer gets."""
+
+    def __init__(self, feed_forward: SparseFeedForward | NewExperts, attention: NewExperts | None) -> None:
+        super().__init__()
+        self.feed_forward = feed_forward
+        self.attention = attention
+
+
+class Experts(KnowledgeModule):
+    """Experts in the layers of a frozen base. See `ExpertsConfig`."""
+
+    kind = "experts"
+    combines = True
+    Config = ExpertsConfig
+    config: ExpertsConfig
+
+    def __init__(self, base: Base, config: ExpertsConfig, rows: VocabularyRows) -> None:
+        super().__init__(base)
+        if config.first_layer >= base.num_layers:
+            raise ConfigError(
+                f"first_layer is {config.first_layer}; {base.where} has {base.num_layers} layers, so at most "
+                f"{base.num_layers - 1}"
+            )
+        self.config = config
+        self.rows = rows
+        # Own input rows change the input of layer 0.
+        self.fork = 0 if rows.input is not None else config.first_layer
+        self._anatomy = base.anatomy
+        self.layers = nn.ModuleList(_new(layer, base, config) for layer in base.layers[config.first_layer :])
+
+    @classmethod
+    def create(cls, base: Base, config: ExpertsConfig, row_ids: Tensor | None = None) -> Self:
+        module = cls(base, config, VocabularyRows.create(base, config.vocabulary, row_ids))
+        with torch.no_grad():
+            for part in module.layers:
+                assert isinstance(part, _LayerExperts)
+                if isinstance(part.feed_forward, SparseFeedForward):
+                    part.feed_forward.down.weight.zero_()  # beside a dense feed-forward: adds exactly nothing yet
+        return module.float().to(base.device)
+
+    @classmethod
+    def restore(cls, base: Base, config: ExpertsConfig, tensors: dict[str, Tensor], where: str) -> Self:
+        own_rows = {k.removeprefix("rows."): v for k, v in tensors.items() if k.startswith("rows.")}
+        rows = VocabularyRows.restore(own_rows, base, where)
+        held = "both" if rows.input is not None else "none" if rows.head is None else "head"
+        if held not in ("none", config.vocabulary):
+            raise IntegrityError(f"{where}: has rows of {held!r}, its config says {config.vocabulary!r}")
+        with torch.device("meta"):
+            module = cls(base, config, rows)
+        assign(module, tensors, where)
+        return module.eval()
+
+    def open(self) -> None:
+        """New experts of a layer that has some are chosen from now on."""
+        for part in self.modules():
+            if isinstance(part, NewExperts):
+                part.open()
+
+    def regularisation(self) -> Tensor:
+        """`||A'||^2` over all layers (equation 10)."""
+        total = torch.zeros(())
+        for part in self.modules():
+            if isinstance(part, NewExperts):
+                total = total.to(part.embeddings.device) + routing_regularisation(part.embeddings)
+            elif isinstance(part, SparseFeedForward):
+                total = total.to(part.down.weight.device) + routing_regularisation(part.router.embeddings)
+        return total
+
+    def extend(self, steps: Sequence[Step]) -> list[Step]:
+        first = self.config.first_layer
+        changed = [
+            Step(_with(step.layer, part, self._anatomy), step.attention)
+            for step, part in zip(steps[first:], self.layers, strict=True)
+        ]
+        return [*steps[:first], *changed]
+
+    def cache_slots(self, base: Base) -> int:
+        return base.num_layers
+
+    def extended_config(self, config: Any) -> Any:
+        return copy.deepcopy(config)
+
+
+def _new(layer: nn.Module, base: Base, config: ExpertsConfig) -> _LayerExperts:
+    feed_forward = getattr(layer, base.anatomy.feed_forward)
+    inner = getattr(feed_forward, "experts", None)
+    made: SparseFeedForward | NewExperts
+    if isinstance(inner, SparseFeedForward):
+        made = NewExperts(inner.router, inner.up, inner.down, config.num_experts)
+    else:
+        if config.num_experts_per_tok > config.num_experts:
+            raise ConfigError(
+                f"num_experts_per_tok is {config.num_experts_per_tok}; it must be at most num_experts, "
+                f"{config.num_experts}"
+            )
+        made = SparseFeedForward(
+            base.hidden_size,
+            config.expert_size or max(base.hidden_size // 2, 1),
+            config.num_experts,
+            config.num_experts_per_tok,
+            size=config.router_size,
+        )
+    attention = None
+    old = getattr(getattr(layer, base.anatomy.attention), "experts", None)
+    if isinstance(old, AttentionExperts) and config.num_attention_experts:
+        attention = NewExperts(old.router, old.query, old.output, config.num_attention_experts)
+    return _LayerExperts(made, attention)
+
+
+def _with(layer: nn.Module, part: nn.Module, anatomy: Any) -> nn.Module:
+    """A layer that runs as `layer` does with `part` added. The base's own layer is not touched: the variant is a
+    shallow copy that shares all its parameters, with other objects in the place of its feed-forward and attention."""
+    assert isinstance(part, _LayerExperts)
+    original: nn.Module = layer.__dict__.get("_growlm_original", layer)
+    added: tuple[_LayerExperts, ...] = (*layer.__dict__.get("_growlm_added", ()), part)
+    feed_forward = getattr(original, anatomy.feed_forward)
+    new: nn.Module
+    if isinstance(part.feed_forward, NewExperts):
+        union = FeedForwardUnion(feed_forward.experts, [p.feed_forward for p in added])  # type: ignore[misc]
+        new = _shallow(feed_forward, experts=union)
+    else:
+        new = Beside(feed_forward, [p.feed_forward for p in added])  # type: ignore[misc]
+    variant = _shallow(original, **{anatomy.feed_forward: new})
+    attending = [p.attention for p in added if p.attention is not None]
+    if attending:
+        attention = getattr(original, anatomy.attention)
+        heads = AttentionUnion(attention.experts, attending)
+        variant._modules[anatomy.attention] = _shallow(attention, experts=heads)
+    variant.__dict__["_growlm_original"], variant.__dict__["_growlm_added"] = original, added
+    return variant
+
+
+def _shallow(module: nn.Module, **replaced: nn.Module) -> nn.Module:
+    variant = copy.copy(module)
+    variant._modules = {**module._modules, **replaced}
+    return variant
