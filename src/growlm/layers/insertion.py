@@ -62,6 +62,11 @@ class _Union(nn.Module):
     def bias(self) -> Tensor | None:
         return self._frozen[0].bias
 
+    @property
+    def num_experts(self) -> int:
+        """Old and open new ones."""
+        return self._frozen[0].router.num_experts + sum(len(part.embeddings) for part in self._open())
+
     def router(self, tokens: Tensor) -> Routing:
         """Routes tokens (n, d) among all experts that are open; old ones come first."""
         router = self._frozen[0].router
@@ -128,10 +133,10 @@ class Beside(nn.Module):
 
     def __init__(self, frozen: nn.Module, new: Sequence[SparseFeedForward]) -> None:
         super().__init__()
-        self._frozen, self._new = (frozen,), tuple(new)
+        self._frozen, self.new = (frozen,), tuple(new)
 
     def forward(self, hidden: Tensor) -> Tensor:
         out = self._frozen[0](hidden)
-        for part in self._new:
+        for part in self.new:
             out = out + part(hidden)[0]
         return out

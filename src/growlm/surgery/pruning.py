@@ -1,0 +1,201 @@
+"""Pruning: a growlm model without the experts that a domain does not use (ModuleFormer, section 5.3 and appendix D.2).
+
+The result is a smaller ordinary checkpoint. Dropping whole layers is here as the baseline of the paper.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from growlm.errors import BaseModelError, ConfigError
+from growlm.files import checkpoint_folder, refuse_existing
+from growlm.model.configuration import GrowlmConfig
+from growlm.model.modeling import GrowlmForCausalLM
+from growlm.modules import ModuleSet
+from growlm.modules.base import Base, tensor_bytes
+from growlm.modules.checkpoint import load_model, load_tokenizer, resolve, save_model, stored_dtype
+from growlm.surgery.usage import Place, Usage, count_usage
+
+NORMALISATIONS = ("max", "sum")
+_MAPS = {"attention": ("self_attn.experts", "query", "output"), "feed_forward": ("mlp.experts", "up", "down")}
+
+
+def prune(
+    source: str | Path,
+    out: str | Path,
+    data: Sequence[str | Path],
+    *,
+    keep: float,
+    normalise: str = "max",
+    tokens: int | None = None,
+    separator: str | None = None,
+    text_key: str = "text",
+) -> dict[str, Any]:
+    """Writes a growlm model without its least used experts on a text, and returns what was kept.
+
+    Every expert's count is divided by the largest count at its place (`max`) or by their sum (`sum`); the experts of
+    the whole model are then taken in that order until the share `keep` of its parameters is reached. Every layer keeps
+    as many experts as a token uses.
+
+    Args:
+        source: folder of a growlm model, or a hub id.
+        data: text of the domain.
+        keep: share of all parameters that stays.
+        tokens: of the text at most.
+
+    Raises:
+        BaseModelError: not a growlm model with experts.
+        ConfigError: a share that cannot be reached without emptying a layer; says which is possible.
+        StoreError: `out` exists and is not empty, or the disk is full.
+    """
+    out = Path(out).expanduser()
+    refuse_existing(out)
+    if normalise not in NORMALISATIONS:
+        raise ConfigError(f"normalise is {normalise!r}, expected {' or '.join(NORMALISATIONS)}")
+    if not 0 < keep <= 1:
+        raise ConfigError(f"keep is {keep}; it is a share of all parameters, above 0 and at most 1")
+    folder = resolve(source)
+    model = load_growlm(folder)
+    tokenizer = load_tokenizer(folder)
+    base = Base(model, str(folder))
+    usage = count_usage(
+        ModuleSet(base), tokenizer, {"text": data}, tokens=tokens, separator=separator, text_key=text_key
+    )
+    kept = choose_experts(model, usage, "text", keep=keep, normalise=normalise)
+    smaller = without_experts(model, usage.places, kept)
+    with checkpoint_folder(out, tensor_bytes(smaller.parameters())) as work:
+        save_model(smaller, work)
+        tokenizer.save_pretrained(work)
+    before, after = model.num_parameters(), smaller.num_parameters()
+    return {
+        "path": str(out),
+        "parameters_before": before,
+        "parameters": after,
+        "kept": after / before,
+        "experts": [{"place": p.name, "kept": k, "of": p.num_experts} for p, k in zip(usage.places, kept, strict=True)],
+    }
+
+
+def load_growlm(folder: Path) -> GrowlmForCausalLM:
+    """
+    Raises:
+        BaseModelError: the checkpoint is of another family.
+    """
+    model = load_model(folder, stored_dtype(folder))
+    if not isinstance(model, GrowlmForCausalLM):
+        raise BaseModelError(
+            f"{folder}: is of the family {model.config.model_type!r}; only growlm models have experts to prune"
+        )
+    return model
+
+
+def choose_experts(
+    model: GrowlmForCausalLM, usage: Usage, domain: str, *, keep: float, normalise: str
+) -> list[list[int]]:
+    """Experts that stay, ascending, for each place.
+
+    Raises:
+        ConfigError: fewer parameters than every layer needs.
+    """
+    least = [_top_k(model.config, place) for place in usage.places]
+    sizes = [_expert_size(model, place) for place in usage.places]
+    total = model.num_parameters()
+    ranked: list[tuple[float, int, int]] = []
+    kept: list[set[int]] = []
+    for index in range(len(usage.places)):
+        counts = usage.counts[domain][index].double()
+        scores = counts / (counts.max() if normalise == "max" else counts.sum()).clamp_min(1)
+        order = scores.argsort(descending=True, stable=True).tolist()
+        kept.append(set(order[: least[index]]))
+        ranked += [(float(scores[e]), index, e) for e in order[least[index] :]]
+    left = total - sum(size * p.num_experts for size, p in zip(sizes, usage.places, strict=True))
+    left += sum(size * len(k) for size, k in zip(sizes, kept, strict=True))
+    if left > keep * total:
+        raise ConfigError(
+            f"keep is {keep}; with as many experts in every layer as a token uses, {left / total:.2f} of the "
+            "parameters stay; give at least that"
+        )
+    for _, index, expert in sorted(ranked, key=lambda r: (-r[0], r[1], r[2])):
+        if left + sizes[index] > keep * total:
+            break
+        kept[index].add(expert)
+        left += sizes[index]
+    return [sorted(k) for k in kept]
+
+
+def without_experts(
+    model: GrowlmForCausalLM, places: Sequence[Place], kept: Sequence[Sequence[int]]
+) -> GrowlmForCausalLM:
+    """A model with the experts `kept` at each place, and everything else as it is."""
+    config = copy.deepcopy(model.config)
+    numbers: dict[str, list[int]] = {
+        "attention": [config.attention_experts_of(i) for i in range(config.num_hidden_layers)],
+        "feed_forward": [config.experts_of(i) for i in range(config.num_hidden_layers)],
+    }
+    tensors: dict[str, Tensor] = dict(model.state_dict())
+    for place, experts in zip(places, kept, strict=True):
+        numbers[place.part][place.layer] = len(experts)
+        where, *maps = _MAPS[place.part]
+        rows = torch.tensor(experts, device=model.device)
+        for name in (*(f"{m}.weight" for m in maps), "router.embeddings"):
+            name = f"model.layers.{place.layer}.{where}.{name}"
+            tensors[name] = tensors[name][rows]
+    config.num_attention_experts, config.num_experts = numbers["attention"], numbers["feed_forward"]
+    return _made(config, tensors, model)
+
+
+def drop_layers(model: GrowlmForCausalLM, keep: float, order: str) -> GrowlmForCausalLM:
+    """The baseline: a model with the share `keep` of its layers, the `top` ones dropped or `uniform`ly spread ones.
+
+    Raises:
+        ConfigError: no layer would be left.
+    """
+    depth = model.config.num_hidden_layers
+    number = round(keep * depth)
+    if number < 1:
+        raise ConfigError(f"keep is {keep} of {depth} layers, which leaves none")
+    if order not in ("top", "uniform"):
+        raise ConfigError(f"order {order!r} is not one of top, uniform")
+    chosen = (
+        list(range(number)) if order == "top" else [round(i * (depth - 1) / max(number - 1, 1)) for i in range(number)]
+    )
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = number
+    for name in ("attention", "feed_forward", "num_experts", "num_attention_experts"):
+        if isinstance(setting := getattr(config, name), list):
+            setattr(config, name, [setting[i] for i in chosen])
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
+        if found is None:
+            tensors[name] = tensor
+        elif int(found[1]) in chosen:
+            tensors[f"model.layers.{chosen.index(int(found[1]))}.{found[2]}"] = tensor
+    return _made(config, tensors, model)
+
+
+def _made(config: GrowlmConfig, tensors: Mapping[str, Tensor], model: GrowlmForCausalLM) -> GrowlmForCausalLM:
+    config.check()
+    made: Any = GrowlmForCausalLM(config)
+    made.to(model.dtype)
+    made.load_state_dict({k: v.clone() for k, v in tensors.items()})
+    return made.eval()
+
+
+def _top_k(config: GrowlmConfig, place: Place) -> int:
+    return config.attention_experts_per_tok if place.part == "attention" else config.num_experts_per_tok
+
+
+def _expert_size(model: GrowlmForCausalLM, place: Place) -> int:
+    """Parameters that one expert takes: both maps and its row of the router."""
+    where, *maps = _MAPS[place.part]
+    tensors = dict(model.named_parameters())
+    names = (*(f"{m}.weight" for m in maps), "router.embeddings")
+    return sum(tensors[f"model.layers.{place.layer}.{where}.{n}"][0].numel() for n in names)

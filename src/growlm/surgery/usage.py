@@ -1,0 +1,153 @@
+"""Usage: how often every expert is chosen on a text, and how far domains differ in that (ModuleFormer, figure 2).
+
+Counts what routers decide while text is read; changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from growlm import data as text_data
+from growlm.errors import ConfigError, DataError
+from growlm.layers.experts import AttentionExperts, SparseFeedForward, watched
+from growlm.layers.insertion import AttentionUnion, Beside, FeedForwardUnion
+from growlm.modules import ModuleSet
+
+_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Place:
+    """One router: the layer it is in, and which half of it."""
+
+    layer: int
+    part: str  # "attention" or "feed_forward"
+    num_experts: int
+
+    @property
+    def name(self) -> str:
+        return f"layer {self.layer} {self.part.replace('_', '-')}"
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How often every expert was chosen: per domain, one tensor (num_experts,) for each place, in counts."""
+
+    places: list[Place]
+    counts: dict[str, list[Tensor]]
+    tokens: dict[str, int]
+
+    def share(self, domain: str, place: int) -> Tensor:
+        """Of a domain's choices at a place, the share of every expert, (num_experts,); they sum to one."""
+        counts = self.counts[domain][place].double()
+        return counts / counts.sum().clamp_min(1)
+
+    def divergence(self, one: str, other: str) -> float:
+        """KL divergence of the experts' shares in nats, mean over places. An expert that was never chosen counts as
+        chosen half a time, so that it is finite."""
+        total = 0.0
+        for place in range(len(self.places)):
+            p, q = (self.counts[name][place].double() + 0.5 for name in (one, other))
+            p, q = p / p.sum(), q / q.sum()
+            total += float((p * (p / q).log()).sum())
+        return total / len(self.places)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "places": [{"layer": p.layer, "part": p.part, "experts": p.num_experts} for p in self.places],
+            "tokens": self.tokens,
+            "counts": {name: [c.tolist() for c in found] for name, found in self.counts.items()},
+            "divergence": {f"{a} from {b}": self.divergence(a, b) for a, b in permutations(self.counts, 2)},
+            "unevenness": {
+                name: [_unevenness(self.share(name, i)) for i in range(len(self.places))] for name in self.counts
+            },
+        }
+
+
+def _unevenness(share: Tensor) -> float:
+    """KL divergence from even use, in nats: 0 where all experts are used alike."""
+    return float(math.log(len(share)) + torch.xlogy(share, share).sum())
+
+
+def places_of(modules: ModuleSet) -> list[Place]:
+    """The routers of base and modules in the order in which a forward pass asks them.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    anatomy, found = modules.base.anatomy, []
+    for index, step in enumerate(modules.steps):
+        attention = getattr(getattr(step.layer, anatomy.attention), "experts", None)
+        if isinstance(attention, AttentionExperts | AttentionUnion):
+            found.append(Place(index, "attention", _size(attention)))
+        feed_forward = getattr(step.layer, anatomy.feed_forward)
+        if isinstance(feed_forward, Beside):
+            found += [Place(index, "feed_forward", part.router.num_experts) for part in feed_forward.new]
+        inner = getattr(feed_forward, "experts", None)
+        if isinstance(inner, SparseFeedForward | FeedForwardUnion):
+            found.append(Place(index, "feed_forward", _size(inner)))
+    if not found:
+        raise ConfigError(
+            f"{modules.base.where}: has no routed experts to count; give a growlm model with experts, or a module of "
+            "kind experts"
+        )
+    return found
+
+
+def _size(layer: nn.Module) -> int:
+    return layer.num_experts if isinstance(layer, AttentionUnion | FeedForwardUnion) else layer.router.num_experts  # type: ignore[union-attr,return-value]
+
+
+@torch.no_grad()
+def count_usage(
+    modules: ModuleSet,
+    tokenizer: Any,
+    data: Mapping[str, Sequence[str | Path]],
+    *,
+    sequence_length: int = 512,
+    tokens: int | None = None,
+    text_key: str = "text",
+    separator: str | None = None,
+) -> Usage:
+    """Reads every domain's text and counts.
+
+    Args:
+        data: paths of text by domain.
+        tokens: of each domain at most.
+
+    Raises:
+        ConfigError: nothing has routed experts.
+        DataError: text that is missing, malformed or shorter than two tokens.
+    """
+    places = places_of(modules)
+    counts: dict[str, list[Tensor]] = {}
+    read: dict[str, int] = {}
+    for domain, paths in data.items():
+        documents = text_data.read(paths, text_key=text_key, separator=separator).documents
+        limit = None if tokens is None else -(-tokens // sequence_length)
+        passages = text_data.passages(documents, tokenizer, sequence_length, limit=limit)
+        if not passages:
+            raise DataError(f"{', '.join(map(str, paths))}: text shorter than two tokens; give more text")
+        counts[domain] = [torch.zeros(p.num_experts, dtype=torch.int64) for p in places]
+        read[domain] = sum(len(p.tokens) for p in passages)
+        for start in range(0, len(passages), _BATCH):
+            rows = [p.tokens for p in passages[start : start + _BATCH]]
+            width = max(map(len, rows))
+            # Padding on the right needs no mask: attention is causal, and padded positions are not counted.
+            ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=modules.base.device)
+            real = torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
+            with watched() as routings:
+                modules.hidden(ids)
+            assert len(routings) == len(places)
+            for count, routing in zip(counts[domain], routings, strict=True):
+                chosen = routing.experts.cpu()[real.flatten()].flatten()
+                count += torch.bincount(chosen, minlength=len(count))
+    return Usage(places, counts, read)
