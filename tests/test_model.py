@@ -239,6 +239,10 @@ def test_every_preset_is_known_to_pretrain() -> None:
         "import growlm; from transformers import AutoConfig; print(type(AutoConfig.for_model('growlm')).__name__)",
         "import transformers.models.auto.modeling_auto, growlm; from transformers import AutoConfig; "
         "print(type(AutoConfig.for_model('growlm')).__name__)",
+        "import growlm.model.modeling; from transformers import AutoModelForCausalLM as A, AutoConfig; "
+        "print(type(A.from_config(AutoConfig.for_model('growlm', num_hidden_layers=1)).config).__name__)",
+        "import growlm.model; growlm.model.GrowlmForCausalLM; from transformers import AutoModel as A, AutoConfig; "
+        "print(type(A.from_config(AutoConfig.for_model('growlm', num_hidden_layers=1)).config).__name__)",
         "import growlm, sys; print('GrowlmConfig' if not {'torch', 'transformers'} & set(sys.modules) else 'heavy')",
     ],
 )

@@ -331,7 +331,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_leaves_nothing(home, monkeyp
         value = linear_cross_entropy(*arguments, **options)
         return value * math.nan if next(count) == 5 else value
 
-    monkeypatch.setattr("growlm.training.pretrain.linear_cross_entropy", loss)
+    monkeypatch.setattr("growlm.training.whole_model.linear_cross_entropy", loss)
     with pytest.raises(TrainingError, match=r"loss at step 6 of \d+ is nan; .*--learning-rate"):
         run(home, checkpoint_seconds=0.0)
     assert_only(home)

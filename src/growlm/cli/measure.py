@@ -8,9 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from growlm.cli.app import app
-from growlm.cli.options import Json, Memory, StorePath, from_config
+from growlm.cli.options import Json, Memory, StorePath, from_config, named_paths
 from growlm.cli.output import note, print_json
-from growlm.errors import ConfigError
 from growlm.evaluation.config import EvalConfig
 
 
@@ -43,17 +42,11 @@ def evaluate(
     from growlm.evaluation import evaluate as run
     from growlm.store import Store
 
-    paths: dict[str, list[str]] = {}
-    for item in data:
-        name, equals, path = item.partition("=")
-        if not equals or not name or not path:
-            raise ConfigError(f"--data {item!r}: write it as NAME=PATH, e.g. medicine=heldout.txt")
-        paths.setdefault(name, []).append(path)
     if report is not None:
         from growlm.evaluation.report import check_folder, write_report
 
         check_folder(report)
-    result = run(Store.open(store), dict(paths), config, memory=memory).to_json()
+    result = run(Store.open(store), named_paths(data), config, memory=memory).to_json()
     if report is not None:
         page = write_report(result, report)
         note(f"report: {page}")

@@ -14,6 +14,8 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from growlm.errors import ConfigError
+
 StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Memory = Annotated[
@@ -38,6 +40,27 @@ DataPaths = Annotated[
         show_default=False,
     ),
 ]
+
+
+NamedData = Annotated[
+    list[str],
+    typer.Option("--data", metavar="NAME=PATH...", help="Text by name; a name can be repeated.", show_default=False),
+]
+
+
+def named_paths(data: Sequence[str]) -> dict[str, list[str]]:
+    """Paths by name.
+
+    Raises:
+        ConfigError: something that is not NAME=PATH.
+    """
+    paths: dict[str, list[str]] = {}
+    for item in data:
+        name, equals, path = item.partition("=")
+        if not equals or not name or not path:
+            raise ConfigError(f"--data {item!r}: write it as NAME=PATH, e.g. medicine=heldout.txt")
+        paths.setdefault(name, []).append(path)
+    return paths
 
 
 def from_config(config: type) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -23,6 +23,7 @@ from growlm.layers.experts import AttentionExperts, ExpertRouter, GroupedLinear,
 from growlm.layers.losses import load_balance, load_concentration, mutual_information, router_z
 from growlm.layers.stickbreaking import stickbreaking_attention
 from growlm.model.configuration import GrowlmConfig
+from growlm.model.registration import model_is_ready
 
 # b batch, t new tokens, s tokens seen so far and new ones, d hidden size, h heads, g heads of keys, w head width
 
@@ -507,3 +508,6 @@ class GrowlmForCausalLM(GrowlmPreTrainedModel, GenerationMixin):
                         total + load_balance(decision.logits, decision.experts, counted) + config.router_z_weight * z
                     )
         return config.auxiliary_loss_weight * total
+
+
+model_is_ready()

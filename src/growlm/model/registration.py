@@ -22,6 +22,9 @@ def _register_config(module: Any) -> None:
 
 
 def _register_model(module: Any) -> None:
+    modeling = sys.modules.get("growlm.model.modeling")
+    if modeling is not None and not hasattr(modeling, "GrowlmForCausalLM"):
+        return  # it is being read, which is why transformers' file is: `model_is_ready` comes at its end
     from growlm.model.configuration import GrowlmConfig
     from growlm.model.modeling import GrowlmForCausalLM, GrowlmModel
 
@@ -33,6 +36,12 @@ _TABLES = {
     "transformers.models.auto.configuration_auto": _register_config,
     "transformers.models.auto.modeling_auto": _register_model,
 }
+
+
+def model_is_ready() -> None:
+    """Called at the end of `modeling.py`."""
+    if (module := sys.modules.get("transformers.models.auto.modeling_auto")) is not None:
+        _register_model(module)
 
 
 class _Watcher(MetaPathFinder):

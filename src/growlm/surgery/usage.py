@@ -20,6 +20,9 @@ from growlm.errors import ConfigError, DataError
 from growlm.layers.experts import AttentionExperts, SparseFeedForward, watched
 from growlm.layers.insertion import AttentionUnion, Beside, FeedForwardUnion
 from growlm.modules import ModuleSet
+from growlm.modules.base import Base
+from growlm.modules.checkpoint import load_model, load_tokenizer, resolve, stored_dtype
+from growlm.store import Store
 
 _BATCH = 8
 
@@ -59,6 +62,23 @@ class Usage:
             p, q = p / p.sum(), q / q.sum()
             total += float((p * (p / q).log()).sum())
         return total / len(self.places)
+
+    def lines(self) -> list[str]:
+        """A table for people: what was read, how uneven its use of experts is, and how far texts differ."""
+        found = []
+        for name in self.counts:
+            found.append(f"{name}: {self.tokens[name]:,} tokens")
+            for i, place in enumerate(self.places):
+                share = self.share(name, i)
+                top = ", ".join(f"{e} {float(share[e]):.0%}" for e in share.argsort(descending=True)[:4].tolist())
+                idle = int((share == 0).sum())
+                unused = f"; {idle} never chosen" if idle else ""
+                found.append(f"  {place.name:<22} unevenness {_unevenness(share):.3f}  most used: {top}{unused}")
+        pairs = list(permutations(self.counts, 2))
+        if pairs:
+            found.append("KL divergence between texts, nats:")
+            found += [f"  {a} from {b}: {self.divergence(a, b):.3f}" for a, b in pairs]
+        return found
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -104,6 +124,24 @@ def places_of(modules: ModuleSet) -> list[Place]:
 
 def _size(layer: nn.Module) -> int:
     return layer.num_experts if isinstance(layer, AttentionUnion | FeedForwardUnion) else layer.router.num_experts  # type: ignore[union-attr,return-value]
+
+
+def open_modules(source: str | Path, names: Sequence[str] = ()) -> tuple[ModuleSet, Any]:
+    """A store's base with some of its modules, or a checkpoint by itself; and the tokenizer.
+
+    Raises:
+        ConfigError: modules of a checkpoint were asked for.
+        UnknownModuleError: no such module in the store.
+        BaseModelError: neither a store nor a checkpoint.
+    """
+    if (Path(source).expanduser() / "store.json").exists():
+        store = Store.open(source)
+        base = store.load_base()
+        return ModuleSet(base, [store.load(name, base) for name in names]), store.load_tokenizer()
+    if names:
+        raise ConfigError(f"{source}: is no store; --module {names[0]} is for the modules of one")
+    folder = resolve(source)
+    return ModuleSet(Base(load_model(folder, stored_dtype(folder)), str(folder))), load_tokenizer(folder)
 
 
 @torch.no_grad()

@@ -116,6 +116,22 @@ class PretrainConfig(TrainConfig):
 
 
 @dataclass(frozen=True)
+class FinetuneConfig(TrainConfig):
+    """Settings of `growlm finetune`.
+
+    Attributes:
+        load_concentration: weight of the loss that makes a growlm model use fewer experts, instead of its own.
+    """
+
+    load_concentration: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.load_concentration < math.inf:
+            raise ConfigError(f"load_concentration is {self.load_concentration}; it must be a number, 0 or more")
+
+
+@dataclass(frozen=True)
 class LearnConfig(TrainConfig):
     """Settings of `growlm learn`.
 

@@ -5,52 +5,22 @@ Text in, an ordinary transformers checkpoint with its tokenizer out. Knows nothi
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from growlm import data as text_data
-from growlm.errors import ConfigError, DataError, StoreError
-from growlm.files import sync, write_atomic
-from growlm.layers.cross_entropy import linear_cross_entropy
-from growlm.modules import ModuleSet
+from growlm.errors import ConfigError
 from growlm.modules.anatomy import anatomy_of
-from growlm.modules.base import Base
-from growlm.modules.checkpoint import save_model
-from growlm.modules.scoring import num_labels, passage_losses
 from growlm.training.config import PRESETS, PretrainConfig
-from growlm.training.general import HELDOUT_FILE
-from growlm.training.loop import compute_dtype, require_finite, train
-from growlm.training.progress import say, training_bar
-from growlm.training.runs import run_folder
+from growlm.training.progress import say
+from growlm.training.whole_model import TrainedModel, train_whole
 
 END_OF_TEXT = "<|endoftext|>"
-_HELDOUT_DOCUMENTS = 256
 _TOKENIZER_BYTES = 50_000_000  # of text, enough for any vocabulary that is trained here
-
-
-@dataclass(frozen=True)
-class PretrainResult:
-    """What was trained. Losses are in nats a token on held-out text."""
-
-    path: str
-    parameters: int
-    vocab_size: int
-    loss_before: float
-    loss_after: float
-    tokens: int
-    seconds: float
-    tokens_per_second: float
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def pretrain(
@@ -60,126 +30,25 @@ def pretrain(
     *,
     restart: bool = False,
     progress: bool | None = None,
-) -> PretrainResult:
+) -> TrainedModel:
     """Trains a tokenizer and a model on `data` and saves them to `out` as a transformers checkpoint.
 
-    Beside them lie `pretrain.json`, what was done, and `heldout.jsonl`, the held-out text. A run that was stopped goes
-    on where it was when it is called again with the same arguments.
-
-    Raises:
-        StoreError: `out` exists and holds something else, or the disk is full.
-        DataError: data that is missing, malformed or too little.
-        ConfigError: settings that contradict each other.
-        TrainingError: the loss is no number any more; nothing is saved.
-        Interrupted: stopped by the user; progress is saved.
+    Beside them lie `pretrain.json`, what was done, and `heldout.jsonl`, the held-out text. Resuming and errors are
+    those of `train_whole`.
     """
     config = config or PretrainConfig()
+
+    def make(documents: list[text_data.Document]) -> tuple[nn.Module, Any]:
+        model_config = _model_config(config)
+        say(f"training a tokenizer of {model_config.vocab_size:,} entries", progress)
+        tokenizer = train_tokenizer([d.text for d in documents], model_config.vocab_size)
+        model_config.vocab_size = len(tokenizer)
+        model_config.eos_token_id = tokenizer.eos_token_id
+        model_config.bos_token_id = model_config.pad_token_id = None
+        return new_model(model_config, config.seed), tokenizer
+
     out = Path(out).expanduser()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise StoreError(f"{out}: exists already; choose another folder, or remove it")
-    corpus = text_data.read(data, text_key=config.text_key, separator=config.separator)
-    train_documents, heldout_documents = text_data.split(corpus, at_most=_HELDOUT_DOCUMENTS, seed=config.seed)
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    settings = config.to_json() | {"threads": torch.get_num_threads(), "device": device}
-    settings |= {"precision": str(compute_dtype(config.precision, device))}
-    settings.pop("checkpoint_seconds")
-    run = hashlib.sha256(json.dumps([corpus.digest, settings], sort_keys=True).encode()).hexdigest()[:16]
-    folder = out.parent / f".{out.name}-{run}"
-    busy = f"{out}: the same pretraining is running already"
-    with run_folder(folder, str(out), busy, restart=restart, progress=progress) as work:
-        work.mkdir(parents=True, exist_ok=True)
-        return _run(out, work, corpus, train_documents, heldout_documents, config, device, progress)
-
-
-def _run(
-    out: Path,
-    work: Path,
-    corpus: text_data.TextData,
-    train_documents: list[text_data.Document],
-    heldout_documents: list[text_data.Document],
-    config: PretrainConfig,
-    device: str,
-    progress: bool | None,
-) -> PretrainResult:
-    model_config = _model_config(config)
-    say(f"training a tokenizer of {model_config.vocab_size:,} entries", progress)
-    tokenizer = train_tokenizer([d.text for d in train_documents], model_config.vocab_size)
-    model_config.vocab_size = len(tokenizer)
-    model_config.eos_token_id = tokenizer.eos_token_id
-    model_config.bos_token_id = model_config.pad_token_id = None
-    say(f"tokenizing {len(train_documents):,} documents", progress)
-    packed = text_data.pack(
-        train_documents,
-        tokenizer,
-        config.sequence_length,
-        max_tokens=config.max_tokens,
-    )
-    heldout = [p.tokens for p in text_data.passages(heldout_documents, tokenizer, config.sequence_length)]
-    if not heldout:
-        raise DataError("the held-out text is shorter than two tokens; give more text")
-
-    model = new_model(model_config, config.seed).to(device)
-    base = Base(model, str(out), freeze=False)
-    if base.max_positions is not None and config.sequence_length > base.max_positions:
-        raise ConfigError(f"sequence_length is {config.sequence_length}; the config has {base.max_positions} positions")
-    dtype = compute_dtype(config.precision, device)
-    autocast = torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32)
-
-    def heldout_loss() -> float:
-        model.eval()
-        with autocast:
-            return float(passage_losses(ModuleSet(base), heldout).sum()) / num_labels(heldout)
-
-    wanted = config.rows_wanted(len(packed))
-    order = text_data.schedule(len(packed), config.batch_size, wanted=wanted, seed=config.seed)
-
-    def loss_of_step(step: int) -> Tensor:
-        batch = packed[order[step]].to(device)
-        with autocast:
-            hidden, auxiliary = final_states(base, batch[:, :-1])
-        loss = linear_cross_entropy(
-            hidden.to(dtype).flatten(0, 1), base.head_weight, batch[:, 1:].flatten(), softcap=base.softcap
-        )
-        return loss if auxiliary is None else loss + auxiliary
-
-    before = heldout_loss()
-    model.train()
-    with training_bar(f"pretraining {out.name}", progress) as report:
-        seconds = train(
-            dict(model.named_parameters()),
-            loss_of_step,
-            len(order),
-            lambda step: len(order[step]) * config.sequence_length,
-            config,
-            config.learning_rate or default_rate(base.hidden_size),
-            folder=work,
-            resume_hint="run the same command again to go on",
-            report=report,
-        )
-    tokens = sum(len(rows) for rows in order) * config.sequence_length
-    after = heldout_loss()
-    require_finite(f"{out}: the held-out loss after training", after)
-    result = PretrainResult(
-        path=str(out),
-        parameters=sum(p.numel() for p in model.parameters()),
-        vocab_size=len(tokenizer),
-        loss_before=before,
-        loss_after=after,
-        tokens=tokens,
-        seconds=seconds,
-        tokens_per_second=tokens / max(seconds, 1e-9),
-    )
-    _save(out, work, model, tokenizer, heldout_documents, {**result.to_json(), "settings": config.to_json()}, corpus)
-    return result
-
-
-def final_states(base: Base, input_ids: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What the head reads, (b, t, d), and the loss on what routers decided, for a model that has one."""
-    if not hasattr(base.model, "auxiliary_loss"):
-        return base.norm(ModuleSet(base).hidden(input_ids)), None
-    out = base.decoder(input_ids, use_cache=False, output_routings=True)
-    return out.last_hidden_state, base.model.auxiliary_loss(out.routings)
+    return train_whole(out, data, config, make, verb="pretrain", rate=default_rate, restart=restart, progress=progress)
 
 
 def new_model(model_config: Any, seed: int) -> nn.Module:
@@ -274,29 +143,3 @@ def _model_config(config: PretrainConfig) -> Any:
     if config.vocab_size is not None:
         model_config.vocab_size = config.vocab_size
     return model_config
-
-
-def _save(
-    out: Path,
-    work: Path,
-    model: Any,
-    tokenizer: Any,
-    heldout: list[text_data.Document],
-    record: dict[str, Any],
-    corpus: text_data.TextData,
-) -> None:
-    """The checkpoint appears by one rename: `out` is complete or absent."""
-    ready = work / "checkpoint"
-    shutil.rmtree(ready, ignore_errors=True)
-    save_model(model.to("cpu"), ready)
-    tokenizer.save_pretrained(ready)
-    lines = [json.dumps({"text": d.text}, ensure_ascii=False) for d in heldout]
-    (ready / HELDOUT_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    record["sources"] = [asdict(s) for s in corpus.sources]
-    write_atomic(ready / "pretrain.json", json.dumps(record, indent=2).encode())
-    for file in ready.iterdir():
-        sync(file)
-    if out.is_dir():
-        out.rmdir()
-    ready.rename(out)
-    sync(out.parent)

@@ -1,0 +1,62 @@
+"""Finetune: all parameters of a checkpoint trained further on a body of text, as before or after pruning.
+
+Overwrites what the model knew, as finetuning does: for knowledge that is kept apart there is `learn`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from growlm import data as text_data
+from growlm.errors import ConfigError
+from growlm.modules.checkpoint import fingerprint, load_model, load_tokenizer, resolve, tokenizer_fingerprint
+from growlm.training.config import FinetuneConfig
+from growlm.training.pretrain import default_rate
+from growlm.training.whole_model import TrainedModel, train_whole
+
+
+def finetune(
+    source: str | Path,
+    out: str | Path,
+    data: Sequence[str | Path],
+    config: FinetuneConfig | None = None,
+    *,
+    restart: bool = False,
+    progress: bool | None = None,
+) -> TrainedModel:
+    """Trains a checkpoint on `data` and saves the result to `out`, in float32.
+
+    A growlm model trains with the auxiliary loss of its config; with `load_concentration` with that one instead
+    (ModuleFormer, equation 8), so that it comes to use fewer experts.
+
+    Raises:
+        BaseModelError: `source` is no checkpoint of a supported family.
+        ConfigError: `load_concentration` for a model without experts.
+        Other errors, and resuming, are those of `train_whole`.
+    """
+    config = config or FinetuneConfig()
+    folder = resolve(source)
+
+    def make(documents: list[text_data.Document]) -> tuple[Any, Any]:
+        model = load_model(folder, "float32").requires_grad_(True)
+        if config.load_concentration:
+            if getattr(model, "auxiliary_loss", None) is None:
+                family = model.config.model_type
+                raise ConfigError(f"{folder}: is of the family {family!r}; --load-concentration needs a growlm model")
+            model.config.auxiliary_loss = "load_concentration"
+            model.config.auxiliary_loss_weight = config.load_concentration
+        return model, load_tokenizer(folder)
+
+    return train_whole(
+        Path(out).expanduser(),
+        data,
+        config,
+        make,
+        verb="finetune",
+        rate=lambda width: default_rate(width) / 2,
+        identity=f"{fingerprint(folder)} {tokenizer_fingerprint(folder)}",
+        restart=restart,
+        progress=progress,
+    )
