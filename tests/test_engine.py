@@ -7,6 +7,7 @@ import threading
 import time
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from growlm.engine.scheduler import plan
 from growlm.errors import BudgetError, ConfigError, DataError, GrowlmError, IntegrityError, UnknownModuleError
 from growlm.modules import ModuleSet
 from growlm.modules.export import export
+from growlm.router import GaussianRouter, Route
 from growlm.store import Store
 from stores import Watch, add_module, domain_text, greedy, make_store
 from tiny import random_ids
@@ -630,6 +632,51 @@ def test_a_removed_module_is_no_longer_chosen_and_others_are(home):
         assert (found[0], found[2]) == ("letters", "signs")
         assert found[1] != "digits"
         assert engine.route(prompts[1]).module != "digits"
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda engine, prompt: engine.route(prompt),
+        lambda engine, prompt: engine.generate(prompt, max_new_tokens=2),
+        lambda engine, prompt: engine.generate_many([prompt, "abc"], max_new_tokens=2)[0],
+        lambda engine, prompt: engine.generate(prompt, max_new_tokens=8, reroute=4),
+        lambda engine, prompt: engine.generate(prompt, max_new_tokens=2, mix=3),
+    ],
+    ids=["route", "generate", "many", "reroute", "mix"],
+)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_removed_module_is_in_no_answer(home, ask, rank):
+    """Whatever is asked first after the removal, and whether the best module went or the second best."""
+    store = Store.open(home / "store")
+    with Engine(store) as engine:
+        prompt = domain_text("letters", 990)
+        gone = [name for name in engine.route(prompt).scores if name != "none"][rank]
+        store.remove(gone)
+        answer = ask(engine, prompt)
+        assert gone not in answer.scores
+        assert answer.module != gone
+        assert gone not in (getattr(answer, "mixture", None) or {})
+
+
+def test_a_module_that_is_removed_between_two_choices_is_not_chosen_again(home, monkeypatch):
+    store = Store.open(home / "store")
+    with Engine(store) as engine:
+        engine._end_tokens = set()
+        original = GaussianRouter.route
+        calls = []
+
+        def route(router: GaussianRouter, *arguments: Any) -> list[Route]:
+            calls.append(router.names)
+            if len(calls) == 3:  # once for the scores, then every four tokens
+                store.remove("digits")
+            return original(router, *arguments)
+
+        monkeypatch.setattr(GaussianRouter, "route", route)
+        answer = engine.generate(domain_text("digits", 990, words=30), reroute=4, max_new_tokens=12)
+        assert answer.changes[:2] == [(0, "digits"), (4, answer.changes[1][1])]
+        assert "digits" not in [name for _, name in answer.changes[1:]]
+        assert len(answer.tokens) == 12
 
 
 def test_the_version_that_was_counted_is_the_one_that_is_read(home, monkeypatch):

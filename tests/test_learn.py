@@ -400,6 +400,42 @@ def test_restart_begins_anew_and_ends_the_same(home, store):
     assert_nothing_left(store)
 
 
+@pytest.mark.parametrize("instant", ["growlm.router.add_domain", "growlm.training.learn.empty"])
+@pytest.mark.parametrize("update", [False, True])
+def test_a_run_that_was_killed_once_its_module_was_saved_only_has_to_end(home, store, monkeypatch, instant, update):
+    if update:
+        run(store)
+    other = Store.open(shutil.copytree(store.path, home / "other"))
+    wanted = run(other, update=update)
+
+    def killed(*arguments: Any) -> None:
+        raise SystemExit  # as good as a kill: nothing catches it
+
+    with monkeypatch.context() as patch:
+        patch.setattr(instant, killed)
+        with pytest.raises(SystemExit):
+            run(store, update=update)
+    saved = all_files(store.path / "modules")
+    results = []
+    assert steps_of(lambda: results.append(run(store, update=update))) == []
+    assert all_files(store.path / "modules") == saved
+    assert results[0].to_json() | {"seconds": 0, "tokens_per_second": 0} == (
+        wanted.to_json() | {"seconds": 0, "tokens_per_second": 0}
+    )
+    assert load_router(store).names == ["law"]
+    assert_nothing_left(store)
+    assert run(store, update=True).version == wanted.version + 1
+
+
+def test_a_name_whose_manifest_is_damaged_is_learned_again(home, store):
+    run(store)
+    load_router(store)  # and keeps its sums
+    path = store.module("law").folder / "module.json"
+    path.write_text(path.read_text()[:-1])
+    assert run(store, update=True).version == 2
+    assert load_router(store).names == ["law"]
+
+
 def test_other_settings_or_data_do_not_go_on_with_a_stopped_run(home, store):
     for name in ("a", "b", "c"):
         with at_step(9, interrupt), pytest.raises(Interrupted):

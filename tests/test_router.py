@@ -540,6 +540,55 @@ def test_a_module_that_was_removed_while_the_router_is_read_is_not_damage(new_st
     assert load_router(made.store).names == ["chem"]
 
 
+@pytest.mark.parametrize("fitted", [False, True])
+def test_a_module_that_goes_before_it_was_looked_at_is_not_damage(new_store, monkeypatch, fitted):
+    """Between the listing of the store and the first look at what it listed."""
+    made = new_store({"law": 13, "chem": 11})
+    if fitted:
+        load_router(made.store)
+    listing = Store.modules.fget
+    looks = []
+
+    def listed(store: Store) -> dict[str, StoredModule]:
+        looks.append(listing(store))
+        if len(looks) == 1:
+            made.store.remove("law")
+        return looks[-1]
+
+    monkeypatch.setattr(Store, "modules", property(listed))
+    assert load_router(made.store).names == ["chem"]
+
+
+def test_an_old_version_without_evidence_is_replaced_by_one_with(new_store):
+    made = new_store({"chem": 11})
+    old = made.store.commit("law", made.module, {})
+    load_router(made.store)  # and keeps its sums, without the one that has none
+    new, _ = made.commit("law", kept(13))
+    add_domain(made.store, new, old)
+    assert same(load_router(made.store), load_router(new_store({"chem": 11, "law": 13}).store))
+
+
+@pytest.mark.parametrize("damage", ["vectors", "manifest"])
+def test_an_old_version_that_is_damaged_does_not_stand_in_the_way_of_the_next(new_store, damage):
+    made = new_store({"chem": 11, "law": 14})
+    load_router(made.store)
+    new, old = made.commit("law", kept(13))
+    path = old.folder / (gaussian.VECTORS if damage == "vectors" else "module.json")
+    path.write_bytes(path.read_bytes()[:-1])
+    add_domain(made.store, new, made.store.module("law", 1))
+    assert same(load_router(made.store), load_router(new_store({"chem": 11, "law": 13}).store))
+
+
+def test_what_was_fitted_in_another_way_is_fitted_again(new_store, monkeypatch):
+    made = new_store({"law": 13, "chem": 11})
+    before = load_router(made.store)
+    monkeypatch.setattr(gaussian, "_SHRINK", 0.4)
+    monkeypatch.setattr(gaussian, "_FIT", gaussian._FIT + 1)
+    found = load_router(made.store)
+    assert not same(found, before)
+    assert same(found, load_router(new_store({"law": 13, "chem": 11}).store))
+
+
 def test_without_is_the_router_less_some_names(new_store):
     found = load_router(new_store({"law": 13, "chem": 11, "med": 14}).store)
     left = found.without({"chem"})

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from growlm import cli
 from growlm.engine import Engine
 from growlm.errors import BudgetError, ConfigError, IntegrityError, Interrupted, StoreError
 from growlm.evaluation import EvalConfig, evaluate
@@ -16,11 +21,12 @@ from growlm.files import sha256_file
 from growlm.router import NONE, SAMPLES, base_states, load_router, pack_samples, read_samples, unpack_samples
 from growlm.store import ROUTERS, Store
 from growlm.training.config import LearnConfig, RouterConfig
+from growlm.training.general import describe_general, general_samples
 from growlm.training.learn import learn
 from growlm.training.router import describe_router, train_router
-from interruptions import at_step, in_new_process, interrupt, kill_everywhere
+from interruptions import at_step, in_new_process, interrupt, kill_everywhere, steps_of
 from stores import PLAIN, add_module, domain_ids, domain_text, make_store
-from tiny import FAMILIES
+from tiny import FAMILIES, save_base
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -130,6 +136,17 @@ def test_a_store_without_modules_says_none(home, kind):
     assert (route.module, route.scores) == (None, {NONE: 1.0})
 
 
+def test_modules_without_a_trained_router_are_no_store_of_which_none_fits(tmp_path):
+    store = make_store(tmp_path, modules={"letters": {}}, keep_samples=50_000)
+    store.set_router("transformer")
+    with pytest.raises(StoreError, match=r"growlm router .*store --kind transformer trains one") as caught:
+        Engine(store)
+    assert "\n" not in str(caught.value)
+    store.remove("letters")
+    with Engine(store) as engine:
+        assert engine.route("abc").module is None
+
+
 def test_unknown_kinds_are_refused(home, store):
     for call in (
         lambda: load_router(store, kind="oracle"),
@@ -206,11 +223,103 @@ def test_a_router_of_just_these_modules_is_the_one_that_was_trained_then(store):
 def test_an_interrupted_training_goes_on_to_the_same_router(home):
     stores = [Store.open(shutil.copytree(home / "store", home / name)) for name in ("whole", "cut")]
     train_router(stores[0], QUICK)
-    with at_step(7, interrupt), pytest.raises(Interrupted, match="growlm router"):
+    with at_step(7, interrupt), pytest.raises(Interrupted, match="run the same command again"):
         train_router(stores[1], QUICK)
     assert len(describe_router(stores[1])["versions"]) == 1
     train_router(stores[1], QUICK)
     assert router_version(stores[0], 2) == router_version(stores[1], 2)
+
+
+def test_a_module_that_was_learned_anew_from_other_text_is_unknown(store):
+    """Its name is known, its text is not: text of the old module is no business of the new one."""
+    base = store.load_base()
+    store.set_router("transformer")
+    assert describe_router(store)["unknown"] == []
+    store.remove("digits")
+    add_module(store, base, "digits", 77, domain="other")
+    found = describe_router(store)
+    assert (found["knows"], found["unknown"], found["outdated"]) == (2, ["digits"], [])
+    router = load_router(store).bind(base)
+    assert router.names == ["letters", "signs"]
+    for route in router.route(*base_states(base, texts_of(store, "digits"))):
+        assert "digits" not in route.scores
+    train_router(store, QUICK)
+    assert describe_router(store)["unknown"] == []
+    answers = load_router(store).bind(base).route(*base_states(base, texts_of(store, "other")))
+    assert {r.module for r in answers} == {"digits"}
+
+
+def test_a_module_that_was_updated_is_chosen_by_its_earlier_text_and_said_to_be(store, capsys):
+    base = store.load_base()
+    store.set_router("transformer")
+    add_module(store, base, "digits", 77, domain="other", placement="interleaved", num_layers=2)
+    found = describe_router(store)
+    assert (found["knows"], found["unknown"], found["outdated"]) == (3, [], ["digits"])
+    assert "chosen by the text of an earlier version: digits" in command(capsys, store)
+    router = load_router(store).bind(base)
+    assert router.forks["digits"] == store.module("digits").manifest.fork < base.num_layers
+    assert router.route(*base_states(base, texts_of(store, "digits")))[0].module == "digits"
+    store.remove("digits", version=1)
+    assert describe_router(store)["unknown"] == ["digits"]
+    assert load_router(store).names == ["letters", "signs"]
+
+
+def test_a_training_never_takes_away_modules_that_were_added_while_it_ran(store):
+    """Two trainings at once: the second to begin knows more, and the first to begin ends last."""
+    base = store.load_base()
+
+    def another_learns() -> None:
+        other = Store.open(store.path)
+        add_module(other, base, "other", 9)
+        assert train_router(other, QUICK).version == 2
+
+    with at_step(3, another_learns):
+        result = train_router(store, QUICK)
+    assert (result.version, result.modules) == (2, 4)
+    assert result.accuracy == describe_router(store)["versions"][1]["accuracy"]
+    store.set_router("transformer")
+    assert describe_router(store)["unknown"] == []
+    assert list((store.path / "work").iterdir()) == []
+
+
+def test_a_training_that_knows_less_than_the_store_is_still_better_than_none(store):
+    base = store.load_base()
+    add_module(store, base, "other", 9)
+    with at_step(3, lambda: add_module(Store.open(store.path), base, "later", 10, domain="other")):
+        assert train_router(store, QUICK).version == 2
+    store.set_router("transformer")
+    assert describe_router(store)["unknown"] == ["later"]
+
+
+def command(capsys: Any, store: Store, *options: str) -> str:
+    """Runs `growlm router`, which must succeed; what it prints."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["router", str(store.path), *options])
+    out, err = capsys.readouterr()
+    assert not caught.value.code, err
+    return out
+
+
+def test_settings_that_are_not_given_are_those_of_the_newest_version(store, capsys):
+    def settings() -> dict:
+        return store.router_files("transformer").manifest().training["settings"]
+
+    command(capsys, store, "--kind", "transformer")
+    assert settings() == QUICK.to_json()
+    command(capsys, store, "--kind", "transformer", "--tokens", "1000", "--sequence-length", "32")
+    assert settings() == QUICK.to_json() | {"tokens": 1000, "sequence_length": 32}
+    command(capsys, store, "--kind", "transformer", "--epochs", "1")  # 1 is the default too, and it was asked for
+    assert settings() == QUICK.to_json() | {"tokens": None, "sequence_length": 32, "epochs": 1}
+
+
+def test_a_version_that_does_not_say_how_it_was_trained_can_be_taken_away(store):
+    path = store.router_path / "transformer" / "1" / "router.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"training": {}}))
+    with pytest.raises(IntegrityError, match=r"growlm router .* --remove-version 1"):
+        train_router(store)
+    store.remove_router_version(1)
+    assert train_router(store, QUICK).version == 1
 
 
 def test_damaged_routers_are_named(store):
@@ -237,6 +346,65 @@ def test_samples_are_bounded_and_come_back():
     wide = pack_samples(passages, 28)
     assert sum(t.numel() * t.element_size() for t in wide.values()) <= 28
     assert unpack_samples(pack_samples(passages, 0)) == []
+
+
+def test_so_few_bytes_that_no_token_fits_keep_no_text(home, store, corpus):
+    learn(store, "other", [corpus], LearnConfig(**SMALL, keep_samples=5))
+    assert read_samples(store.module("other")) == []
+    with pytest.raises(StoreError, match="no text of other was kept"):
+        train_router(store, QUICK)
+    store.remove("other")
+    store.set_router("transformer")
+    with pytest.raises(StoreError, match=r"'other' could never be chosen.*--keep-samples 5"):
+        learn(store, "other", [corpus], LearnConfig(**SMALL, keep_samples=5))
+    with pytest.raises(ConfigError, match="--keep-samples 5"):
+        Store.create(home / "new", home / "base", router="transformer", keep_samples=5)
+
+
+def test_empty_samples_of_an_older_growlm_are_none(tmp_path):
+    store = make_store(tmp_path, modules={"letters": {}}, keep_samples=5)
+    assert SAMPLES in store.module("letters").manifest.files
+    with pytest.raises(StoreError, match="no text of letters was kept"):
+        train_router(store, QUICK)
+
+
+def test_general_text_that_was_given_is_none_to_a_router_that_is_trained_later(tmp_path, corpus):
+    """Text of modules is kept from the second module on; the general text was shown before the first."""
+    made = make_store(tmp_path, modules={})
+    store = Store.create(tmp_path / "new", tmp_path / "base")
+    base, tokenizer = store.load_base(), store.load_tokenizer()
+    text = tmp_path / "general.jsonl"
+    lines = [domain_text("general", i, words=40) for i in range(40)]
+    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    describe_general(store, base, tokenizer, [text])
+    store.set_router("gaussian", keep_samples=50_000)
+    learn(store, "other", [corpus], LearnConfig(**SMALL))
+    found = general_samples(store, base, tokenizer, False)
+    assert sorted(tokenizer.decode(t) for t in found) == sorted(lines)
+    assert general_samples(made, base, tokenizer, False) != found  # what the base writes where nothing was given
+
+
+def test_kept_text_is_of_the_whole_corpus_whatever_its_tokens_take(tmp_path):
+    """Ids of 65,536 and more take four bytes, so that half of the rows that two bytes would allow are kept."""
+    # A token for each byte, and no merges: document n is written with the n-th letter.
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    model = models.BPE({"<|endoftext|>": 0} | {letter: 66_000 + i for i, letter in enumerate(alphabet)}, [])
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    save_base(tmp_path / "base", "qwen2", vocab_size=66_300)
+    wide = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+    wide.save_pretrained(tmp_path / "base")
+    letters = alphabet[:92]
+    assert letters[0] == "!"
+    corpus = tmp_path / "letters.jsonl"
+    corpus.write_text("".join(json.dumps({"text": letter * 31}) + "\n" for letter in letters))
+    store = Store.create(tmp_path / "store", tmp_path / "base")
+    small = {"num_layers": 1, "sequence_length": 16, "tokens": 76 * 32, "router_samples": 4, "max_rows": 8}
+    learn(store, "letters", [corpus], LearnConfig(**small, keep_samples=76 * 32 * 2))
+    kept = {token - 66_000 for passage in read_samples(store.module("letters")) for token in passage if token}
+    quarters = [len({n for n in kept if 23 * q <= n < 23 * (q + 1)}) for q in range(4)]
+    assert min(quarters) >= 4
+    assert sum(quarters) < 70  # not all of it had room
 
 
 def test_kept_text_goes_with_its_module(store):
@@ -279,6 +447,86 @@ def test_learning_trains_the_router_of_a_store_that_has_one(store, corpus):
     newest = store.router_files("transformer").manifest()
     assert newest is not None
     assert newest.config["num_layers"] == QUICK.router_layers  # as the version before was made
+
+
+def cut_short(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> None:
+    """Does something at the fourth step of the router's training within `learn`, the first time."""
+    left = [action]
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        if not left:
+            return train_router(*arguments, **options)
+        with at_step(3, left.pop()):
+            return train_router(*arguments, **options)
+
+    monkeypatch.setattr("growlm.training.learn.train_router", interrupted)
+
+
+@pytest.mark.parametrize("update", [False, True])
+def test_learning_that_was_stopped_at_its_router_goes_on_with_it(home, store, corpus, monkeypatch, update):
+    store.set_router("transformer")
+    if update:
+        learn(store, "other", [corpus], LearnConfig(**SMALL))
+    whole = Store.open(shutil.copytree(store.path, home / "whole"))
+    wanted = learn(whole, "other", [corpus], LearnConfig(**SMALL), update=update)
+
+    def run(**options: Any) -> Any:
+        return learn(store, "other", [corpus], LearnConfig(**SMALL), update=update, **options)
+
+    cut_short(monkeypatch, interrupt)
+    with pytest.raises(Interrupted, match="run the same command again"):
+        run()
+    assert store.module("other").version == wanted.version
+    modules = bytes_of(store.path / "modules")
+    results = []
+    assert steps_of(lambda: results.append(run()))[0] == 4  # nothing was learned a second time
+    (result,) = results
+    assert (result.version, result.router, result.tokens) == (wanted.version, wanted.router, wanted.tokens)
+    assert (result.loss_before, result.loss_after) == (wanted.loss_before, wanted.loss_after)
+    assert bytes_of(store.path / "modules") == modules
+    assert router_version(store, result.router) == router_version(whole, result.router)
+    assert describe_router(store)["unknown"] == []
+    assert list((store.path / "work").iterdir()) == []
+    # It has ended: the same command now asks for something else.
+    if update:
+        assert run().version == wanted.version + 1
+    else:
+        with pytest.raises(StoreError, match="use --update"):
+            run()
+
+
+def test_other_text_does_not_go_on_with_learning_that_was_stopped_at_its_router(store, corpus, monkeypatch):
+    store.set_router("transformer")
+    cut_short(monkeypatch, interrupt)
+    with pytest.raises(Interrupted):
+        learn(store, "other", [corpus], LearnConfig(**SMALL))
+    for changes in ({"seed": 1}, {"num_layers": 2}):
+        with pytest.raises(StoreError, match="use --update"):
+            learn(store, "other", [corpus], LearnConfig(**SMALL | changes))
+    assert learn(store, "other", [corpus], LearnConfig(**SMALL, seed=1), update=True).version == 2
+
+
+def test_restart_trains_the_router_anew_and_the_saved_module_stays(store, corpus, monkeypatch):
+    store.set_router("transformer")
+    cut_short(monkeypatch, interrupt)
+    with pytest.raises(Interrupted):
+        learn(store, "other", [corpus], LearnConfig(**SMALL))
+    modules = bytes_of(store.path / "modules")
+    again = steps_of(lambda: learn(store, "other", [corpus], LearnConfig(**SMALL), restart=True))
+    assert again[0] == 0
+    assert bytes_of(store.path / "modules") == modules
+    assert describe_router(store)["unknown"] == []
+    assert list((store.path / "work").iterdir()) == []
+
+
+def test_the_router_command_goes_on_with_what_learning_began(store, corpus, monkeypatch, capsys):
+    """It takes the settings of the newest version, as `learn` does."""
+    store.set_router("transformer")
+    cut_short(monkeypatch, interrupt)
+    with pytest.raises(Interrupted):
+        learn(store, "other", [corpus], LearnConfig(**SMALL))
+    assert steps_of(lambda: command(capsys, store, "--kind", "transformer"))[0] == 4
+    assert describe_router(store)["unknown"] == []
 
 
 def test_learning_keeps_no_text_unless_the_store_says_so(tmp_path, home, corpus):

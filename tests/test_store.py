@@ -458,6 +458,14 @@ def test_unknown_modules_are_an_error_that_lists_the_known(store, base):
         empty.module("a")
 
 
+def test_missing_names_are_those_that_were_never_there_or_are_gone(home, store, base):
+    names = set(store.modules)
+    assert store.missing({*names, "never"}) == {"never"}
+    store.remove(next(iter(names)))
+    assert store.missing(names) == names - set(store.modules) != set()
+    assert Store.create(home / "empty", home / "base").missing(["law"]) == {"law"}
+
+
 def test_a_removed_module_is_unknown(store, base):
     store.remove("a")
     assert list(Store.open(store.path).modules) == ["law"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,6 +50,7 @@ ROUTER_DERIVED = (ROUTER_SUMS, ROUTER_FITTED)
 ROUTER_TRAINED = "transformer"
 ROUTERS = ("gaussian", "transformer")
 _KEPT = "2MB"  # of every domain's text, where a router is trained on it
+LEAST_SAMPLES = 8  # bytes that a single token of text takes, with its length: fewer keep nothing
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,14 @@ class Store:
         check_name(name)
         versions = complete_versions(self.path / "modules" / name, MANIFEST)
         return self._current(name, versions) if versions else None
+
+    def missing(self, names: Iterable[str]) -> set[str]:
+        """Those of `names` that the store holds nothing of. Lists one folder, however many there are."""
+        try:
+            with os.scandir(self.path / "modules") as entries:
+                return set(names) - {entry.name for entry in entries}
+        except FileNotFoundError:
+            return set(names)
 
     def module(self, name: str, version: int | None = None) -> StoredModule:
         """One module, the current version unless told.
@@ -502,9 +511,9 @@ def _samples_for(router: str, keep_samples: str | int | None) -> int:
     if keep_samples is None:
         keep_samples = _KEPT if trained else 0
     size = parse_size(keep_samples)
-    if trained and not size:
+    if trained and size < LEAST_SAMPLES:
         raise ConfigError(
-            "--keep-samples 0: a transformer router is trained on kept text of every domain; keep some, or use "
+            f"--keep-samples {size}: a transformer router is trained on kept text of every domain; keep some, or use "
             "--router gaussian"
         )
     return size

@@ -1,6 +1,7 @@
 """Versions: numbered folders that appear complete or not at all; the largest complete one is current.
 
-Knows folders, manifests and tensors. Does not know what a module or a router is.
+Knows folders, tensors, and the manifest of what the router keeps, router.json, which it writes and reads. Does not know
+what the tensors mean, and nothing of modules but that their versions are folders too.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def complete_versions(folder: Path, manifest: str) -> list[int]:
 
 
 class TensorVersions:
-    """Tensors that the router keeps under one name, version by version.
+    """Tensors that the router keeps under one name, version by version, a `router.json` with each.
 
     Args:
         folder: holds a folder a version.

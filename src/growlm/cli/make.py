@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -70,8 +71,8 @@ def new(
         typer.Option(
             "--general",
             metavar="PATH...",
-            help="General text, from which the router learns what belongs to no module. By default the held-out text "
-            "beside the base, or else text that the base writes.",
+            help="General text, from which the router learns what belongs to no module; up to 512 passages of it stay "
+            "in the store. By default the held-out text beside the base, or else text that the base writes.",
         ),
     ] = None,
     as_json: Json = False,
@@ -141,6 +142,7 @@ def learn(
 @app.command()
 @from_config(RouterConfig)
 def router(
+    context: typer.Context,
     store: StorePath,
     config: Any,
     kind: Annotated[
@@ -156,7 +158,7 @@ def router(
 ) -> None:
     """Show which router a store has; change it, train it, or roll it back.
 
-    Run a training again to go on after Ctrl-C or a kill.
+    Run a training again to go on after Ctrl-C or a kill. Settings that are not given are those of the newest version.
 
     Examples:
 
@@ -167,13 +169,14 @@ def router(
         growlm router brain --remove-version 3
     """
     from growlm.store import Store
-    from growlm.training.router import describe_router, train_router
+    from growlm.training.router import describe_router, last_config, train_router
 
     opened = Store.open(store)
     if remove_version is not None:
         opened.remove_router_version(remove_version)
     if kind == "transformer":
-        train_router(opened, config, restart=restart)
+        settings = replace(last_config(opened), **_given(context, config))
+        train_router(opened, settings, restart=restart)
     if kind is not None:
         opened.set_router(kind)
     found = describe_router(opened)
@@ -183,6 +186,8 @@ def router(
     if found["unknown"]:
         cure = f"; growlm router {store} --kind transformer trains anew" if found["kind"] == "transformer" else ""
         print(f"never chosen: {', '.join(found['unknown'][:10])}{cure}")
+    if found["outdated"]:
+        print(f"chosen by the text of an earlier version: {', '.join(found['outdated'][:10])}")
     for version in found["versions"]:
         accuracy = "no text held out" if version["accuracy"] is None else f"{version['accuracy']:.1%} on held-out text"
         print(
@@ -211,6 +216,14 @@ def demo(
         return print_json(result.to_json())
     print("\n".join(result.lines()))
     return None
+
+
+def _given(context: typer.Context, config: Any) -> dict[str, Any]:
+    """Those fields of a config that were spelled out on the command line."""
+    sources = {f.name: context.get_parameter_source(f.name) for f in fields(config)}
+    given = {name: getattr(config, name) for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+    # A number of tokens that was settled earlier would make --epochs of no effect.
+    return given if "epochs" not in given else {"tokens": None, **given}
 
 
 @contextmanager

@@ -46,6 +46,7 @@ class Engine:
     Raises:
         BudgetError: base and router do not fit the budget.
         BaseModelError: the base is missing or has changed.
+        StoreError: a store of modules whose transformer router was never trained.
     """
 
     def __init__(
@@ -207,8 +208,8 @@ class Engine:
         tokens = self._encode(prompt, SamplingConfig(max_new_tokens=1))
         with self._lock:
             state = prefill(self.base, [tokens], ())
-        assert state.last is not None
-        return self.router.route(state.last, None)[0]
+            assert state.last is not None
+            return self._routes(state.last)[0]
 
     def logits(self, input_ids: Tensor, module: str | None = None) -> Tensor:
         """Logits (batch, tokens, vocab) of `input_ids` (batch, tokens); `module` None is the base.
@@ -263,7 +264,7 @@ class Engine:
             names = list(route.scores)[:mix]
             prior = torch.tensor([route.scores[name] for name in names])
             # A module that the router ruled out may still fit what comes later.
-            prior = (1 - _OPEN) * prior / prior.sum() + _OPEN / mix
+            prior = (1 - _OPEN) * prior / prior.sum() + _OPEN / len(names)
             named = [name for name in names if name != NONE]
             answer = Answer(self.tokenizer, config.stop, emit)
             with self.modules.using(named) as held:
@@ -303,7 +304,7 @@ class Engine:
             changes = decode_rerouted(
                 self.base,
                 state,
-                lambda states: self.router.route(states)[0].module,
+                lambda states: self._routes(states)[0].module,
                 using,
                 config,
                 self._end_tokens,
@@ -405,12 +406,18 @@ class Engine:
             return state, unrouted
         state = prefill(self.base, texts, forks | set(self.router.forks.values()))
         assert state.last is not None
-        routes = self.router.route(state.last, state.visible)
-        while gone := {r.module for r in routes if r.module is not None and self.store.find(r.module) is None}:
-            # Withdrawn while this engine runs.
-            self.router = self.router.without({str(name) for name in gone})
-            routes = self.router.route(state.last, state.visible)
+        routes = self._routes(state.last, state.visible)
         return state, [r if name == AUTO else Route(None, {}) for name, r in zip(wanted, routes, strict=True)]
+
+    def _routes(self, hidden: Tensor, visible: Tensor | None = None) -> list[Route]:
+        """The router's answers, among modules that the store still holds: some may go while this engine runs."""
+        while True:
+            routes = self.router.route(hidden, visible)
+            gone = self.store.missing({name for r in routes for name in r.scores} - {NONE})
+            gone |= {r.module for r in routes if r.module is not None and self.store.find(r.module) is None}
+            if not gone:
+                return routes
+            self.router = self.router.without(gone)
 
     def _digest(self, name: str | None) -> str:
         if name is None:

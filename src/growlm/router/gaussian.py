@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from growlm.errors import GrowlmError, IntegrityError
+from growlm.errors import GrowlmError, IntegrityError, StoreError
 from growlm.files import as_bytes, read_tensors
 from growlm.router.interface import NONE, Route, Router
 from growlm.router.states import base_states, pool
@@ -35,6 +35,7 @@ _SCALE = 1024  # steps a unit: pooled states have root mean square 1 and are kep
 _SHORTEST, _LONGEST = 8, 256  # tokens of the texts that the router is shown while learning
 _CUTS = 4  # lengths that each passage is cut to
 _SHRINK = 0.003  # least share of the covariance between features that is taken away
+_FIT = 1  # raise it with every change of what `_fit` computes: a fit that was kept before is then made anew
 
 
 class GaussianRouter(Router):
@@ -151,7 +152,8 @@ def has_general(store: Store) -> bool:
 def add_domain(store: Store, new: StoredModule, old: StoredModule | None) -> None:
     """Adds a domain's evidence to the sums, in time that does not depend on how many there are.
 
-    Sums that do not match the store's modules, after a kill or a removal, are made anew when next read.
+    Sums that do not match the store's modules, after a kill or a removal, are made anew when next read; and so are they
+    where the old version's share cannot be read.
     """
     with store.lock():
         sums = _read_sums(store)
@@ -161,8 +163,12 @@ def add_domain(store: Store, new: StoredModule, old: StoredModule | None) -> Non
         gram += _gram(_read_kept(new, VECTORS)["vectors"])
         digest = _combine(digest, new, +1)
         if old is not None:
-            gram -= _gram(_read_kept(old, VECTORS)["vectors"])
-            digest = _combine(digest, old, -1)
+            try:
+                gram -= _gram(_read_kept(old, VECTORS)["vectors"])
+                digest = _combine(digest, old, -1)
+            except StoreError:  # it had no evidence, or is damaged: that is no reason to fail, the new one is saved
+                store.router_files(ROUTER_SUMS).drop()
+                return
         store.router_files(ROUTER_SUMS).write({"gram": gram, "members": _pack(digest)})
 
 
@@ -181,6 +187,8 @@ def load_gaussian(store: Store, among: Collection[str] | None = None) -> Router:
         modules = [m for m in store.modules.values() if among is None or m.name in among]
         try:
             return _load(store, modules, whole=among is None)
+        except FileNotFoundError:
+            continue  # a module went between the listing and the look at it
         except IntegrityError:
             # A module that was removed or replaced meanwhile is not a damaged one.
             if all((m.folder / MANIFEST).exists() for m in modules):
@@ -310,8 +318,8 @@ def _read_derived(store: Store, name: str) -> dict[str, Tensor] | None:
 
 
 def _mark(modules: Sequence[StoredModule], general: str | None) -> int:
-    """Tells one state of the store from another without opening a module's file."""
-    digest = hashlib.sha256(str(general).encode())
+    """Tells one state of the store from another, and one way to fit from another, without opening a module's file."""
+    digest = hashlib.sha256(f"fit {_FIT}, general {general}".encode())
     for module in modules:
         stat = (module.folder / MANIFEST).stat()
         digest.update(f"\n{module.name}/{module.version} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}".encode())

@@ -21,7 +21,10 @@ GENERAL_SAMPLES = "general-samples"  # under router/: of text that is none of th
 
 
 def pack_samples(passages: Sequence[Sequence[int]], limit: int) -> dict[str, Tensor]:
-    """The first passages that fit in `limit` bytes, as one array of token ids and their lengths (4 bytes each)."""
+    """The first passages that fit in `limit` bytes, as one array of token ids and their lengths (4 bytes each).
+
+    Of a text that does not fit, give passages in random order: the first ones of a corpus are seldom like the rest.
+    """
     largest = max((max(p, default=0) for p in passages), default=0)
     dtype = torch.uint16 if largest < 1 << 16 else torch.int32
     kept: list[int] = []

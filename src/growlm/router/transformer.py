@@ -7,22 +7,24 @@ trained on kept text of all domains at once (`training/router.py`): a domain tha
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from growlm.errors import IntegrityError
+from growlm.errors import IntegrityError, StoreError, UnknownModuleError
 from growlm.modules import assign
 from growlm.modules.base import Base, tensor_bytes
 from growlm.modules.blocks import Blocks, BlocksConfig
 from growlm.router.interface import NONE, Route, Router
-from growlm.store import ROUTER_TRAINED
+from growlm.router.samples import SAMPLES
+from growlm.store import MANIFEST, ROUTER_TRAINED
 
 if TYPE_CHECKING:
     from growlm.manifests import RouterManifest
-    from growlm.store import Store
+    from growlm.store import Store, StoredModule
 
 # b batch, t tokens, d hidden size, c categories: the domains, and the last one for none of them
 
@@ -141,18 +143,27 @@ class TransformerRouter(Router):
 
 
 def load_transformer(store: Store, among: Collection[str] | None = None) -> Router:
-    """The store's trained router; one that knows no module where none was trained.
+    """The store's trained router; in a store without modules one that knows none.
 
     Args:
         among: names of modules; the newest router that was trained for just these, or else the current one, which then
             chooses among them only.
 
     Raises:
+        StoreError: there are modules to choose from, and no router was trained.
         IntegrityError: the router's files are not what their manifest says.
     """
     files = store.router_files(ROUTER_TRAINED)
     versions = files.versions()
-    chosen = versions[-1] if versions else 0
+    if not versions:
+        if store.modules if among is None else among:
+            # To answer "none" would be to say that no module fits.
+            raise StoreError(
+                f"{store.path}: no transformer router was trained yet; growlm router {store.path} --kind transformer "
+                "trains one"
+            )
+        return TransformerRouter([], {}, {}, {}, str(files.folder))
+    chosen = versions[-1]
     for number in reversed(versions if among is not None else []):
         found = files.manifest(number)
         if found is not None and set(found.modules) == set(among or ()):
@@ -160,22 +171,62 @@ def load_transformer(store: Store, among: Collection[str] | None = None) -> Rout
             break
     manifest, tensors = files.manifest(chosen), files.read(chosen)
     if manifest is None or tensors is None:
-        return TransformerRouter([], {}, {}, {}, str(files.folder))
-    forks = _forks(store, manifest)
-    if among is not None:
-        forks = {name: fork for name, fork in forks.items() if name in among}
+        return load_transformer(store, among)  # that version was taken away meanwhile
+    trained = compare(store, manifest)
+    modules = [m for m in (*trained.known, *trained.outdated) if among is None or m.name in among]
+    forks = {m.name: m.manifest.fork for m in modules}
     return TransformerRouter(list(manifest.modules), forks, manifest.config, tensors, str(files.folder / str(chosen)))
 
 
-def unknown_to(store: Store, manifest: RouterManifest | None) -> list[str]:
-    """Modules of the store that a router was not trained for."""
-    return [name for name in store.modules if manifest is None or name not in manifest.modules]
+@dataclass(frozen=True)
+class Comparison:
+    """What a trained router knows of a store's modules, by their kept text and not by their names alone.
+
+    Attributes:
+        known: it was trained on their text as it is.
+        outdated: it was trained on an earlier version, which the store still has: it chooses them by that text.
+        unknown: it was trained on no text of theirs, and never chooses them. A module that was removed and learned
+            anew under its old name is among these.
+    """
+
+    known: list[StoredModule]
+    outdated: list[StoredModule]
+    unknown: list[StoredModule]
 
 
-def _forks(store: Store, manifest: RouterManifest) -> dict[str, int]:
-    """Of the modules that the router knows and the store still has; one that was updated since is looked up."""
-    forks: dict[str, int] = {}
-    for name, (version, fork) in manifest.modules.items():
-        if (module := store.find(name)) is not None:
-            forks[name] = fork if module.version == version else module.manifest.fork
-    return forks
+def compare(store: Store, manifest: RouterManifest | None) -> Comparison:
+    """
+    Raises:
+        IntegrityError: the manifest of a module is damaged.
+    """
+    found = Comparison([], [], [])
+    samples = samples_of(manifest)
+    for name, module in store.modules.items():
+        try:
+            if name not in samples:
+                found.unknown.append(module)
+            elif module.manifest.files.get(SAMPLES) == samples[name]:
+                found.known.append(module)
+            elif manifest is not None and _earlier(store, name, manifest.modules[name][0]) == samples[name]:
+                found.outdated.append(module)
+            else:
+                found.unknown.append(module)
+        except IntegrityError:
+            if (module.folder / MANIFEST).exists():  # not one that was removed meanwhile
+                raise
+    return found
+
+
+def samples_of(manifest: RouterManifest | None) -> dict[str, str]:
+    """Hashes of the kept text that a router was trained on, by module."""
+    trained = manifest.training.get("samples") if manifest is not None else None
+    names = manifest.modules if manifest is not None else {}
+    return {name: trained[name] for name in names if name in trained} if isinstance(trained, dict) else {}
+
+
+def _earlier(store: Store, name: str, version: int) -> str | None:
+    """The hash of the text that was kept of an earlier version; None if that version is gone."""
+    try:
+        return store.module(name, version).manifest.files.get(SAMPLES)
+    except UnknownModuleError:
+        return None

@@ -97,8 +97,8 @@ class PretrainConfig(TrainConfig):
     """Settings of `growlm pretrain`.
 
     Attributes:
-        preset: tiny, small or base: a llama of about 1, 8 or 42 million parameters; molm-tiny: a ModuleFormer of 13
-            million, 3 of them active; molm-4b-k2, molm-4b-k4, molm-8b-k2: the published sizes.
+        preset: tiny, small or base: a llama of about 1, 8 or 42 million parameters; molm-tiny: a ModuleFormer of 15
+            million, 5 of them active; molm-4b-k2, molm-4b-k4, molm-8b-k2: the published sizes.
         config: path of a transformers config.json to use instead of a preset.
         vocab_size: of the byte-level BPE trained on the data; by default the preset's or the config's.
     """
@@ -136,9 +136,10 @@ class LearnConfig(TrainConfig):
     """Settings of `growlm learn`.
 
     Attributes:
-        kind: of module: blocks.
-        num_layers: new decoder layers.
-        placement: top (after the base's last layer) or interleaved (between its layers: learns more, shares less).
+        kind: of module: blocks (whole layers) or experts (routed experts in the base's own layers).
+        num_layers: of blocks: new decoder layers.
+        placement: of blocks: top (after the base's last layer) or interleaved (between its layers: learns more, shares
+            less).
         vocabulary: own rows of the output head (head), of the input embedding too (both), or none.
         max_rows: the most tokens that get rows of their own; by default a quarter of the vocabulary and at most 8,192,
             so that modules of one store need about the same memory.
@@ -146,6 +147,16 @@ class LearnConfig(TrainConfig):
         router_samples: passages of which the router keeps a trace (vectors, no text).
         keep_samples: text kept for a router that is trained on it, e.g. 2MB; 0 keeps none; by default what the store
             says.
+        num_experts: of experts: new feed-forward experts a layer.
+        num_attention_experts: of experts: new ones in a layer whose attention has experts.
+        num_experts_per_tok: of experts: that a token uses beside a dense feed-forward.
+        expert_size: of experts: hidden units beside a dense feed-forward; by default half the width.
+        router_size: of experts: width of a new router.
+        first_layer: of experts: the layers from this one on; those before are shared with other modules.
+        routing_regularisation: of experts: weight of the loss that keeps new experts from being chosen readily.
+        load_concentration: of experts: weight of the loss that makes fewer experts be used.
+        replay: a file or folder of other text that is read as well, e.g. what the base was trained on.
+        replay_ratio: share of the rows that come from --replay.
     """
 
     epochs: int = 2
@@ -157,10 +168,33 @@ class LearnConfig(TrainConfig):
     feature_cache: int | str = "2GB"
     router_samples: int = 512
     keep_samples: int | str | None = None
+    num_experts: int = 4
+    num_attention_experts: int = 2
+    num_experts_per_tok: int = 2
+    expert_size: int | None = None
+    router_size: int = 64
+    first_layer: int = 0
+    routing_regularisation: float = 0.0
+    load_concentration: float = 0.0
+    replay: str | None = None
+    replay_ratio: float = 0.2
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "feature_cache", parse_size(self.feature_cache))
+        for name in ("routing_regularisation", "load_concentration"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be a number, 0 or more")
+            if getattr(self, name) and self.kind != "experts":
+                raise ConfigError(f"{name} is for modules of kind experts; this one is of kind {self.kind}")
+        if not 0 < self.replay_ratio < 1:
+            raise ConfigError(f"replay_ratio is {self.replay_ratio}; it is a share of the rows, above 0 and below 1")
+        for name in ("num_experts", "num_experts_per_tok", "expert_size", "router_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1")
+        for name in ("num_attention_experts", "first_layer"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0")
         if self.keep_samples is not None:
             object.__setattr__(self, "keep_samples", parse_size(self.keep_samples))
         if self.placement not in ("top", "interleaved"):

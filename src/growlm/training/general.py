@@ -1,7 +1,7 @@
 """General text: what the router is shown as *none of the modules*, once a store.
 
-Comes from the user, from beside the base, or from the base itself. Kept as vectors; as text only where the store keeps
-samples.
+Comes from the user, from beside the base, or from the base itself. Kept as vectors, and as token ids in every store: a
+router that is trained later, on text that is kept from then on, must be shown the same text as none of the modules.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from growlm.training.progress import say
 HELDOUT_FILE = "heldout.jsonl"  # what pretrain leaves beside a base
 _SAMPLES = 512
 _LENGTH = 256  # tokens of a sample; whatever is learned first, none of the modules is the same class to the router
+_KEPT = _SAMPLES * (_LENGTH + 1) * 4  # bytes in which all of it has room
 
 
 def ensure_general(store: Store, base: Base, tokenizer: Any, progress: bool | None) -> None:
@@ -46,17 +47,17 @@ def describe_general(store: Store, base: Base, tokenizer: Any, paths: Sequence[s
 def general_samples(store: Store, base: Base, tokenizer: Any, progress: bool | None) -> list[list[int]]:
     """General text for a router that is trained on it: what was kept, or else what `ensure_general` would show."""
     kept = store.router_files(GENERAL_SAMPLES).read()
-    if kept is not None:
-        return unpack_samples(kept)
+    if kept is not None and (passages := unpack_samples(kept)):
+        return passages
     train, heldout = _texts(store, base, tokenizer, progress)
     return [*train, *heldout]
 
 
 def _show(store: Store, base: Base, train: list[list[int]], heldout: list[list[int]]) -> None:
+    # The vectors last: a store that has them is not shown general text again, so that a kill must not leave them alone.
+    with store.lock():
+        store.router_files(GENERAL_SAMPLES).write(pack_samples([*train, *heldout], _KEPT))
     router.write_general(store, base, train, heldout)
-    if limit := store.manifest.keep_samples:
-        with store.lock():
-            store.router_files(GENERAL_SAMPLES).write(pack_samples([*train, *heldout], limit))
 
 
 def _texts(store: Store, base: Base, tokenizer: Any, progress: bool | None) -> tuple[list[list[int]], list[list[int]]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,14 +18,15 @@ from torch import Tensor
 
 from growlm import data as text_data
 from growlm.errors import IntegrityError, StoreError
+from growlm.manifests import RouterManifest
 from growlm.modules.base import Base
 from growlm.router import EVIDENCE, SAMPLES, read_samples
-from growlm.router.transformer import RouterLayers, unknown_to
+from growlm.router.transformer import RouterLayers, compare, samples_of
 from growlm.store import ROUTER_TRAINED, Store, StoredModule
 from growlm.training.config import RouterConfig
 from growlm.training.general import general_samples
 from growlm.training.loop import compute_dtype, module_rate, train
-from growlm.training.progress import training_bar
+from growlm.training.progress import say, training_bar
 from growlm.training.runs import run_folder
 
 _FIRST = 4  # tokens from which on a passage's domain is asked for: fewer say nothing
@@ -59,7 +60,8 @@ def train_router(
     """Trains a transformer router on the kept text of all modules; it becomes the newest version and is not chosen
     by this: `Store.set_router` does that.
 
-    A run that was stopped goes on where it was when it is called again with the same arguments.
+    A run that was stopped goes on where it was when it is called again with the same arguments. Where modules were
+    added meanwhile and a newer version knows them already, that version stays the newest and is the result.
 
     Args:
         config: by default that of the newest version.
@@ -71,15 +73,17 @@ def train_router(
         TrainingError: the loss is no number any more; nothing is saved.
         Interrupted: stopped by the user; progress is saved.
     """
-    config = config or _last_config(store)
+    config = config or last_config(store)
     modules = list(store.modules.values())
     if not modules:
         raise StoreError(f"{store.path}: holds no modules; learn one before its router is trained")
     require_samples(store, modules)
     base = base or store.load_base(device="cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = store.load_tokenizer()
-    kept = [*(read_samples(m) for m in modules), general_samples(store, base, tokenizer, progress)]
-    labels = [m.name for m in modules]
+    samples = {m.name: m.manifest.files[SAMPLES] for m in modules}
+    kept = [read_samples(m) for m in modules]
+    _require_kept(store, [m.name for m, passages in zip(modules, kept, strict=True) if not passages])
+    kept.append(general_samples(store, base, tokenizer, progress))
     begin = text_data.start_tokens(tokenizer)
     length = min(config.sequence_length, base.max_positions or config.sequence_length)
     rows = _Rows(kept, config, begin, length)
@@ -114,7 +118,7 @@ def train_router(
                 config,
                 config.learning_rate or module_rate(base.hidden_size),
                 folder=work,
-                resume_hint="run growlm router --kind transformer on the store to go on",
+                resume_hint="run the same command again to go on",
                 report=report,
             )
         tensors = {k: v.detach().to("cpu", base.dtype) for k, v in layers.state_dict().items()}
@@ -124,22 +128,31 @@ def train_router(
         accuracy = _accuracy(base, served, rows)
         tokens = sum(int(rows.lengths[step].sum()) for step in order)
         training = {
-            "samples": {m.name: m.manifest.files[SAMPLES] for m in modules},
+            "samples": samples,
             "settings": config.to_json(),
             "tokens": tokens,
             "seconds": seconds,
             "accuracy": accuracy,
             "heldout": len(rows.heldout),
         }
+        files = store.router_files(ROUTER_TRAINED)
         with store.lock():
-            version = store.router_files(ROUTER_TRAINED).write(
+            newest = files.manifest()
+            if newest is not None and _known(store, samples_of(newest)) - _known(store, samples):
+                # This one would take modules away from the prompts that they answer.
+                version = files.versions()[-1]
+                say(f"router: version {version} knows modules that were added meanwhile; it stays", progress)
+                return _result(version, newest)
+            version = files.write(
                 tensors,
                 keep=True,
                 config=_shape(layers),
                 modules={m.name: (m.version, m.manifest.fork) for m in modules},
                 training=training,
             )
-    return RouterResult(version, len(labels), accuracy, len(rows.heldout), tokens, seconds)
+            written = files.manifest(version)
+            assert written is not None
+    return _result(version, written)
 
 
 def require_samples(store: Store, modules: Sequence[StoredModule]) -> None:
@@ -147,7 +160,10 @@ def require_samples(store: Store, modules: Sequence[StoredModule]) -> None:
     Raises:
         StoreError: text of a module was not kept, so that no router can be trained on it.
     """
-    without = [m.name for m in modules if SAMPLES not in m.manifest.files]
+    _require_kept(store, [m.name for m in modules if SAMPLES not in m.manifest.files])
+
+
+def _require_kept(store: Store, without: Sequence[str]) -> None:
     if without:
         names = ", ".join(without[:5]) + (" and others" if len(without) > 5 else "")
         raise StoreError(
@@ -156,19 +172,38 @@ def require_samples(store: Store, modules: Sequence[StoredModule]) -> None:
         )
 
 
-def _last_config(store: Store) -> RouterConfig:
-    newest = store.router_files(ROUTER_TRAINED).manifest()
+def last_config(store: Store) -> RouterConfig:
+    """The settings of the newest version; the defaults where none was trained.
+
+    Raises:
+        IntegrityError: the newest version does not say how it was trained.
+    """
+    files = store.router_files(ROUTER_TRAINED)
+    newest = files.manifest()
     try:
         return RouterConfig(**newest.training["settings"]) if newest else RouterConfig()
     except (KeyError, TypeError):
         raise IntegrityError(
-            f"{store.router_path / ROUTER_TRAINED}: its newest version does not say how it was trained; "
-            "train it again with growlm router --kind transformer"
+            f"{files.folder}: its newest version does not say how it was trained; take it away with growlm router "
+            f"{store.path} --remove-version {max(files.versions(), default=1)}"
         ) from None
 
 
+def _known(store: Store, samples: Mapping[str, str]) -> set[str]:
+    """Modules of the store whose kept text is, by name, the one with these hashes."""
+    return {m.name for m in store.modules.values() if samples.get(m.name, "") == m.manifest.files.get(SAMPLES)}
+
+
+def _result(version: int, manifest: RouterManifest) -> RouterResult:
+    said = manifest.training
+    return RouterResult(
+        version, len(manifest.modules), said["accuracy"], said["heldout"], said["tokens"], said["seconds"]
+    )
+
+
 def describe_router(store: Store) -> dict[str, Any]:
-    """The kind that chooses, how many modules it knows, which it does not, and the trained versions."""
+    """The kind that chooses, how many modules it can choose, which it cannot or knows by the text of an earlier version
+    only, and the trained versions."""
     names = list(store.modules)
     files = store.router_files(ROUTER_TRAINED)
     versions = []
@@ -183,8 +218,10 @@ def describe_router(store: Store) -> dict[str, Any]:
                     "bytes": sum(p.stat().st_size for p in (files.folder / str(number)).glob("*.safetensors")),
                 }
             )
+    outdated: list[str] = []
     if store.manifest.router == ROUTER_TRAINED:
-        unknown = unknown_to(store, files.manifest())
+        found = compare(store, files.manifest())
+        unknown, outdated = [m.name for m in found.unknown], [m.name for m in found.outdated]
     else:
         unknown = [m.name for m in store.modules.values() if EVIDENCE not in m.manifest.files]
     return {
@@ -192,6 +229,7 @@ def describe_router(store: Store) -> dict[str, Any]:
         "modules": len(names),
         "knows": len(names) - len(unknown),
         "unknown": unknown,
+        "outdated": outdated,
         "keep_samples": store.manifest.keep_samples,
         "versions": versions,
     }

@@ -29,7 +29,7 @@ def run_folder(folder: Path, name: str, busy: str, *, restart: bool, progress: b
         if not mine:
             raise StoreError(f"{busy}; wait for it")
         if restart:
-            shutil.rmtree(folder, ignore_errors=True)
+            empty(folder)
         if done := saved_step(folder):
             say(f"{name}: going on after step {done} of an earlier run (--restart begins anew)", progress)
         try:
@@ -38,3 +38,13 @@ def run_folder(folder: Path, name: str, busy: str, *, restart: bool, progress: b
             shutil.rmtree(folder, ignore_errors=True)  # the same run would end the same
             raise
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def empty(folder: Path) -> None:
+    """Forgets what a run keeps to go on. The folder itself stays where there is one: it says that the run has not
+    ended."""
+    for path in list(folder.iterdir()) if folder.is_dir() else ():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
