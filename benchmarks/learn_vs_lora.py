@@ -28,7 +28,7 @@ from growlm.data import PackedTokens
 from growlm.modules.base import Base
 from growlm.modules.blocks import Blocks
 from growlm.training.config import LearnConfig
-from growlm.training.learn import _Learning
+from growlm.training.module_training import ModuleTraining
 from growlm.training.memory import kept_pages
 
 BATCH, LENGTH = 8, 256
@@ -45,7 +45,7 @@ def learner(epochs: int, packed: PackedTokens):
     torch.manual_seed(0)
     base = Base(AutoModelForCausalLM.from_config(qwen2()))
     config = LearnConfig(epochs=epochs, sequence_length=LENGTH, batch_size=BATCH, precision="bfloat16", max_rows=8192)
-    learning = _Learning(base, Blocks, config, packed, Path(tempfile.mkdtemp()))
+    learning = ModuleTraining(base, Blocks, config, packed, Path(tempfile.mkdtemp()))
     optimizer = torch.optim.AdamW(learning.module.parameters(), lr=1e-3, fused=True)
 
     def step() -> None:

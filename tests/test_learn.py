@@ -536,7 +536,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_nothing_is_committed(store, 
         value = linear_cross_entropy(*arguments, **options)
         return value * math.nan if next(count) == 5 else value
 
-    monkeypatch.setattr("growlm.training.learn.linear_cross_entropy", loss)
+    monkeypatch.setattr("growlm.training.module_training.linear_cross_entropy", loss)
     message = refused(TrainingError, store, checkpoint_seconds=0.0)
     assert "loss at step 6 of" in message
     assert "is nan" in message

@@ -8,38 +8,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 
 from growlm import data as text_data
 from growlm import router
 from growlm.errors import ConfigError, DataError, StoreError
-from growlm.layers.cross_entropy import linear_cross_entropy
-from growlm.layers.experts import watched
-from growlm.layers.losses import load_concentration
-from growlm.modules import KnowledgeModule, ModuleSet, kind_of
-from growlm.modules.base import Base
+from growlm.modules import ModuleSet, kind_of
 from growlm.modules.probe import probe
 from growlm.modules.scoring import num_labels, passage_losses
-from growlm.modules.vocabulary import choose_rows
 from growlm.store import LEAST_SAMPLES, Store, StoredModule
 from growlm.training.config import LearnConfig
-from growlm.training.features import FeatureCache
 from growlm.training.general import ensure_general
-from growlm.training.loop import compute_dtype, module_rate, require_finite, train
+from growlm.training.loop import compute_dtype, require_finite
+from growlm.training.module_training import ModuleTraining, sample_passages
 from growlm.training.progress import say, training_bar
 from growlm.training.router import require_samples, train_router
 from growlm.training.runs import empty, run_folder
 
 _HELDOUT_SAMPLES = 64  # passages from which the router learns how far its own text may be
-_SAMPLE_ROWS = 64  # rows of training text on which the base is asked what it knows
-_CHECKPOINTS = 3  # that the feature cache leaves room for: the last one, the next one, and what is learned
 
 
 @dataclass(frozen=True)
@@ -152,7 +143,7 @@ def learn(
         if not router.has_general(store):
             ensure_general(store, base, tokenizer, progress)
         begin = text_data.start_tokens(tokenizer)
-        learning = _Learning(base, kind, config, packed, work, begin, replay)
+        learning = ModuleTraining(base, kind, config, packed, work, begin, replay)
         with training_bar(name, progress) as report:
             seconds = learning.run(report)
         trained, tokens = learning.module, learning.num_tokens
@@ -165,7 +156,7 @@ def learn(
         alone, together = ModuleSet(base), ModuleSet(base, [module])
         before, after = (float(passage_losses(m, heldout).sum()) / num_labels(heldout) for m in (alone, together))
         require_finite(f"{name}: the held-out loss after training", after)
-        crops = _sample_passages(packed, config.router_samples, config.seed, begin)
+        crops = sample_passages(packed, config.router_samples, config.seed, begin)
         evidence = router.evidence(base, crops, heldout[:_HELDOUT_SAMPLES], seed=config.seed)
         training = {
             "sources": [asdict(s) for s in corpus.sources],
@@ -188,7 +179,7 @@ def learn(
             # Two bytes a token at the least. Where tokens take four, half of these rows fit: any half, since they are
             # in no order.
             rows = -(-keep // (2 * config.sequence_length))
-            samples = router.pack_samples(_sample_passages(packed, rows, config.seed, begin), keep)
+            samples = router.pack_samples(sample_passages(packed, rows, config.seed, begin), keep)
             if len(samples["tokens"]):  # so few bytes that nothing fits keep nothing
                 files[router.SAMPLES] = samples
         stored = store.commit(name, module, training, files)
@@ -228,181 +219,6 @@ def _result(stored: StoredModule, trained_router: int | None) -> LearnResult:
     return LearnResult(
         stored.name, stored.version, said["loss_before"], said["loss_after"], tokens, seconds, speed, trained_router
     )
-
-
-class _Learning:
-    """One run: a module in float32, the base in the dtype of the matrix products."""
-
-    def __init__(
-        self,
-        base: Base,
-        kind: type[KnowledgeModule],
-        config: LearnConfig,
-        packed: text_data.PackedTokens,
-        work: Path,
-        begin: Sequence[int] = (),
-        replay: text_data.PackedTokens | None = None,
-    ) -> None:
-        self.base, self.config, self.text, self.work = base, config, packed, work
-        self.dtype = compute_dtype(config.precision, base.device.type)
-        torch.manual_seed(config.seed)
-        # Parameters alone change their dtype: buffers, the frequencies of rotary positions among them, stay as exact as
-        # they are served. A tied weight is one parameter.
-        weights = list(base.model.parameters())
-        stored = [p.data for p in weights]
-        rounded = [p.data.to(self.dtype) for p in weights]
-        _set(weights, rounded)
-        row_ids = self._least_known(begin)
-        # The module is made from the base's weights as they are stored.
-        _set(weights, stored)
-        settings = {k: getattr(config, k) for k in kind.Config.model_fields if hasattr(config, k)}
-        self.module = kind.create(base, kind.Config(**settings), row_ids)
-        _set(weights, rounded)
-        del stored
-        self.modules = ModuleSet(base, [self.module])
-        self.fork = self.modules.fork
-        self._upper = _Upper(self.modules)
-        self.module.open()
-        wanted = config.rows_wanted(len(packed))
-        self.packed, self._steps = (
-            packed,
-            text_data.schedule(len(packed), config.batch_size, wanted=wanted, seed=config.seed),
-        )
-        if replay is not None:
-            self.packed, self._steps = _with_replay(packed, replay, self._steps, config)
-        self._cache: FeatureCache | None = None
-        if wanted > len(packed) and self.fork > 0:
-            checkpoint = 3 * 4 * self.module.num_parameters()  # weights and both moments, in float32
-            self._cache = FeatureCache(
-                work / "features.bin",
-                len(self.packed),
-                (config.sequence_length, base.hidden_size),
-                self.dtype,
-                limit=int(config.feature_cache),
-                reserve=_CHECKPOINTS * checkpoint,
-            )
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(self._tokens_of(i) for i in range(len(self._steps)))
-
-    def run(self, report: Callable[[Any], None]) -> float:
-        self.work.mkdir(parents=True, exist_ok=True)
-        try:
-            return train(
-                dict(self.module.named_parameters()),
-                self._loss,
-                len(self._steps),
-                self._tokens_of,
-                self.config,
-                self.config.learning_rate or module_rate(self.base.hidden_size),
-                folder=self.work,
-                resume_hint="run the same command again to go on",
-                report=report,
-            )
-        finally:
-            if self._cache is not None:
-                self._cache.close()
-
-    def _least_known(self, begin: Sequence[int]) -> Tensor | None:
-        """Of the tokens that the domain uses, those that the base knows least."""
-        if self.config.vocabulary == "none":
-            return None
-        vocab = self.base.vocab_size
-        lost = torch.zeros(vocab, dtype=torch.float64)
-
-        def per_token(labels: Tensor, losses: Tensor) -> None:
-            lost.index_add_(0, labels.cpu(), losses.double().cpu())
-
-        sample = _sample_passages(self.text, _SAMPLE_ROWS, self.config.seed, begin)
-        passage_losses(ModuleSet(self.base), sample, per_token=per_token)
-        counts = np.bincount(self.text.tokens[:, 1:].reshape(-1), minlength=vocab)
-        return choose_rows(lost, torch.from_numpy(counts), self.config.max_rows or min(max(vocab // 4, 1), 8192))
-
-    def _tokens_of(self, step: int) -> int:
-        return len(self._steps[step]) * self.config.sequence_length
-
-    def _features(self, rows: np.ndarray) -> Tensor:
-        input_ids = self.packed[rows][:, :-1].to(self.base.device)
-        with torch.no_grad():
-            hidden, shared = self.base.begin(input_ids)
-            hidden = self.base.embed_positions(hidden, shared.positions)
-            return self.base.run(hidden, self.modules.steps[: self.fork], shared)
-
-    def _loss(self, step: int) -> Tensor:
-        base, rows = self.base, self._steps[step]
-        labels = self.packed[rows][:, 1:].to(base.device)
-        if self.fork == 0:
-            given = self.packed[rows][:, :-1].to(base.device)
-        elif self._cache is None:
-            given = self._features(rows)
-        else:
-            given = self._cache.get(rows, self._features).to(base.device)
-        # The module's weights are float32; each step runs on a copy of them in the dtype of the matrix products. Unlike
-        # autocast this keeps norms and activations in that dtype too, and casts each weight once.
-        weights = {
-            f"module.{name}": p.to(self.dtype)
-            for name, p in self.module.named_parameters()
-            if not name.startswith("rows.head.")
-        }
-        with watched() as routings:
-            hidden = torch.func.functional_call(self._upper, weights, (given,))
-        own = self.module.rows.head
-        loss = linear_cross_entropy(
-            hidden.flatten(0, 1),
-            base.head_weight,
-            labels.flatten(),
-            rows=None if own is None else own.rows,
-            ids=None if own is None else own.ids,
-            softcap=base.softcap,
-        )
-        if self.config.load_concentration:
-            loss = loss + self.config.load_concentration * sum(load_concentration(r.logits) for r in routings)
-        if self.config.routing_regularisation and (weight := self.module.regularisation()) is not None:
-            loss = loss + self.config.routing_regularisation * weight
-        return loss
-
-
-class _Upper(nn.Module):
-    """What runs above the fork: features (b, t, d), or token ids (b, t) at fork 0, to final states (b, t, d)."""
-
-    def __init__(self, modules: ModuleSet) -> None:
-        super().__init__()
-        self.module = modules.modules[0]
-        self._set = modules
-
-    def forward(self, given: Tensor) -> Tensor:
-        base, fork = self._set.base, self._set.fork
-        if fork == 0:
-            return base.norm(self._set.hidden(given))
-        shared = base.pass_for(given, torch.arange(given.shape[1], device=given.device)[None])
-        return base.norm(base.run(given, self._set.steps[fork:], shared))
-
-
-def _with_replay(
-    packed: text_data.PackedTokens, replay: text_data.PackedTokens, steps: list[np.ndarray], config: LearnConfig
-) -> tuple[text_data.PackedTokens, list[np.ndarray]]:
-    """Rows of both texts, and steps to which as many rows of `replay` were added as make its share of them all."""
-    many = sum(map(len, steps))
-    extra = max(round(many * config.replay_ratio / (1 - config.replay_ratio)), 1)
-    order = text_data.schedule(len(replay), extra, wanted=extra, seed=config.seed)
-    drawn = np.concatenate(order)[:extra] + len(packed)
-    shares = np.array_split(drawn, len(steps))
-    both = text_data.PackedTokens(np.concatenate([packed.tokens, replay.tokens]))
-    return both, [np.concatenate(pair) for pair in zip(steps, shares, strict=True)]
-
-
-def _set(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
-    for p, value in zip(parameters, values, strict=True):
-        p.data = value
-
-
-def _sample_passages(packed: text_data.PackedTokens, count: int, seed: int, begin: Sequence[int]) -> list[list[int]]:
-    """Rows of the text in random order, less their last token, each beginning with `begin` as prompts do and no longer
-    for it."""
-    rows = np.random.default_rng(seed).permutation(len(packed))[:count]
-    chosen = packed.tokens[rows][:, :-1].tolist()
-    return [[*begin, *row][: len(row)] if row[: len(begin)] != [*begin] else row for row in chosen]
 
 
 def _run_id(
