@@ -28,8 +28,8 @@ from growlm.data import PackedTokens
 from growlm.modules.base import Base
 from growlm.modules.blocks import Blocks
 from growlm.training.config import LearnConfig
-from growlm.training.module_training import ModuleTraining
 from growlm.training.memory import kept_pages
+from growlm.training.module_training import ModuleTraining
 
 BATCH, LENGTH = 8, 256
 
