@@ -14,6 +14,7 @@ from growlm.errors import ConfigError, DataError, Interrupted
 from growlm.layers.experts import SparseFeedForward
 from growlm.layers.insertion import NewExperts
 from growlm.modules import ModuleSet
+from growlm.modules.export import export
 from growlm.store import Store
 from growlm.surgery.usage import count_usage, open_modules
 from growlm.training.config import LearnConfig
@@ -158,3 +159,10 @@ def test_more_experts_a_token_than_there_are(tmp_path: Path) -> None:
 def test_replay_that_is_not_there(store: Store) -> None:
     with pytest.raises(DataError, match="nowhere"):
         run(store, replay="nowhere.txt")
+
+
+def test_they_are_not_exported(store: Store, tmp_path: Path) -> None:
+    run(store, tokens=256)
+    with pytest.raises(ConfigError, match="law: a module of kind experts"):
+        export(store, tmp_path / "out", "law")
+    assert not (tmp_path / "out").exists()

@@ -47,6 +47,7 @@ class KnowledgeModule(nn.Module, ABC):
 
     kind: ClassVar[str]
     combines: ClassVar[bool] = False  # whether several of the kind can be active together
+    exports: ClassVar[bool] = True  # whether base and module together are a model of the base's own family
     Config: ClassVar[type[ModuleConfig]]
 
     config: ModuleConfig

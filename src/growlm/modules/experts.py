@@ -60,6 +60,7 @@ class Experts(KnowledgeModule):
 
     kind = "experts"
     combines = True
+    exports = False
     Config = ExpertsConfig
     config: ExpertsConfig
 

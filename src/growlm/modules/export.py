@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from growlm.errors import ConfigError
 from growlm.files import checkpoint_folder, refuse_existing
-from growlm.modules import KnowledgeModule, attach
+from growlm.modules import KnowledgeModule, attach, kind_of
 from growlm.modules.base import Base
 from growlm.modules.checkpoint import save_model
 from growlm.modules.vocabulary import InputRows
@@ -27,10 +28,16 @@ def export(store: Store, out: str | Path, module: str, *, version: int | None = 
     Raises:
         StoreError: `out` exists and is not empty, or the disk is full.
         UnknownModuleError: no such module.
+        ConfigError: a kind that cannot be exported.
     """
     out = Path(out).expanduser()
     refuse_existing(out)
-    store.module(module, version)
+    kind = store.module(module, version).manifest.kind
+    if not kind_of(kind).exports:
+        raise ConfigError(
+            f"{module}: a module of kind {kind} and its base together are no model of the base's family; serve it with "
+            "growlm, or learn the text as blocks"
+        )
     base = store.load_base()
     loaded = store.load(module, base, version=version)
     model = merge(base, loaded)
