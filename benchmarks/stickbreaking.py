@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from common import interleaved, show
 from growlm.layers.experts import SparseFeedForward
 from growlm.layers.stickbreaking import stickbreaking_attention
+from growlm.training.memory import kept_pages
 
 HEADS, WIDTH = 8, 64
 
@@ -111,8 +112,9 @@ def main() -> None:
     if a.memory:
         memory(a.memory)
         return
-    attention(a.lengths, a.cubic_up_to, a.rounds)
-    experts(a.rounds)
+    with kept_pages():  # as training has it, for all sides alike
+        attention(a.lengths, a.cubic_up_to, a.rounds)
+        experts(a.rounds)
 
 
 if __name__ == "__main__":

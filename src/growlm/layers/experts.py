@@ -171,7 +171,7 @@ class Dispatch:
 
     def combine(self, rows: Tensor, gates: Tensor) -> Tensor:
         """Sorted rows (n k, d) -> every token's sum by gates (n, k): (n, d)."""
-        return torch.einsum("nkd,nk->nd", self.unsort(rows), gates.to(rows.dtype))
+        return (self.unsort(rows) * gates.to(rows.dtype)[..., None]).sum(1)
 
 
 class _Permutation(torch.autograd.Function):
@@ -180,7 +180,7 @@ class _Permutation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(order, inverse)
-        return rows[order]
+        return rows.index_select(0, order)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
