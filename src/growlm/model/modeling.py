@@ -1,8 +1,8 @@
 """The language model that growlm trains from scratch, as transformers has models: every layer chooses its parts.
 
 A layer is attention (stick-breaking, or softmax with rotary positions; ordinary heads, or a mixture of them) and
-feed-forward (dense, or routed experts), each behind a norm and beside the residual stream. What the routers decided is
-returned by `forward(..., output_routings=True)` and kept nowhere else.
+feed-forward (dense, or routed experts); see `decoder.py`. What the routers decided is returned by
+`forward(..., output_routings=True)` and kept nowhere else.
 """
 
 from __future__ import annotations
@@ -12,28 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.activations import ACT2FN
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from growlm.layers.experts import AttentionExperts, ExpertRouter, GroupedLinear, SparseFeedForward
 from growlm.layers.losses import load_balance, load_concentration, mutual_information, router_z
-from growlm.layers.stickbreaking import stickbreaking_attention
 from growlm.model.configuration import GrowlmConfig
+from growlm.model.decoder import Decision, GrowlmDecoderLayer, new_norm
 from growlm.model.registration import model_is_ready
 
 # b batch, t new tokens, s tokens seen so far and new ones, d hidden size, h heads, g heads of keys, w head width
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What one router decided for all tokens of a batch."""
-
-    logits: Tensor  # (b t, e)
-    experts: Tensor  # (b t, k)
 
 
 @dataclass(frozen=True)
@@ -57,206 +46,6 @@ class GrowlmCausalLMOutput(CausalLMOutputWithPast):
 
     auxiliary_loss: Tensor | None = None
     routings: tuple[LayerRouting, ...] | None = None
-
-
-def _norm(config: GrowlmConfig) -> nn.Module:
-    if config.norm == "rmsnorm":
-        return LlamaRMSNorm(config.hidden_size, eps=config.norm_eps)
-    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
-
-
-def _router(config: GrowlmConfig) -> dict[str, Any]:
-    return {
-        "kind": config.router,
-        "size": config.router_size,
-        "gates": config.router_gates,
-        "num_sampled": config.num_sampled_experts,
-        "dropout": config.router_dropout,
-    }
-
-
-class GrowlmAttention(nn.Module):
-    """Attention of one layer: (b, t, d) -> (b, t, d), and what its router decided."""
-
-    def __init__(self, config: GrowlmConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.layer_idx = layer_idx
-        self.kind = config.attention_of(layer_idx)
-        self.heads, self.kv_heads, self.head_dim = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
-        width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        self.k_proj: nn.Linear | None = None
-        self.v_proj: nn.Linear | None = None
-        if config.shared_key_value:
-            self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.key_value_bias)
-            self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.key_value_bias)
-        self.experts: AttentionExperts | None = None
-        if num_experts := config.attention_experts_of(layer_idx):
-            self.experts = AttentionExperts(
-                config.hidden_size,
-                width,
-                num_experts,
-                config.attention_experts_per_tok,
-                bias=config.expert_bias,
-                **_router(config),
-            )
-        else:
-            self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
-            self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
-
-    def forward(
-        self,
-        hidden: Tensor,
-        *,
-        mask: Tensor | None = None,
-        documents: Tensor | None = None,
-        cache: Any = None,
-        rotary: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, Decision | None]:
-        """
-        Args:
-            mask: broadcastable to (b, 1, t, s), False where a key is not to be seen; or to be added, below zero there.
-            documents: (b, s); attention stays within a document.
-            rotary: cosines and sines, for softmax attention.
-        """
-        if mask is not None and mask.dtype != torch.bool:
-            mask = mask >= 0
-        b, t, _ = hidden.shape
-        key = self._split(hidden if self.k_proj is None else self.k_proj(hidden))
-        value = self._split(hidden if self.v_proj is None else self.v_proj(hidden))
-        decision, routing, dispatch = None, None, None
-        if self.experts is None:
-            query = self.q_proj(hidden)[:, :, None]
-        else:
-            tokens = hidden.flatten(0, 1)
-            routing = self.experts.router(tokens)
-            query, dispatch = self.experts.queries(tokens, routing)
-            decision = Decision(routing.logits, routing.experts)
-        # (b, t, k, g, h/g, w) -> (b, g k h/g, t, w): heads that share keys stand together
-        query = query.view(b, t, -1, self.kv_heads, self.heads // self.kv_heads, self.head_dim)
-        inner = query.shape[2:]
-        query = query.permute(0, 3, 2, 4, 1, 5).flatten(1, 3)
-        if self.kind == "softmax":
-            assert rotary is not None
-            query, key = apply_rotary_pos_emb(query, key, *rotary)
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
-        if self.kind == "softmax":
-            out = softmax_attention(query, key, value, mask=mask, documents=documents)
-        else:
-            out = stickbreaking_attention(query, key, value, mask=mask, documents=documents)
-        out = out.view(b, self.kv_heads, inner[0], inner[2], t, self.head_dim).permute(0, 4, 2, 1, 3, 5)
-        if self.experts is None:
-            return self.o_proj(out.reshape(b, t, -1)), None
-        assert routing is not None
-        assert dispatch is not None
-        heads = out.reshape(b * t, inner[0], -1)
-        return self.experts.outputs(heads, routing, dispatch).view(b, t, -1).to(hidden.dtype), decision
-
-    def _split(self, hidden: Tensor) -> Tensor:
-        return hidden.view(*hidden.shape[:2], self.kv_heads, self.head_dim).transpose(1, 2)
-
-
-def softmax_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None, documents: Tensor | None = None
-) -> Tensor:
-    """Causal softmax attention with the arguments of `stickbreaking_attention`; masks are whole (t, s) tensors."""
-    t, s = query.shape[2], key.shape[2]
-    if mask is None and documents is None and (t == s or t == 1):
-        return F.scaled_dot_product_attention(query, key, value, is_causal=t > 1, enable_gqa=True)
-    seen = torch.ones(t, s, dtype=torch.bool, device=query.device).tril(s - t)[None, None]
-    itself = torch.eye(s, dtype=torch.bool, device=query.device)[s - t :]
-    if mask is not None:
-        seen = seen & mask | itself  # a query of padding sees itself, so that its softmax is defined
-    if documents is not None:
-        seen = seen & (documents[:, None, s - t :, None] == documents[:, None, None, :])
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=seen, enable_gqa=True)
-
-
-class GrowlmMLP(nn.Module):
-    """Dense feed-forward: (b, t, d) -> (b, t, d)."""
-
-    def __init__(self, config: GrowlmConfig) -> None:
-        super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False) if config.gated else None
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.activation = ACT2FN[config.hidden_act]
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        if self.gate_proj is None:
-            return self.down_proj(self.activation(self.up_proj(hidden)))
-        return self.down_proj(self.activation(self.gate_proj(hidden)) * self.up_proj(hidden))
-
-
-class GrowlmExperts(nn.Module):
-    """Routed feed-forward of one layer."""
-
-    def __init__(self, config: GrowlmConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.experts = SparseFeedForward(
-            config.hidden_size,
-            config.intermediate_size,
-            config.experts_of(layer_idx),
-            config.num_experts_per_tok,
-            activation=ACT2FN[config.hidden_act],
-            gated=config.gated,
-            bias=config.expert_bias,
-            **_router(config),
-        )
-
-    def forward(self, hidden: Tensor) -> tuple[Tensor, Decision]:
-        out, routing = self.experts(hidden)
-        return out, Decision(routing.logits, routing.experts)
-
-
-class GrowlmDecoderLayer(GradientCheckpointingLayer):
-    """One layer; called as transformers' own decoder layers are."""
-
-    def __init__(self, config: GrowlmConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.input_layernorm = _norm(config)
-        self.self_attn = GrowlmAttention(config, layer_idx)
-        self.post_attention_layernorm = _norm(config)
-        sparse = config.feed_forward_of(layer_idx) == "experts"
-        self.mlp: nn.Module = GrowlmExperts(config, layer_idx) if sparse else GrowlmMLP(config)
-        self.dropout = config.dropout
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        use_cache: bool = False,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        document_ids: Tensor | None = None,
-        output_routings: bool = False,
-        **_: Any,
-    ) -> Any:
-        """Hidden states (b, t, d); with `output_routings` also the logits and choices of both routers, or None."""
-        attended, attention = self.self_attn(
-            self.input_layernorm(hidden_states),
-            mask=attention_mask,
-            documents=document_ids,
-            cache=past_key_values,
-            rotary=position_embeddings,
-        )
-        hidden_states = hidden_states + F.dropout(attended, self.dropout, self.training)
-        normed = self.post_attention_layernorm(hidden_states)
-        feed_forward = None
-        if isinstance(self.mlp, GrowlmExperts):
-            added, feed_forward = self.mlp(normed)
-        else:
-            added = self.mlp(normed)
-        hidden_states = hidden_states + F.dropout(added, self.dropout, self.training)
-        if not output_routings:
-            return hidden_states
-        flat = [x for d in (attention, feed_forward) for x in ((d.logits, d.experts) if d else (None, None))]
-        return (hidden_states, *flat)
 
 
 class GrowlmPreTrainedModel(PreTrainedModel):
@@ -288,7 +77,7 @@ class GrowlmModel(GrowlmPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([GrowlmDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = _norm(config)
+        self.norm = new_norm(config)
         self._rotated = any(config.attention_of(i) == "softmax" for i in range(config.num_hidden_layers))
         self.rotary = LlamaRotaryEmbedding(config) if self._rotated else None  # type: ignore[arg-type]
         self.gradient_checkpointing = False
