@@ -29,7 +29,7 @@ def close(got: torch.Tensor, want: torch.Tensor, bound: float = 1e-4) -> bool:
 
 
 def load(golden: Path, tmp_path: Path):
-    return AutoModelForCausalLM.from_pretrained(convert_checkpoint(golden, tmp_path / "ours"))
+    return AutoModelForCausalLM.from_pretrained(convert_checkpoint(golden, tmp_path / "ours")[0])
 
 
 def test_molm_computes_what_the_reference_does(golden: Path, tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_molm_decodes_what_the_reference_does(golden: Path, tmp_path: Path) -> N
 
 
 def test_molm_comes_back_as_it_was(golden: Path, tmp_path: Path) -> None:
-    back = convert_checkpoint(convert_checkpoint(golden, tmp_path / "ours"), tmp_path / "back")
+    back = convert_checkpoint(convert_checkpoint(golden, tmp_path / "ours")[0], tmp_path / "back")[0]
     before, after = load_file(golden / "model.safetensors"), load_file(back / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -87,7 +87,7 @@ def test_jetmoe_computes_what_transformers_does(tmp_path: Path) -> None:
     for p in model.parameters():
         p.normal_(std=0.1)
     model.save_pretrained(tmp_path / "jetmoe")
-    ours = AutoModelForCausalLM.from_pretrained(convert_checkpoint(tmp_path / "jetmoe", tmp_path / "ours"))
+    ours = AutoModelForCausalLM.from_pretrained(convert_checkpoint(tmp_path / "jetmoe", tmp_path / "ours")[0])
     ids = torch.randint(0, 101, (2, 20))
     assert close(ours(ids).logits, model(ids).logits)
     padded = torch.ones_like(ids)
@@ -164,7 +164,8 @@ def test_more_experts_chosen_than_there_are(copy: Path, tmp_path: Path) -> None:
 
 
 def test_what_the_molm_layout_cannot_hold_is_refused(copy: Path, tmp_path: Path) -> None:
-    ours = convert_checkpoint(copy, tmp_path / "ours")
+    ours, *kinds = convert_checkpoint(copy, tmp_path / "ours")
+    assert kinds == ["moduleformer", "growlm"]
     settings = json.loads((ours / "config.json").read_text())
     (ours / "config.json").write_text(json.dumps(settings | {"attention": "softmax"}))
     with pytest.raises(ConfigError, match="attention is 'softmax'; the MoLM layout holds 'stickbreaking' only"):

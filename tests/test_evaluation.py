@@ -132,6 +132,14 @@ def test_long_documents_are_scored_in_pieces_and_only_the_first_are_read(store, 
     assert sum(some.routing["confusion"]["digits"].values()) == 2
 
 
+def test_tokens_bound_a_long_document(store, data):
+    some = evaluate(store, {"digits": data["digits"]}, replace(CONFIG, tokens="40")).perplexity["digits"]
+    whole = evaluate(store, {"digits": data["digits"]}, CONFIG).perplexity["digits"]
+    # One token of every passage is read and not scored.
+    assert 40 - some["documents"] <= some["tokens"] < 40 + CONFIG.sequence_length
+    assert some["tokens"] < whole["tokens"]
+
+
 # Routing
 
 
@@ -540,7 +548,9 @@ def test_documents_of_one_token_are_left_out_or_refused(store, home):
     assert row["base"] == pytest.approx(perplexity(losses_of(store, None, "digits")), rel=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{"sequence_length": 1}, {"max_documents": -1}, {"route_tokens": 0}])
+@pytest.mark.parametrize(
+    "settings", [{"sequence_length": 1}, {"max_documents": -1}, {"route_tokens": 0}, {"tokens": 1}]
+)
 def test_impossible_settings_are_refused(settings):
     with pytest.raises(ConfigError, match=next(iter(settings))):
         EvalConfig(**settings)

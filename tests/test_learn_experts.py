@@ -139,7 +139,7 @@ def test_replayed_text_is_read_too_and_recorded(store: Store) -> None:
         ({"first_layer": 9}, "first_layer is 9; .* has [34] layers"),
         ({"num_experts": 0}, "num_experts is 0; it must be at least 1"),
         ({"replay_ratio": 1.0}, "replay_ratio is 1.0"),
-        ({"kind": "blocks", "load_concentration": 1.0}, "load_concentration is for modules of kind experts"),
+        ({"kind": "blocks"}, "num_experts is for modules of kind experts; this one is of kind blocks"),
         ({"routing_regularisation": -1.0}, "routing_regularisation is -1.0"),
     ],
 )
@@ -166,3 +166,19 @@ def test_they_are_not_exported(store: Store, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="law: a module of kind experts"):
         export(store, tmp_path / "out", "law")
     assert not (tmp_path / "out").exists()
+
+
+def test_settings_of_another_kind_are_refused() -> None:
+    with pytest.raises(ConfigError, match="placement is for modules of kind blocks; this one is of kind experts"):
+        LearnConfig(kind="experts", placement="interleaved")
+    with pytest.raises(ConfigError, match="load_concentration is for modules of kind experts"):
+        LearnConfig(load_concentration=1.0)
+    with pytest.raises(ConfigError, match="there is no replay"):
+        LearnConfig(replay_ratio=0.3)
+
+
+def test_a_row_longer_than_the_base_was_made_for_is_refused(tmp_path: Path) -> None:
+    store = Store.create(tmp_path / "store", save_base(tmp_path / "base"))
+    write_jsonl(tmp_path / "law.jsonl", [f"The tenant of room {n} pays {n} crowns." for n in range(400)])
+    with pytest.raises(ConfigError, match=r"sequence_length is 300; .* has 256 positions"):
+        run(store, sequence_length=300)

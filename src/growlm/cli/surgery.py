@@ -12,14 +12,17 @@ from growlm.cli.options import DataPaths, Json, NamedData, from_config, named_pa
 from growlm.cli.output import note, print_json
 from growlm.errors import ConfigError
 from growlm.training.config import FinetuneConfig
-from growlm.units import format_count
+from growlm.units import format_count, parse_count
 
 
 @app.command()
 def convert(
     source: Annotated[str, typer.Argument(metavar="IN", help="Checkpoint folder, or a hub id.", show_default=False)],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the checkpoint.", show_default=False)],
-    to: Annotated[str | None, typer.Option("--to", help="growlm, or molm for one of ours.", show_default=False)] = None,
+    to: Annotated[
+        str | None,
+        typer.Option("--to", help="growlm, or molm for a growlm model (the default).", show_default=False),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Read a published MoLM or JetMoE checkpoint and write it as a growlm model, or one of ours in MoLM's layout.
@@ -32,10 +35,10 @@ def convert(
     """
     from growlm.surgery.conversion import convert_checkpoint
 
-    path = convert_checkpoint(source, out, to=to)
+    path, before, after = convert_checkpoint(source, out, to=to)
     if as_json:
-        return print_json({"path": str(path)})
-    print(f"{path}: converted from {source}")
+        return print_json({"path": str(path), "from": before, "to": after})
+    print(f"{path}: {before} -> {after}")
     return None
 
 
@@ -81,7 +84,9 @@ def usage(
         list[str] | None,
         typer.Option("--module", metavar="NAME", help="Of a store: module of kind experts; repeatable."),
     ] = None,
-    tokens: Annotated[int | None, typer.Option("--tokens", help="Of each text at most.", show_default=False)] = None,
+    tokens: Annotated[
+        str | None, typer.Option("--tokens", help="Of each text at most, e.g. 50k.", show_default=False)
+    ] = None,
     sequence_length: Annotated[int, typer.Option("--sequence-length", help="Tokens read at once.")] = 512,
     figure: Annotated[
         Path | None, typer.Option("--figure", help="Write heat maps to this file (.svg or .png).", show_default=False)
@@ -102,7 +107,7 @@ def usage(
     modules, tokenizer = open_modules(source, module or [])
     if figure is not None and figure.suffix not in (".svg", ".png"):
         raise ConfigError(f"--figure {figure}: its name must end in .svg or .png")
-    found = count_usage(modules, tokenizer, paths, tokens=tokens, sequence_length=sequence_length)
+    found = count_usage(modules, tokenizer, paths, tokens=_count(tokens), sequence_length=sequence_length)
     if figure is not None:
         from growlm.surgery.figures import write_usage
 
@@ -122,7 +127,9 @@ def prune(
     normalise: Annotated[
         str, typer.Option("--normalise", help="Compare layers by their largest count (max) or by their sum (sum).")
     ] = "max",
-    tokens: Annotated[int | None, typer.Option("--tokens", help="Of the text at most.", show_default=False)] = None,
+    tokens: Annotated[
+        str | None, typer.Option("--tokens", help="Of the text at most, e.g. 50k.", show_default=False)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Remove the experts that a text uses least. The result is a smaller checkpoint of its own.
@@ -137,7 +144,7 @@ def prune(
     """
     from growlm.surgery.pruning import prune as run
 
-    result = run(source, out, data, keep=keep, normalise=normalise, tokens=tokens)
+    result = run(source, out, data, keep=keep, normalise=normalise, tokens=_count(tokens))
     if as_json:
         return print_json(result)
     print(
@@ -147,3 +154,12 @@ def prune(
     for place in result["experts"]:
         print(f"  {place['place']}: {len(place['kept'])} of {place['of']} experts")
     return None
+
+
+def _count(tokens: str | None) -> int | None:
+    if tokens is None:
+        return None
+    count = parse_count(tokens)
+    if count < 2:
+        raise ConfigError(f"--tokens is {tokens}; it must be at least 2")
+    return count

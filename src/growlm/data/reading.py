@@ -105,7 +105,9 @@ def _read_spec(spec: str | Path, text_key: str, separator: str | None) -> tuple[
     files = list(_walk(path)) if path.is_dir() else [path]
     if not files:
         kinds = " ".join(sorted(SUFFIXES))
-        raise DataError(f"{name}: no file to read in this folder; give one with any of {kinds}")
+        raise DataError(
+            f"{name}: no file to read in this folder; name its files themselves, or give a folder with any of {kinds}"
+        )
     documents, sources = [], []
     for file in files:
         found, sha256, size = _read_file(file, _name(file), text_key, separator)

@@ -78,7 +78,7 @@ def decode_rerouted(
             if modules.fork < depth:
                 raise ConfigError(
                     f"{name} changes the base from layer {modules.fork} on, and --reroute needs modules above its last "
-                    "layer; learn it with --placement top --vocabulary head"
+                    "layer; learn it as blocks with --placement top --vocabulary head"
                 )
             chunk = replace(config, max_new_tokens=most)
             cache = decode(state, [Group(modules, [0])], chunk, end_tokens, took, generators=generators, passed=passed)

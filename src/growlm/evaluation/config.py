@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from growlm.errors import ConfigError
+from growlm.units import parse_count
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,7 @@ class EvalConfig:
     Attributes:
         sequence_length: longer documents are scored in pieces of so many tokens.
         max_documents: of each domain, the first so many; 0 for all.
+        tokens: of each domain at most, e.g. 50k; by default all of its documents.
         route_tokens: how much of a document's beginning the router sees.
         router: kind of router, gaussian or transformer; by default the store's own.
         matrix: replay the order of learning: what the router knew after each domain, and what that cost the others.
@@ -23,6 +25,7 @@ class EvalConfig:
 
     sequence_length: int = 512
     max_documents: int = 200
+    tokens: int | str | None = None
     route_tokens: int = 256
     router: str | None = None
     matrix: bool = True
@@ -30,6 +33,10 @@ class EvalConfig:
     separator: str | None = None
 
     def __post_init__(self) -> None:
+        if self.tokens is not None:
+            object.__setattr__(self, "tokens", parse_count(self.tokens))
+            if int(self.tokens) < 2:
+                raise ConfigError(f"tokens is {self.tokens}; it must be at least 2")
         for name, least in (("sequence_length", 2), ("max_documents", 0), ("route_tokens", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}")

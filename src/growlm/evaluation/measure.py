@@ -5,12 +5,14 @@ Knows documents, losses and routes. Draws nothing: see `report.py`.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +186,10 @@ def _read(engine: Engine, name: str, documents: Sequence[text_data.Document], co
     limit = engine.base.max_positions
     length = config.sequence_length if limit is None else min(config.sequence_length, limit)
     found = text_data.passages(chosen_documents, engine.tokenizer, length)
+    if config.tokens is not None:
+        # The passage that reaches the number is the last.
+        before = itertools.accumulate((len(p.tokens) for p in found), initial=0)
+        found = [p for p, seen_before in zip(found, before, strict=False) if seen_before < int(config.tokens)]
     if not found:
         raise DataError(f"{name}: every document is shorter than two tokens; give more text")
     # Documents too short to score are left out everywhere.
@@ -221,23 +227,30 @@ def _score(engine: Engine, domains: Sequence[_Domain], progress: bool | None) ->
     work = [(m, d, d.wanted(m)) for m in dict.fromkeys(modules) for d in domains]
     work = [(m, d, documents) for m, d, documents in work if documents]
     tokens, seconds = {"base": 0, "module": 0}, {"base": 0.0, "module": 0.0}
-    with counting_bar("evaluating", len(work), progress) as report:
+    owners = [int(torch.isin(d.owner, torch.tensor(documents)).sum()) for _, d, documents in work]
+    with counting_bar("evaluating", sum(owners), progress) as report:
         for at, (module, domain, documents) in enumerate(work):
+            done = sum(owners[:at])
             mine = torch.zeros(len(domain.labels), dtype=torch.bool)
             mine[documents] = True
             which = mine[domain.owner].nonzero()[:, 0]
             with engine.modules.using([] if module == NONE else [module]) as held:
                 started = time.perf_counter()
                 scored = passage_losses(
-                    ModuleSet(engine.base, list(held.values())), [domain.passages[i] for i in which.tolist()]
+                    ModuleSet(engine.base, list(held.values())),
+                    [domain.passages[i] for i in which.tolist()],
+                    progress=partial(_later, report, done),
                 )
                 side = "base" if module == NONE else "module"
                 seconds[side] += time.perf_counter() - started
             tokens[side] += int(domain.labels[mine].sum())
             losses = torch.zeros(len(domain.labels), dtype=torch.float64).index_add_(0, domain.owner[which], scored)
             domain.losses[module] = losses.masked_fill(~mine, math.nan)
-            report(at + 1)
     return {side: tokens[side] / seconds[side] for side in tokens if seconds[side] > 0}
+
+
+def _later(report: Callable[[int], None], before: int, done: int) -> None:
+    report(before + done)
 
 
 def _matrix(domains: Sequence[_Domain], order: Sequence[StoredModule]) -> dict[str, Any]:

@@ -98,6 +98,13 @@ class Base:
         """Longest text in tokens that learned positions allow; None where positions are rotary."""
         return self.config.max_position_embeddings if self.anatomy.positions else None
 
+    @property
+    def trained_positions(self) -> int | None:
+        """Tokens that its positions were made for, be they rotary; None where it says none or has no positions."""
+        if self.anatomy.unbounded:
+            return None
+        return getattr(self.config, "max_position_embeddings", None)
+
     def num_bytes(self) -> int:
         """Bytes of all weights, shared ones counted once."""
         return tensor_bytes(self.model.parameters()) + tensor_bytes(self.model.buffers())

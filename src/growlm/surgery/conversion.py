@@ -26,8 +26,9 @@ LAYOUTS = ("growlm", "molm")
 _CARRIED = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "generation_config*")
 
 
-def convert_checkpoint(source: str | Path, out: str | Path, *, to: str | None = None) -> Path:
-    """Writes a checkpoint in another layout, tokenizer files included; weights keep their dtype and bits.
+def convert_checkpoint(source: str | Path, out: str | Path, *, to: str | None = None) -> tuple[Path, str, str]:
+    """Writes a checkpoint in another layout, tokenizer files included; weights keep their dtype and bits. Returns
+    where, the model type that was read, and the layout that was written.
 
     Args:
         source: a folder or hub id: MoLM (model type `moduleformer`), JetMoE, or ours.
@@ -73,7 +74,7 @@ def convert_checkpoint(source: str | Path, out: str | Path, *, to: str | None = 
         for pattern in _CARRIED:
             for file in folder.glob(pattern):
                 shutil.copyfile(file, work / file.name)
-    return out
+    return out, str(family), wanted
 
 
 def check_tensors(tensors: Mapping[str, Tensor], config: GrowlmConfig, where: str) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from growlm.surgery.usage import Usage
 
@@ -26,10 +27,11 @@ def usage_figure(usage: Usage) -> Figure:
         for row, place in enumerate(usage.places):
             grid[row, : place.num_experts] = usage.share(name, row).numpy() * place.num_experts
         image = axis.imshow(grid, aspect="auto", cmap="Blues", vmin=0, vmax=4)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_title(name)
         axis.set_xlabel("expert")
         axis.set_yticks(range(len(labels)), labels if axis is axes[0] else [""] * len(labels), fontsize=7)
-    bar = figure.colorbar(image, ax=list(axes[: len(names)]), shrink=0.8)
+    bar = figure.colorbar(image, ax=list(axes[: len(names)]), shrink=0.8, extend="max")
     bar.set_label("times its even share")
     if several:
         table = np.array([[0.0 if a == b else usage.divergence(a, b) for b in names] for a in names])

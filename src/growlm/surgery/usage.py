@@ -115,9 +115,10 @@ def places_of(modules: ModuleSet) -> list[Place]:
         if isinstance(inner, SparseFeedForward | FeedForwardUnion):
             found.append(Place(index, "feed_forward", _size(inner)))
     if not found:
+        what = ", ".join(f"a module of kind {m.kind}" for m in modules.modules) or "the model"
         raise ConfigError(
-            f"{modules.base.where}: has no routed experts to count; give a growlm model with experts, or a module of "
-            "kind experts"
+            f"{modules.base.where}: {what} has no routed experts to count; give a growlm model with experts, or a "
+            "module of kind experts"
         )
     return found
 

@@ -131,6 +131,16 @@ class FinetuneConfig(TrainConfig):
             raise ConfigError(f"load_concentration is {self.load_concentration}; it must be a number, 0 or more")
 
 
+# Settings of one kind of module.
+_ONLY = {
+    "blocks": ("num_layers", "placement"),
+    "experts": (
+        "num_experts", "num_attention_experts", "num_experts_per_tok", "expert_size", "router_size", "first_layer",
+        "routing_regularisation", "load_concentration",
+    ),
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class LearnConfig(TrainConfig):
     """Settings of `growlm learn`.
@@ -185,8 +195,14 @@ class LearnConfig(TrainConfig):
         for name in ("routing_regularisation", "load_concentration"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be a number, 0 or more")
-            if getattr(self, name) and self.kind != "experts":
-                raise ConfigError(f"{name} is for modules of kind experts; this one is of kind {self.kind}")
+        for kind, names in _ONLY.items():
+            foreign = [
+                n for n in names if kind != self.kind and getattr(self, n) != type(self).__dataclass_fields__[n].default
+            ]
+            if foreign:
+                raise ConfigError(f"{foreign[0]} is for modules of kind {kind}; this one is of kind {self.kind}")
+        if self.replay is None and self.replay_ratio != type(self).replay_ratio:
+            raise ConfigError(f"replay_ratio is {self.replay_ratio} and there is no replay; name the text to replay")
         if not 0 < self.replay_ratio < 1:
             raise ConfigError(f"replay_ratio is {self.replay_ratio}; it is a share of the rows, above 0 and below 1")
         for name in ("num_experts", "num_experts_per_tok", "expert_size", "router_size"):

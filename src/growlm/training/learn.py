@@ -134,10 +134,9 @@ def learn(
     run = _run_id(store, name, old.version if old else 0, digest, config, device, dtype)
     with run_folder(_folder(store, name, run), name, busy, restart=restart, progress=progress) as work:
         base = store.load_base(device=device)
-        if base.max_positions is not None and config.sequence_length > base.max_positions:
-            raise ConfigError(
-                f"sequence_length is {config.sequence_length}; {base.where} has {base.max_positions} positions"
-            )
+        made_for = base.max_positions or base.trained_positions
+        if made_for is not None and config.sequence_length > made_for:
+            raise ConfigError(f"sequence_length is {config.sequence_length}; {base.where} has {made_for} positions")
         # The router is only shown what the engine will show it: the base in the store's dtype.
         served = base.dtype
         if not router.has_general(store):
