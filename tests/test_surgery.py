@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from disk import write_jsonl
 from growlm.errors import BaseModelError, ConfigError, DataError, StoreError
 from growlm.layers.experts import watched
 from growlm.model import GrowlmConfig, GrowlmForCausalLM
@@ -17,6 +18,8 @@ from growlm.modules.base import Base
 from growlm.modules.experts import Experts, ExpertsConfig
 from growlm.surgery.pruning import choose_experts, drop_layers, prune, without_experts
 from growlm.surgery.usage import Place, Usage, count_usage
+from growlm.training.config import FinetuneConfig
+from growlm.training.finetune import finetune
 from tiny import TEXT, VOCAB, make_base, make_tokenizer, perturb, random_ids
 
 
@@ -157,6 +160,36 @@ def test_layers_are_dropped(order: str, chosen: list[int]) -> None:
     assert smaller.config.num_hidden_layers == 2
     for new, old in zip(smaller.model.layers, (model.model.layers[i] for i in chosen), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(new.state_dict().values(), old.state_dict().values(), strict=True))
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    write_jsonl(tmp_path / "corpus.jsonl", [f"The tenant of room {n} pays {n * 7 % 90} crowns." for n in range(80)])
+    return tmp_path / "corpus.jsonl"
+
+
+def test_finetuning_concentrates_and_leaves_the_config_alone(
+    folder: Path, corpus: Path, text: Path, tmp_path: Path
+) -> None:
+    settings = {"tokens": 2560, "sequence_length": 16, "batch_size": 4, "learning_rate": 3e-3, "precision": "float32"}
+
+    def unevenness(weight: float) -> float:
+        out = tmp_path / f"tuned-{weight}"
+        finetune(folder, out, [corpus], FinetuneConfig(load_concentration=weight, **settings), progress=False)
+        tuned = AutoModelForCausalLM.from_pretrained(out)
+        assert tuned.config.auxiliary_loss == "mutual_information"  # a later finetuning does not concentrate unasked
+        return sum(count(tuned, text).to_json()["unevenness"]["a"])
+
+    assert unevenness(1.0) > unevenness(0.0)
+
+
+def test_concentration_needs_experts(corpus: Path, tmp_path: Path) -> None:
+    make(feed_forward="dense", num_attention_experts=0).save_pretrained(tmp_path / "dense")
+    make_tokenizer().save_pretrained(tmp_path / "dense")
+    with pytest.raises(ConfigError, match="without experts; --load-concentration needs some"):
+        finetune(
+            tmp_path / "dense", tmp_path / "out", [corpus], FinetuneConfig(load_concentration=1.0, sequence_length=16)
+        )
 
 
 # Bad input

@@ -316,7 +316,7 @@ def refuse_existing(out: Path) -> None:
         StoreError: `out` exists and is not an empty folder.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise StoreError(f"{out}: exists already; choose another folder")
+        raise StoreError(f"{out}: exists already; choose another folder, or remove it")
 
 
 def remove_folder(folder: Path, scratch: Path) -> None:

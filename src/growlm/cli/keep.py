@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from growlm import __version__
 from growlm.cli.app import app
-from growlm.cli.options import Json, StorePath, Yes
+from growlm.cli.options import Json, OutPath, StorePath, Yes
 from growlm.cli.output import note, plural, print_json
 from growlm.errors import ConfigError
 from growlm.units import format_count, format_size
@@ -107,7 +106,7 @@ def remove(
 @app.command()
 def export(
     store: StorePath,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the checkpoint.", show_default=False)],
+    out: OutPath,
     module: Annotated[str, typer.Option("--module", metavar="NAME", show_default=False)],
     version: Annotated[int | None, typer.Option("--version", help="By default the current one.")] = None,
     as_json: Json = False,

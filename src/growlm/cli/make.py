@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from growlm.cli.app import app
-from growlm.cli.options import DataPaths, Json, StorePath, from_config
+from growlm.cli.options import DataPaths, Json, OutPath, Restart, StorePath, from_config
 from growlm.cli.output import note, plural, print_json
 from growlm.training.config import LearnConfig, PretrainConfig, RouterConfig
 from growlm.units import format_count, format_size
@@ -21,10 +21,10 @@ from growlm.units import format_count, format_size
 @app.command()
 @from_config(PretrainConfig)
 def pretrain(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the checkpoint.", show_default=False)],
+    out: OutPath,
     data: DataPaths,
     config: Any,
-    restart: Annotated[bool, typer.Option("--restart", help="Begin anew instead of resuming.")] = False,
+    restart: Restart = False,
     as_json: Json = False,
 ) -> None:
     """Train a small base model from scratch: tokenizer and weights, an ordinary transformers checkpoint.
@@ -110,7 +110,7 @@ def learn(
     data: DataPaths,
     config: Any,
     update: Annotated[bool, typer.Option("--update", help="NAME exists: learn its next version.")] = False,
-    restart: Annotated[bool, typer.Option("--restart", help="Begin anew instead of resuming.")] = False,
+    restart: Restart = False,
     as_json: Json = False,
 ) -> None:
     """Learn a body of text as a new module. The base and all other modules keep their bytes.

@@ -17,6 +17,8 @@ import typer
 from growlm.errors import ConfigError
 
 StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.", show_default=False)]
+OutPath = Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the checkpoint.", show_default=False)]
+Restart = Annotated[bool, typer.Option("--restart", help="Begin anew instead of resuming.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Memory = Annotated[
     str | None, typer.Option("--memory", metavar="SIZE", help="Budget for all weights in memory, e.g. 2GB.")

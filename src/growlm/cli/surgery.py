@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from growlm.cli.app import app
-from growlm.cli.options import DataPaths, Json, NamedData, from_config, named_paths
+from growlm.cli.options import DataPaths, Json, NamedData, OutPath, Restart, from_config, named_paths
 from growlm.cli.output import note, print_json
 from growlm.errors import ConfigError
 from growlm.training.config import FinetuneConfig
@@ -18,7 +18,7 @@ from growlm.units import format_count, parse_count
 @app.command()
 def convert(
     source: Annotated[str, typer.Argument(metavar="IN", help="Checkpoint folder, or a hub id.", show_default=False)],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the checkpoint.", show_default=False)],
+    out: OutPath,
     to: Annotated[
         str | None,
         typer.Option("--to", help="growlm, or molm for a growlm model (the default).", show_default=False),
@@ -46,10 +46,10 @@ def convert(
 @from_config(FinetuneConfig)
 def finetune(
     source: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder, or a hub id.", show_default=False)],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the checkpoint.", show_default=False)],
+    out: OutPath,
     data: DataPaths,
     config: Any,
-    restart: Annotated[bool, typer.Option("--restart", help="Begin anew instead of resuming.")] = False,
+    restart: Restart = False,
     as_json: Json = False,
 ) -> None:
     """Train all parameters of a checkpoint further, as before or after pruning. To keep knowledge apart, learn.
@@ -121,7 +121,7 @@ def usage(
 @app.command()
 def prune(
     source: Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a growlm model.", show_default=False)],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the checkpoint.", show_default=False)],
+    out: OutPath,
     data: DataPaths,
     keep: Annotated[float, typer.Option("--keep", help="Share of all parameters that stays.", show_default=False)],
     normalise: Annotated[

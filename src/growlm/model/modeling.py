@@ -83,12 +83,6 @@ class GrowlmModel(GrowlmPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embed_tokens = value  # type: ignore[assignment]
-
     def rotary_emb(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor] | None:
         """Cosines and sines for softmax attention; None where no layer has it."""
         return None if self.rotary is None else self.rotary(hidden, position_ids=position_ids)
@@ -199,18 +193,6 @@ class GrowlmForCausalLM(GrowlmPreTrainedModel, GenerationMixin):
         self.model = GrowlmModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.lm_head = value
 
     def forward(
         self,

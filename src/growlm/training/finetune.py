@@ -6,15 +6,24 @@ Overwrites what the model knew, as finetuning does: for knowledge that is kept a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from growlm import data as text_data
 from growlm.errors import ConfigError
+from growlm.layers.experts import ExpertRouter
+from growlm.layers.losses import load_concentration
 from growlm.modules.checkpoint import fingerprint, load_model, load_tokenizer, resolve, tokenizer_fingerprint
 from growlm.training.config import FinetuneConfig
 from growlm.training.pretrain import default_rate
 from growlm.training.whole_model import TrainedModel, train_whole
+
+if TYPE_CHECKING:
+    from growlm.model.modeling import LayerRouting
 
 
 def finetune(
@@ -42,11 +51,13 @@ def finetune(
     def make(documents: list[text_data.Document]) -> tuple[Any, Any]:
         model = load_model(folder, "float32").requires_grad_(True)
         if config.load_concentration:
-            if getattr(model, "auxiliary_loss", None) is None:
+            if not any(isinstance(m, ExpertRouter) for m in model.modules()):
                 family = model.config.model_type
-                raise ConfigError(f"{folder}: is of the family {family!r}; --load-concentration needs a growlm model")
-            model.config.auxiliary_loss = "load_concentration"
-            model.config.auxiliary_loss_weight = config.load_concentration
+                raise ConfigError(
+                    f"{folder}: a model of the family {family!r} without experts; --load-concentration needs some"
+                )
+            # Of this run: the config, which is saved, keeps the loss that the model was made with.
+            model.auxiliary_loss = partial(_concentration, config.load_concentration)
         return model, load_tokenizer(folder)
 
     return train_whole(
@@ -60,3 +71,8 @@ def finetune(
         restart=restart,
         progress=progress,
     )
+
+
+def _concentration(weight: float, routings: Sequence[LayerRouting]) -> Tensor:
+    decisions = [d for r in routings for d in (r.attention, r.feed_forward) if d is not None]
+    return weight * torch.stack([load_concentration(d.logits) for d in decisions]).sum()

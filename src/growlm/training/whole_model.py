@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from growlm import data as text_data
-from growlm.errors import ConfigError, DataError, StoreError
-from growlm.files import sync, write_atomic
+from growlm.errors import ConfigError, DataError
+from growlm.files import refuse_existing, sync, write_atomic
 from growlm.layers.cross_entropy import linear_cross_entropy
 from growlm.modules import ModuleSet
 from growlm.modules.base import Base
@@ -80,8 +80,7 @@ def train_whole(
         TrainingError: the loss is no number any more; nothing is saved.
         Interrupted: stopped by the user; progress is saved.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise StoreError(f"{out}: exists already; choose another folder, or remove it")
+    refuse_existing(out)
     corpus = text_data.read(data, text_key=config.text_key, separator=config.separator)
     train_documents, heldout_documents = text_data.split(corpus, at_most=_HELDOUT_DOCUMENTS, seed=config.seed)
 
