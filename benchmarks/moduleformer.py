@@ -60,7 +60,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 WHOLE = "stick-breaking, mutual information"
 REGULARISATION = (0.0, 1e-3, 1e-2, 1e-1)
 LORA = {"LoRA, as many": 1.0, "LoRA, a sixth": 1 / 6}
-SHARES = (0.9, 0.75, 0.6, 0.5)
+SHARES = (0.9, 0.75, 0.6)
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 
 

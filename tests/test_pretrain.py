@@ -202,6 +202,16 @@ def test_a_new_model_follows_its_seed_and_writes_small_into_the_residual_stream(
             assert ratio == pytest.approx((2 * 3) ** -0.5, rel=0.15)
 
 
+@pytest.mark.parametrize("changes", [{"separate_documents": True}, {"segment_length": 8}], ids=str)
+def test_documents_kept_apart_and_segments_train_another_model(home, changes):
+    config = str(write_config(home / "growlm", "growlm", history_length=16, attention="stickbreaking"))
+    plain = run(home, "plain", config=config)
+    other = run(home, "other", config=config, **changes)
+    assert other.loss_after < other.loss_before
+    assert plain.loss_after != other.loss_after
+    assert json.loads((home / "other" / "pretrain.json").read_text())["settings"].items() >= changes.items()
+
+
 def test_the_default_rate_falls_with_the_width():
     rates = [default_rate(width) for width in (64, 256, 1024, 4096)]
     assert rates == sorted(rates, reverse=True)
@@ -399,6 +409,8 @@ def test_bad_data_and_settings_are_refused_and_leave_nothing(home):
     refused(ConfigError, config=str(home / "absent.json"))
     refused(ConfigError, preset="huge", config=None)
     refused(ConfigError, batch_size=0)
+    refused(ConfigError, segment_length=0)
+    assert "growlm models" in refused(ConfigError, separate_documents=True)
     (home / "bad.json").write_text("{")
     refused(ConfigError, config=str(home / "bad.json"))
     (home / "bad.json").unlink()

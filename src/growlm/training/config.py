@@ -93,7 +93,27 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class PretrainConfig(TrainConfig):
+class WholeModelConfig(TrainConfig):
+    """What verbs share that train all of a model.
+
+    Attributes:
+        separate_documents: of growlm models: tokens attend to their own document only; by default rows of packed text
+            are read across their ends.
+        segment_length: of growlm models: rows run in segments of so many tokens, each reading the keys and values of
+            those before it without gradient (Transformer-XL), as far back as the config's history_length.
+    """
+
+    separate_documents: bool = False
+    segment_length: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.segment_length is not None and self.segment_length < 1:
+            raise ConfigError(f"segment_length is {self.segment_length}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class PretrainConfig(WholeModelConfig):
     """Settings of `growlm pretrain`.
 
     Attributes:
@@ -116,7 +136,7 @@ class PretrainConfig(TrainConfig):
 
 
 @dataclass(frozen=True)
-class FinetuneConfig(TrainConfig):
+class FinetuneConfig(WholeModelConfig):
     """Settings of `growlm finetune`.
 
     Attributes:

@@ -24,11 +24,12 @@ from growlm.modules import ModuleSet
 from growlm.modules.base import Base
 from growlm.modules.checkpoint import save_model
 from growlm.modules.scoring import num_labels, passage_losses
-from growlm.training.config import TrainConfig
+from growlm.training.config import WholeModelConfig
 from growlm.training.general import HELDOUT_FILE
 from growlm.training.loop import compute_dtype, require_finite, train
 from growlm.training.progress import say, training_bar
 from growlm.training.runs import run_folder
+from growlm.training.segments import check_segments, document_ids, final_states
 
 _HELDOUT_DOCUMENTS = 256
 
@@ -53,7 +54,7 @@ class TrainedModel:
 def train_whole(
     out: Path,
     data: Sequence[str | Path],
-    config: TrainConfig,
+    config: WholeModelConfig,
     make: Callable[[list[text_data.Document]], tuple[Any, Any]],
     *,
     verb: str,
@@ -107,7 +108,7 @@ def _run(
     corpus: text_data.TextData,
     train_documents: list[text_data.Document],
     heldout_documents: list[text_data.Document],
-    config: TrainConfig,
+    config: WholeModelConfig,
     model: Any,
     tokenizer: Any,
     device: str,
@@ -129,6 +130,12 @@ def _run(
     base = Base(model, str(out), freeze=False)
     if base.max_positions is not None and config.sequence_length > base.max_positions:
         raise ConfigError(f"sequence_length is {config.sequence_length}; the config has {base.max_positions} positions")
+    check_segments(
+        base,
+        config.sequence_length,
+        separate_documents=config.separate_documents,
+        segment_length=config.segment_length,
+    )
     dtype = compute_dtype(config.precision, device)
     autocast = torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32)
 
@@ -142,8 +149,10 @@ def _run(
 
     def loss_of_step(step: int) -> Tensor:
         batch = packed[order[step]].to(device)
+        inputs = batch[:, :-1]
+        documents = document_ids(inputs, tokenizer.eos_token_id) if config.separate_documents else None
         with autocast:
-            hidden, auxiliary = final_states(base, batch[:, :-1])
+            hidden, auxiliary = final_states(base, inputs, documents=documents, segment_length=config.segment_length)
         loss = linear_cross_entropy(
             hidden.to(dtype).flatten(0, 1), base.head_weight, batch[:, 1:].flatten(), softcap=base.softcap
         )
@@ -179,14 +188,6 @@ def _run(
     record = {**result.to_json(), "settings": config.to_json()}
     _save(out, work, model, tokenizer, heldout_documents, record, corpus, verb)
     return result
-
-
-def final_states(base: Base, input_ids: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What the head reads, (b, t, d), and the loss on what routers decided, for a model that has one."""
-    if not hasattr(base.model, "auxiliary_loss"):
-        return base.norm(ModuleSet(base).hidden(input_ids)), None
-    out = base.decoder(input_ids, use_cache=False, output_routings=True)
-    return out.last_hidden_state, base.model.auxiliary_loss(out.routings)
 
 
 def _save(
