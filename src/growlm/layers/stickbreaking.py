@@ -4,9 +4,12 @@ A query walks from the newest key to the oldest and takes from each a share of w
 `beta[t,i] = sigmoid(q_t . k_i * scale)`, `p[t,i] = beta[t,i] * prod_{i<j<=t} (1 - beta[t,j])`. The weights sum to
 at most one; what is left over goes nowhere. Order is all the position there is: no embedding of positions is needed.
 
-Everything is computed in log space and float32: `log p[t,i] = l[t,i] - sum_{i<=j<=t} softplus(l[t,j])`. The blocked
-form holds one block of logits at a time, forward and backward, so its memory is linear in the number of tokens. Blocks
-are visited newest first, and the walk ends where every stick of the block is shorter than 1e-34.
+Everything is computed in log space: `log p[t,i] = l[t,i] - sum_{i<=j<=t} softplus(l[t,j])`. The blocked form holds one
+block of logits at a time, forward and backward, so its memory is linear in the number of tokens. Blocks are visited
+newest first, and the walk ends where every stick of the block is shorter than 1e-34. All is in float32, but for the last
+three products of the backward pass, which are in the dtype of the inputs: whatever differences are taken of (what is
+left of a stick, and of its gradient) would lose their digits in a narrower one. Exponentials are of base 2, which processors compute several times as
+fast as those of base e.
 """
 
 from __future__ import annotations
@@ -22,7 +25,9 @@ from torch.nn import functional as F
 # b batch, h heads of queries, g heads of keys and values, n = h / g, t queries, s keys, d head width, e width of values
 # x = s - 1 - i: keys counted from the newest
 
+_LOG2E = math.log2(math.e)
 _GONE = -80.0  # log of a weight that is nothing: below, float32 is denormal and slow
+_SURE = 120.0  # logit of base 2 from which a key takes all there is, and above which an exponential might overflow
 _BROKEN = 17.0  # -log of a stick that is shorter than float32 tells from none beside a whole one
 _BLOCK = 256  # keys
 _PANEL = 128  # queries
@@ -119,6 +124,8 @@ class _Walk:
         self.g, self.s = key.shape[1:3]
         self.n = self.h // self.g
         self.scale, self.mask, self.documents = scale, mask, documents
+        self.dtype = query.dtype if query.dtype in (torch.bfloat16, torch.float16) else torch.float32
+        self.on_cpu = query.device.type == "cpu"  # elsewhere, looking at a number would wait for the device
         self._query = query.reshape(self.b * self.g, self.n, self.t, self.d)
         self._key, self._value = key.flatten(0, 1), value.flatten(0, 1)
         self._turned: dict[int, tuple[Tensor, Tensor]] = {}
@@ -135,8 +142,9 @@ class _Walk:
         return whole[:size].view(self.b * self.g, self.n * rows, keys)
 
     def queries(self, start: int, stop: int) -> Tensor:
-        """Scaled queries of a panel, (b g, n rows, d)."""
-        return (self._query[:, :, start:stop].float() * self.scale).flatten(1, 2)
+        """Queries of a panel, scaled for logits of base 2, (b g, n rows, d)."""
+        scaled = self._query[:, :, start:stop].float() * (self.scale * _LOG2E)
+        return scaled.flatten(1, 2)
 
     def blocks(self, start: int, stop: int, limit: int | None = None) -> Iterator[tuple[int, int]]:
         """Ranges of x that a panel sees, newest first; `limit` of them."""
@@ -157,10 +165,12 @@ class _Walk:
         return keys[:, low - at : high - at], values[:, low - at : high - at]
 
     def logits(self, queries: Tensor, start: int, stop: int, low: int, high: int) -> Tensor:
-        """Logits of a panel and a range of x, (b g, n rows, keys); minus infinity where nothing is seen."""
+        """Logits of base 2 of a panel and a range of x, (b g, n rows, keys); minus infinity where nothing is seen."""
         rows, keys = stop - start, high - low
         out = self.buffer("logits", rows, keys)
         torch.bmm(queries, self.keys(low, high)[0].transpose(1, 2), out=out)
+        if not self.on_cpu or float(out.amax()) > _SURE:
+            out.clamp_(max=_SURE)
         split = out.view(self.b, self.g, self.n, rows, keys)
         device = out.device
         newest = self.t - 1 - torch.arange(start, stop, device=device)  # x of every query
@@ -176,18 +186,22 @@ class _Walk:
             split.masked_fill_(other[:, None, None], -math.inf)
         return out
 
-    def weights(self, logits: Tensor, passed: Tensor | None, rows: int) -> tuple[Tensor, Tensor]:
-        """(log of what is left after each key, negated, in a buffer; weights, in place of the logits).
+    def weights(self, logits: Tensor, odds: Tensor, passed: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(log of what is left after each key, negated, in place of the odds; weights, in place of the logits).
 
-        `passed` (b g, n rows, 1) is what newer blocks have taken.
+        `odds` are 2 to the power of the logits; `passed` (b g, n rows, 1) is what newer blocks have taken.
         """
-        taken = self.buffer("taken", rows, logits.shape[-1])
-        torch._C._nn.softplus(logits, out=taken)  # type: ignore[call-arg]
+        taken = odds.log1p_()
         if passed is not None:
             taken[..., :1] += passed
         torch.cumsum(taken, -1, out=taken)
-        F.threshold(logits.sub_(taken), _GONE, -math.inf, inplace=True).exp_()
+        logits.sub_(taken, alpha=_LOG2E)
+        F.threshold(logits, _GONE * _LOG2E, -math.inf, inplace=True).exp2_()
         return taken, logits
+
+    def odds(self, logits: Tensor, rows: int) -> Tensor:
+        """`beta / (1 - beta)` of every key, in a buffer."""
+        return torch.exp2(logits, out=self.buffer("taken", rows, logits.shape[-1]))
 
 
 @torch.library.custom_op("growlm::stickbreaking", mutates_args=())
@@ -201,17 +215,16 @@ def _stickbreaking(
         exact = query.new_empty(*query.shape[:3], value.shape[-1], dtype=torch.float32)
         folded = exact.view(walk.b * walk.g, walk.n, walk.t, -1)
         read = torch.zeros(len(walk.panels), dtype=torch.int64)
-        ends = query.device.type == "cpu"  # elsewhere, looking would wait for the device
         for panel, (start, stop) in enumerate(walk.panels):
             queries, total, passed = walk.queries(start, stop), None, None
             for low, high in walk.blocks(start, stop):
                 logits = walk.logits(queries, start, stop, low, high)
-                taken, weights = walk.weights(logits, passed, stop - start)
+                taken, weights = walk.weights(logits, walk.odds(logits, stop - start), passed)
                 part = torch.bmm(weights, walk.keys(low, high)[1])
                 total = part if total is None else total.add_(part)
                 passed = taken[..., -1:].clone()
                 read[panel] += 1
-                if ends and float(passed.min()) > -_GONE:
+                if walk.on_cpu and float(passed.min()) > -_GONE:
                     break
             assert total is not None
             folded[:, :, start:stop] = total.view(walk.b * walk.g, walk.n, stop - start, -1)
@@ -258,20 +271,23 @@ def _stickbreaking_backward(
             rows = stop - start
             queries, passed, newer = walk.queries(start, stop), None, None
             upper = grads[:, :, start:stop].float().flatten(1, 2)
+            narrow, narrow_upper = queries.to(walk.dtype), upper.to(walk.dtype)
             whole = (upper * outs[:, :, start:stop].float().flatten(1, 2)).sum(-1, keepdim=True)
-            own = torch.zeros_like(queries)
+            own = torch.zeros(queries.shape, dtype=torch.float32, device=queries.device)
             for low, high in walk.blocks(start, stop, limit):
                 keys, values = walk.keys(low, high)
                 part = slice(walk.s - high, walk.s - low)
                 logits = walk.logits(queries, start, stop, low, high)
-                share = walk.buffer("share", rows, high - low)
-                torch.sigmoid(logits, out=share)
-                taken, weights = walk.weights(logits, passed, rows)
+                odds, share = walk.odds(logits, rows), walk.buffer("share", rows, high - low)
+                torch.add(odds, 1.0, out=share)
+                torch.div(odds, share, out=share)  # beta
+                taken, weights = walk.weights(logits, odds, passed)
                 # Of every key, whether nothing was left when it was reached.
-                first = torch.zeros_like(taken[..., :1]) if passed is None else passed
-                broken = torch.cat([first, taken[..., :-1]], -1) > _BROKEN
+                broken = torch.empty(taken.shape, dtype=torch.bool, device=taken.device)
+                torch.gt(taken[..., :-1], _BROKEN, out=broken[..., 1:])
+                broken[..., :1] = False if passed is None else passed > _BROKEN
                 passed = taken[..., -1:].clone()
-                folded_value[:, part] += torch.bmm(weights.transpose(1, 2), upper).flip(1)
+                folded_value[:, part] += torch.bmm(weights.to(walk.dtype).transpose(1, 2), narrow_upper).flip(1)
                 pull = walk.buffer("pull", rows, high - low)
                 torch.bmm(upper, values.transpose(1, 2), out=pull)
                 pull.mul_(weights)  # a
@@ -281,9 +297,11 @@ def _stickbreaking_backward(
                 newer = taken[..., -1:].clone()
                 # a - share * (whole - (taken - a)), in place; no rounding error of `whole` on what is left of a stick
                 taken.sub_(pull).sub_(whole).mul_(share).masked_fill_(broken, 0.0).add_(pull)
-                own.add_(torch.bmm(taken, keys))
-                folded_key[:, part] += torch.bmm(taken.transpose(1, 2), queries).flip(1)
+                change = taken.to(walk.dtype)
+                own.add_(torch.bmm(change, keys.to(walk.dtype)))
+                folded_key[:, part] += torch.bmm(change.transpose(1, 2), narrow).flip(1)
             grad_query[:, :, start:stop] = own.view(walk.b * walk.g, walk.n, rows, -1) * scale
+        grad_key *= 1 / _LOG2E
         return (
             grad_query.view(query.shape).to(query.dtype),
             grad_key.to(key.dtype),
