@@ -273,17 +273,21 @@ class Bench:
         return {n: model.loss(self.passages(folder, n, split=split)) for n in (name, GENERAL)}
 
     def prune(self) -> list[tuple[str, dict[str, list[float]]]]:
-        """Perplexity on code by the share of parameters kept."""
+        """Perplexity on code by the share of parameters kept, over that of the same seed finetuned and not pruned."""
         ways = ["finetuned, then pruned", "finetuned with concentration, then pruned", "pruned, then finetuned",
                 "top layers dropped, then finetuned", "layers dropped evenly, then finetuned"]  # fmt: skip
+
+        def perplexity(way: str, share: float, seed: int) -> float:
+            slug = f"prune-{way}-{share}-{seed}".replace(" ", "-").replace(",", "")
+            return self.kept(slug, lambda: self.pruned(way, share, seed))["perplexity"]
+
         rows = []
         for way in ways:
             cells: dict[str, list[float]] = {f"{share:.0%} kept": [] for share in (1.0, *SHARES)}
             for seed in self.seeds:
+                whole = perplexity(ways[0], 1.0, seed)
                 for share in (1.0, *SHARES):
-                    slug = f"prune-{way}-{share}-{seed}".replace(" ", "-").replace(",", "")
-                    found = self.kept(slug, lambda way=way, share=share, seed=seed: self.pruned(way, share, seed))
-                    cells[f"{share:.0%} kept"].append(found["perplexity"])
+                    cells[f"{share:.0%} kept"].append(perplexity(way, share, seed) / whole)
             rows.append((way, cells))
         return rows
 
