@@ -15,6 +15,7 @@ from growlm.modules import ModuleSet
 from growlm.modules.base import Base
 from growlm.modules.blocks import Blocks, BlocksConfig
 from growlm.modules.checkpoint import save_model
+from growlm.modules.experts import Experts, ExpertsConfig
 from growlm.modules.probe import probe
 from growlm.store import Store, StoredModule
 from tiny import make_model, make_tokenizer, perturb
@@ -63,6 +64,22 @@ def add_module(
     if store.manifest.keep_samples:
         files[router.SAMPLES] = router.pack_samples(texts, store.manifest.keep_samples)
     return store.commit(name, module, record, files)
+
+
+def add_experts(store: Store, base: Base, name: str, seed: int, *, domain: str | None = None, **config: Any) -> Experts:
+    """Commits a module of experts, with the router's evidence and a probe."""
+    settings = {"num_experts": 3, "num_attention_experts": 2, "router_size": 8, "expert_size": 16, **config}
+    module = Experts.create(base, ExpertsConfig(**settings), torch.arange(20, 300))
+    module.open()
+    perturb(module, seed, strength=0.3)
+    commit_experts(store, base, name, module, domain=domain)
+    return module
+
+
+def commit_experts(store: Store, base: Base, name: str, module: Experts, *, domain: str | None = None) -> StoredModule:
+    texts = domain_ids(store.load_tokenizer(), domain or name)
+    record = {"probe": {"base": probe(ModuleSet(base)), "module": probe(ModuleSet(base, [module]))}}
+    return store.commit(name, module, record, router.files_of(router.evidence(base, texts[:30], texts[30:])))
 
 
 def save_lively_base(folder: Path, family: str = "llama", **changes: Any) -> Path:

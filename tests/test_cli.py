@@ -288,7 +288,7 @@ def test_chat_takes_its_turns_from_stdin(home, run, monkeypatch):
     code, _, err = run("chat", "store", "--max-new-tokens", "4")
     assert code == 0
     notes = err.splitlines()
-    assert notes[0] == "/module NAME, /module base, /module auto, /new, /quit"
+    assert notes[0] == "/module NAME (or several), /module base, /module auto, /new, /quit"
     assert "[digits]" in notes
     assert sum("no module 'nobody'" in n for n in notes) == 1
     assert err.count("/module base, /module auto") == 2

@@ -857,8 +857,9 @@ def test_two_threads_with_two_modules_get_what_each_alone_gets(home):
 )
 @settings(max_examples=200, deadline=None)
 def test_a_plan_serves_every_request_once_within_the_budget(modules, sizes, budget, resident):
-    waves = plan(modules, budget=budget, size=sizes.__getitem__, resident=resident)
-    served = [(i, name) for wave in waves for name, rows in wave.groups.items() for i in rows]
+    requests = [() if name is None else (name,) for name in modules]
+    waves = plan(requests, budget=budget, size=sizes.__getitem__, resident=resident)
+    served = [(i, "".join(names) or None) for wave in waves for names, rows in wave.groups.items() for i in rows]
     assert sorted(served, key=lambda s: s[0]) == list(enumerate(modules))
     names = [name for wave in waves for name in wave.names]
     assert len(names) == len(set(names))
@@ -869,9 +870,26 @@ def test_a_plan_serves_every_request_once_within_the_budget(modules, sizes, budg
     inside = [n in resident for n in names]
     assert inside == sorted(inside, reverse=True)
     if None in modules:
-        assert None in waves[0].groups
+        assert () in waves[0].groups
 
 
 def test_a_plan_puts_the_most_wanted_first():
-    waves = plan(["a", "b", "b", "c", None], budget=1, size=lambda name: 1, resident=["c"])
-    assert [dict(w.groups) for w in waves] == [{"c": (3,), None: (4,)}, {"b": (1, 2)}, {"a": (0,)}]
+    waves = plan([("a",), ("b",), ("b",), ("c",), ()], budget=1, size=lambda name: 1, resident=["c"])
+    assert [dict(w.groups) for w in waves] == [{("c",): (3,), (): (4,)}, {("b",): (1, 2)}, {("a",): (0,)}]
+
+
+@given(
+    st.lists(st.sampled_from([(), ("a",), ("b",), ("a", "b"), ("b", "c"), ("a", "d")]), max_size=20),
+    st.dictionaries(st.sampled_from("abcd"), st.integers(1, 5), min_size=4),
+    st.integers(10, 20),
+    st.lists(st.sampled_from("abcd"), unique=True),
+)
+@settings(max_examples=200, deadline=None)
+def test_a_plan_of_several_modules_a_request_counts_each_module_once(requests, sizes, budget, resident):
+    waves = plan(requests, budget=budget, size=sizes.__getitem__, resident=resident)
+    served = [(i, names) for wave in waves for names, rows in wave.groups.items() for i in rows]
+    assert sorted(served) == list(enumerate(requests))
+    assert all(sum(sizes[n] for n in wave.names) <= budget for wave in waves)
+    everything = {name for names in requests for name in names}
+    if sum(sizes[n] for n in everything) <= budget:  # what is shared counts once
+        assert len(waves) <= 1

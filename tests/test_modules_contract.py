@@ -19,6 +19,7 @@ from transformers import DynamicCache, GenerationConfig
 from growlm.errors import ConfigError, IntegrityError
 from growlm.modules import KINDS, KnowledgeModule, ModuleSet, attach, attached, detach, kind_of
 from growlm.modules.base import Base
+from growlm.modules.scoring import passage_losses
 from tiny import FAMILIES, VOCAB, WINDOW, make_base, make_model, perturb, random_ids
 
 # The settings of each kind under test, by the name that shows in a test's id.
@@ -461,7 +462,8 @@ def damaged(tensors: dict[str, Tensor]) -> Iterator[tuple[str, str, dict[str, Te
     for name, tensor in tensors.items():
         part = f"{name.split('.')[1]} rows" if name.startswith("rows.") else repr(name)
         yield f"{name} missing", part, {k: v for k, v in tensors.items() if k != name}
-        yield f"{name} too long", part, {**tensors, name: torch.cat([tensor, tensor])}
+        longer = torch.cat([tensor, tensor]) if tensor.ndim else tensor.expand(2)
+        yield f"{name} too long", part, {**tensors, name: longer}
         if tensor.ndim == 2 and not name.endswith("ids"):
             yield f"{name} too wide", part, {**tensors, name: torch.cat([tensor, tensor], dim=1)}
         if name.endswith(".ids"):
@@ -622,7 +624,7 @@ def test_extending_a_config_leaves_the_original(base):
 
 
 def combining() -> list[Any]:
-    return [case for case in CASES if kind_of(case.values[0][0]).combines and case.values[0][1]["vocabulary"] == "none"]
+    return [case for case in CASES if kind_of(case.values[0][0]).combines]
 
 
 @pytest.mark.parametrize("case", combining())
@@ -635,7 +637,9 @@ def test_modules_that_combine_leave_one_another_as_they_are(base, case):
     together = both.logits(input_ids)
     assert not any(torch.allclose(together, logits) for logits in alone)
     assert both.digest not in [ModuleSet(base, [m]).digest for m in (one, two)]
-    torch.testing.assert_close(ModuleSet(base, [two, one]).logits(input_ids), together, rtol=1e-4, atol=1e-5)
+    assert torch.equal(ModuleSet(base, [two, one]).logits(input_ids), together)
+    assert ModuleSet(base, [two, one]).digest == both.digest
+    assert both.fork == min(m.fork for m in (one, two))
     # Each again without the other: the same bits.
     for module, logits in zip((one, two), alone, strict=True):
         assert torch.equal(ModuleSet(base, [module]).logits(input_ids), logits)
@@ -644,8 +648,35 @@ def test_modules_that_combine_leave_one_another_as_they_are(base, case):
     assert torch.equal(ModuleSet(base, [one, new]).logits(input_ids), alone[0])
 
 
-def test_only_one_of_several_can_have_rows():
+@torch.no_grad()
+def test_rows_of_several_are_added_up():
+    """For a token that two modules have rows for, both count; in the input, in the head, and in what is scored."""
+    base = base_of("gemma2")  # scales its embeddings and bounds its logits
+    settings = {"num_experts": 2, "vocabulary": "both"}
+    ids = [torch.arange(0, 200, 2), torch.arange(0, 300, 3)]
+    kind = kind_of("experts")
+    modules = [kind.create(base, kind.Config(**settings), own) for own in ids]
+    for seed, module in enumerate(modules):
+        perturb(module.rows, seed)  # rows alone: experts that have learned nothing add nothing
+    together = ModuleSet(base, modules)
+    model = make_base("gemma2").model
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
+    for module in modules:
+        model.model.embed_tokens.weight.index_add_(0, module.rows.input.ids, module.rows.input.rows)
+        model.lm_head.weight.index_add_(0, module.rows.head.ids, module.rows.head.rows)
+    input_ids = random_ids(2, 20)
+    wanted = model(input_ids).logits
+    torch.testing.assert_close(together.logits(input_ids), wanted, rtol=1e-4, atol=1e-5)
+    losses = passage_losses(together, input_ids.tolist())
+    labels = input_ids[:, 1:, None]
+    torch.testing.assert_close(losses.float(), -wanted[:, :-1].log_softmax(-1).gather(-1, labels).sum((1, 2)))
+
+
+def test_modules_that_do_not_combine_are_refused_by_name():
     base = base_of("llama")
-    case = ("experts", {"num_experts": 2, "vocabulary": "head"})
-    with pytest.raises(ConfigError, match="2 modules have vocabulary rows"):
-        ModuleSet(base, [make_module(base, case), make_module(base, case)])
+    blocks, experts = (make_module(base, case) for case in (CASES[0].values[0], combining()[0].values[0]))
+    blocks.identity, experts.identity = "law@1:abc", "tax@2:def"
+    with pytest.raises(ConfigError, match="law is of kind blocks, and such modules cannot be active together"):
+        ModuleSet(base, [experts, blocks])
+    with pytest.raises(ConfigError, match="tax is given twice"):
+        ModuleSet(base, [experts, experts])

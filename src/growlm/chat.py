@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from growlm.engine import AUTO, Engine, Generation, SamplingConfig
+from growlm.engine import AUTO, Engine, Generation, SamplingConfig, Wanted, select
 
 _STOP = "\nUser:"
 
@@ -14,22 +14,22 @@ _STOP = "\nUser:"
 class Chat:
     """Turns with one engine. Uses the tokenizer's chat template, or else plain `User:` and `Assistant:` lines."""
 
-    def __init__(self, engine: Engine, module: str | None = AUTO, **sampling: Any) -> None:
+    def __init__(self, engine: Engine, module: Wanted = AUTO, **sampling: Any) -> None:
         SamplingConfig(**sampling)  # says now what would fail every turn
         self._engine, self._sampling = engine, sampling
-        self._module: str | None = None
+        self._module: Wanted = None
         self.choose(module)
         self.messages: list[dict[str, str]] = []
 
-    def choose(self, module: str | None) -> None:
-        """Fixes the module for the turns to come; "auto" routes every turn.
+    def choose(self, module: Wanted) -> None:
+        """Fixes the module, or several, for the turns to come, as `Engine.generate` takes them; "auto" routes every
+        turn.
 
         Raises:
             UnknownModuleError: no such module.
+            ConfigError: modules that cannot be active together.
         """
-        if module not in (None, AUTO):
-            self._engine.store.module(str(module))
-        self._module = module
+        self._module = select(self._engine.store, module) or None
 
     def reset(self) -> None:
         self.messages = []

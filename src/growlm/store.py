@@ -162,6 +162,20 @@ class Store:
             raise StoreError(f'{path}: not a store (no store.json); make one with "growlm new {path} --base BASE"')
         return cls(path, read_manifest(path / "store.json", StoreManifest))
 
+    def beside(self, path: Path) -> Store:
+        """Makes an empty store for the same base in the same dtype, with the same kind of router.
+
+        Raises:
+            BaseModelError: the base is not there.
+        """
+        base = self.manifest.base
+        if (self.path / base).is_dir():
+            base = os.path.relpath(self.base_folder.resolve(), path.resolve())
+        manifest = self.manifest.model_copy(update={"created": now(), "base": base})
+        make_folders(path / "modules")
+        write_atomic(path / "store.json", manifest.model_dump_json(indent=2).encode())
+        return Store(path, manifest)
+
     # The modules
 
     @property

@@ -14,7 +14,7 @@ from growlm.cli.output import note, print_json, print_stream
 from growlm.errors import GrowlmError
 from growlm.units import format_size
 
-_CHAT_HELP = "/module NAME, /module base, /module auto, /new, /quit"
+_CHAT_HELP = "/module NAME (or several), /module base, /module auto, /new, /quit"
 
 
 @app.command()
@@ -44,7 +44,7 @@ def route(
 def generate(
     store: StorePath,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", show_default=False)],
-    module: ModuleChoice = "auto",
+    module: ModuleChoice = None,
     memory: Memory = None,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.0,
@@ -60,13 +60,15 @@ def generate(
     ] = 0,
     as_json: Json = False,
 ) -> None:
-    """Answer a prompt with the module that the router chooses, as it is written.
+    """Answer a prompt with the module that the router chooses, or with those that are named, as it is written.
 
     Examples:
 
         growlm generate brain "What does aspirin inhibit?" --memory 2GB
 
         growlm generate brain "Article 1." --module law --temperature 0.8 --top-p 0.95 --seed 7
+
+        growlm generate brain "Der Mieter" --module german --module law
 
         growlm generate brain "The patient sued the hospital because" --mix 2
     """
@@ -78,11 +80,12 @@ def generate(
         "seed": seed,
         "stop": tuple(stop or ()),
     }
+    wanted = _modules(module)
     with _engine(store, memory) as engine:
         if as_json:
-            answer = engine.generate(prompt, module=_module(module), mix=mix, reroute=reroute, **sampling)
+            answer = engine.generate(prompt, module=wanted, mix=mix, reroute=reroute, **sampling)
             return print_json(answer.to_json())
-        result = print_stream(engine.stream(prompt, module=_module(module), mix=mix, reroute=reroute, **sampling))
+        result = print_stream(engine.stream(prompt, module=wanted, mix=mix, reroute=reroute, **sampling))
     writers = result.module or "base"
     if result.mixture:
         writers = ", ".join(f"{name} {share:.0%}" for name, share in result.mixture.items())
@@ -98,7 +101,7 @@ def generate(
 @app.command()
 def chat(
     store: StorePath,
-    module: ModuleChoice = "auto",
+    module: ModuleChoice = None,
     memory: Memory = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.7,
@@ -114,7 +117,7 @@ def chat(
     from growlm.chat import Chat
 
     with _engine(store, memory) as engine:
-        talk = Chat(engine, _module(module), max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+        talk = Chat(engine, _modules(module), max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
         note(_CHAT_HELP)
         turn, failed = 0, False
         while True:
@@ -130,7 +133,7 @@ def chat(
                 if line == "/new":
                     talk.reset()
                 elif line.split()[:1] == ["/module"]:
-                    talk.choose(_module(line.removeprefix("/module").strip() or "auto"))
+                    talk.choose(_modules(line.split()[1:]))
                 elif line.startswith("/"):
                     note(_CHAT_HELP)
                 elif line:
@@ -153,5 +156,5 @@ def _engine(store: Path, memory: str | None) -> Any:
     return Engine(Store.open(store), memory=memory)
 
 
-def _module(name: str) -> str | None:
-    return None if name == "base" else name
+def _modules(names: list[str] | None) -> list[str | None] | str:
+    return [None if name == "base" else name for name in names] if names else "auto"

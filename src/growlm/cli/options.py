@@ -24,7 +24,14 @@ Memory = Annotated[
     str | None, typer.Option("--memory", metavar="SIZE", help="Budget for all weights in memory, e.g. 2GB.")
 ]
 ModuleChoice = Annotated[
-    str, typer.Option("--module", metavar="NAME", help="auto (the router chooses), base, or a module's name.")
+    list[str] | None,
+    typer.Option(
+        "--module",
+        metavar="NAME",
+        help="auto (the router chooses; the default), base, or a module's name; repeat it for modules of kind experts "
+        "that are active together.",
+        show_default=False,
+    ),
 ]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="The most tokens to write.")]
 TopP = Annotated[
@@ -32,17 +39,15 @@ TopP = Annotated[
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Of the draw.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
-DataPaths = Annotated[
-    list[str],
-    typer.Option(
-        "--data",
-        metavar="PATH...",
-        help="Files or folders of .txt, .md, .jsonl, .parquet or source code, or hub:owner/name; everything up to the "
-        "next option.",
-        show_default=False,
-    ),
-]
-
+_DATA = typer.Option(
+    "--data",
+    metavar="PATH...",
+    help="Files or folders of .txt, .md, .jsonl, .parquet or source code, or hub:owner/name; everything up to the "
+    "next option.",
+    show_default=False,
+)
+DataPaths = Annotated[list[str], _DATA]
+SomeDataPaths = Annotated[list[str] | None, _DATA]  # where a command can do without
 
 NamedData = Annotated[
     list[str],

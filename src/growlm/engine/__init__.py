@@ -1,6 +1,7 @@
 """Engine: serves prompts under a byte budget. See `engine.py`."""
 
-from growlm.engine.engine import AUTO, Engine, Generation
+from growlm.engine.engine import Engine, Generation
 from growlm.engine.sampling import SamplingConfig
+from growlm.engine.selection import AUTO, Wanted, select
 
-__all__ = ["AUTO", "Engine", "Generation", "SamplingConfig"]
+__all__ = ["AUTO", "Engine", "Generation", "SamplingConfig", "Wanted", "select"]

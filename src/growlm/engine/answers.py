@@ -15,13 +15,15 @@ class Generation:
 
     Attributes:
         text: the answer alone, without the prompt.
-        module: which module wrote it; None for the base.
+        module: which module wrote it; None for the base. Several that were active together are joined by "+".
         scores: the router's, best first; empty where the module was given.
         resident_bytes: weights in memory when it was written: base, router and modules.
         loaded: modules that were read from the disk for it.
         mixture: with `mix`, how much each module counted at the end; they sum to 1.
         changes: with `reroute`, every change of module: tokens written before it, and the module.
         tokens: ids of the answer.
+        modules: the modules that were active together, in the names' order: none for the base; with `mix` the heaviest,
+            with `reroute` the last.
         finish_reason: "stop" (an end of text or a stop text) or "length".
     """
 
@@ -35,6 +37,7 @@ class Generation:
     finish_reason: str
     mixture: dict[str, float] = field(default_factory=dict)
     changes: list[tuple[int, str | None]] = field(default_factory=list)
+    modules: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "tokens"}
@@ -62,10 +65,15 @@ class Answer:
     def text(self) -> str:
         return self._tokenizer.decode(self.tokens, skip_special_tokens=True)
 
-    def generation(self, config: SamplingConfig, **known: Any) -> Generation:
+    def generation(self, config: SamplingConfig, modules: list[str], **known: Any) -> Generation:
         full = len(self.tokens) == config.max_new_tokens and not self.stopped
         return Generation(
-            text=self._final_text(), tokens=self.tokens, finish_reason="length" if full else "stop", **known
+            text=self._final_text(),
+            module="+".join(modules) or None,
+            modules=modules,
+            tokens=self.tokens,
+            finish_reason="length" if full else "stop",
+            **known,
         )
 
     def _final_text(self) -> str:

@@ -22,14 +22,14 @@ from growlm.engine.mixing import decode_mixed
 from growlm.engine.module_cache import ModuleCache
 from growlm.engine.rerouting import decode_rerouted
 from growlm.engine.sampling import SamplingConfig
-from growlm.engine.scheduler import Wave, plan
+from growlm.engine.scheduler import Names, Wave, plan
+from growlm.engine.selection import AUTO, Wanted, require_one_way, select
 from growlm.errors import BudgetError, ConfigError, DataError, IntegrityError
 from growlm.modules import KnowledgeModule, ModuleSet
 from growlm.router import NONE, Route, load_router
 from growlm.store import MANIFEST, WEIGHTS, Store, StoredModule
 from growlm.units import format_size, parse_size
 
-AUTO = "auto"  # let the router choose
 Prompt = str | Sequence[int]  # text, or token ids as they are
 _OPEN = 0.1  # share of a mixture's prior that all modules in it have alike
 
@@ -112,7 +112,7 @@ class Engine:
         self,
         prompt: Prompt,
         *,
-        module: str | None = AUTO,
+        module: Wanted = AUTO,
         reuse: bool = False,
         mix: int = 1,
         reroute: int = 0,
@@ -121,7 +121,8 @@ class Engine:
         """Answers one prompt.
 
         Args:
-            module: a module's name, None for the base alone, or "auto" to let the router choose.
+            module: a module's name, or several names of modules that are active together; None for the base alone,
+                or "auto" to let the router choose. The order of several names does not matter.
             reuse: keep keys and values for a prompt that continues this one and its answer (a conversation). They serve
                 a prompt whose module is named; to choose one, the base must read the whole prompt.
             mix: let the best so many of the router's choices write together, weighted by how well each predicted the
@@ -131,9 +132,10 @@ class Engine:
 
         Raises:
             UnknownModuleError: no such module.
-            BudgetError: the module does not fit the budget.
+            BudgetError: the modules do not fit the budget together.
             DataError: an empty prompt.
-            ConfigError: `mix` of more modules than the router knows, or `mix`, `reroute` and `module` at odds.
+            ConfigError: modules that cannot be active together, `mix` of more modules than the router knows, or `mix`,
+                `reroute` and `module` at odds.
         """
         return self._answer_one(prompt, module, _sampling(sampling), None, reuse, mix, reroute)
 
@@ -141,7 +143,7 @@ class Engine:
         self,
         prompt: Prompt,
         *,
-        module: str | None = AUTO,
+        module: Wanted = AUTO,
         reuse: bool = False,
         mix: int = 1,
         reroute: int = 0,
@@ -177,25 +179,25 @@ class Engine:
             worker.join()
 
     def generate_many(
-        self, prompts: Sequence[Prompt], *, modules: Sequence[str | None] | str | None = AUTO, **sampling: Any
+        self, prompts: Sequence[Prompt], *, modules: Sequence[Wanted] | str | None = AUTO, **sampling: Any
     ) -> list[Generation]:
-        """Answers many prompts, grouped by module; the answers are in the prompts' order.
+        """Answers many prompts, grouped by modules; the answers are in the prompts' order.
 
         Args:
-            modules: one for all, or one a prompt; as `module` of `generate`.
+            modules: one for all, or a list with one entry a prompt; each as `module` of `generate`.
         """
         config = _sampling(sampling)
-        wanted = [modules] * len(prompts) if modules is None or isinstance(modules, str) else list(modules)
+        wanted = [modules for _ in prompts] if modules is None or isinstance(modules, str) else list(modules)
         if len(wanted) != len(prompts):
             raise ConfigError(f"{len(prompts)} prompts but {len(wanted)} modules; give one for all, or one a prompt")
         tokens = [self._encode(p, config) for p in prompts]
-        self._check_names(wanted)
+        choices = [select(self.store, w) for w in wanted]
         # Prompts of like length share a batch, so that little of it is padding.
         order = sorted(range(len(prompts)), key=lambda i: len(tokens[i]))
         by_index: dict[int, Generation] = {}
         for at in range(0, len(order), self.max_batch):
             chosen = order[at : at + self.max_batch]
-            results = self._answer_batch([tokens[i] for i in chosen], [wanted[i] for i in chosen], config, None)
+            results = self._answer_batch([tokens[i] for i in chosen], [choices[i] for i in chosen], config, None)
             by_index.update(zip(chosen, results, strict=True))
         return [by_index[i] for i in range(len(prompts))]
 
@@ -211,15 +213,18 @@ class Engine:
             assert state.last is not None
             return self._routes(state.last)[0]
 
-    def logits(self, input_ids: Tensor, module: str | None = None) -> Tensor:
-        """Logits (batch, tokens, vocab) of `input_ids` (batch, tokens); `module` None is the base.
+    def logits(self, input_ids: Tensor, module: Wanted = None) -> Tensor:
+        """Logits (batch, tokens, vocab) of `input_ids` (batch, tokens) under the modules that are named, as in
+        `generate`; None is the base.
 
         Raises:
             UnknownModuleError: no such module.
-            BudgetError: the module does not fit the budget.
+            BudgetError: the modules do not fit the budget together.
+            ConfigError: modules that cannot be active together, or none that is named.
         """
-        names = [] if module is None else [module]
-        self._check_names(names)
+        names = select(self.store, module)
+        if isinstance(names, str):
+            raise ConfigError("logits are of modules that are named; ask route() for the router's choice")
         with self._lock, self.modules.using(names) as held, torch.inference_mode():
             return ModuleSet(self.base, list(held.values())).logits(input_ids.to(self.base.device))
 
@@ -228,32 +233,21 @@ class Engine:
     def _answer_one(
         self,
         prompt: Prompt,
-        module: str | None,
+        module: Wanted,
         config: SamplingConfig,
         emit: Callable[[str], bool] | None,
         reuse: bool,
         mix: int = 1,
         reroute: int = 0,
     ) -> Generation:
-        self._check_several(module, mix, reroute)
+        require_one_way(module, mix, reroute, len(self.router.names))
         tokens = self._encode(prompt, config)
-        self._check_names([module])
+        choice = select(self.store, module)
         if mix > 1:
             return self._answer_mixed(tokens, config, emit, mix)
         if reroute:
             return self._answer_rerouted(tokens, config, emit, reroute)
-        return self._answer_batch([tokens], [module], config, emit, reuse)[0]
-
-    def _check_several(self, module: str | None, mix: int, reroute: int) -> None:
-        if mix < 1 or reroute < 0:
-            name, value, least = ("mix", mix, 1) if mix < 1 else ("reroute", reroute, 0)
-            raise ConfigError(f"{name} is {value}; it must be at least {least}")
-        if mix > 1 and mix > len(self.router.names):
-            raise ConfigError(f"--mix {mix}: the router knows {len(self.router.names)} modules; mix at most as many")
-        if (mix > 1 or reroute) and module != AUTO:
-            raise ConfigError(f"--mix and --reroute choose modules themselves; leave out --module {module}")
-        if mix > 1 and reroute:
-            raise ConfigError("--mix already follows the text; leave out --reroute")
+        return self._answer_batch([tokens], [choice], config, emit, reuse)[0]
 
     def _answer_mixed(
         self, tokens: Sequence[int], config: SamplingConfig, emit: Callable[[str], bool] | None, mix: int
@@ -278,7 +272,7 @@ class Engine:
         best = max(mixture, key=lambda name: mixture[name])
         return answer.generation(
             config,
-            module=None if best == NONE else best,
+            modules=[] if best == NONE else [best],
             scores=route.scores,
             resident_bytes=resident,
             loaded=[name for name in named if name not in before],
@@ -314,7 +308,7 @@ class Engine:
         used = [name for name in dict.fromkeys(name for _, name in changes) if name is not None]
         return answer.generation(
             config,
-            module=changes[-1][1],
+            modules=[changes[-1][1]] if changes[-1][1] is not None else [],
             scores=first.scores,
             resident_bytes=max(resident),
             loaded=[name for name in used if name not in before],
@@ -325,7 +319,7 @@ class Engine:
     def _answer_batch(
         self,
         texts: Sequence[Sequence[int]],
-        wanted: Sequence[str | None],
+        wanted: Sequence[Names | str],
         config: SamplingConfig,
         emit: Callable[[str], bool] | None,
         reuse: bool = False,
@@ -333,29 +327,34 @@ class Engine:
         with self._lock:
             # A module that was asked for by name is read while the base runs.
             before = set(self.modules.resident)
-            for name in dict.fromkeys(wanted):
-                if name is not None and name != AUTO:
-                    self.modules.check_fits([name])
-                    self.modules.prefetch(name, keep=[n for n in wanted if n is not None])
+            named = [names for names in dict.fromkeys(wanted) if not isinstance(names, str)]
+            for names in named:
+                self.modules.check_fits(names)
+            asked = [name for names in named for name in names]
+            for name in dict.fromkeys(asked):
+                self.modules.prefetch(name, keep=asked)
             state, routes = self._prefill(texts, wanted, reuse)
-            names = [route.module if name == AUTO else name for name, route in zip(wanted, routes, strict=True)]
+            chosen = [
+                names if not isinstance(names, str) else () if route.module is None else (route.module,)
+                for names, route in zip(wanted, routes, strict=True)
+            ]
             answers = [Answer(self.tokenizer, config.stop, emit) for _ in texts]
             results: list[Generation | None] = [None] * len(texts)
             budget = None if self.memory is None else self.memory - self.fixed_bytes
-            for name in set(names) - {None}:
-                self.modules.check_fits([str(name)])
-            waves = plan(names, budget=budget, size=self._size, resident=self.modules.resident)
+            for names in set(chosen):
+                self.modules.check_fits(names)
+            waves = plan(chosen, budget=budget, size=self._size, resident=self.modules.resident)
             for number, wave in enumerate(waves):
                 following = waves[number + 1].names if number + 1 < len(waves) else []
                 resident = self._run_wave(state, wave, following, config, answers, texts, reuse)
-                for name, rows in wave.groups.items():
+                for names, rows in wave.groups.items():
                     for row in rows:
                         results[row] = answers[row].generation(
                             config,
-                            module=name,
+                            modules=list(names),
                             scores=routes[row].scores,
                             resident_bytes=resident,
-                            loaded=[name] if name is not None and name not in before else [],
+                            loaded=[name for name in names if name not in before],
                             prompt_tokens=len(texts[row]),
                         )
             return [r for r in results if r is not None]
@@ -375,11 +374,11 @@ class Engine:
         All references to the wave's modules end with this call: what the cache evicts is gone.
         """
         with self.modules.using(wave.names) as held:
-            if following:
-                self.modules.prefetch(following[0])
+            if new := [name for name in following if name not in held]:
+                self.modules.prefetch(new[0], keep=following)
             groups = [
-                Group(ModuleSet(self.base, [] if name is None else [held[name]]), list(rows))
-                for name, rows in wave.groups.items()
+                Group(ModuleSet(self.base, [held[name] for name in names]), list(rows))
+                for names, rows in wave.groups.items()
             ]
             forks = {g.modules.fork for g in groups} - {0}
             if not forks <= state.hidden.keys():  # a module was updated meanwhile and branches off elsewhere
@@ -392,22 +391,23 @@ class Engine:
             return self.resident_bytes
 
     def _prefill(
-        self, texts: Sequence[Sequence[int]], wanted: Sequence[str | None], reuse: bool
+        self, texts: Sequence[Sequence[int]], wanted: Sequence[Names | str], reuse: bool
     ) -> tuple[Prefilled, list[Route]]:
         """Runs the base over the prompts, as far as any of them needs, and routes those that want it."""
         unrouted = [Route(None, {})] * len(texts)
-        forks = {self._fork(name) for name in wanted if name != AUTO}
-        if AUTO not in wanted:
-            prefix = self._prefixes.take(self._digest(wanted[0]), texts[0]) if reuse else None
+        named = [names for names in wanted if not isinstance(names, str)]
+        forks = {self._fork(names) for names in named}
+        if len(named) == len(wanted):
+            prefix = self._prefixes.take(self._digest(named[0]), texts[0]) if reuse else None
             if prefix is None:
-                return prefill(self.base, texts, forks, whole=None in wanted), unrouted
+                return prefill(self.base, texts, forks, whole=() in named), unrouted
             new = [texts[0][len(prefix.tokens) :]]
-            state = prefill(self.base, new, forks, whole=wanted[0] is None, past=len(prefix.tokens), cache=prefix.cache)
+            state = prefill(self.base, new, forks, whole=not named[0], past=len(prefix.tokens), cache=prefix.cache)
             return state, unrouted
         state = prefill(self.base, texts, forks | set(self.router.forks.values()))
         assert state.last is not None
         routes = self._routes(state.last, state.visible)
-        return state, [r if name == AUTO else Route(None, {}) for name, r in zip(wanted, routes, strict=True)]
+        return state, [r if names == AUTO else Route(None, {}) for names, r in zip(wanted, routes, strict=True)]
 
     def _routes(self, hidden: Tensor, visible: Tensor | None = None) -> list[Route]:
         """The router's answers, among modules that the store still holds: some may go while this engine runs."""
@@ -419,14 +419,12 @@ class Engine:
                 return routes
             self.router = self.router.without(gone)
 
-    def _digest(self, name: str | None) -> str:
-        if name is None:
-            return ModuleSet(self.base).digest
-        with self.modules.using([name]) as held:
-            return ModuleSet(self.base, [held[name]]).digest
+    def _digest(self, names: Names) -> str:
+        with self.modules.using(names) as held:
+            return ModuleSet(self.base, list(held.values())).digest
 
-    def _fork(self, name: str | None) -> int:
-        return self.base.num_layers if name is None else self.store.module(name).manifest.fork
+    def _fork(self, names: Names) -> int:
+        return min((self.store.module(name).manifest.fork for name in names), default=self.base.num_layers)
 
     def _size(self, name: str) -> int:
         return self.store.module(name).bytes
@@ -472,11 +470,6 @@ class Engine:
             )
         return tokens
 
-    def _check_names(self, names: Sequence[str | None]) -> None:
-        for name in dict.fromkeys(names):
-            if name is not None and name != AUTO:
-                self.store.module(name)
-
     def _check_budget(self, base_bytes: int) -> None:
         needed = base_bytes + self.router.num_bytes()
         if self.memory is not None and needed > self.memory:
@@ -502,6 +495,3 @@ def _end_tokens(base: Any, tokenizer: Any) -> set[int]:
         value = getattr(holder, "eos_token_id", None)
         ends |= set(value) if isinstance(value, list | tuple) else {value}
     return {e for e in ends if e is not None}
-
-
-__all__ = ["AUTO", "NONE", "Engine", "Generation"]

@@ -76,9 +76,10 @@ class ModuleCache:
         sizes = {n: self._find(n)[0] for n in names}
         if sum(sizes.values()) > self._budget:
             listed = ", ".join(f"{n} {format_size(b)}" for n, b in sizes.items())
+            what = "does not fit" if len(sizes) == 1 else "do not fit together"
             raise BudgetError(
-                f"{listed} {'does' if len(sizes) == 1 else 'do'} not fit: {format_size(self._budget)} are left for "
-                f"modules{self._reserved}; raise --memory by at least {format_size(sum(sizes.values()) - self._budget)}"
+                f"{listed} {what}: {format_size(self._budget)} are left for modules{self._reserved}; raise --memory by "
+                f"at least {format_size(sum(sizes.values()) - self._budget)}"
             )
 
     def acquire(self, names: Sequence[str]) -> tuple[dict[str, KnowledgeModule], list[str]]:

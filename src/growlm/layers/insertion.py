@@ -65,7 +65,12 @@ class _Union(nn.Module):
     @property
     def num_experts(self) -> int:
         """Old and open new ones."""
-        return self._frozen[0].router.num_experts + sum(len(part.embeddings) for part in self._open())
+        return self._frozen[0].router.num_experts + self.num_new
+
+    @property
+    def num_new(self) -> int:
+        """Open new ones; they come last."""
+        return sum(len(part.embeddings) for part in self._open())
 
     def router(self, tokens: Tensor) -> Routing:
         """Routes tokens (n, d) among all experts that are open; old ones come first."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import itertools
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -23,9 +24,15 @@ from growlm.modules.anatomy import anatomy_of
 from growlm.modules.base import Base, Step, tensor_bytes
 from growlm.modules.vocabulary import VocabularyRows
 
-__all__ = ["KINDS", "KnowledgeModule", "ModuleConfig", "ModuleSet", "attach", "attached", "detach", "kind_of"]
+__all__ = [
+    "KINDS", "KnowledgeModule", "ModuleConfig", "ModuleSet", "attach", "attached", "check_together", "detach",
+    "kind_of",
+]  # fmt: skip
 
 KINDS = {"blocks": "growlm.modules.blocks:Blocks", "experts": "growlm.modules.experts:Experts"}
+
+
+_made = itertools.count()  # modules in the order in which this process made them
 
 
 class ModuleConfig(BaseModel):
@@ -42,7 +49,8 @@ class KnowledgeModule(nn.Module, ABC):
         fork: first base layer whose output it changes; `num_layers` of the base if none.
         rows: its vocabulary rows.
         shape: family, layers, width and vocabulary of the base that it was made for.
-        identity: tells it from every other module and version; part of the key of its key-value caches.
+        identity: tells it from every other module and version; part of the key of its key-value caches. Modules that
+            are active together run in its order.
     """
 
     kind: ClassVar[str]
@@ -59,7 +67,7 @@ class KnowledgeModule(nn.Module, ABC):
     def __init__(self, base: Base) -> None:
         super().__init__()
         self.shape = base_shape(base)
-        self.identity = f"unsaved-{uuid.uuid4().hex}"
+        self.identity = f"unsaved-{next(_made):09}-{uuid.uuid4().hex}"
 
     @classmethod
     @abstractmethod
@@ -118,23 +126,46 @@ def kind_of(name: str) -> type[KnowledgeModule]:
     return getattr(importlib.import_module(home), cls)
 
 
+def check_together(named: Sequence[tuple[str, type[KnowledgeModule]]]) -> None:
+    """Checks that modules, by what to call them and their class, can be active in one request.
+
+    Raises:
+        ConfigError: one of several is of a kind that runs alone, or two are of different kinds.
+    """
+    if len(named) < 2:
+        return
+    combining = " or ".join(kind for kind in KINDS if kind_of(kind).combines)
+    first, kind = named[0]
+    for name, other in named:
+        if not other.combines:
+            raise ConfigError(
+                f"{name} is of kind {other.kind}, and such modules cannot be active together with others; name one "
+                f"module alone, or learn them with --kind {combining}"
+            )
+        if other is not kind:
+            raise ConfigError(
+                f"{first} is of kind {kind.kind} and {name} of kind {other.kind}: modules of different kinds cannot be "
+                "active together; leave out one of them"
+            )
+
+
 class ModuleSet:
     """The modules active for a request (none: the base itself), as the layers and projections to run.
 
+    Several run in the order of their identities, whatever order they are given in: sums of floating-point numbers
+    depend on it, and the digest says nothing of an order. What their vocabulary rows add is added up.
+
     Raises:
-        ConfigError: modules that cannot be active together.
+        ConfigError: modules that cannot be active together, or one that is given twice.
+        BaseModelError: a module that was made for a base of another shape.
     """
 
     def __init__(self, base: Base, modules: Sequence[KnowledgeModule] = ()) -> None:
-        rowed = [m for m in modules if m.rows.head is not None or m.rows.input is not None]
-        if len(modules) > 1 and not (all(m.combines for m in modules) and len({m.kind for m in modules}) == 1):
-            kinds = ", ".join(m.kind for m in modules)
-            raise ConfigError(f"modules of kinds {kinds} cannot be active together; choose one")
-        if len(rowed) > 1:
-            raise ConfigError(
-                f"{len(rowed)} modules have vocabulary rows of their own, and at most one of several that are active "
-                "together can; learn them with --vocabulary none"
-            )
+        modules = sorted(modules, key=lambda m: m.identity)
+        check_together([(_called(m), type(m)) for m in modules])
+        for one, next_one in itertools.pairwise(modules):
+            if one.identity == next_one.identity:
+                raise ConfigError(f"{_called(one)} is given twice; give it once")
         for module in modules:
             if module.shape != base_shape(base):
                 raise BaseModelError(f"a module made for a base of shape {module.shape} cannot run on {base.where}")
@@ -145,9 +176,9 @@ class ModuleSet:
         for module in modules:
             steps = module.extend(steps)
         self.steps = steps
-        self.rows = rowed[0].rows if rowed else VocabularyRows()
+        self.rows = VocabularyRows.joined([m.rows for m in modules])
         self.cache_slots = max((m.cache_slots(base) for m in modules), default=base.num_layers)
-        names = "\n".join(sorted(m.identity for m in modules))
+        names = "\n".join(m.identity for m in modules)
         self.digest = hashlib.sha256(names.encode()).hexdigest() if modules else "base"
 
     def embed(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
@@ -166,6 +197,11 @@ class ModuleSet:
     def logits(self, input_ids: Tensor, *, visible: Tensor | None = None) -> Tensor:
         """Logits (b, t, v) of `input_ids` (b, t), without a cache."""
         return self.project(self.hidden(input_ids, visible=visible))
+
+
+def _called(module: KnowledgeModule) -> str:
+    name, at, _ = module.identity.partition("@")
+    return name if at else "a module"
 
 
 class _HeadWithRows(nn.Module):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field
@@ -23,13 +23,17 @@ from growlm.modules import KnowledgeModule, ModuleConfig, assign
 from growlm.modules.base import Base, Step
 from growlm.modules.vocabulary import VocabularyRows
 
+_Number = Annotated[int, Field(ge=1, le=65_536)]
+_NumberOrNone = Annotated[int, Field(ge=0, le=65_536)]
+
 
 class ExpertsConfig(ModuleConfig):
     """Shape of an `experts` module.
 
     Attributes:
-        num_experts: new feed-forward experts of every layer.
-        num_attention_experts: new attention experts of every layer whose attention has experts.
+        num_experts: new feed-forward experts of every layer, or a list with one number for each layer from
+            `first_layer` on: pruning leaves layers with different numbers.
+        num_attention_experts: new attention experts of every layer whose attention has experts, or such a list.
         num_experts_per_tok: experts that a token uses where they stand beside a dense feed-forward; a layer that has
             experts keeps its own number.
         expert_size: hidden units of an expert beside a dense feed-forward; by default half the model's width.
@@ -37,13 +41,37 @@ class ExpertsConfig(ModuleConfig):
         first_layer: layers of the base from this one on get experts; those before are shared with other modules.
     """
 
-    num_experts: int = Field(default=4, ge=1, le=65_536)
-    num_attention_experts: int = Field(default=2, ge=0, le=65_536)
+    num_experts: _Number | tuple[_Number, ...] = 4
+    num_attention_experts: _NumberOrNone | tuple[_NumberOrNone, ...] = 2
     num_experts_per_tok: int = Field(default=2, ge=1)
     expert_size: int | None = Field(default=None, ge=1)
     router_size: int = Field(default=64, ge=1)
     first_layer: int = Field(default=0, ge=0)
     vocabulary: Literal["none", "head", "both"] = "head"
+
+    def experts_of(self, index: int) -> int:
+        """Feed-forward experts of the layer `index` after `first_layer`."""
+        return self.num_experts if isinstance(self.num_experts, int) else self.num_experts[index]
+
+    def attention_experts_of(self, index: int) -> int:
+        many = self.num_attention_experts
+        return many if isinstance(many, int) else many[index]
+
+    def check(self, depth: int, where: str) -> None:
+        """Checks it against a base of `depth` layers.
+
+        Raises:
+            ConfigError: layers that the base does not have, or lists of another length.
+        """
+        if self.first_layer >= depth:
+            raise ConfigError(f"first_layer is {self.first_layer}; {where} has {depth} layers, so at most {depth - 1}")
+        for name in ("num_experts", "num_attention_experts"):
+            numbers = getattr(self, name)
+            if isinstance(numbers, tuple) and len(numbers) != depth - self.first_layer:
+                raise ConfigError(
+                    f"{name} lists {len(numbers)} layers; {where} has {depth - self.first_layer} from layer "
+                    f"{self.first_layer} on"
+                )
 
 
 class _LayerExperts(nn.Module):
@@ -66,17 +94,15 @@ class Experts(KnowledgeModule):
 
     def __init__(self, base: Base, config: ExpertsConfig, rows: VocabularyRows) -> None:
         super().__init__(base)
-        if config.first_layer >= base.num_layers:
-            raise ConfigError(
-                f"first_layer is {config.first_layer}; {base.where} has {base.num_layers} layers, so at most "
-                f"{base.num_layers - 1}"
-            )
+        config.check(base.num_layers, base.where)
         self.config = config
         self.rows = rows
         # Own input rows change the input of layer 0.
         self.fork = 0 if rows.input is not None else config.first_layer
         self._anatomy = base.anatomy
-        self.layers = nn.ModuleList(_new(layer, base, config) for layer in base.layers[config.first_layer :])
+        self.layers = nn.ModuleList(
+            _new(layer, base, config, index) for index, layer in enumerate(base.layers[config.first_layer :])
+        )
 
     @classmethod
     def create(cls, base: Base, config: ExpertsConfig, row_ids: Tensor | None = None) -> Self:
@@ -95,8 +121,13 @@ class Experts(KnowledgeModule):
         held = "both" if rows.input is not None else "none" if rows.head is None else "head"
         if held not in ("none", config.vocabulary):
             raise IntegrityError(f"{where}: has rows of {held!r}, its config says {config.vocabulary!r}")
-        with torch.device("meta"):
-            module = cls(base, config, rows)
+        try:
+            with torch.device("meta"):
+                module = cls(base, config, rows)
+        except ConfigError as error:
+            raise IntegrityError(
+                f"{where}: its config does not fit the base: {error}; learn the module again"
+            ) from None
         assign(module, tensors, where)
         return module.eval()
 
@@ -131,29 +162,29 @@ class Experts(KnowledgeModule):
         return copy.deepcopy(config)
 
 
-def _new(layer: nn.Module, base: Base, config: ExpertsConfig) -> _LayerExperts:
+def _new(layer: nn.Module, base: Base, config: ExpertsConfig, index: int) -> _LayerExperts:
+    num_experts, num_attention_experts = config.experts_of(index), config.attention_experts_of(index)
     feed_forward = getattr(layer, base.anatomy.feed_forward)
     inner = getattr(feed_forward, "experts", None)
     made: SparseFeedForward | NewExperts
     if isinstance(inner, SparseFeedForward):
-        made = NewExperts(inner.router, inner.up, inner.down, config.num_experts)
+        made = NewExperts(inner.router, inner.up, inner.down, num_experts)
     else:
-        if config.num_experts_per_tok > config.num_experts:
+        if config.num_experts_per_tok > num_experts:
             raise ConfigError(
-                f"num_experts_per_tok is {config.num_experts_per_tok}; it must be at most num_experts, "
-                f"{config.num_experts}"
+                f"num_experts_per_tok is {config.num_experts_per_tok}; it must be at most num_experts, {num_experts}"
             )
         made = SparseFeedForward(
             base.hidden_size,
             config.expert_size or max(base.hidden_size // 2, 1),
-            config.num_experts,
+            num_experts,
             config.num_experts_per_tok,
             size=config.router_size,
         )
     attention = None
     old = getattr(getattr(layer, base.anatomy.attention), "experts", None)
-    if isinstance(old, AttentionExperts) and config.num_attention_experts:
-        attention = NewExperts(old.router, old.query, old.output, config.num_attention_experts)
+    if isinstance(old, AttentionExperts) and num_attention_experts:
+        attention = NewExperts(old.router, old.query, old.output, num_attention_experts)
     return _LayerExperts(made, attention)
 
 

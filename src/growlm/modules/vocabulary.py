@@ -1,11 +1,15 @@
 """Vocabulary rows: a module's own rows of the output head and of the input embedding, for a chosen set of tokens.
 
 A row is held as its difference from the base's row. A difference of zero leaves the base's logits and embeddings
-bit-equal, whatever the matrix library does with shapes, and it keeps its precision in bfloat16.
+bit-equal, whatever the matrix library does with shapes, and it keeps its precision in bfloat16. Of several modules that
+are active together each adds its differences: where two have rows for a token, both count.
 Knows the base's head and embedding, nothing of layers.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,10 +68,57 @@ class InputRows(nn.Module):
         return _merge(weight, self.ids, self.rows)
 
 
+class JoinedHeadRows(nn.Module):
+    """The head's rows of several modules. None is copied: what is in memory stays what the modules take."""
+
+    def __init__(self, parts: Sequence[HeadRows]) -> None:
+        super().__init__()
+        self.parts = tuple(parts)
+
+    @property
+    def ids(self) -> Tensor:
+        """(r,) tokens that any of them has a row for, ascending."""
+        return torch.cat([part.ids for part in self.parts]).unique()
+
+    @property
+    def rows(self) -> Tensor:
+        """(r, d) the sums of their differences, made anew every time."""
+        ids, first = self.ids, self.parts[0].rows
+        total = first.new_zeros(len(ids), first.shape[1])
+        for part in self.parts:
+            total = total.index_add(0, torch.searchsorted(ids, part.ids), part.rows)
+        return total
+
+    def add_to(self, logits: Tensor, hidden: Tensor) -> Tensor:
+        for part in self.parts:
+            logits = part.add_to(logits, hidden)
+        return logits
+
+    def merged(self, weight: Tensor) -> Tensor:
+        return _merge(weight, self.ids, self.rows)
+
+
+class JoinedInputRows(nn.Module):
+    """The input embedding's rows of several modules."""
+
+    def __init__(self, parts: Sequence[InputRows]) -> None:
+        super().__init__()
+        self.parts = tuple(parts)
+
+    def add_to(self, hidden: Tensor, input_ids: Tensor, scale: float) -> Tensor:
+        for part in self.parts:
+            hidden = part.add_to(hidden, input_ids, scale)
+        return hidden
+
+
 class VocabularyRows(nn.Module):
     """The rows that a module carries: of the head, of the input, of both or of neither."""
 
-    def __init__(self, head: HeadRows | None = None, input: HeadRows | InputRows | None = None) -> None:
+    def __init__(
+        self,
+        head: HeadRows | JoinedHeadRows | None = None,
+        input: InputRows | JoinedInputRows | None = None,
+    ) -> None:
         super().__init__()
         self.head = head
         self.input = input
@@ -86,13 +137,23 @@ class VocabularyRows(nn.Module):
         return cls(HeadRows(ids, zeros()), own_input)
 
     @classmethod
+    def joined(cls, several: Sequence[VocabularyRows]) -> VocabularyRows:
+        """What modules with these rows have when they are active together, added in this order."""
+        heads = [rows.head for rows in several if isinstance(rows.head, HeadRows)]
+        inputs = [rows.input for rows in several if isinstance(rows.input, InputRows)]
+        return cls(
+            JoinedHeadRows(heads) if len(heads) > 1 else next(iter(heads), None),
+            JoinedInputRows(inputs) if len(inputs) > 1 else next(iter(inputs), None),
+        )
+
+    @classmethod
     def restore(cls, tensors: dict[str, Tensor], base: Base, where: str) -> VocabularyRows:
         """Rows from saved tensors, named as `state_dict` names them; takes its own out of `tensors`.
 
         Raises:
             IntegrityError: tensors that do not fit the base or one another.
         """
-        parts: dict[str, HeadRows | InputRows | None] = {"head": None, "input": None}
+        parts: dict[str, Any] = {"head": None, "input": None}
         for name, kind in (("head", HeadRows), ("input", InputRows)):
             ids, rows = tensors.pop(f"{name}.ids", None), tensors.pop(f"{name}.rows", None)
             if ids is None and rows is None:
@@ -106,12 +167,11 @@ class VocabularyRows(nn.Module):
             ):
                 raise IntegrityError(f"{where}: its {name} rows do not fit the base; learn the module again")
             parts[name] = kind(ids, rows)
-        return cls(**parts)  # type: ignore[arg-type]
+        return cls(**parts)
 
     def embed(self, base: Base, hidden: Tensor, input_ids: Tensor) -> Tensor:
         if self.input is None:
             return hidden
-        assert isinstance(self.input, InputRows)
         return self.input.add_to(hidden, input_ids, base.embedding_scale)
 
     def logits(self, base: Base, hidden: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Pruning: a growlm model without the experts that a domain does not use (ModuleFormer, section 5.3 and appendix D.2).
 
-The result is a smaller ordinary checkpoint. Dropping whole layers is here as the baseline of the paper.
+The result is a smaller ordinary checkpoint. Dropping whole layers is here as the baseline of the paper. Modules of a
+store are pruned in `module_pruning.py`.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from growlm.model.modeling import GrowlmForCausalLM
 from growlm.modules import ModuleSet
 from growlm.modules.base import Base, tensor_bytes
 from growlm.modules.checkpoint import load_model, load_tokenizer, resolve, save_model, stored_dtype
+from growlm.surgery.choosing import Candidates, check_share, choose
 from growlm.surgery.usage import Place, Usage, count_usage
 
-NORMALISATIONS = ("max", "sum")
+LAYER_ORDERS = ("top", "uniform")
 _MAPS = {"attention": ("self_attn.experts", "query", "output"), "feed_forward": ("mlp.experts", "up", "down")}
 
 
@@ -57,10 +59,7 @@ def prune(
     """
     out = Path(out).expanduser()
     refuse_existing(out)
-    if normalise not in NORMALISATIONS:
-        raise ConfigError(f"normalise is {normalise!r}, expected {' or '.join(NORMALISATIONS)}")
-    if not 0 < keep <= 1:
-        raise ConfigError(f"keep is {keep}; it is a share of all parameters, above 0 and at most 1")
+    check_share(keep, normalise)
     folder = resolve(source)
     model = load_growlm(folder)
     tokenizer = load_tokenizer(folder)
@@ -70,17 +69,40 @@ def prune(
     )
     kept = choose_experts(model, usage, "text", keep=keep, normalise=normalise)
     smaller = without_experts(model, usage.places, kept)
+    experts = [{"place": p.name, "kept": k, "of": p.num_experts} for p, k in zip(usage.places, kept, strict=True)]
+    return {**_written(model, smaller, tokenizer, out), "experts": experts}
+
+
+def prune_layers(source: str | Path, out: str | Path, *, keep: float, order: str) -> dict[str, Any]:
+    """Writes a growlm model without some of its layers, and returns which were kept: the baseline, no text is read.
+
+    Args:
+        source: folder of a growlm model, or a hub id.
+        keep: share of the layers that stays.
+        order: as `drop_layers`.
+
+    Raises:
+        BaseModelError: not a growlm model.
+        ConfigError: no layer would be left.
+        StoreError: `out` exists and is not empty, or the disk is full.
+    """
+    out = Path(out).expanduser()
+    refuse_existing(out)
+    folder = resolve(source)
+    model = load_growlm(folder)
+    tokenizer = load_tokenizer(folder)
+    smaller = drop_layers(model, keep, order)
+    depth = model.config.num_hidden_layers
+    layers = {"kept": layers_kept(depth, keep, order), "of": depth}
+    return {**_written(model, smaller, tokenizer, out), "layers": layers}
+
+
+def _written(model: GrowlmForCausalLM, smaller: GrowlmForCausalLM, tokenizer: Any, out: Path) -> dict[str, Any]:
     with checkpoint_folder(out, tensor_bytes(smaller.parameters())) as work:
         save_model(smaller, work)
         tokenizer.save_pretrained(work)
     before, after = model.num_parameters(), smaller.num_parameters()
-    return {
-        "path": str(out),
-        "parameters_before": before,
-        "parameters": after,
-        "kept": after / before,
-        "experts": [{"place": p.name, "kept": k, "of": p.num_experts} for p, k in zip(usage.places, kept, strict=True)],
-    }
+    return {"path": str(out), "parameters_before": before, "parameters": after, "kept": after / before}
 
 
 def load_growlm(folder: Path) -> GrowlmForCausalLM:
@@ -91,7 +113,7 @@ def load_growlm(folder: Path) -> GrowlmForCausalLM:
     model = load_model(folder, stored_dtype(folder))
     if not isinstance(model, GrowlmForCausalLM):
         raise BaseModelError(
-            f"{folder}: is of the family {model.config.model_type!r}; only growlm models have experts to prune"
+            f"{folder}: is of the family {model.config.model_type!r}; only growlm models can be pruned"
         )
     return model
 
@@ -104,30 +126,11 @@ def choose_experts(
     Raises:
         ConfigError: fewer parameters than every layer needs.
     """
-    least = [_top_k(model.config, place) for place in usage.places]
-    sizes = [_expert_size(model, place) for place in usage.places]
-    total = model.num_parameters()
-    ranked: list[tuple[float, int, int]] = []
-    kept: list[set[int]] = []
-    for index in range(len(usage.places)):
-        counts = usage.counts[domain][index].double()
-        scores = counts / (counts.max() if normalise == "max" else counts.sum()).clamp_min(1)
-        order = scores.argsort(descending=True, stable=True).tolist()
-        kept.append(set(order[: least[index]]))
-        ranked += [(float(scores[e]), index, e) for e in order[least[index] :]]
-    left = total - sum(size * p.num_experts for size, p in zip(sizes, usage.places, strict=True))
-    left += sum(size * len(k) for size, k in zip(sizes, kept, strict=True))
-    if left > keep * total:
-        raise ConfigError(
-            f"keep is {keep}; with as many experts in every layer as a token uses, {left / total:.2f} of the "
-            "parameters stay; give at least that"
-        )
-    for _, index, expert in sorted(ranked, key=lambda r: (-r[0], r[1], r[2])):
-        if left + sizes[index] > keep * total:
-            break
-        kept[index].add(expert)
-        left += sizes[index]
-    return [sorted(k) for k in kept]
+    routers = [
+        Candidates(counts, 0, _expert_size(model, place), _top_k(model.config, place))
+        for place, counts in zip(usage.places, usage.counts[domain], strict=True)
+    ]
+    return choose(routers, total=model.num_parameters(), keep=keep, normalise=normalise)
 
 
 def without_experts(
@@ -157,17 +160,9 @@ def drop_layers(model: GrowlmForCausalLM, keep: float, order: str) -> GrowlmForC
     Raises:
         ConfigError: no layer would be left.
     """
-    depth = model.config.num_hidden_layers
-    number = round(keep * depth)
-    if number < 1:
-        raise ConfigError(f"keep is {keep} of {depth} layers, which leaves none")
-    if order not in ("top", "uniform"):
-        raise ConfigError(f"order {order!r} is not one of top, uniform")
-    chosen = (
-        list(range(number)) if order == "top" else [round(i * (depth - 1) / max(number - 1, 1)) for i in range(number)]
-    )
+    chosen = layers_kept(model.config.num_hidden_layers, keep, order)
     config = copy.deepcopy(model.config)
-    config.num_hidden_layers = number
+    config.num_hidden_layers = len(chosen)
     for name in ("attention", "feed_forward", "num_experts", "num_attention_experts"):
         if isinstance(setting := getattr(config, name), list):
             setattr(config, name, [setting[i] for i in chosen])
@@ -179,6 +174,20 @@ def drop_layers(model: GrowlmForCausalLM, keep: float, order: str) -> GrowlmForC
         elif int(found[1]) in chosen:
             tensors[f"model.layers.{chosen.index(int(found[1]))}.{found[2]}"] = tensor
     return _made(config, tensors, model)
+
+
+def layers_kept(depth: int, keep: float, order: str) -> list[int]:
+    """Of `depth` layers those that `drop_layers` keeps."""
+    if order not in LAYER_ORDERS:
+        raise ConfigError(f"order {order!r} is not one of {', '.join(LAYER_ORDERS)}")
+    if not 0 < keep <= 1:
+        raise ConfigError(f"keep is {keep}; it is a share of the layers, above 0 and at most 1")
+    number = round(keep * depth)
+    if number < 1:
+        raise ConfigError(f"keep is {keep} of {depth} layers, which leaves none")
+    if order == "top":
+        return list(range(number))
+    return [round(i * (depth - 1) / max(number - 1, 1)) for i in range(number)]
 
 
 def _made(config: GrowlmConfig, tensors: Mapping[str, Tensor], model: GrowlmForCausalLM) -> GrowlmForCausalLM:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from growlm import data as text_data
 from growlm.errors import ConfigError, DataError
@@ -34,6 +34,7 @@ class Place:
     layer: int
     part: str  # "attention" or "feed_forward"
     num_experts: int
+    new: int = 0  # of these the last so many, which modules brought
 
     @property
     def name(self) -> str:
@@ -47,6 +48,7 @@ class Usage:
     places: list[Place]
     counts: dict[str, list[Tensor]]
     tokens: dict[str, int]
+    sources: dict[str, list[text_data.Source]] = field(default_factory=dict)
 
     def share(self, domain: str, place: int) -> Tensor:
         """Of a domain's choices at a place, the share of every expert, (num_experts,); they sum to one."""
@@ -73,6 +75,9 @@ class Usage:
                 top = ", ".join(f"{e} {float(share[e]):.0%}" for e in share.argsort(descending=True)[:4].tolist())
                 idle = int((share == 0).sum())
                 unused = f"; {idle} never chosen" if idle else ""
+                if 0 < place.new < place.num_experts:
+                    first = place.num_experts - place.new
+                    unused += f"; new from {first} on: {float(share[first:].sum()):.0%}"
                 found.append(f"  {place.name:<22} unevenness {_unevenness(share):.3f}  most used: {top}{unused}")
         pairs = list(permutations(self.counts, 2))
         if pairs:
@@ -82,7 +87,7 @@ class Usage:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "places": [{"layer": p.layer, "part": p.part, "experts": p.num_experts} for p in self.places],
+            "places": [{"layer": p.layer, "part": p.part, "experts": p.num_experts, "new": p.new} for p in self.places],
             "tokens": self.tokens,
             "counts": {name: [c.tolist() for c in found] for name, found in self.counts.items()},
             "divergence": {f"{a} from {b}": self.divergence(a, b) for a, b in permutations(self.counts, 2)},
@@ -107,13 +112,14 @@ def places_of(modules: ModuleSet) -> list[Place]:
     for index, step in enumerate(modules.steps):
         attention = getattr(getattr(step.layer, anatomy.attention), "experts", None)
         if isinstance(attention, AttentionExperts | AttentionUnion):
-            found.append(Place(index, "attention", _size(attention)))
+            found.append(Place(index, "attention", *_sizes(attention)))
         feed_forward = getattr(step.layer, anatomy.feed_forward)
         if isinstance(feed_forward, Beside):
-            found += [Place(index, "feed_forward", part.router.num_experts) for part in feed_forward.new]
+            sizes = [part.router.num_experts for part in feed_forward.new]
+            found += [Place(index, "feed_forward", size, size) for size in sizes]
         inner = getattr(feed_forward, "experts", None)
         if isinstance(inner, SparseFeedForward | FeedForwardUnion):
-            found.append(Place(index, "feed_forward", _size(inner)))
+            found.append(Place(index, "feed_forward", *_sizes(inner)))
     if not found:
         what = ", ".join(f"a module of kind {m.kind}" for m in modules.modules) or "the model"
         raise ConfigError(
@@ -123,8 +129,10 @@ def places_of(modules: ModuleSet) -> list[Place]:
     return found
 
 
-def _size(layer: nn.Module) -> int:
-    return layer.num_experts if isinstance(layer, AttentionUnion | FeedForwardUnion) else layer.router.num_experts  # type: ignore[union-attr,return-value]
+def _sizes(layer: AttentionExperts | SparseFeedForward | AttentionUnion | FeedForwardUnion) -> tuple[int, int]:
+    if isinstance(layer, AttentionUnion | FeedForwardUnion):
+        return layer.num_experts, layer.num_new
+    return layer.router.num_experts, 0
 
 
 def open_modules(source: str | Path, names: Sequence[str] = ()) -> tuple[ModuleSet, Any]:
@@ -169,8 +177,10 @@ def count_usage(
     places = places_of(modules)
     counts: dict[str, list[Tensor]] = {}
     read: dict[str, int] = {}
+    sources: dict[str, list[text_data.Source]] = {}
     for domain, paths in data.items():
-        documents = text_data.read(paths, text_key=text_key, separator=separator).documents
+        corpus = text_data.read(paths, text_key=text_key, separator=separator)
+        documents, sources[domain] = corpus.documents, corpus.sources
         limit = None if tokens is None else -(-tokens // sequence_length)
         passages = text_data.passages(documents, tokenizer, sequence_length, limit=limit)
         if not passages:
@@ -189,4 +199,4 @@ def count_usage(
             for count, routing in zip(counts[domain], routings, strict=True):
                 chosen = routing.experts.cpu()[real.flatten()].flatten()
                 count += torch.bincount(chosen, minlength=len(count))
-    return Usage(places, counts, read)
+    return Usage(places, counts, read, sources)

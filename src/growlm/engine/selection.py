@@ -1,0 +1,69 @@
+"""Selections: under which modules a request runs, by name. Knows names, kinds and manifests; reads no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from growlm.engine.scheduler import Names
+from growlm.errors import ConfigError
+from growlm.modules import check_together, kind_of
+
+if TYPE_CHECKING:
+    from growlm.store import Store
+
+AUTO = "auto"  # let the router choose
+Wanted = str | Sequence[str | None] | None  # as callers name it: one module, several, None for the base, or AUTO
+
+_ALONE = {
+    AUTO: 'leave out "auto", which lets the router choose, or give it alone',
+    None: "leave out base, which is no module, or give it alone",
+}
+
+
+def select(store: Store, wanted: Wanted) -> Names | str:
+    """The modules that are meant, or AUTO. The order in which they were named does not count, nor how often.
+
+    Raises:
+        UnknownModuleError: no such module.
+        ConfigError: modules that cannot be active together, or none in a list of them.
+    """
+    if wanted is None:
+        return ()
+    if wanted == AUTO:
+        return AUTO
+    if isinstance(wanted, str):
+        store.module(wanted)
+        return (wanted,)
+    given = list(wanted)
+    if not given:
+        raise ConfigError('an empty list of modules; name some, or give None for the base or "auto" for the router')
+    if len(given) == 1:
+        return select(store, given[0])
+    for name, advice in _ALONE.items():
+        if name in given:
+            raise ConfigError(f"{name or 'base'} cannot be active together with others; {advice}")
+    names = tuple(sorted({str(name) for name in given}))
+    check_together([(name, kind_of(store.module(name).kind)) for name in names])
+    return names
+
+
+def require_one_way(wanted: Wanted, mix: int, reroute: int, known: int) -> None:
+    """
+    Args:
+        known: how many modules the router knows.
+
+    Raises:
+        ConfigError: `mix` or `reroute` out of range, or at odds with each other or with modules that are named.
+    """
+    if mix < 1 or reroute < 0:
+        name, value, least = ("mix", mix, 1) if mix < 1 else ("reroute", reroute, 0)
+        raise ConfigError(f"{name} is {value}; it must be at least {least}")
+    if mix > 1 and mix > known:
+        raise ConfigError(f"--mix {mix}: the router knows {known} modules; mix at most as many")
+    if (mix > 1 or reroute) and wanted not in (AUTO, [AUTO]):
+        names = [wanted] if wanted is None or isinstance(wanted, str) else wanted
+        given = " ".join(f"--module {name or 'base'}" for name in names)
+        raise ConfigError(f"--mix and --reroute choose modules themselves; leave out {given}")
+    if mix > 1 and reroute:
+        raise ConfigError("--mix already follows the text; leave out --reroute")

@@ -1,0 +1,205 @@
+"""Pruning of a store's module of kind `experts`: the same module without those of its experts that a text uses least.
+
+Usage is counted with the module active beside the base; only the module's own experts go, and the base is not touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from growlm import router
+from growlm.errors import ConfigError, StoreError
+from growlm.files import checkpoint_folder, read_tensors, refuse_existing
+from growlm.layers.experts import SparseFeedForward
+from growlm.layers.insertion import NewExperts
+from growlm.modules import ModuleSet
+from growlm.modules.base import Base
+from growlm.modules.experts import Experts
+from growlm.modules.probe import probe
+from growlm.router.samples import GENERAL_SAMPLES
+from growlm.store import GENERAL, WEIGHTS, Store, StoredModule
+from growlm.surgery.choosing import Candidates, check_share, choose
+from growlm.surgery.usage import Place, Usage, count_usage
+
+
+def prune_module(
+    store: Store,
+    name: str | None,
+    data: Sequence[str | Path],
+    *,
+    keep: float,
+    normalise: str = "max",
+    out: str | Path | None = None,
+    tokens: int | None = None,
+    separator: str | None = None,
+    text_key: str = "text",
+) -> dict[str, Any]:
+    """Saves a module without its least used experts on a text, and returns what was kept.
+
+    It becomes the module's next version, with the old one beside it, or the only module of a new store. What the router
+    knows of the domain stays as it is.
+
+    Args:
+        name: a module of kind experts.
+        data: text of the domain.
+        keep: share of the module's parameters that stays. At least so many of its experts stay in every layer: as a
+            token uses where they stand beside a dense feed-forward, one where they joined others.
+        normalise: as `prune` of a model; where the module's experts joined others, all that the router chose count.
+        out: folder of the new store; None for the next version in this one.
+        tokens: of the text at most.
+
+    Raises:
+        UnknownModuleError: no such module.
+        ConfigError: no module is named, it is of another kind, or a share that would empty a layer.
+        StoreError: `out` exists, the module changed meanwhile, or the disk is full.
+    """
+    check_share(keep, normalise)
+    out = None if out is None else Path(out).expanduser()
+    if out is not None:
+        refuse_existing(out)
+    stored = _experts_of(store, name)
+    base = store.load_base()
+    module = store.load(stored.name, base, version=stored.version)
+    assert isinstance(module, Experts)
+    alone, whole = ModuleSet(base), ModuleSet(base, [module])
+    tokenizer = store.load_tokenizer()
+    usage = count_usage(whole, tokenizer, {"text": data}, tokens=tokens, separator=separator, text_key=text_key)
+    if not any(place.new for place in usage.places):
+        raise ConfigError(f"{stored.folder}: its experts were never opened, so that none is used; learn it first")
+    places, kept = choose_module_experts(module, usage, "text", keep=keep, normalise=normalise)
+    smaller = without_module_experts(base, module, places, kept)
+    before, after = module.num_parameters(), smaller.num_parameters()
+    experts = [{"place": p.name, "kept": k, "of": p.new} for p, k in zip(places, kept, strict=True)]
+    said = stored.manifest.training
+    pruned = {
+        "version": stored.version,
+        "keep": keep,
+        "normalise": normalise,
+        "sources": [asdict(s) for s in usage.sources["text"]],
+        "tokens": usage.tokens["text"],
+        "parameters_before": before,
+        "experts": experts,
+    }
+    training = {
+        **said,
+        "pruned": [*said.get("pruned", []), pruned],
+        "probe": {"base": probe(alone), "module": probe(ModuleSet(base, [smaller]))},
+    }
+    # The router's evidence of the domain, and what is kept of its text.
+    files = {
+        file: read_tensors(stored.folder / file, sha256=digest)
+        for file, digest in stored.manifest.files.items()
+        if file != WEIGHTS
+    }
+    if out is None:
+        now = store.find(stored.name)
+        if now is None or now.version != stored.version:
+            raise StoreError(f"{stored.folder}: is not the current version any more (learned meanwhile); prune again")
+        saved = store.commit(stored.name, smaller, training, files)
+        if router.VECTORS in files:
+            router.add_domain(store, saved, stored)
+    else:
+        with checkpoint_folder(out, smaller.num_bytes()) as work:
+            saved = _store_beside(store, work).commit(stored.name, smaller, training, files)
+    return {
+        "path": str(store.path if out is None else out),
+        "module": stored.name,
+        "version": saved.version,
+        "parameters_before": before,
+        "parameters": after,
+        "kept": after / before,
+        "experts": experts,
+    }
+
+
+def choose_module_experts(
+    module: Experts, usage: Usage, domain: str, *, keep: float, normalise: str
+) -> tuple[list[Place], list[list[int]]]:
+    """Where a module has experts, and which of them stay, ascending and counted from its own first.
+
+    Args:
+        usage: counted with this module alone active.
+
+    Raises:
+        ConfigError: a share that cannot be reached.
+    """
+    places, routers = [], []
+    for place, counts in zip(usage.places, usage.counts[domain], strict=True):
+        if not place.new:
+            continue
+        part = _part(module, place)
+        size = sum(tensor[0].numel() for tensor in _per_expert(part).values())
+        least = part.router.top_k if isinstance(part, SparseFeedForward) else 1
+        places.append(place)
+        routers.append(Candidates(counts, len(counts) - place.new, size, min(least, place.new)))
+    return places, choose(routers, total=module.num_parameters(), keep=keep, normalise=normalise)
+
+
+def without_module_experts(
+    base: Base, module: Experts, places: Sequence[Place], kept: Sequence[Sequence[int]]
+) -> Experts:
+    """The module with the experts `kept` at each place, and everything else of it as it is."""
+    first = module.config.first_layer
+    numbers = {part: [_size(getattr(layer, part)) for layer in module.layers] for part in ("attention", "feed_forward")}
+    tensors = dict(module.state_dict())
+    for place, experts in zip(places, kept, strict=True):
+        numbers[place.part][place.layer - first] = len(experts)
+        rows = torch.tensor(experts, device=base.device)
+        for name, tensor in _per_expert(_part(module, place)).items():
+            tensors[f"layers.{place.layer - first}.{place.part}.{name}"] = tensor.detach()[rows]
+    config = module.config
+    if any(len(k) < p.new for p, k in zip(places, kept, strict=True)):
+        changes = {"num_experts": tuple(numbers["feed_forward"]), "num_attention_experts": tuple(numbers["attention"])}
+        config = config.model_copy(update=changes)
+    return Experts.restore(base, config, tensors, "the pruned module")
+
+
+def _part(module: Experts, place: Place) -> NewExperts | SparseFeedForward:
+    part = getattr(module.layers[place.layer - module.config.first_layer], place.part)
+    assert isinstance(part, NewExperts | SparseFeedForward)
+    return part
+
+
+def _size(part: NewExperts | SparseFeedForward | None) -> int:
+    return 0 if part is None else len(next(iter(_per_expert(part).values())))
+
+
+def _per_expert(part: NewExperts | SparseFeedForward) -> dict[str, torch.Tensor]:
+    """Tensors that have one row an expert: both linear maps, and what the router compares tokens with."""
+    if isinstance(part, NewExperts):
+        return {"embeddings": part.embeddings, "first.weight": part.first.weight, "second.weight": part.second.weight}
+    return {
+        "router.embeddings": part.router.embeddings,
+        "up.weight": part.up.weight,
+        "down.weight": part.down.weight,
+    }
+
+
+def _experts_of(store: Store, name: str | None) -> StoredModule:
+    if name is None:
+        known = [m.name for m in store.modules.values() if m.kind == Experts.kind]
+        raise ConfigError(
+            f"{store.path}: is a store, whose base stays as it is; name a module of kind experts with --module: "
+            f"{', '.join(known) or 'it has none yet'}"
+        )
+    stored = store.module(name)
+    if stored.kind != Experts.kind:
+        raise ConfigError(
+            f"{stored.folder}: is of kind {stored.kind}; only modules of kind experts have experts to prune"
+        )
+    return stored
+
+
+def _store_beside(store: Store, folder: Path) -> Store:
+    """A new store for the same base, with what the router knows of text that is none of the modules'."""
+    made = store.beside(folder)
+    with made.lock():
+        for name in (GENERAL, GENERAL_SAMPLES):
+            if (tensors := store.router_files(name).read()) is not None:
+                made.router_files(name).write(tensors)
+    return made
