@@ -38,10 +38,11 @@ from common import best_rate, machine
 from growlm import data as text_data
 from growlm.errors import GrowlmError, TrainingError
 from growlm.evaluation import plots
-from growlm.files import read_tensors, write_atomic, write_tensors
+from growlm.files import write_atomic
 from growlm.modules import ModuleSet
 from growlm.modules.scoring import continuation_scores
 from growlm.router import NONE, base_states, names_of
+from growlm.tensor_files import read_tensors, write_tensors
 from growlm.training.config import LearnConfig, PretrainConfig, TrainConfig
 
 METHODS = ["growlm", "finetune-sequence", "lora-sequence"]

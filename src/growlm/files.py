@@ -1,6 +1,6 @@
-"""Files: hashes, safetensors in one read, folders that appear complete or not at all.
+"""Files: hashes, writing that is there wholly or not at all, folders that appear complete, locks.
 
-Knows bytes and paths. Does not know what a store or a module is. Nothing here ever unpickles.
+Knows bytes and paths. Does not know what a store, a module or a tensor is.
 """
 
 from __future__ import annotations
@@ -9,27 +9,21 @@ import errno
 import fcntl
 import hashlib
 import json
-import mmap
 import os
 import secrets
 import shutil
-import stat
 import tempfile
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from growlm.errors import IntegrityError, StoreError
+from growlm.errors import StoreError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 _BLOCK = 1 << 20
-_HUGE_PAGE = 2 << 20
-_TWO_THREADS = 16 << 20  # bytes from which a second reader pays for its thread
-_MAX_HEADER = 100_000_000  # the format's own limit
 _LOCK = ".lock"
 
 
@@ -121,136 +115,6 @@ def raise_if_full(error: BaseException, path: Path, num_bytes: int) -> None:
             f"{path}: no room to write {num_bytes:,} bytes ({free:,} free on this disk); "
             "nothing was changed; free some space and run the command again"
         ) from error
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Writes a safetensors file, waits for the disk, returns the file's sha256.
-
-    Raises:
-        StoreError: no room on the disk.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    num_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
-    try:
-        with open(path, "ab") as f:
-            plain = stat.S_IMODE(os.fstat(f.fileno()).st_mode)
-        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, path)
-        os.chmod(path, plain)  # safetensors replaces the file by one that its owner alone can read
-        sync(path)
-    except (OSError, SafetensorError) as error:
-        raise_if_full(error, path, num_bytes)
-        raise
-    return sha256_file(path)
-
-
-def read_tensors(path: Path, *, sha256: str | None = None) -> dict[str, Tensor]:
-    """Reads a safetensors file with one copy: from the page cache into one buffer, of which the tensors are views.
-
-    Args:
-        sha256: what the file's hash must be; None where it was checked before.
-
-    Raises:
-        IntegrityError: the file is missing, truncated, malformed, or its hash differs.
-    """
-    try:
-        with open(path, "rb", buffering=0) as f:
-            size = os.fstat(f.fileno()).st_size
-            prefix = f.read(8)
-            header_size = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or not 0 < header_size <= min(size - 8, _MAX_HEADER):
-                raise IntegrityError(f"{path}: truncated or not a safetensors file ({size} bytes)")
-            header = f.read(header_size)
-            data = _buffer(size - 8 - header_size)
-            view = as_bytes(data)
-            full = _read_into(view, f.fileno(), 8 + header_size)
-            if not full:
-                raise IntegrityError(f"{path}: truncated while it was read")
-    except FileNotFoundError:
-        raise IntegrityError(f"{path}: file is missing; restore it or learn the module again") from None
-    except OSError as error:
-        raise IntegrityError(f"{path}: cannot be read ({error.strerror}); restore it") from None
-    if sha256 is not None:
-        digest = hashlib.sha256(prefix)
-        digest.update(header)
-        digest.update(view)
-        if digest.hexdigest() != sha256:
-            raise IntegrityError(
-                f"{path}: sha256 {digest.hexdigest()[:12]}..., manifest says {sha256[:12]}...; "
-                "restore the file or learn the module again"
-            )
-    try:
-        entries = json.loads(header)
-        entries.pop("__metadata__", None)
-        tensors = {name: _view(data, entry) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
-        raise IntegrityError(f"{path}: malformed safetensors header ({error})") from None
-    return tensors
-
-
-def _buffer(num_bytes: int) -> Tensor:
-    """Uninitialised bytes, on huge pages where the system has them: a fault per 4 KB costs more than the copy."""
-    import torch
-
-    if num_bytes < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(num_bytes, dtype=torch.uint8)
-    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
-
-
-def _read_into(view: memoryview, handle: int, offset: int) -> bool:
-    """Fills `view` from a file, a long one from two threads; False where the file ends before."""
-    if len(view) >= _TWO_THREADS:
-        half = len(view) // 2
-        with ThreadPoolExecutor(1) as other:
-            first = other.submit(_read_stretch, view[:half], handle, offset)
-            return _read_stretch(view[half:], handle, offset + half) and first.result()
-    return _read_stretch(view, handle, offset)
-
-
-def _read_stretch(view: memoryview, handle: int, offset: int) -> bool:
-    done = 0
-    while done < len(view):
-        count = os.preadv(handle, [view[done:]], offset + done)
-        if not count:
-            return False
-        done += count
-    return True
-
-
-def as_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor in main memory, not copied."""
-    import torch
-
-    return memoryview(tensor.view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
-
-
-def _view(data: Tensor, entry: dict[str, Any]) -> Tensor:
-    import torch
-
-    dtypes = {
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "I64": torch.int64,
-        "I32": torch.int32,
-        "I16": torch.int16,
-        "I8": torch.int8,
-        "U8": torch.uint8,
-        "U16": torch.uint16,
-        "BOOL": torch.bool,
-    }
-    start, stop = entry["data_offsets"]
-    if not 0 <= start <= stop <= len(data):
-        raise ValueError(f"offsets {start}..{stop} outside {len(data)} bytes")
-    dtype = dtypes[entry["dtype"]]
-    if any(size < 0 for size in entry["shape"]):
-        raise ValueError(f"shape {entry['shape']}")
-    return data[start:stop].view(dtype).view(entry["shape"])
 
 
 @contextmanager

@@ -23,14 +23,13 @@ from growlm.files import (
     locked,
     make_folders,
     new_folder,
-    read_tensors,
     remove_folder,
     sha256_file,
     write_atomic,
-    write_tensors,
 )
 from growlm.manifests import ModuleManifest, RouterManifest, StoreManifest, first_error, read_manifest
 from growlm.modules import checkpoint
+from growlm.tensor_files import read_tensors, write_tensors
 from growlm.units import parse_size
 from growlm.versions import ROUTER_MANIFEST, TensorVersions, complete_versions, now
 
@@ -46,9 +45,11 @@ WEIGHTS = "module.safetensors"
 MANIFEST = "module.json"
 # Under router/: what it was shown as none of the modules, and what is derived from the modules' own files.
 GENERAL, ROUTER_SUMS, ROUTER_FITTED = "general", "gaussian", "gaussian-fitted"
-ROUTER_DERIVED = (ROUTER_SUMS, ROUTER_FITTED)
+ROUTER_INDEX = "product-key"
+ROUTER_DERIVED = (ROUTER_SUMS, ROUTER_FITTED, ROUTER_INDEX)
 ROUTER_TRAINED = "transformer"
-ROUTERS = ("gaussian", "transformer")
+ROUTERS = ("gaussian", "product-key", "transformer")
+_FEW = 64  # names that are looked up one by one
 _KEPT = "2MB"  # of every domain's text, where a router is trained on it
 LEAST_SAMPLES = 8  # bytes that a single token of text takes, with its length: fewer keep nothing
 
@@ -117,7 +118,7 @@ class Store:
 
         Args:
             dtype: in which the base is held and run: float32, bfloat16, float16, or auto for the checkpoint's own.
-            router: the kind that chooses, gaussian or transformer.
+            router: the kind that chooses: gaussian, product-key or transformer.
             keep_samples: how much of every domain's text is kept, e.g. "2MB"; by default 2 MB where the router is
                 trained on it, else nothing.
 
@@ -190,12 +191,15 @@ class Store:
         return self._current(name, versions) if versions else None
 
     def missing(self, names: Iterable[str]) -> set[str]:
-        """Those of `names` that the store holds nothing of. Lists one folder, however many there are."""
+        """Those of `names` that the store holds nothing of. Few are looked up; for many, one folder is listed."""
+        wanted = set(names)
+        if len(wanted) <= _FEW:
+            return {name for name in wanted if not os.path.lexists(self.path / "modules" / name)}
         try:
             with os.scandir(self.path / "modules") as entries:
-                return set(names) - {entry.name for entry in entries}
+                return wanted - {entry.name for entry in entries}
         except FileNotFoundError:
-            return set(names)
+            return wanted
 
     def module(self, name: str, version: int | None = None) -> StoredModule:
         """One module, the current version unless told.

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from growlm.errors import IntegrityError
-from growlm.files import new_folder, read_tensors, remove_folder, write_tensors
+from growlm.files import new_folder, remove_folder
 from growlm.manifests import RouterManifest, read_manifest
+from growlm.tensor_files import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

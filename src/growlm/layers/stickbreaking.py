@@ -6,10 +6,11 @@ at most one; what is left over goes nowhere. Order is all the position there is:
 
 Everything is computed in log space: `log p[t,i] = l[t,i] - sum_{i<=j<=t} softplus(l[t,j])`. The blocked form holds one
 block of logits at a time, forward and backward, so its memory is linear in the number of tokens. Blocks are visited
-newest first, and the walk ends where every stick of the block is shorter than 1e-34. All is in float32, but for the last
-three products of the backward pass, which are in the dtype of the inputs: whatever differences are taken of (what is
-left of a stick, and of its gradient) would lose their digits in a narrower one. Exponentials are of base 2, which processors compute several times as
-fast as those of base e.
+newest first, and the walk ends where every stick of the block is shorter than 1e-34.
+
+All is in float32, but for the last three products of the backward pass, which are in the dtype of the inputs: the
+differences that are taken (what is left of a stick, and of its gradient) would lose their digits in a narrower one.
+Exponentials are of base 2, which processors compute several times as fast as those of base e.
 """
 
 from __future__ import annotations

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from growlm.errors import GrowlmError, IntegrityError, StoreError
-from growlm.files import as_bytes, read_tensors
+from growlm.router.cells import squared_distances
 from growlm.router.interface import NONE, Route, Router
 from growlm.router.states import base_states, pool
 from growlm.store import GENERAL, MANIFEST, ROUTER_DERIVED, ROUTER_FITTED, ROUTER_SUMS
+from growlm.tensor_files import as_bytes, read_tensors
 
 if TYPE_CHECKING:
     from growlm.modules.base import Base
@@ -39,16 +40,32 @@ _FIT = 1  # raise it with every change of what `_fit` computes: a fit that was k
 
 
 class GaussianRouter(Router):
-    """Class means and one shared covariance of pooled hidden states, with a bound per class for *none*."""
+    """Class means and one shared covariance of pooled hidden states, with a bound per class for *none*.
+
+    Attributes:
+        whiten: (d, d).
+        means: (c, d), whitened; the last class is general text.
+        limits: (c - 1,) largest squared distance at which a text still belongs.
+        fitted: sha256 of the file that holds what was fitted; None where it was not kept, or names were taken out.
+    """
 
     kind = "gaussian"
 
-    def __init__(self, names: list[str], means: Tensor, whiten: Tensor, limits: Tensor, forks: dict[str, int]) -> None:
+    def __init__(
+        self,
+        names: list[str],
+        means: Tensor,
+        whiten: Tensor,
+        limits: Tensor,
+        forks: dict[str, int],
+        fitted: str | None = None,
+    ) -> None:
         self.names = names
         self.forks = forks
-        self._whiten = whiten  # (d, d)
-        self._means = means  # (c, d) whitened; the last class is general text
-        self._limits = limits  # (c - 1,) largest squared distance at which a text still belongs
+        self.fitted = fitted
+        self.whiten = whiten
+        self.means = means
+        self.limits = limits
 
     def route(self, hidden: Tensor, visible: Tensor | None = None) -> list[Route]:
         return self.route_pooled(pool(hidden, visible))
@@ -57,28 +74,34 @@ class GaussianRouter(Router):
         """Answers for pooled vectors (b, d)."""
         if not self.names:
             return [Route(None, {NONE: 1.0}) for _ in vectors]
-        distances = torch.cdist(vectors.float().cpu() @ self._whiten, self._means).square()
-        # A domain out of its own bound cannot be chosen, however far the others are.
-        outside = distances[:, :-1] > self._limits
-        evidence = -0.5 * distances
-        evidence[:, :-1] = evidence[:, :-1].masked_fill(outside, -math.inf)
-        scores = torch.softmax(evidence, dim=-1)
-        order = scores.argsort(dim=-1, descending=True, stable=True)
-        labels = [*self.names, NONE]
-        routes = []
-        for row, ranks in zip(scores.tolist(), order.tolist(), strict=True):
-            best = labels[ranks[0]]
-            routes.append(Route(None if best == NONE else best, {labels[i]: row[i] for i in ranks}))
-        return routes
+        distances = squared_distances(vectors.float().cpu() @ self.whiten, self.means)
+        return routes_of(self.names, distances, self.limits)
 
     def without(self, names: Collection[str]) -> GaussianRouter:
         kept = [i for i, name in enumerate(self.names) if name not in names]
         left = [self.names[i] for i in kept]
-        means, limits = self._means[[*kept, -1]], self._limits[kept]
-        return GaussianRouter(left, means, self._whiten, limits, {name: self.forks[name] for name in left})
+        means, limits = self.means[[*kept, -1]], self.limits[kept]
+        return GaussianRouter(left, means, self.whiten, limits, {name: self.forks[name] for name in left})
 
     def num_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self._means, self._whiten, self._limits))
+        return sum(t.numel() * t.element_size() for t in (self.means, self.whiten, self.limits))
+
+
+def routes_of(names: Sequence[str], distances: Tensor, limits: Tensor) -> list[Route]:
+    """Answers from squared distances (b, c), of which the last is that to general text, and limits (c - 1,)."""
+    # A domain out of its own bound cannot be chosen, however far the others are.
+    evidence = -0.5 * distances
+    evidence[:, :-1] = evidence[:, :-1].masked_fill(distances[:, :-1] > limits, -math.inf)
+    scores = torch.softmax(evidence, dim=-1)
+    # By evidence, and not by scores alone: of far domains all scores are 0.
+    order = evidence.argsort(dim=-1, descending=True, stable=True)
+    order = order.gather(-1, scores.gather(-1, order).argsort(dim=-1, descending=True, stable=True))
+    labels = [*names, NONE]
+    routes = []
+    for row, ranks in zip(scores.tolist(), order.tolist(), strict=True):
+        best = labels[ranks[0]]
+        routes.append(Route(None if best == NONE else best, {labels[i]: row[i] for i in ranks}))
+    return routes
 
 
 # What is kept of a domain
@@ -172,7 +195,7 @@ def add_domain(store: Store, new: StoredModule, old: StoredModule | None) -> Non
         store.router_files(ROUTER_SUMS).write({"gram": gram, "members": _pack(digest)})
 
 
-def load_gaussian(store: Store, among: Collection[str] | None = None) -> Router:
+def load_gaussian(store: Store, among: Collection[str] | None = None) -> GaussianRouter:
     """The gaussian router, fitted to the store's current modules.
 
     What was fitted is kept; it is fitted again when the modules or the general text have changed since.
@@ -195,12 +218,15 @@ def load_gaussian(store: Store, among: Collection[str] | None = None) -> Router:
                 raise
 
 
-def _load(store: Store, modules: Sequence[StoredModule], *, whole: bool) -> Router:
+def _load(store: Store, modules: Sequence[StoredModule], *, whole: bool) -> GaussianRouter:
     described = store.router_files(GENERAL).digest()
     mark = _mark(modules, described)
+    file = _fitted_digest(store) if whole else None
     if whole and (fitted := _read_derived(store, ROUTER_FITTED)) is not None and _unpack(fitted["members"]) == mark:
         forks = dict(zip([m.name for m in modules], fitted["forks"].tolist(), strict=True))
-        return _gaussian(forks, fitted["means"], fitted["whiten"], fitted["limits"])
+        file = file if file == _fitted_digest(store) else None  # another process has replaced it meanwhile
+        return _gaussian(forks, fitted["means"], fitted["whiten"], fitted["limits"], file)
+    file = None
     # A module that was saved without evidence can be asked for by name, and is never chosen.
     routed = [m for m in modules if EVIDENCE in m.manifest.files]
     if not routed:
@@ -218,12 +244,22 @@ def _load(store: Store, modules: Sequence[StoredModule], *, whole: bool) -> Rout
         with suppress(OSError, GrowlmError), store.lock():  # a store on a read-only disk still routes
             if _mark(list(store.modules.values()), store.router_files(GENERAL).digest()) == mark:
                 store.router_files(ROUTER_FITTED).write(kept)
-    return _gaussian(forks, means, whiten, limits)
+                file = _fitted_digest(store)
+    return _gaussian(forks, means, whiten, limits, file)
 
 
-def _gaussian(forks: dict[str, int], means: Tensor, whiten: Tensor, limits: Tensor) -> GaussianRouter:
+def _gaussian(
+    forks: dict[str, int], means: Tensor, whiten: Tensor, limits: Tensor, fitted: str | None = None
+) -> GaussianRouter:
     known = {name: fork for name, fork in forks.items() if fork >= 0}
-    return GaussianRouter(list(known), means, whiten, limits, known)
+    return GaussianRouter(list(known), means, whiten, limits, known, fitted)
+
+
+def _fitted_digest(store: Store) -> str | None:
+    try:
+        return store.router_files(ROUTER_FITTED).digest()
+    except IntegrityError:
+        return None
 
 
 def _current_gram(store: Store, modules: Sequence[StoredModule], general: dict[str, Tensor]) -> Tensor:

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from growlm.errors import BaseModelError
-from growlm.files import checkpoint_folder, read_tensors, refuse_existing, write_tensors
+from growlm.files import checkpoint_folder, refuse_existing
 from growlm.model import convert
 from growlm.model.configuration import GrowlmConfig
 from growlm.model.modeling import GrowlmForCausalLM
 from growlm.modules.base import tensor_bytes
 from growlm.modules.checkpoint import resolve, weight_files
+from growlm.tensor_files import read_tensors, write_tensors
 
 LAYOUTS = ("growlm", "molm")
 _CARRIED = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "generation_config*")

@@ -14,7 +14,7 @@ import torch
 
 from growlm import router
 from growlm.errors import ConfigError, StoreError
-from growlm.files import checkpoint_folder, read_tensors, refuse_existing
+from growlm.files import checkpoint_folder, refuse_existing
 from growlm.layers.experts import SparseFeedForward
 from growlm.layers.insertion import NewExperts
 from growlm.modules import ModuleSet
@@ -25,6 +25,7 @@ from growlm.router.samples import GENERAL_SAMPLES
 from growlm.store import GENERAL, WEIGHTS, Store, StoredModule
 from growlm.surgery.choosing import Candidates, check_share, choose
 from growlm.surgery.usage import Place, Usage, count_usage
+from growlm.tensor_files import read_tensors
 
 
 def prune_module(
