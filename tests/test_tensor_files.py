@@ -140,6 +140,7 @@ def test_a_flipped_byte_of_unknown_hash_never_crashes(reader, sample, scratch_fi
 
 def write_raw(path: Path, header: object, data: bytes = b"") -> Path:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # as the format's own writer does
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
     return path
 
