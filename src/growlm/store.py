@@ -29,7 +29,7 @@ from growlm.files import (
 )
 from growlm.manifests import ModuleManifest, RouterManifest, StoreManifest, first_error, read_manifest
 from growlm.modules import checkpoint
-from growlm.tensor_files import read_tensors, write_tensors
+from growlm.tensor_files import map_tensors, outline, read_tensors, write_tensors
 from growlm.units import parse_size
 from growlm.versions import ROUTER_MANIFEST, TensorVersions, complete_versions, now
 
@@ -84,6 +84,31 @@ class StoredModule:
     def bytes(self) -> int:
         """Bytes of its weights once loaded."""
         return self.manifest.bytes
+
+    def bytes_with(self, row_cache: int | None) -> int:
+        """Bytes that it takes in memory when it is loaded with such a `row_cache`.
+
+        Raises:
+            ConfigError: `row_cache` is too small for what one token reads.
+        """
+        if row_cache is None:
+            return self.bytes
+        kind, config = self.shape()
+        return kind.bytes_from_disk(config, outline(self.folder / WEIGHTS), row_cache)
+
+    def shape(self) -> tuple[type[KnowledgeModule], Any]:
+        """Its kind, and the kind's config as it was saved.
+
+        Raises:
+            IntegrityError: the config is not one of the kind.
+        """
+        from growlm.modules import kind_of
+
+        kind = kind_of(self.manifest.kind)
+        try:
+            return kind, kind.Config.model_validate(self.manifest.config)
+        except ValidationError as error:
+            raise IntegrityError(f"{self.folder / MANIFEST}: config: {first_error(error)}") from None
 
     @property
     def parameters(self) -> int:
@@ -283,35 +308,47 @@ class Store:
             folder = self.path / "modules" / name
             remove_folder(folder if version is None else folder / str(version), self.scratch)
 
-    def load(self, name: str, base: Base, *, version: int | None = None, verify: bool = True) -> KnowledgeModule:
+    def load(
+        self,
+        name: str,
+        base: Base,
+        *,
+        version: int | None = None,
+        verify: bool = True,
+        row_cache: int | None = None,
+    ) -> KnowledgeModule:
         """A module, ready to run on `base`.
 
         Args:
             verify: compare the weights' hash with the manifest's; once a file was checked, it need not be again.
+            row_cache: leave tables on the disk and keep rows of them in so many bytes; None reads them whole. (Kinds
+                without tables are read whole.)
 
         Raises:
             UnknownModuleError: the store does not hold it.
             IntegrityError: its files are not what its manifest says.
             BaseModelError: it was made for another base, tokenizer or dtype.
+            ConfigError: `row_cache` is too small for what one token reads.
         """
-        from growlm.modules import kind_of
-
         stored = self.module(name, version)
         manifest = stored.manifest
         where = str(stored.folder / WEIGHTS)
         self._check_base(manifest, base)
-        kind = kind_of(manifest.kind)
-        try:
-            config = kind.Config.model_validate(manifest.config)
-        except ValidationError as error:
-            raise IntegrityError(f"{stored.folder / MANIFEST}: config: {first_error(error)}") from None
+        kind, config = stored.shape()
         if WEIGHTS not in manifest.files:
             raise IntegrityError(f"{stored.folder / MANIFEST}: names no {WEIGHTS}; learn {name!r} again")
         digest = manifest.files[WEIGHTS]
-        tensors = read_tensors(Path(where), sha256=digest if verify else None)
+        expected = digest if verify else None
+        on_disk = kind.is_table if row_cache is not None else _no_table
+        if row_cache is None:
+            tensors = read_tensors(Path(where), sha256=expected)
+        else:
+            tensors = map_tensors(Path(where), kind.is_table, sha256=expected)
         if base.device.type != "cpu":
-            tensors = {k: v.to(base.device) for k, v in tensors.items()}
+            tensors = {k: v if on_disk(k) else v.to(base.device) for k, v in tensors.items()}
         module = kind.restore(base, config, tensors, where)
+        if row_cache is not None:
+            module.keep_rows(row_cache)
         module.identity = f"{name}@{stored.version}:{digest}"
         return module
 
@@ -519,6 +556,10 @@ def check_name(name: str) -> None:
             f"module name {name!r} is not allowed: use 1 to 64 of a-z, 0-9, '.', '_', '-', beginning with a letter or "
             "digit, without '..'"
         )
+
+
+def _no_table(name: str) -> bool:
+    return False
 
 
 def _samples_for(router: str, keep_samples: str | int | None) -> int:

@@ -9,7 +9,17 @@ from typing import Annotated, Any
 import typer
 
 from growlm.cli.app import app
-from growlm.cli.options import Json, MaxNewTokens, Memory, ModuleChoice, Seed, StorePath, TopP
+from growlm.cli.options import (
+    ExpertsOn,
+    Json,
+    MaxNewTokens,
+    Memory,
+    ModuleChoice,
+    RowCache,
+    Seed,
+    StorePath,
+    TopP,
+)
 from growlm.cli.output import note, print_json, print_stream
 from growlm.errors import GrowlmError
 from growlm.units import format_size
@@ -46,6 +56,8 @@ def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", show_default=False)],
     module: ModuleChoice = None,
     memory: Memory = None,
+    experts_on: ExpertsOn = "memory",
+    row_cache: RowCache = None,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option("--top-k", help="0 keeps all.")] = 0,
@@ -71,6 +83,8 @@ def generate(
         growlm generate brain "Der Mieter" --module german --module law
 
         growlm generate brain "The patient sued the hospital because" --mix 2
+
+        growlm generate brain "Once upon a time" --module tales --memory 1GB --experts-on disk --row-cache 200MB
     """
     sampling = {
         "max_new_tokens": max_new_tokens,
@@ -81,7 +95,7 @@ def generate(
         "stop": tuple(stop or ()),
     }
     wanted = _modules(module)
-    with _engine(store, memory) as engine:
+    with _engine(store, memory, experts_on, row_cache) as engine:
         if as_json:
             answer = engine.generate(prompt, module=wanted, mix=mix, reroute=reroute, **sampling)
             return print_json(answer.to_json())
@@ -103,6 +117,8 @@ def chat(
     store: StorePath,
     module: ModuleChoice = None,
     memory: Memory = None,
+    experts_on: ExpertsOn = "memory",
+    row_cache: RowCache = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.7,
     top_p: TopP = 0.95,
@@ -116,7 +132,7 @@ def chat(
     """
     from growlm.chat import Chat
 
-    with _engine(store, memory) as engine:
+    with _engine(store, memory, experts_on, row_cache) as engine:
         talk = Chat(engine, _modules(module), max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
         note(_CHAT_HELP)
         turn, failed = 0, False
@@ -149,11 +165,11 @@ def chat(
                 note(f"error: {error}")
 
 
-def _engine(store: Path, memory: str | None) -> Any:
+def _engine(store: Path, memory: str | None, experts_on: str = "memory", row_cache: str | None = None) -> Any:
     from growlm.engine import Engine
     from growlm.store import Store
 
-    return Engine(Store.open(store), memory=memory)
+    return Engine(Store.open(store), memory=memory, experts_on=experts_on, row_cache=row_cache)
 
 
 def _modules(names: list[str] | None) -> list[str | None] | str:

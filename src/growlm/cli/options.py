@@ -34,6 +34,19 @@ ModuleChoice = Annotated[
     ),
 ]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="The most tokens to write.")]
+ExpertsOn = Annotated[
+    str,
+    typer.Option("--experts-on", metavar="memory|disk", help="disk: of peer modules read only the rows that are used."),
+]
+RowCache = Annotated[
+    str | None,
+    typer.Option(
+        "--row-cache",
+        metavar="SIZE",
+        help="With --experts-on disk: memory for rows read last, for each module; 64MB by default.",
+        show_default=False,
+    ),
+]
 TopP = Annotated[
     float, typer.Option("--top-p", help="Keep the likeliest tokens that hold this probability; 1 keeps all.")
 ]

@@ -31,6 +31,7 @@ from growlm.store import MANIFEST, WEIGHTS, Store, StoredModule
 from growlm.units import format_size, parse_size
 
 Prompt = str | Sequence[int]  # text, or token ids as they are
+_ROW_CACHE = "64MB"
 _OPEN = 0.1  # share of a mixture's prior that all modules in it have alike
 
 
@@ -41,10 +42,13 @@ class Engine:
         store: what to serve.
         memory: budget for all weights in memory, e.g. "2GB"; None for no bound. Keys and values are not counted.
         max_batch: prompts that are run together.
-        router: kind of router, gaussian or transformer; by default the store's own.
+        router: kind of router, gaussian, product-key or transformer; by default the store's own.
+        experts_on: where the tables of `peer` modules are: memory, or disk: only the rows that a text reads are read.
+        row_cache: of each such module on the disk, memory for the rows that were read last; by default 64MB.
 
     Raises:
         BudgetError: base and router do not fit the budget.
+        ConfigError: a setting that cannot be.
         BaseModelError: the base is missing or has changed.
         StoreError: a store of modules whose transformer router was never trained.
     """
@@ -58,7 +62,14 @@ class Engine:
         device: str | None = None,
         prefix_bytes: str | int = "256MB",
         router: str | None = None,
+        experts_on: str = "memory",
+        row_cache: str | int | None = None,
     ) -> None:
+        if experts_on not in ("memory", "disk"):
+            raise ConfigError(f"experts_on is {experts_on!r}, expected memory or disk")
+        if row_cache is not None and experts_on == "memory":
+            raise ConfigError("row_cache is for tables on the disk; use it with experts_on disk")
+        self._row_cache = parse_size(_ROW_CACHE if row_cache is None else row_cache) if experts_on == "disk" else None
         if max_batch < 1:
             raise ConfigError(f"max_batch is {max_batch}; it must be at least 1")
         self.store = store
@@ -404,7 +415,7 @@ class Engine:
             new = [texts[0][len(prefix.tokens) :]]
             state = prefill(self.base, new, forks, whole=not named[0], past=len(prefix.tokens), cache=prefix.cache)
             return state, unrouted
-        state = prefill(self.base, texts, forks | set(self.router.forks.values()))
+        state = prefill(self.base, texts, forks | self.router.fork_layers)
         assert state.last is not None
         routes = self._routes(state.last, state.visible)
         return state, [r if names == AUTO else Route(None, {}) for names, r in zip(wanted, routes, strict=True)]
@@ -427,11 +438,14 @@ class Engine:
         return min((self.store.module(name).manifest.fork for name in names), default=self.base.num_layers)
 
     def _size(self, name: str) -> int:
-        return self.store.module(name).bytes
+        return self._memory_of(self.store.module(name))
+
+    def _memory_of(self, stored: StoredModule) -> int:
+        return stored.bytes_with(self._row_cache)
 
     def _find(self, name: str) -> tuple[int, Callable[[], KnowledgeModule]]:
         stored = self.store.module(name)
-        return stored.bytes, lambda: self._load(stored)
+        return self._memory_of(stored), lambda: self._load(stored)
 
     def _load(self, stored: StoredModule) -> KnowledgeModule:
         """Reads one version of a module; its hash is compared once for a file that does not change."""
@@ -441,10 +455,17 @@ class Engine:
             mark = (str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns)
         except FileNotFoundError:
             mark = (str(path), 0, 0, 0)
-        module = self.store.load(stored.name, self.base, version=stored.version, verify=mark not in self._verified)
-        if module.num_bytes() != stored.bytes:
+        module = self.store.load(
+            stored.name,
+            self.base,
+            version=stored.version,
+            verify=mark not in self._verified,
+            row_cache=self._row_cache,
+        )
+        counted = self._memory_of(stored)
+        if module.num_bytes() != counted:
             raise IntegrityError(
-                f"{stored.folder / MANIFEST}: says {stored.bytes:,} bytes, the weights take {module.num_bytes():,}; "
+                f"{stored.folder / MANIFEST}: says {counted:,} bytes, the weights take {module.num_bytes():,}; "
                 f"learn {stored.name!r} again"
             )
         self._verified.add(mark)

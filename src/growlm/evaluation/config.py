@@ -17,7 +17,9 @@ class EvalConfig:
         max_documents: of each domain, the first so many; 0 for all.
         tokens: of each domain at most, e.g. 50k; by default all of its documents.
         route_tokens: how much of a document's beginning the router sees.
-        router: kind of router, gaussian or transformer; by default the store's own.
+        router: kind of router, gaussian, product-key or transformer; by default the store's own.
+        experts_on: where the tables of peer modules are: memory, or disk: only the rows that a text reads are read.
+        row_cache: of each such module on the disk, memory for rows read last; 64MB by default.
         matrix: replay the order of learning: what the router knew after each domain, and what that cost the others.
         text_key: key of the text in JSONL, column in Parquet.
         separator: cuts text files into documents, e.g. a blank line; by default a file is one document.
@@ -28,6 +30,8 @@ class EvalConfig:
     tokens: int | str | None = None
     route_tokens: int = 256
     router: str | None = None
+    experts_on: str = "memory"
+    row_cache: str | None = None
     matrix: bool = True
     text_key: str = "text"
     separator: str | None = None

@@ -144,7 +144,9 @@ def evaluate(
     learned = [m.name for m in order if m.name in data]
     replayed = config.matrix and len(learned) > 1
     stages = earlier_stages([m.name for m in order], learned) if replayed else []
-    with Engine(store, memory=memory, router=config.router) as engine:
+    with Engine(
+        store, memory=memory, router=config.router, experts_on=config.experts_on, row_cache=config.row_cache
+    ) as engine:
         _check_router(engine)
         domains = [_read(engine, name, documents, config) for name, documents in corpora.items()]
         _route(engine, domains, stages)

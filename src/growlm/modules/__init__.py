@@ -29,7 +29,11 @@ __all__ = [
     "kind_of",
 ]  # fmt: skip
 
-KINDS = {"blocks": "growlm.modules.blocks:Blocks", "experts": "growlm.modules.experts:Experts"}
+KINDS = {
+    "blocks": "growlm.modules.blocks:Blocks",
+    "experts": "growlm.modules.experts:Experts",
+    "peer": "growlm.modules.peer:Peer",
+}
 
 
 _made = itertools.count()  # modules in the order in which this process made them
@@ -85,6 +89,37 @@ class KnowledgeModule(nn.Module, ABC):
 
     def open(self) -> None:
         """Called before the first step of training: what `create` keeps shut, so that nothing changes, is opened."""
+
+    def begin_training(self) -> None:
+        """Called after `open` where training begins: batch statistics and dropout of its own are on from now on."""
+
+    @classmethod
+    def is_table(cls, name: str) -> bool:
+        """Whether a tensor of its state is a table: large, and read and trained by a few rows at a time."""
+        return False
+
+    def keep_rows(self, num_bytes: int) -> None:
+        """Its tables, which it was restored with as views of a file, stay on the disk; in so many bytes the rows that
+        were read last are kept.
+
+        Raises:
+            ConfigError: too few for what one token reads.
+        """
+
+    @classmethod
+    def bytes_from_disk(cls, config: Any, outline: dict[str, Tensor], num_bytes: int) -> int:
+        """Bytes of memory that it takes after `keep_rows`, from its tensors' names, shapes and dtypes.
+
+        Raises:
+            ConfigError: as `keep_rows`.
+        """
+        return tensor_bytes(outline.values())
+
+    @property
+    def imitation_share(self) -> float:
+        """Share of the steps, the first ones, in which it learns to compute what the base does in its place (see
+        `growlm.layers.pools.imitation`)."""
+        return 0.0
 
     def regularisation(self) -> Tensor | None:
         """What `--routing-regularisation` weighs, for a kind that has routers."""

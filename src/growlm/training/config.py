@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -118,7 +119,8 @@ class PretrainConfig(WholeModelConfig):
 
     Attributes:
         preset: tiny, small or base: a llama of about 1, 8 or 42 million parameters; molm-tiny: a ModuleFormer of 15
-            million, 5 of them active; molm-4b-k2, molm-4b-k4, molm-8b-k2: the published sizes.
+            million, 5 of them active; molm-4b-k2, molm-4b-k4, molm-8b-k2: the published sizes; peer-tiny: 39 million, 5
+            of them active, in one layer 65,536 tiny experts (PEER).
         config: path of a transformers config.json to use instead of a preset.
         vocab_size: of the byte-level BPE trained on the data; by default the preset's or the config's.
     """
@@ -151,12 +153,16 @@ class FinetuneConfig(WholeModelConfig):
             raise ConfigError(f"load_concentration is {self.load_concentration}; it must be a number, 0 or more")
 
 
-# Settings of one kind of module.
+# Settings of some kinds of module only.
 _ONLY = {
     "blocks": ("num_layers", "placement"),
     "experts": (
         "num_experts", "num_attention_experts", "num_experts_per_tok", "expert_size", "router_size", "first_layer",
         "routing_regularisation", "load_concentration",
+    ),
+    "peer": (
+        "num_experts", "layers", "replace_feed_forward", "num_heads", "top_k", "neurons_per_expert", "key_size",
+        "query_norm",
     ),
 }  # fmt: skip
 
@@ -166,7 +172,8 @@ class LearnConfig(TrainConfig):
     """Settings of `growlm learn`.
 
     Attributes:
-        kind: of module: blocks (whole layers) or experts (routed experts in the base's own layers).
+        kind: of module: blocks (whole layers), experts (routed experts in the base's own layers) or peer (a pool of
+            very many tiny experts in a layer).
         num_layers: of blocks: new decoder layers.
         placement: of blocks: top (after the base's last layer) or interleaved (between its layers: learns more, shares
             less).
@@ -177,7 +184,8 @@ class LearnConfig(TrainConfig):
         router_samples: passages of which the router keeps a trace (vectors, no text).
         keep_samples: text kept for a router that is trained on it, e.g. 2MB; 0 keeps none; by default what the store
             says.
-        num_experts: of experts: new feed-forward experts a layer.
+        num_experts: of experts: new feed-forward experts a layer, by default 4; of peer: those of a pool, by default
+            16,384.
         num_attention_experts: of experts: new ones in a layer whose attention has experts.
         num_experts_per_tok: of experts: that a token uses beside a dense feed-forward.
         expert_size: of experts: hidden units beside a dense feed-forward; by default half the width.
@@ -185,6 +193,14 @@ class LearnConfig(TrainConfig):
         first_layer: of experts: the layers from this one on; those before are shared with other modules.
         routing_regularisation: of experts: weight of the loss that keeps new experts from being chosen readily.
         load_concentration: of experts: weight of the loss that makes fewer experts be used.
+        layers: of peer: the layers of the base that get a pool, e.g. 3 or 2,5; by default the middle one.
+        replace_feed_forward: of peer: the pool stands in place of the layer's feed-forward, which it first learns to
+            compute, and not beside it.
+        num_heads: of peer: searches a token makes.
+        top_k: of peer: experts that each search finds.
+        neurons_per_expert: of peer: hidden neurons of an expert.
+        key_size: of peer: width of a key; by default half the model's.
+        query_norm: of peer: batch (uses the experts evenly), layer or none.
         replay: a file or folder of other text that is read as well, e.g. what the base was trained on.
         replay_ratio: share of the rows that come from --replay.
     """
@@ -198,7 +214,7 @@ class LearnConfig(TrainConfig):
     feature_cache: int | str = "2GB"
     router_samples: int = 512
     keep_samples: int | str | None = None
-    num_experts: int = 4
+    num_experts: int | None = None
     num_attention_experts: int = 2
     num_experts_per_tok: int = 2
     expert_size: int | None = None
@@ -206,6 +222,13 @@ class LearnConfig(TrainConfig):
     first_layer: int = 0
     routing_regularisation: float = 0.0
     load_concentration: float = 0.0
+    layers: str | None = None
+    replace_feed_forward: bool = False
+    num_heads: int = 8
+    top_k: int = 16
+    neurons_per_expert: int = 1
+    key_size: int | None = None
+    query_norm: str = "batch"
     replay: str | None = None
     replay_ratio: float = 0.2
 
@@ -215,17 +238,20 @@ class LearnConfig(TrainConfig):
         for name in ("routing_regularisation", "load_concentration"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be a number, 0 or more")
-        for kind, names in _ONLY.items():
-            foreign = [
-                n for n in names if kind != self.kind and getattr(self, n) != type(self).__dataclass_fields__[n].default
-            ]
-            if foreign:
-                raise ConfigError(f"{foreign[0]} is for modules of kind {kind}; this one is of kind {self.kind}")
+        for name in dict.fromkeys(itertools.chain.from_iterable(_ONLY.values())):
+            kinds = [kind for kind, names in _ONLY.items() if name in names]
+            if self.kind not in kinds and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ConfigError(
+                    f"{name} is for modules of kind {' or '.join(kinds)}; this one is of kind {self.kind}"
+                )
         if self.replay is None and self.replay_ratio != type(self).replay_ratio:
             raise ConfigError(f"replay_ratio is {self.replay_ratio} and there is no replay; name the text to replay")
         if not 0 < self.replay_ratio < 1:
             raise ConfigError(f"replay_ratio is {self.replay_ratio}; it is a share of the rows, above 0 and below 1")
-        for name in ("num_experts", "num_experts_per_tok", "expert_size", "router_size"):
+        for name in (
+            "num_experts", "num_experts_per_tok", "expert_size", "router_size", "num_heads", "top_k",
+            "neurons_per_expert", "key_size",
+        ):  # fmt: skip
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
         for name in ("num_attention_experts", "first_layer"):
@@ -235,6 +261,8 @@ class LearnConfig(TrainConfig):
             object.__setattr__(self, "keep_samples", parse_size(self.keep_samples))
         if self.placement not in ("top", "interleaved"):
             raise ConfigError(f"placement {self.placement!r} is not one of top, interleaved")
+        if self.query_norm not in ("batch", "layer", "none"):
+            raise ConfigError(f"query_norm {self.query_norm!r} is not one of batch, layer, none")
         if self.vocabulary not in ("none", "head", "both"):
             raise ConfigError(f"vocabulary {self.vocabulary!r} is not one of none, head, both")
         for name in ("num_layers", "max_rows", "router_samples"):

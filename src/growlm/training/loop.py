@@ -11,6 +11,7 @@ import math
 import signal
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass
@@ -21,9 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from growlm.errors import IntegrityError, Interrupted, TrainingError
-from growlm.files import read_tensors, write_atomic, write_tensors
+from growlm.files import write_atomic
+from growlm.tensor_files import read_tensors, write_tensors
 from growlm.training.config import TrainConfig
 from growlm.training.memory import kept_pages
+from growlm.training.optim import RowAdamW, clip_gradients, make_optimizer
 
 _POINTER = "checkpoint.json"
 _MIN_RATE = 0.1  # share of the peak that the cosine ends at
@@ -66,6 +69,7 @@ def train(
     resume_hint: str,
     report: Callable[[StepReport], None] | None = None,
     decay: Callable[[str, nn.Parameter], bool] = lambda name, p: p.ndim >= 2,
+    buffers: Mapping[str, Tensor] | None = None,
 ) -> float:
     """Runs all steps that are left and returns the seconds that training took, earlier runs included.
 
@@ -74,6 +78,7 @@ def train(
         folder: holds checkpoints; the newest there is continued from.
         resume_hint: what to tell a user who interrupts.
         decay: which parameters get weight decay.
+        buffers: what a forward pass changes besides, as running statistics; saved and restored with the parameters.
 
     Raises:
         Interrupted: by Ctrl-C or a termination signal, after a checkpoint.
@@ -81,16 +86,9 @@ def train(
         StoreError: no room for a checkpoint.
         IntegrityError: the checkpoint to go on from is damaged.
     """
-    decayed = [p for n, p in parameters.items() if decay(n, p)]
-    others = [p for n, p in parameters.items() if not decay(n, p)]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True
-    )
-    done, spent = _restore(folder, parameters, optimizer)
+    optimizer = make_optimizer(parameters, lr=learning_rate, weight_decay=config.weight_decay, decay=decay)
+    buffers = buffers or {}
+    done, spent = _restore(folder, parameters, buffers, optimizer)
     started = saved = time.monotonic()
     smooth: float | None = None
     tokens = 0
@@ -103,7 +101,7 @@ def train(
             value = float(loss.detach())
             require_finite(f"the loss at step {step + 1} of {num_steps}", value)
             if config.clip > 0:
-                norm = nn.utils.clip_grad_norm_(parameters.values(), config.clip)
+                norm = clip_gradients(parameters.values(), config.clip)
                 require_finite(f"the gradient's norm at step {step + 1} of {num_steps}", float(norm))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -114,7 +112,7 @@ def train(
                 report(StepReport(step + 1, num_steps, smooth, tokens, now - started))
             last = step + 1 == num_steps
             if stop.is_set() or last or now - saved > config.checkpoint_seconds:
-                _save(folder, parameters, optimizer, step + 1, spent + now - started)
+                _save(folder, parameters, buffers, optimizer, step + 1, spent + now - started)
                 saved = time.monotonic()
             if stop.is_set() and not last:
                 raise Interrupted(f"stopped after step {step + 1} of {num_steps}; {resume_hint}")
@@ -177,6 +175,7 @@ def _file_of(step: int) -> str:
 def _save(
     folder: Path,
     parameters: Mapping[str, nn.Parameter],
+    buffers: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
     step: int,
     seconds: float,
@@ -186,6 +185,8 @@ def _save(
         tensors[f"parameter.{name}"] = p
         for key, value in optimizer.state[p].items():
             tensors[f"{key}.{name}"] = value
+    for name, buffer in buffers.items():
+        tensors[f"buffer.{name}"] = buffer
     folder.mkdir(parents=True, exist_ok=True)
     file = _file_of(step)
     digest = write_tensors(folder / file, tensors)
@@ -198,7 +199,7 @@ def _save(
 
 @torch.no_grad()
 def _restore(
-    folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+    folder: Path, parameters: Mapping[str, nn.Parameter], buffers: Mapping[str, Tensor], optimizer: RowAdamW
 ) -> tuple[int, float]:
     pointer = _pointer(folder)
     if pointer is None:
@@ -207,12 +208,18 @@ def _restore(
     try:
         tensors = read_tensors(path, sha256=pointer.sha256)
         torch.set_rng_state(tensors.pop("random").clone())
+        states: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
+        for full, tensor in tensors.items():
+            key, name = full.split(".", 1)
+            if key not in ("parameter", "buffer"):
+                states[name][key] = tensor
         for name, p in parameters.items():
             p.copy_(tensors.pop(f"parameter.{name}"))
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                if f"{key}.{name}" in tensors:
-                    optimizer.state[p][key] = tensors[f"{key}.{name}"].to(p.device, copy=True)
-    except (IntegrityError, KeyError, RuntimeError) as error:
+            if states[name]:
+                optimizer.load_parameter_state(p, states[name])
+        for name, buffer in buffers.items():
+            buffer.copy_(tensors[f"buffer.{name}"])
+    except (IntegrityError, KeyError, RuntimeError, ValueError) as error:
         raise _damaged(path) from error
     return pointer.step, pointer.seconds
 

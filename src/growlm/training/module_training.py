@@ -17,6 +17,7 @@ from growlm import data as text_data
 from growlm.layers.cross_entropy import linear_cross_entropy
 from growlm.layers.experts import watched
 from growlm.layers.losses import load_concentration
+from growlm.layers.pools import imitation
 from growlm.modules import KnowledgeModule, ModuleSet
 from growlm.modules.base import Base
 from growlm.modules.scoring import passage_losses
@@ -54,14 +55,16 @@ class ModuleTraining:
         row_ids = self._least_known(begin)
         # The module is made from the base's weights as they are stored.
         _set(weights, stored)
-        settings = {k: getattr(config, k) for k in kind.Config.model_fields if hasattr(config, k)}
+        given = {k: getattr(config, k, None) for k in kind.Config.model_fields}
+        settings = {k: v for k, v in given.items() if v is not None}
         self.module = kind.create(base, kind.Config(**settings), row_ids)
         _set(weights, rounded)
         del stored
+        self.module.open()
+        self.module.begin_training()
         self.modules = ModuleSet(base, [self.module])
         self.fork = self.modules.fork
         self._upper = _Upper(self.modules)
-        self.module.open()
         wanted = config.rows_wanted(len(packed))
         self.packed, self._steps = (
             packed,
@@ -69,6 +72,7 @@ class ModuleTraining:
         )
         if replay is not None:
             self.packed, self._steps = _with_replay(packed, replay, self._steps, config)
+        self._imitated = round(self.module.imitation_share * len(self._steps))
         self._cache: FeatureCache | None = None
         if wanted > len(packed) and self.fork > 0:
             checkpoint = 3 * 4 * self.module.num_parameters()  # weights and both moments, in float32
@@ -98,6 +102,7 @@ class ModuleTraining:
                 folder=self.work,
                 resume_hint="run the same command again to go on",
                 report=report,
+                buffers=dict(self.module.named_buffers()),
             )
         finally:
             if self._cache is not None:
@@ -139,11 +144,16 @@ class ModuleTraining:
             given = self._cache.get(rows, self._features).to(base.device)
         # The module's weights are float32; each step runs on a copy of them in the dtype of the matrix products. Unlike
         # autocast this keeps norms and activations in that dtype too, and casts each weight once.
+        # Tables stay as they are: a step reads a few of their rows.
         weights = {
             f"module.{name}": p.to(self.dtype)
             for name, p in self.module.named_parameters()
-            if not name.startswith("rows.head.")
+            if not name.startswith("rows.head.") and not self.module.is_table(name)
         }
+        if step < self._imitated:
+            with imitation() as errors:
+                torch.func.functional_call(self._upper, weights, (given,))
+            return torch.stack(errors).sum()
         with watched() as routings:
             hidden = torch.func.functional_call(self._upper, weights, (given,))
         own = self.module.rows.head

@@ -1,0 +1,64 @@
+"""Pools of tiny experts at a frozen feed-forward: beside it, or in its place (PEER).
+
+A pool in place of a feed-forward is first trained to compute what that computes: within `imitation`, layers run the
+frozen part and say how far the pool is from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor, nn
+
+_imitating: ContextVar[list[Tensor] | None] = ContextVar("imitating", default=None)
+
+
+@contextmanager
+def imitation() -> Iterator[list[Tensor]]:
+    """Within it, pools in place of a feed-forward are beside the forward pass: the frozen part's output goes on, and
+    every pool adds to the list that this yields the mean square of its error, over the mean square of what it should
+    have given."""
+    found: list[Tensor] = []
+    token = _imitating.set(found)
+    try:
+        yield found
+    finally:
+        _imitating.reset(token)
+
+
+class WithPools(nn.Module):
+    """Called as the feed-forward (..., d) -> (..., d) that it stands for.
+
+    Args:
+        frozen: that feed-forward; held outside of `nn.Module`'s registry, since it is not this one's to train or save.
+        beside: pools whose results are added.
+        instead: pools in its place; of several the mean counts, since each alone gives about what it gave.
+    """
+
+    def __init__(self, frozen: nn.Module, beside: Sequence[nn.Module], instead: Sequence[nn.Module] = ()) -> None:
+        super().__init__()
+        self._frozen, self._beside, self._instead = (frozen,), tuple(beside), tuple(instead)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        losses = _imitating.get()
+        if not self._instead or losses is not None:
+            out = self._frozen[0](hidden)
+            out = out[0] if isinstance(out, tuple) else out  # routed experts give their routing as well
+            if losses is not None:
+                losses += [_error(pool(hidden.detach()), out.detach()) for pool in self._instead]
+        else:
+            out = self._instead[0](hidden)
+            if len(self._instead) > 1:
+                out = torch.stack([out, *(pool(hidden) for pool in self._instead[1:])]).mean(0)
+        for pool in self._beside:
+            out = out + pool(hidden)
+        return out
+
+
+def _error(given: Tensor, wanted: Tensor) -> Tensor:
+    wanted = wanted.float()
+    size = wanted.square().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    return (given.float() - wanted).square().mean() / size

@@ -1,0 +1,222 @@
+"""Peer: pools of tiny experts in chosen layers of a frozen base, beside the feed-forward or in its place (PEER).
+
+A pool holds any number of experts of a few neurons each, of which a token reads heads x k: what a module knows and what
+it costs to run are chosen apart. Pools grow by steps: a step appends sub-keys and the experts that they find, and
+renumbers and changes nothing that was there.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from growlm.errors import ConfigError, IntegrityError
+from growlm.layers.peer import PEER
+from growlm.layers.pools import WithPools
+from growlm.layers.product_keys import sub_key_counts
+from growlm.layers.row_cache import CachedPool, cache_bytes
+from growlm.modules import KnowledgeModule, ModuleConfig, assign
+from growlm.modules.base import Base, Step, tensor_bytes
+from growlm.modules.vocabulary import VocabularyRows
+
+_IMITATION = 0.25  # share of the steps in which a pool in place of a feed-forward learns to compute what that does
+_TABLES = (".up", ".down")
+
+
+class PeerConfig(ModuleConfig):
+    """Shape of a `peer` module.
+
+    Attributes:
+        num_experts: of every pool when it was made; a number with two factors that are not too unequal.
+        layers: of the base, that get a pool; by default the middle one.
+        replace_feed_forward: the pools stand in place of these layers' feed-forward, not beside it.
+        num_heads, top_k: a token reads `top_k` experts for each head.
+        neurons_per_expert: hidden neurons of an expert.
+        key_size: width of a key, by default half the model's.
+        query_norm: batch (uses experts evenly), layer or none.
+        steps: rows of side a of the product keys, after the pool was made and after every step of growth; recorded.
+        open_steps: of these, so many are trained; what was appended after is not there yet; recorded.
+    """
+
+    num_experts: int = Field(default=16_384, ge=1)
+    layers: tuple[int, ...] | None = None
+    replace_feed_forward: bool = False
+    num_heads: int = Field(default=8, ge=1)
+    top_k: int = Field(default=16, ge=1)
+    neurons_per_expert: int = Field(default=1, ge=1)
+    key_size: int | None = Field(default=None, ge=2)
+    query_norm: Literal["batch", "layer", "none"] = "batch"
+    vocabulary: Literal["none", "head", "both"] = "head"
+    steps: tuple[int, ...] = ()
+    open_steps: int = Field(default=0, ge=0)
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _parse(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return tuple(int(part) for part in value.split(","))
+        except ValueError:
+            raise ConfigError(f"layers is {value!r}; write numbers of layers, e.g. 3 or 2,5") from None
+
+    @property
+    def sub_keys(self) -> tuple[int, int]:
+        """Rows of both sides of the product keys, all steps included."""
+        a, b = sub_key_counts(self.num_experts)
+        return (self.steps[-1] if self.steps else a), b
+
+    def completed(self, base: Base) -> Self:
+        """With what is recorded when a module is made.
+
+        Raises:
+            ConfigError: layers that the base does not have, or sizes of pools that cannot be.
+        """
+        layers = (base.num_layers // 2,) if self.layers is None else tuple(sorted(self.layers))
+        if len(set(layers)) < len(layers) or not layers:
+            raise ConfigError(f"layers are {', '.join(map(str, self.layers or ()))}; name each once, and at least one")
+        for layer in layers:
+            if not 0 <= layer < base.num_layers:
+                raise ConfigError(f"layer {layer}: {base.where} has layers 0 to {base.num_layers - 1}")
+        try:
+            steps = self.steps or (sub_key_counts(self.num_experts)[0],)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        return self.model_copy(update={"layers": layers, "steps": steps})
+
+
+class Peer(KnowledgeModule):
+    """Pools of tiny experts in layers of a frozen base. See `PeerConfig`."""
+
+    kind = "peer"
+    combines = True
+    exports = False
+    Config = PeerConfig
+    config: PeerConfig
+
+    def __init__(self, base: Base, config: PeerConfig, rows: VocabularyRows) -> None:
+        super().__init__(base)
+        self.config = config = config.completed(base)
+        self.rows = rows
+        assert config.layers is not None
+        self.fork = 0 if rows.input is not None else config.layers[0]
+        self._anatomy, self.device = base.anatomy, base.device
+        a, b = config.sub_keys
+        try:
+            self.pools = nn.ModuleList(
+                PEER(
+                    base.hidden_size,
+                    a * b,
+                    config.num_heads,
+                    config.top_k,
+                    neurons_per_expert=config.neurons_per_expert,
+                    key_size=config.key_size,
+                    query_norm=config.query_norm,
+                    sub_keys=(a, b),
+                    num_open=config.steps[max(config.open_steps, 1) - 1],
+                )
+                for _ in config.layers
+            )
+        except (ValueError, MemoryError) as error:
+            raise ConfigError(str(error)) from None
+
+    @classmethod
+    def create(cls, base: Base, config: PeerConfig, row_ids: Tensor | None = None) -> Self:
+        module = cls(base, config, VocabularyRows.create(base, config.vocabulary, row_ids))
+        if not config.replace_feed_forward:
+            with torch.no_grad():
+                for pool in module.pools:
+                    pool.down.zero_()  # type: ignore[operator]  # training begins where the base is
+        return module.float().to(base.device).eval()
+
+    @classmethod
+    def restore(cls, base: Base, config: PeerConfig, tensors: dict[str, Tensor], where: str) -> Self:
+        own_rows = {k.removeprefix("rows."): v for k, v in tensors.items() if k.startswith("rows.")}
+        rows = VocabularyRows.restore(own_rows, base, where)
+        held = "both" if rows.input is not None else "none" if rows.head is None else "head"
+        if held not in ("none", config.vocabulary):
+            raise IntegrityError(f"{where}: has rows of {held!r}, its config says {config.vocabulary!r}")
+        try:
+            with torch.device("meta"):
+                module = cls(base, config, rows)
+        except ConfigError as error:
+            raise IntegrityError(
+                f"{where}: its config does not fit the base: {error}; learn the module again"
+            ) from None
+        assign(module, tensors, where)
+        return module.eval()
+
+    def open(self) -> None:
+        """All steps of growth can be found from now on."""
+        self.config = self.config.model_copy(update={"open_steps": len(self.config.steps)})
+        for pool in self.pools:
+            pool.keys.num_open = self.config.steps[-1]  # type: ignore[union-attr]
+
+    def begin_training(self) -> None:
+        self.pools.train()
+
+    @classmethod
+    def is_table(cls, name: str) -> bool:
+        return name.startswith("pools.") and name.endswith(_TABLES)
+
+    def keep_rows(self, num_bytes: int) -> None:
+        each = num_bytes // len(self.pools)
+        try:
+            for i, pool in enumerate(self.pools):
+                assert isinstance(pool, PEER)
+                self.pools[i] = CachedPool(pool, each, self.device)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+
+    @classmethod
+    def bytes_from_disk(cls, config: PeerConfig, outline: dict[str, Tensor], num_bytes: int) -> int:
+        tables = [[t for n, t in outline.items() if n.startswith(f"pools.{i}.") and cls.is_table(n)]
+                  for i in range(len(config.layers or ()))]  # fmt: skip
+        others = tensor_bytes(t for n, t in outline.items() if not cls.is_table(n))
+        try:
+            each, at_once = num_bytes // max(len(tables), 1), config.num_heads * config.top_k
+            return others + sum(cache_bytes(pair, each, at_once) for pair in tables)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+
+    def num_bytes(self) -> int:
+        caches = [pool.cache.num_bytes() for pool in self.pools if isinstance(pool, CachedPool)]
+        return super().num_bytes() + sum(caches)
+
+    @property
+    def imitation_share(self) -> float:
+        return _IMITATION if self.config.replace_feed_forward else 0.0
+
+    def extend(self, steps: Sequence[Step]) -> list[Step]:
+        extended = list(steps)
+        if self.config.open_steps:
+            assert self.config.layers is not None
+            for index, pool in zip(self.config.layers, self.pools, strict=True):
+                extended[index] = Step(self._with(steps[index].layer, pool), steps[index].attention)
+        return extended
+
+    def cache_slots(self, base: Base) -> int:
+        return base.num_layers
+
+    def extended_config(self, config: Any) -> Any:
+        return copy.deepcopy(config)
+
+    def _with(self, layer: nn.Module, pool: nn.Module) -> nn.Module:
+        """A layer that runs as `layer` does with a pool at its feed-forward: a shallow copy that shares its parameters,
+        those of other modules' pools included."""
+        original: nn.Module = layer.__dict__.get("_growlm_original", layer)
+        beside, instead = layer.__dict__.get("_growlm_pools", ((), ()))
+        if self.config.replace_feed_forward:
+            instead = (*instead, pool)
+        else:
+            beside = (*beside, pool)
+        name = self._anatomy.feed_forward
+        variant = copy.copy(original)
+        variant._modules = {**original._modules, name: WithPools(getattr(original, name), beside, instead)}
+        variant.__dict__["_growlm_original"], variant.__dict__["_growlm_pools"] = original, (beside, instead)
+        return variant
