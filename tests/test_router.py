@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from growlm.errors import IntegrityError
-from growlm.files import read_tensors
+from growlm.tensor_files import read_tensors
 from growlm.modules.base import Base
 from growlm.modules.blocks import Blocks, BlocksConfig
 from growlm.router import (
