@@ -56,7 +56,12 @@ def new(
     base: Annotated[str, typer.Option("--base", help="Checkpoint folder, or a hub id.", show_default=False)],
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16, or auto.")] = "auto",
     router: Annotated[
-        str, typer.Option("--router", help="gaussian (grows domain by domain) or transformer (trained on kept text).")
+        str,
+        typer.Option(
+            "--router",
+            help="gaussian (grows domain by domain), product-key (the same, for very many) or transformer (trained on "
+            "kept text).",
+        ),
     ] = "gaussian",
     keep_samples: Annotated[
         str | None,
@@ -147,7 +152,11 @@ def router(
     config: Any,
     kind: Annotated[
         str | None,
-        typer.Option("--kind", help="Change to gaussian, or train a transformer and change to it.", show_default=False),
+        typer.Option(
+            "--kind",
+            help="Change to gaussian or product-key, or train a transformer and change to it.",
+            show_default=False,
+        ),
     ] = None,
     remove_version: Annotated[
         int | None,
@@ -164,11 +173,14 @@ def router(
 
         growlm router brain
 
+        growlm router brain --kind product-key
+
         growlm router brain --kind transformer --router-layers 4
 
         growlm router brain --remove-version 3
     """
-    from growlm.store import Store
+    from growlm.router import load_router
+    from growlm.store import ROUTER_INDEX, Store
     from growlm.training.router import describe_router, last_config, train_router
 
     opened = Store.open(store)
@@ -179,6 +191,8 @@ def router(
         train_router(opened, settings, restart=restart)
     if kind is not None:
         opened.set_router(kind)
+    if kind == ROUTER_INDEX:
+        load_router(opened)  # makes its index now, and not before the first prompt
     found = describe_router(opened)
     if as_json:
         return print_json(found)

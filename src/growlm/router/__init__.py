@@ -1,7 +1,8 @@
 """Router: hidden states of the base -> ranked modules, or none of them.
 
 Knows what the base's last layer says about a text and what was kept of each domain; never loads a module's weights.
-Two kinds answer the same interface: gaussian, which grows from each domain's own text, and transformer, trained on all.
+Three kinds answer the same interface: gaussian, which grows from each domain's own text; product-key, which gives the
+same answers where there are very many modules; and transformer, trained on kept text of all.
 """
 
 from growlm.router.gaussian import (
@@ -16,6 +17,7 @@ from growlm.router.gaussian import (
 )
 from growlm.router.interface import NONE, Route, Router, names_of
 from growlm.router.loading import load_router
+from growlm.router.product_key import ProductKeyRouter
 from growlm.router.samples import SAMPLES, pack_samples, read_samples, unpack_samples
 from growlm.router.states import base_states, pad_left, pool
 from growlm.router.transformer import TransformerRouter
@@ -26,6 +28,7 @@ __all__ = [
     "SAMPLES",
     "VECTORS",
     "GaussianRouter",
+    "ProductKeyRouter",
     "Route",
     "Router",
     "TransformerRouter",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -24,7 +25,8 @@ class Route:
 
     Attributes:
         module: the chosen module's name, or None for none of these.
-        scores: probability of every module and of `"none"`, best first; they sum to 1.
+        scores: probability of every module and of `"none"`, best first; they sum to 1. A router of very many modules
+            gives the best of them only.
     """
 
     module: str | None
@@ -37,6 +39,11 @@ class Router(ABC):
     kind: str
     names: list[str]
     forks: dict[str, int]  # of every module: where a request may leave the base
+
+    @cached_property
+    def fork_layers(self) -> frozenset[int]:
+        """All values of `forks`: few, however many modules there are."""
+        return frozenset(self.forks.values())
 
     def bind(self, base: Base) -> Router:
         """This router, ready to route on `base`: for kinds that run layers of the base's family."""

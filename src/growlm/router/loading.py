@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from growlm.errors import ConfigError
 from growlm.router.gaussian import load_gaussian
 from growlm.router.interface import Router
+from growlm.router.product_key import load_product_key
 from growlm.router.transformer import load_transformer
 from growlm.store import ROUTERS
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 _LOADERS: dict[str, Callable[[Store, Collection[str] | None], Router]] = {
     "gaussian": load_gaussian,
+    "product-key": load_product_key,
     "transformer": load_transformer,
 }
 
@@ -26,7 +28,7 @@ def load_router(store: Store, among: Collection[str] | None = None, *, kind: str
     Args:
         among: names of modules; the router then is what it would be if the store held no others, as far as its kind can
             say.
-        kind: gaussian or transformer; by default the store's own.
+        kind: gaussian, product-key or transformer; by default the store's own.
 
     Raises:
         ConfigError: no such kind.

@@ -1,0 +1,129 @@
+"""The product-key router: the gaussian router's answers for stores of very many modules, without comparing with all.
+
+It reads what the gaussian router has fitted, to the bit, and an index of the fitted means (`cells.py`, after PEER's
+product keys). The index is made of these means alone and what is found does not depend on it: the order of learning and
+what was taken out again leave no trace (guarantee 9), as in the gaussian router.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from growlm.errors import GrowlmError, IntegrityError
+from growlm.router.cells import Cells, squared_distances
+from growlm.router.gaussian import GaussianRouter, load_gaussian, routes_of
+from growlm.router.interface import NONE, Route, Router
+from growlm.router.states import pool
+from growlm.store import ROUTER_FITTED, ROUTER_INDEX
+
+if TYPE_CHECKING:
+    from growlm.store import Store
+
+# b batch, t tokens, d hidden size, c classes
+
+TOP_K = 32  # modules that an answer lists
+_FEW = 4096  # modules that are compared one by one in less time than an index takes
+_INDEX = 1  # raise it with every change of what `Cells.build` computes: an index that was kept before is made anew
+
+
+class ProductKeyRouter(Router):
+    """The best `top_k` modules of the gaussian router, exactly: the same choice, the same order, equal ones included.
+
+    Scores are the probabilities among these modules and *none*. Where there are no more modules than `top_k` they are
+    the gaussian router's own; where there are more, what those that are left out would have had is not taken off.
+
+    Args:
+        gaussian: what was fitted.
+        cells: the index of its means but the last; None where all are compared.
+    """
+
+    kind = "product-key"
+
+    def __init__(self, gaussian: GaussianRouter, cells: Cells | None, top_k: int = TOP_K) -> None:
+        self.names, self.forks = gaussian.names, gaussian.forks
+        self.gaussian, self.cells, self.top_k = gaussian, cells, top_k
+
+    def route(self, hidden: Tensor, visible: Tensor | None = None) -> list[Route]:
+        return self.route_pooled(pool(hidden, visible))
+
+    def route_pooled(self, vectors: Tensor) -> list[Route]:
+        """Answers for pooled vectors (b, d)."""
+        if not self.names:
+            return [Route(None, {NONE: 1.0}) for _ in vectors]
+        return [self._route(whitened) for whitened in vectors.float().cpu() @ self.gaussian.whiten]
+
+    def _route(self, whitened: Tensor) -> Route:
+        """The answer for a whitened vector (d,)."""
+        means, limits = self.gaussian.means, self.gaussian.limits
+        found = self._nearest(whitened)
+        # The gaussian router goes on with those that cannot be chosen, in the names' order.
+        room = min(self.top_k, len(self.names)) - len(found)
+        if room:
+            among = set(found)
+            found += [i for i in range(self.top_k) if i not in among][:room]
+        listed = torch.tensor(sorted(found))
+        distances = squared_distances(whitened[None], torch.cat([means[listed], means[-1:]]))
+        return routes_of([self.names[i] for i in listed.tolist()], distances, limits[listed])[0]
+
+    def _nearest(self, whitened: Tensor) -> list[int]:
+        """Modules that can be chosen, the nearest first, `top_k` at most."""
+        means, limits = self.gaussian.means[:-1], self.gaussian.limits
+        if self.cells is not None:
+            return self.cells.nearest(whitened, means, self.top_k).points.tolist()
+        distances = squared_distances(whitened[None], means)[0]
+        within = (distances <= limits).nonzero()[:, 0]
+        return within[distances[within].argsort(stable=True)[: self.top_k]].tolist()
+
+    def without(self, names: Collection[str]) -> ProductKeyRouter:
+        cells = self.cells
+        if cells is not None:
+            cells = cells.without(torch.tensor([name in names for name in self.names]))
+        return ProductKeyRouter(self.gaussian.without(names), cells, self.top_k)
+
+    def num_bytes(self) -> int:
+        return self.gaussian.num_bytes() + (self.cells.num_bytes() if self.cells is not None else 0)
+
+
+def load_product_key(store: Store, among: Collection[str] | None = None) -> Router:
+    """The store's gaussian router with an index of its means, which is kept and made anew when they have changed.
+
+    Args:
+        among: names of modules; the router then is what it would be if the store held no others.
+
+    Raises:
+        IntegrityError: a file of the router is not what its manifest says.
+    """
+    gaussian = load_gaussian(store, among)
+    if len(gaussian.names) <= _FEW:
+        return ProductKeyRouter(gaussian, None)
+    cells = _read_cells(store, gaussian)
+    if cells is None:
+        cells = Cells.build(gaussian.means[:-1], gaussian.limits)
+        if gaussian.fitted is not None:
+            with suppress(OSError, GrowlmError), store.lock():  # a store on a read-only disk still routes
+                if store.router_files(ROUTER_FITTED).digest() == gaussian.fitted:
+                    store.router_files(ROUTER_INDEX).write(cells.tensors | {"members": _members(gaussian.fitted)})
+    return ProductKeyRouter(gaussian, cells)
+
+
+def _read_cells(store: Store, gaussian: GaussianRouter) -> Cells | None:
+    if gaussian.fitted is None:
+        return None
+    try:
+        tensors = store.router_files(ROUTER_INDEX).read()
+    except IntegrityError:
+        return None  # derived from what was fitted: made anew
+    if tensors is None or not torch.equal(tensors.pop("members"), _members(gaussian.fitted)):
+        return None
+    return Cells(tensors)
+
+
+def _members(fitted: str) -> Tensor:
+    """Tells of which fitted file an index is, and made in which way, (32,) uint8."""
+    return torch.tensor(list(hashlib.sha256(f"index {_INDEX}, fitted {fitted}".encode()).digest()), dtype=torch.uint8)
