@@ -1,18 +1,23 @@
-"""What the benchmarks share: a base of a given size, interleaved timing, the machine's name."""
+"""What the benchmarks share: a base of a given size, interleaved timing, results that are kept, tables, the machine's
+name."""
 
 from __future__ import annotations
 
 import json
+import math
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
+from growlm.files import write_atomic
 from growlm.modules.checkpoint import save_model
 
 
@@ -70,6 +75,38 @@ def same_settings(out: Path, settings: dict[str, object]) -> None:
             raise SystemExit(f"{out}: holds results with another {', '.join(differ)}; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(plain, indent=1))
+
+
+def slug(*parts: object) -> str:
+    """A file's name for a way and its settings."""
+    return "-".join(re.sub(r"[,\s]+", "-", str(part)) for part in parts)
+
+
+def kept(out: Path, name: str, make: Callable[[], Any]) -> Any:
+    """A result, as JSON has it: what an earlier run left in `out`, else made now and left there."""
+    path = out / "results" / f"{name}.json"
+    if not path.exists():
+        print(f"{name} ...", flush=True)
+        write_atomic(path, json.dumps(make()).encode())
+    return json.loads(path.read_text())
+
+
+def cell(values: Sequence[float]) -> str:
+    """Mean and half of its 95 % interval (Student's t)."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return f"{mean:.3g}"
+    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(values), 2.3)
+    return f"{mean:.3g} ± {t * statistics.stdev(values) / math.sqrt(len(values)):.2g}"
+
+
+def print_table(title: str, rows: Sequence[tuple[str, dict[str, list[float]]]]) -> None:
+    """Rows of (label, {column: one number a seed}); a column that a row lacks stays empty."""
+    columns = list(dict.fromkeys(name for _, cells in rows for name in cells))
+    print(f"\n| {title} | " + " | ".join(columns) + " |")
+    print("|---|" + "---:|" * len(columns))
+    for label, cells in rows:
+        print(f"| {label} | " + " | ".join(cell(cells[c]) if c in cells else "" for c in columns) + " |", flush=True)
 
 
 def best_rate(rates: Sequence[float], loss: Callable[[float], float]) -> float:

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import growlm
 from baselines import Baseline
-from common import best_rate, machine, same_settings
+from common import best_rate, kept, machine, print_table, same_settings
 from growlm import data as text_data
 from growlm.files import write_atomic
 from growlm.model import GrowlmForCausalLM
@@ -75,11 +75,7 @@ class Bench:
         self._loaded: dict[str, Any] = {}
 
     def kept(self, name: str, make: Callable[[], Any]) -> Any:
-        path = self.out / "results" / f"{name}.json"
-        if not path.exists():
-            print(f"{name} ...", flush=True)
-            write_atomic(path, json.dumps(make()).encode())
-        return json.loads(path.read_text())
+        return kept(self.out, name, make)
 
     def pretrained(self, variant: str, seed: int) -> Path:
         slug = variant.replace(",", "").replace(" ", "-")
@@ -341,15 +337,6 @@ class Bench:
         return number / depth
 
 
-def cell(values: Sequence[float]) -> str:
-    """Mean and half of its 95 % interval."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return f"{mean:.3g}"
-    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(values), 2.3)
-    return f"{mean:.3g} ± {t * statistics.stdev(values) / math.sqrt(len(values)):.2g}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ["ablation", "domains", "longer", "insert", "prune"]
@@ -366,12 +353,7 @@ def main() -> None:
     size = AutoModelForCausalLM.from_pretrained(bench.pretrained(WHOLE, a.seeds[0])).num_parameters()
     print(f"{machine()}; {size / 1e6:.1f} M parameters, {a.tokens:,} tokens, seeds {a.seeds}; mean ± 95 % interval\n")
     for name in a.experiments:
-        rows = getattr(bench, name)()
-        columns = list(rows[0][1])
-        print(f"\n| {name} | " + " | ".join(columns) + " |")
-        print("|---|" + "---:|" * len(columns))
-        for label, cells in rows:
-            print(f"| {label} | " + " | ".join(cell(cells[c]) for c in columns) + " |")
+        print_table(name, getattr(bench, name)())
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from growlm.units import parse_count
 PRESET = Path(growlm.__file__).parent / "model" / "presets" / "molm-tiny.json"
 TOKENS = 4096  # of a training step
 DENSE = {"feed_forward": "dense", "attention": "softmax", "num_attention_experts": 0, "auxiliary_loss": "none"}
-LADDER = {"dense 256 x 4": (256, 4), "dense 320 x 5": (320, 5), "dense 384 x 6": (384, 6), "dense 512 x 8": (512, 8)}
+LADDER = {"dense 256 x 4": (256, 4), "dense 320 x 5": (320, 5), "dense 384 x 6": (384, 6)}
 SPARSE = "molm-tiny"
 
 

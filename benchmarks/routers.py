@@ -1,7 +1,7 @@
-"""Both kinds of router on the same modules: accuracy, retained gain, time for a prompt, and growth in domains.
+"""All kinds of router on the same modules: accuracy, retained gain, time for a prompt, and growth in domains.
 
 `real` learns the domains of the ten-domain benchmark into one store that keeps samples, trains the transformer router,
-and evaluates both kinds. `growth` makes up domains (each writes its own share of the vocabulary more often) and asks
+and evaluates all kinds. `growth` makes up domains (each writes its own share of the vocabulary more often) and asks
 how accuracy and the cost of one more domain change from 2 to 1,000.
 
 python benchmarks/routers.py real --data DIR --out routers/ --base checkpoint/

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -12,12 +13,16 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import growlm
+from growlm.layers import PEER, ProductKeyMemory, ProductKeys, retrievals
 from growlm.model import GrowlmConfig, GrowlmForCausalLM
+from growlm.modules import ModuleSet
+from growlm.modules.base import Base
+from growlm.modules.blocks import Blocks, BlocksConfig
 
 PRESETS = Path(growlm.__file__).parent / "model" / "presets"
 SIZES = {
     "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24,
-    "num_experts": 5, "router_size": 8, "eos_token_id": 0,
+    "num_experts": 5, "router_size": 8, "eos_token_id": 0, "peer_num_experts": 30, "peer_num_heads": 3, "peer_top_k": 4,
 }  # fmt: skip
 KINDS = {
     "stickbreaking, dense": {"feed_forward": "dense"},
@@ -25,7 +30,13 @@ KINDS = {
     "softmax, dense": {"attention": "softmax", "feed_forward": "dense", "num_key_value_heads": 1, "gated": True},
     "softmax, experts": {"attention": "softmax", "num_attention_experts": 3, "norm": "rmsnorm", "expert_bias": True},
     "mixed": {"attention": ["softmax", "stickbreaking", "softmax"], "feed_forward": ["dense", "experts", "dense"]},
-}
+    "softmax, peer": {"attention": "softmax", "feed_forward": ["dense", "peer", "experts"], "auxiliary_loss": "none"},
+    "stickbreaking, memory and peer": {
+        "feed_forward": ["memory", "peer", "peer"], "peer_num_experts": [20, 30, 42], "peer_neurons_per_expert": 2,
+        "peer_gated": True, "peer_key_size": 8, "peer_query_norm": "layer", "peer_scores": "sigmoid",
+    },
+}  # fmt: skip
+BATCH_NORM = {"feed_forward": ["dense", "peer", "memory"], "attention": "softmax"}
 
 
 def make(kind: str = "stickbreaking, experts", **changes) -> GrowlmForCausalLM:
@@ -34,6 +45,9 @@ def make(kind: str = "stickbreaking, experts", **changes) -> GrowlmForCausalLM:
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.05)
+        for name, buffer in model.named_buffers():
+            if "running" in name:
+                buffer.add_(torch.rand_like(buffer) * 0.05)
     return model
 
 
@@ -48,6 +62,14 @@ def ids(batch: int = 2, tokens: int = 20, seed: int = 0) -> torch.Tensor:
 
 def close(a: torch.Tensor, b: torch.Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def gradients(model: GrowlmForCausalLM) -> dict[str, torch.Tensor]:
+    return {n: p.grad.to_dense().clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def statistics(model: GrowlmForCausalLM) -> dict[str, torch.Tensor]:
+    return {n: b.clone() for n, b in model.named_buffers() if "running" in n}
 
 
 @torch.no_grad()
@@ -76,8 +98,8 @@ def test_padding_on_the_left_changes_nothing(model: GrowlmForCausalLM) -> None:
     close(padded[0, 5:], model(text[:1, 5:]).logits[0])
     close(padded[1], model(text[1:]).logits[0])
     written = model.generate(text, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
-    alone = model.generate(text[:1, 5:], max_new_tokens=6, do_sample=False)
-    assert torch.equal(written[0, 20:], alone[0, 15:][: written.shape[1] - 20])
+    alone = model.generate(text[:1, 5:], max_new_tokens=6, do_sample=False)[0, 15:]  # may end before the other row
+    assert torch.equal(written[0, 20 : 20 + len(alone)], alone)
 
 
 @torch.no_grad()
@@ -158,13 +180,13 @@ def test_tied_embeddings_are_one_tensor(tmp_path: Path) -> None:
 def test_gradient_checkpointing_changes_no_gradient(model: GrowlmForCausalLM) -> None:
     model.train()
     model(ids(), labels=ids()).loss.backward()
-    plain = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    plain = gradients(model)
     model.zero_grad()
     # transformers renamed it.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable()
     model(ids(), labels=ids()).loss.backward()
-    checked = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    checked = gradients(model)
     assert plain.keys() == checked.keys()
     for name in plain:
         close(plain[name], checked[name])
@@ -177,12 +199,127 @@ def test_compiled_model_computes_the_same(model: GrowlmForCausalLM) -> None:
     plain = model(ids(), labels=ids())
     close(out.logits, plain.logits)
     out.loss.backward()
-    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    compiled_gradients = gradients(model)
     model.zero_grad()
     plain.loss.backward()
-    for name, p in model.named_parameters():
-        if p.grad is not None:
-            close(grads[name], p.grad)
+    for name, gradient in gradients(model).items():
+        close(compiled_gradients[name], gradient)
+
+
+# Product keys
+
+
+def test_gradient_checkpointing_counts_a_batch_once_in_the_statistics() -> None:
+    model = make(**BATCH_NORM).train()
+    before = copy.deepcopy(model.state_dict())
+    model(ids(), labels=ids()).loss.backward()
+    plain = statistics(model)
+    model.load_state_dict(before)
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
+    model(ids(), labels=ids()).loss.backward()
+    assert statistics(model).keys() == plain.keys()
+    for name, value in statistics(model).items():
+        assert not torch.equal(value, before[name])
+        assert torch.equal(value, plain[name])
+
+
+def test_padding_counts_for_nothing_in_the_statistics_of_queries() -> None:
+    """Nor in what other tokens get: in training a batch is normalised together."""
+    text = ids()
+    mask = torch.ones_like(text)
+    mask[0, :5] = 0
+    seen = []
+    for padding in (1, 50):
+        model = make(**BATCH_NORM).train()
+        changed = text.clone()
+        changed[0, :5] = padding
+        logits = model(changed, attention_mask=mask).logits
+        seen.append((logits[mask.bool()], statistics(model)))
+    close(seen[0][0], seen[1][0])
+    for name, value in seen[0][1].items():
+        close(value, seen[1][1][name])
+    unmasked = make(**BATCH_NORM).train()
+    assert not torch.allclose(unmasked(text).logits[mask.bool()], seen[0][0])
+
+
+def test_new_layers_are_initialised_as_they_say() -> None:
+    config = GrowlmConfig(**{**SIZES, **BATCH_NORM, "hidden_size": 64, "peer_num_experts": 900})
+    for model in (GrowlmForCausalLM(config), AutoModelForCausalLM.from_config(config)):
+        peer, memory = model.model.layers[1].mlp, model.model.layers[2].mlp
+        assert (type(peer), type(memory)) == (PEER, ProductKeyMemory)
+        wanted = {"up": 64**-0.5, "down": 0.1 * (3 / 4 * 0.42) ** -0.5}
+        for name, std in wanted.items():
+            assert getattr(peer, name).std().item() == pytest.approx(std, rel=0.05)
+        assert memory.values.std().item() == pytest.approx(0.1 * (3 / 4) ** -0.5, rel=0.05)
+        assert peer.keys.query.weight.std().item() == pytest.approx(64**-0.5, rel=0.05)
+        assert peer.keys.keys_a.std().item() == pytest.approx(32**-0.5, rel=0.15)
+        assert torch.equal(peer.keys.norm.weight, torch.ones(96))
+
+
+def test_tables_of_a_loaded_model_are_those_that_were_saved(tmp_path: Path) -> None:
+    model = make(**BATCH_NORM)
+    model.train()(ids())
+    model.eval().save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    saved = model.state_dict()
+    assert {"model.layers.1.mlp.up", "model.layers.2.mlp.keys.norm.running_mean"} <= saved.keys()
+    assert all(torch.equal(value, saved[name]) for name, value in loaded.state_dict().items())
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert half.model.layers[1].mlp.up.dtype == torch.bfloat16
+    assert torch.isfinite(half(ids()).logits).all()
+
+
+def test_active_parameters_are_queries_sub_keys_and_rows_read() -> None:
+    dense, peer = (make(feed_forward=kind, num_hidden_layers=1) for kind in ("dense", "peer"))
+    queries = 32 * 3 * 16 + 2 * 3 * 16
+    rest = dense.num_active_parameters() - 2 * 32 * 24
+    assert peer.num_active_parameters() - rest == queries + (5 + 6) * 8 + 12 * 2 * 32
+    assert peer.num_parameters() - dense.num_parameters() == queries + (5 + 6) * 8 + 30 * 2 * 32 - 2 * 32 * 24
+    few = make(feed_forward="memory", num_hidden_layers=1, peer_num_experts=6)  # fewer than 3 x 4
+    assert few.num_active_parameters() - rest == queries + (2 + 3) * 8 + 6 * 32
+
+
+def test_product_keys_have_no_routing_and_no_auxiliary_loss() -> None:
+    model = make("stickbreaking, dense", feed_forward="peer", auxiliary_loss_weight=1.0).train()
+    out = model(ids(), labels=ids(), output_routings=True)
+    assert [r.feed_forward for r in out.routings] == [None] * 3
+    assert out.auxiliary_loss.item() == 0
+    with retrievals() as found:
+        model(ids())
+    assert [r.experts.shape for r in found] == [(40, 3, 4)] * 3
+    assert sum(isinstance(m, ProductKeys) for m in model.modules()) == 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [k for k, v in KINDS.items() if "feed_forward" in v])
+def test_a_store_runs_it_as_a_base(kind: str) -> None:
+    """From layer to layer."""
+    model = make(kind)
+    base = Base(model)
+    text = ids()
+    visible = torch.ones_like(text, dtype=torch.bool)
+    visible[0, :5] = False
+    assert torch.equal(base.logits(text), model(text).logits)
+    close(base.logits(text, visible=visible)[visible], model(text, attention_mask=visible).logits[visible])
+
+
+@torch.no_grad()
+def test_new_layers_above_it_change_nothing_yet() -> None:
+    """They are copies of the last one."""
+    base = Base(make(attention="softmax", feed_forward=["dense", "peer", "dense"]))
+    blocks = Blocks.create(base, BlocksConfig(num_layers=2, vocabulary="none"))
+    assert torch.equal(ModuleSet(base, [blocks]).logits(ids()), base.logits(ids()))
+
+
+def test_peer_tiny_has_the_sizes_that_the_guide_says() -> None:
+    config = AutoConfig.from_pretrained(PRESETS / "peer-tiny.json")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert model.num_parameters() == pytest.approx(38.6e6, rel=0.01)
+    assert model.num_active_parameters() == pytest.approx(5.1e6, rel=0.01)
+    kinds = [type(layer.mlp).__name__ for layer in model.model.layers]
+    assert kinds == ["GrowlmMLP", "GrowlmMLP", "PEER", "GrowlmMLP"]
 
 
 def test_auxiliary_loss_is_added_in_training_only() -> None:
@@ -261,6 +398,15 @@ def test_auto_classes_find_it_after_import(program: str) -> None:
         ({"norm": "batch"}, "norm is 'batch'"),
         ({"num_key_value_heads": 4, "num_attention_heads": 2}, "2 heads cannot share 4"),
         ({"shared_key_value": False}, "head_dim is 32, not 16"),
+        ({"feed_forward": "peer", "peer_top_k": 31}, "layer 0: peer_top_k is 31, expected 1 to .* 30"),
+        ({"feed_forward": ["dense", "memory", "dense"], "peer_num_heads": 0}, "layer 1: peer_num_heads is 0"),
+        ({"feed_forward": "peer", "peer_num_experts": 10_007}, "peer_num_experts is 10007, .*; use 10005 or 10008$"),
+        ({"feed_forward": "peer", "peer_num_experts": [30]}, "peer_num_experts lists 1 layers, expected 3"),
+        ({"feed_forward": "peer", "peer_key_size": 9}, "peer_key_size is 9, expected an even number"),
+        ({"feed_forward": "memory", "peer_query_norm": "rms"}, "peer_query_norm 'rms' is not one of batch"),
+        ({"feed_forward": "peer", "peer_scores": "relu"}, "peer_scores 'relu' is not one of"),
+        ({"feed_forward": "peer", "peer_neurons_per_expert": 0}, "peer_neurons_per_expert is 0"),
+        ({"feed_forward": "peer", "peer_query_dropout": 1.0}, "peer_query_dropout is 1.0"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes: dict, word: str) -> None:
@@ -268,8 +414,9 @@ def test_settings_that_cannot_be_are_refused(changes: dict, word: str) -> None:
         GrowlmConfig(**{**SIZES, **changes})
 
 
-def test_config_comes_back_as_it_was(tmp_path: Path) -> None:
-    config = GrowlmConfig(**{**SIZES, **KINDS["mixed"], "num_experts": [0, 5, 0]})
+@pytest.mark.parametrize("kind", ["mixed", "stickbreaking, memory and peer"])
+def test_config_comes_back_as_it_was(kind: str, tmp_path: Path) -> None:
+    config = GrowlmConfig(**{**SIZES, **KINDS[kind], "num_experts": [0, 5, 0]})
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
     loaded._name_or_path = ""

@@ -18,12 +18,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from disk import flip, write_jsonl
 from growlm.errors import BaseModelError, ConfigError, DataError, IntegrityError, Interrupted, StoreError, TrainingError
+from growlm.layers import retrievals
 from growlm.layers.cross_entropy import linear_cross_entropy
 from growlm.modules import ModuleSet
 from growlm.modules.base import Base
 from growlm.modules.scoring import num_labels, passage_losses
 from growlm.store import Store
-from growlm.training.config import LearnConfig, PretrainConfig
+from growlm.training.config import FinetuneConfig, LearnConfig, PretrainConfig
+from growlm.training.finetune import finetune
 from growlm.training.learn import learn
 from growlm.training.pretrain import default_rate, new_model, pretrain, train_tokenizer
 from interruptions import at_step, exit_code, forked, in_new_process, interrupt, kill, steps_of
@@ -41,7 +43,16 @@ def story(number: int) -> str:
     return f"The {first} {VERBS[number % 5]} the {second} by the {PLACES[number * 3 % 6]} on day {number}."
 
 
+# Both kinds of layers with product keys, and everything random that they have.
+PEER = {
+    "attention": "softmax", "feed_forward": ["dense", "peer", "memory", "dense"], "num_attention_experts": 0,
+    "peer_num_experts": 64, "peer_num_heads": 2, "peer_top_k": 3, "peer_dropout": 0.1, "peer_query_dropout": 0.1,
+}  # fmt: skip
+
+
 def write_config(folder: Path, family: str, **changes: Any) -> Path:
+    if family == "peer":
+        family, changes = "growlm", PEER | changes
     AutoConfig.for_model(family, **{**SETTINGS[family], **changes}).save_pretrained(folder)
     return folder / "config.json"
 
@@ -212,6 +223,79 @@ def test_documents_kept_apart_and_segments_train_another_model(home, changes):
     assert json.loads((home / "other" / "pretrain.json").read_text())["settings"].items() >= changes.items()
 
 
+# Product keys
+
+
+def test_a_model_with_product_keys_learns_and_says_what_it_uses(home, capsys):
+    config = str(write_config(home / "peer", "peer"))
+    result = pretrain(home / "out", [home / "text.jsonl"], settings_of(home, config=config, epochs=6), progress=True)
+    assert result.loss_after < 0.7 * result.loss_before
+    assert [(p.layer, p.num_experts) for p in result.pools] == [(1, 64), (2, 64)]
+    record = json.loads((home / "out" / "pretrain.json").read_text())
+    assert record["pools"] == result.to_json()["pools"]
+    # What the record says is what can be counted in the model that was saved.
+    model = AutoModelForCausalLM.from_pretrained(home / "out")
+    tokenizer = AutoTokenizer.from_pretrained(home / "out")
+    counts, gates = torch.zeros(2, 64), torch.zeros(2, 64, dtype=torch.float64)
+    for line in (home / "out" / "heldout.jsonl").read_text().splitlines():
+        ids = tokenizer(json.loads(line)["text"])["input_ids"]
+        for start in range(0, len(ids), 24):
+            if len(ids[start : start + 24]) > 1:
+                with retrievals() as found, torch.no_grad():
+                    model(torch.tensor([ids[start : start + 24]]))
+                for i, r in enumerate(found):
+                    counts[i] += torch.bincount(r.experts.flatten(), minlength=64)
+                    gates[i].index_add_(0, r.experts.flatten(), r.gates.flatten().double())
+    for i, pool in enumerate(result.pools):
+        share = gates[i] / gates[i].sum()
+        assert pool.share_used_after == pytest.approx(float((counts[i] > 0).float().mean()))
+        assert pool.unevenness_after == pytest.approx(math.log(64) + float(torch.xlogy(share, share).sum()), rel=1e-3)
+        assert 0 < pool.share_used_before <= 1
+        assert pool.unevenness_before != pool.unevenness_after
+    told = capsys.readouterr().err
+    assert "layer 1: 64 experts, of which held-out text uses" in told
+    assert "layer 2: 64 experts" in told
+
+
+def test_what_a_text_does_not_retrieve_keeps_its_bits(home):
+    """With weight decay, too."""
+    path = write_config(home / "peer", "peer", peer_num_experts=2500, peer_top_k=1)
+    result = run(home, config=str(path), tokens=8 * 24, weight_decay=0.1)
+    config = AutoConfig.from_pretrained(path)
+    config.vocab_size = result.vocab_size
+    trained, new = AutoModelForCausalLM.from_pretrained(home / "out"), new_model(config, 0)
+    for layer, table in ((1, "up"), (1, "down"), (2, "values")):
+        before, after = (getattr(m.model.layers[layer].mlp, table) for m in (new, trained))
+        changed = (before != after).any(-1).sum()
+        assert 0 < changed <= 8 * 24 * 2
+
+
+def test_finetuning_goes_on_with_the_running_statistics(home):
+    config = str(write_config(home / "peer", "peer"))
+    run(home, config=config)
+    settings = FinetuneConfig(sequence_length=24, batch_size=8, precision="float32", tokens=8 * 24 * 6)
+    arguments = (home / "out", home / "tuned", [home / "text.jsonl"], settings)
+    with at_step(3, interrupt), pytest.raises(Interrupted):
+        finetune(*arguments, progress=False)
+    result = finetune(*arguments, progress=False)
+    finetune(home / "out", home / "whole", *arguments[2:], progress=False)
+    assert weights_of(home / "tuned") == weights_of(home / "whole")
+    assert json.loads((home / "tuned" / "finetune.json").read_text())["pools"] == result.to_json()["pools"]
+    before, after = (load_file(home / name / "model.safetensors") for name in ("out", "tuned"))
+    name = "model.layers.1.mlp.keys.norm.running_mean"
+    assert not torch.equal(before[name], after[name])
+    assert result.pools[0].share_used_before == pytest.approx(
+        json.loads((home / "out" / "pretrain.json").read_text())["pools"][0]["share_used_after"], rel=0.3
+    )
+
+
+def test_a_pool_that_memory_has_no_room_for_is_refused(home):
+    path = write_config(home / "peer", "peer", peer_num_experts=2**40)
+    with pytest.raises(ConfigError, match=r"the rows of 1099511627776 experts need [\d,]+ bytes, and [\d,]+ are free"):
+        run(home, config=str(path))
+    assert_only(home, "peer")
+
+
 def test_the_default_rate_falls_with_the_width():
     rates = [default_rate(width) for width in (64, 256, 1024, 4096)]
     assert rates == sorted(rates, reverse=True)
@@ -231,10 +315,11 @@ def test_the_same_seed_gives_the_same_bytes(home):
     assert (home / "a" / "tokenizer.json").read_bytes() == (home / "b" / "tokenizer.json").read_bytes()
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "peer"])
 @pytest.mark.parametrize("changes", [{"epochs": 2}, {"epochs": 2, "precision": "bfloat16"}, {"tokens": 9000}], ids=str)
 def test_an_interrupted_run_goes_on_to_the_same_bytes(home, family, changes):
-    """gpt2 has dropout: the state of the random numbers goes on, too."""
+    """gpt2 has dropout: the state of the random numbers goes on, too. Product keys have running statistics, and tables
+    whose rows have a state each."""
     changes = {"config": str(write_config(home / family, family)), **changes}
     steps = len(steps_of(lambda: run(home, "whole", **changes)))
     for at in (2, steps // 2, steps - 2):

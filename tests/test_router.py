@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from growlm.errors import IntegrityError
-from growlm.tensor_files import read_tensors
 from growlm.modules.base import Base
 from growlm.modules.blocks import Blocks, BlocksConfig
 from growlm.router import (
@@ -32,6 +31,7 @@ from growlm.router import (
     write_general,
 )
 from growlm.store import Store, StoredModule
+from growlm.tensor_files import read_tensors
 from growlm.versions import TensorVersions
 from interruptions import in_new_process, kill_everywhere
 from tiny import make_base, random_ids, save_base

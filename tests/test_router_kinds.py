@@ -1,4 +1,4 @@
-"""Both kinds of router: the contract that each keeps, and what the trained one promises beyond it."""
+"""All kinds of router: the contract that each keeps, and what the trained one promises beyond it."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_unknown_kinds_are_refused(home, store):
         lambda: store.set_router("oracle"),
         lambda: Store.create(home / "other", home / "base", router="oracle"),
     ):
-        with pytest.raises(ConfigError, match="'oracle' is not one of gaussian, transformer"):
+        with pytest.raises(ConfigError, match="'oracle' is not one of gaussian, product-key, transformer"):
             call()
     assert not (home / "other").exists()
 

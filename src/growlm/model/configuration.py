@@ -1,6 +1,6 @@
 """Configuration of the language model that growlm trains from scratch: every layer chooses its parts.
 
-`presets` holds the published sizes (ModuleFormer, table 1) and a small one.
+`presets` holds the published sizes (ModuleFormer, table 1) and small ones.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 ATTENTIONS = ("stickbreaking", "softmax")
-FEED_FORWARDS = ("dense", "experts")
+FEED_FORWARDS = ("dense", "experts", "peer", "memory")
 AUXILIARY_LOSSES = ("mutual_information", "load_concentration", "st_moe", "none")
 
 
@@ -19,7 +19,8 @@ class GrowlmConfig(PreTrainedConfig):
 
     Args:
         attention: `stickbreaking` (no positions) or `softmax` (with rotary ones); one word, or one a layer.
-        feed_forward: `dense` or `experts`; one word, or one a layer.
+        feed_forward: `dense`, `experts` (a few large ones, routed), `peer` (a great many tiny ones, found by product
+            keys) or `memory` (product-key memory, PEER's baseline: values without a neuron); one word, or one a layer.
         num_attention_heads: heads, of every attention expert where there are such.
         num_key_value_heads: by default as many.
         head_dim: by default hidden_size over the number of heads.
@@ -31,7 +32,16 @@ class GrowlmConfig(PreTrainedConfig):
         router: mlp, linear or cosine; `router_size` is its width.
         router_gates: `probabilities` (over all experts, not renormalised) or `renormalised` (over the chosen).
         num_sampled_experts: of the chosen experts, so many are drawn at random in training.
-        gated: the feed-forward multiplies two halves (SwiGLU), else one activation.
+        peer_num_experts: of a layer with `peer` or `memory`, or a list with one number a layer; a number with two
+            factors that are not too unequal, such as a square.
+        peer_num_heads, peer_top_k: queries of a token, and experts that each retrieves.
+        peer_neurons_per_expert, peer_gated: hidden neurons of an expert of `peer`; twice the products, of which one
+            half gates the other.
+        peer_key_size: width of a key, by default half of the model's.
+        peer_query_norm: of the queries: `batch` (makes the use of experts even), `layer` or `none`.
+        peer_scores: gates are the `softmax` of what a head retrieved, or the `sigmoid` of each score.
+        peer_dropout, peer_query_dropout: of the hidden neurons (of `memory`: of the gates), and of the queries.
+        gated: the feed-forward multiplies two halves (SwiGLU), else one activation. Not of `peer`, see `peer_gated`.
         key_value_bias, expert_bias: biases of key and value projections; a vector added to experts' results.
         norm: layernorm or rmsnorm.
         history_length: most tokens of an earlier segment whose keys and values are read, without gradient.
@@ -64,6 +74,16 @@ class GrowlmConfig(PreTrainedConfig):
         router_gates: str = "probabilities",
         router_dropout: float = 0.0,
         num_sampled_experts: int = 0,
+        peer_num_experts: int | list[int] = 65_536,
+        peer_num_heads: int = 8,
+        peer_top_k: int = 16,
+        peer_neurons_per_expert: int = 1,
+        peer_gated: bool = False,
+        peer_key_size: int | None = None,
+        peer_query_norm: str = "batch",
+        peer_scores: str = "softmax",
+        peer_dropout: float = 0.0,
+        peer_query_dropout: float = 0.0,
         hidden_act: str = "gelu_new",
         gated: bool = False,
         key_value_bias: bool = True,
@@ -105,6 +125,16 @@ class GrowlmConfig(PreTrainedConfig):
         self.router_gates = router_gates
         self.router_dropout = router_dropout
         self.num_sampled_experts = num_sampled_experts
+        self.peer_num_experts = peer_num_experts
+        self.peer_num_heads = peer_num_heads
+        self.peer_top_k = peer_top_k
+        self.peer_neurons_per_expert = peer_neurons_per_expert
+        self.peer_gated = peer_gated
+        self.peer_key_size = peer_key_size
+        self.peer_query_norm = peer_query_norm
+        self.peer_scores = peer_scores
+        self.peer_dropout = peer_dropout
+        self.peer_query_dropout = peer_query_dropout
         self.hidden_act = hidden_act
         self.gated = gated
         self.key_value_bias = key_value_bias
@@ -140,6 +170,26 @@ class GrowlmConfig(PreTrainedConfig):
         many = self.num_attention_experts
         return many if isinstance(many, int) else many[layer]
 
+    def peer_experts_of(self, layer: int) -> int:
+        return self.peer_num_experts if isinstance(self.peer_num_experts, int) else self.peer_num_experts[layer]
+
+    def product_keys_of(self, layer: int) -> dict[str, Any]:
+        """Arguments of the layer's `PEER` or `ProductKeyMemory`, but for the activation."""
+        found = {
+            "hidden_size": self.hidden_size,
+            "num_experts": self.peer_experts_of(layer),
+            "num_heads": self.peer_num_heads,
+            "top_k": self.peer_top_k,
+            "key_size": self.peer_key_size,
+            "query_norm": self.peer_query_norm,
+            "scores": self.peer_scores,
+            "dropout": self.peer_dropout,
+            "query_dropout": self.peer_query_dropout,
+        }
+        if self.feed_forward_of(layer) == "peer":
+            found |= {"neurons_per_expert": self.peer_neurons_per_expert, "gated": self.peer_gated}
+        return found
+
     def check(self) -> None:
         """
         Raises:
@@ -161,13 +211,30 @@ class GrowlmConfig(PreTrainedConfig):
             raise ValueError(f"{self.num_attention_heads} heads cannot share {self.num_key_value_heads} of keys")
         if not self.shared_key_value and self.head_dim != self.hidden_size:
             raise ValueError(f"without key and value projections head_dim is {self.hidden_size}, not {self.head_dim}")
+        if not 0 <= self.peer_query_dropout < 1:
+            raise ValueError(f"peer_query_dropout is {self.peer_query_dropout}, expected 0 to below 1")
+        many = self.peer_num_experts
+        if not isinstance(many, int) and len(many) != self.num_hidden_layers:
+            raise ValueError(f"peer_num_experts lists {len(many)} layers, expected {self.num_hidden_layers}")
         for layer in range(self.num_hidden_layers):
             if self.feed_forward_of(layer) == "experts":
                 _at_most(self.num_experts_per_tok, self.experts_of(layer), "num_experts", layer)
+            elif self.feed_forward_of(layer) in ("peer", "memory"):
+                self._check_product_keys(layer)
             if self.attention_experts_of(layer):
                 _at_most(
                     self.attention_experts_per_tok, self.attention_experts_of(layer), "num_attention_experts", layer
                 )
+
+    def _check_product_keys(self, layer: int) -> None:
+        from growlm.layers.peer import PEER, ProductKeyMemory
+
+        kind = PEER if self.feed_forward_of(layer) == "peer" else ProductKeyMemory
+        try:
+            kind(**self.product_keys_of(layer), device="meta")  # which takes no memory
+        except ValueError as error:  # it begins with the name of the setting
+            message = str(error).removesuffix(", or give sub_keys=(a, b)")
+            raise ValueError(f"layer {layer}: peer_{message}") from None
 
 
 def _at_most(top_k: int, num_experts: int, name: str, layer: int) -> None:

@@ -1,9 +1,11 @@
 """Decoder layers of the from-scratch model: attention and feed-forward, each behind a norm and beside the residual
-stream. What a layer's routers decided is returned, never kept.
+stream. What a layer's routers decided is returned, never kept; what product keys find, `growlm.layers.retrievals` sees.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from growlm.layers.experts import AttentionExperts, SparseFeedForward
+from growlm.layers.peer import PEER, ProductKeyMemory
 from growlm.layers.stickbreaking import stickbreaking_attention
 from growlm.model.configuration import GrowlmConfig
 
@@ -183,6 +186,28 @@ class GrowlmExperts(nn.Module):
         return out, Decision(routing.logits, routing.experts)
 
 
+def _feed_forward(config: GrowlmConfig, layer_idx: int) -> nn.Module:
+    match config.feed_forward_of(layer_idx):
+        case "experts":
+            return GrowlmExperts(config, layer_idx)
+        case "peer":
+            return PEER(**config.product_keys_of(layer_idx), activation=ACT2FN[config.hidden_act])
+        case "memory":
+            return ProductKeyMemory(**config.product_keys_of(layer_idx))
+    return GrowlmMLP(config)
+
+
+@contextmanager
+def _buffers_kept(module: nn.Module, keep: bool) -> Iterator[None]:
+    """Undoes what a pass changes in the running statistics, if it is to be undone."""
+    before = [(buffer, buffer.clone()) for buffer in module.buffers()] if keep else []
+    try:
+        yield
+    finally:  # a pass that computes gradients anew is left by an exception, as soon as it has all it needs
+        for buffer, value in before:
+            buffer.copy_(value)
+
+
 class GrowlmDecoderLayer(GradientCheckpointingLayer):
     """One layer; called as transformers' own decoder layers are."""
 
@@ -191,9 +216,13 @@ class GrowlmDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = new_norm(config)
         self.self_attn = GrowlmAttention(config, layer_idx)
         self.post_attention_layernorm = new_norm(config)
-        sparse = config.feed_forward_of(layer_idx) == "experts"
-        self.mlp: nn.Module = GrowlmExperts(config, layer_idx) if sparse else GrowlmMLP(config)
+        self.mlp = _feed_forward(config, layer_idx)
         self.dropout = config.dropout
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.gradient_checkpointing and self.training:
+            kwargs["passes"] = []
+        return super().__call__(*args, **kwargs)
 
     def forward(
         self,
@@ -205,9 +234,20 @@ class GrowlmDecoderLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         document_ids: Tensor | None = None,
         output_routings: bool = False,
+        real_tokens: Tensor | None = None,
+        passes: list[None] | None = None,
         **_: Any,
     ) -> Any:
-        """Hidden states (b, t, d); with `output_routings` also the logits and choices of both routers, or None."""
+        """Hidden states (b, t, d); with `output_routings` also the logits and choices of both routers, or None.
+
+        Args:
+            real_tokens: (b, t), false for padding, which then counts for nothing in statistics over the batch.
+            passes: of gradient checkpointing: grows by one with every pass over the same input, of which only the
+                first counts.
+        """
+        again = bool(passes)
+        if passes is not None:
+            passes.append(None)
         attended, attention = self.self_attn(
             self.input_layernorm(hidden_states),
             mask=attention_mask,
@@ -220,6 +260,9 @@ class GrowlmDecoderLayer(GradientCheckpointingLayer):
         feed_forward = None
         if isinstance(self.mlp, GrowlmExperts):
             added, feed_forward = self.mlp(normed)
+        elif isinstance(self.mlp, PEER | ProductKeyMemory):
+            with _buffers_kept(self.mlp, again):
+                added = self.mlp(normed, real_tokens)
         else:
             added = self.mlp(normed)
         hidden_states = hidden_states + F.dropout(added, self.dropout, self.training)

@@ -1,8 +1,8 @@
 """The language model that growlm trains from scratch, as transformers has models: every layer chooses its parts.
 
 A layer is attention (stick-breaking, or softmax with rotary positions; ordinary heads, or a mixture of them) and
-feed-forward (dense, or routed experts); see `decoder.py`. What the routers decided is returned by
-`forward(..., output_routings=True)` and kept nowhere else.
+feed-forward (dense, routed experts, or experts or values found by product keys); see `decoder.py`. What the routers
+decided is returned by `forward(..., output_routings=True)` and kept nowhere else.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from growlm.layers.experts import AttentionExperts, ExpertRouter, GroupedLinear, SparseFeedForward
 from growlm.layers.losses import load_balance, load_concentration, mutual_information, router_z
+from growlm.layers.peer import PEER, ProductKeyMemory
+from growlm.layers.product_keys import ProductKeys
 from growlm.model.configuration import GrowlmConfig
 from growlm.model.decoder import Decision, GrowlmDecoderLayer, new_norm
 from growlm.model.registration import model_is_ready
@@ -27,7 +29,7 @@ from growlm.model.registration import model_is_ready
 
 @dataclass(frozen=True)
 class LayerRouting:
-    """The decisions of one layer; None where it has no experts."""
+    """The decisions of one layer's routers; None where it has none, as with product keys, which have no such loss."""
 
     attention: Decision | None
     feed_forward: Decision | None
@@ -68,6 +70,11 @@ class GrowlmPreTrainedModel(PreTrainedModel):
                 nn.init.zeros_(module.temperature)
         elif isinstance(module, SparseFeedForward | AttentionExperts) and module.bias is not None:
             nn.init.zeros_(module.bias)
+        # These have their own; parts come before the whole, so that it is the last word on their projections too.
+        elif isinstance(module, ProductKeys):
+            module.reset_parameters()
+        elif isinstance(module, PEER | ProductKeyMemory):
+            module.reset_tables()
 
 
 class GrowlmModel(GrowlmPreTrainedModel):
@@ -118,6 +125,9 @@ class GrowlmModel(GrowlmPreTrainedModel):
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         t = hidden.shape[1]
         mask = None if attention_mask is None else self._mask(attention_mask, past, t)
+        real = None
+        if attention_mask is not None and attention_mask.ndim == 2:
+            real = attention_mask[:, -t:].bool()
         if position_ids is None:
             if attention_mask is not None and attention_mask.ndim == 2:
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_(min=0)[:, -t:]
@@ -138,6 +148,7 @@ class GrowlmModel(GrowlmPreTrainedModel):
                 position_embeddings=rotary,
                 document_ids=document_ids,
                 output_routings=output_routings,
+                real_tokens=real,
             )
             if output_routings:
                 hidden, *flat = result
@@ -243,8 +254,8 @@ class GrowlmForCausalLM(GrowlmPreTrainedModel, GenerationMixin):
         )
 
     def num_active_parameters(self) -> int:
-        """Parameters that compute for one token: of experts those that are chosen, and no input embedding, of which a
-        row is looked up, unless it is the output head as well."""
+        """Parameters that compute for one token: of experts those that are chosen or retrieved, and no input embedding,
+        of which a row is looked up, unless it is the output head as well."""
         total = sum(p.numel() for p in self.parameters())
         if self.lm_head.weight is not self.model.embed_tokens.weight:
             total -= self.model.embed_tokens.weight.numel()
@@ -255,6 +266,10 @@ class GrowlmForCausalLM(GrowlmPreTrainedModel, GenerationMixin):
                 )
                 idle = module.router.num_experts - module.router.top_k
                 total -= weights * idle // module.router.num_experts
+            elif isinstance(module, PEER | ProductKeyMemory):
+                read = min(module.keys.num_heads * module.keys.top_k, module.keys.num_experts)
+                for table in module.parameters(recurse=False):
+                    total -= table[0].numel() * (len(table) - read)
         return total
 
     def auxiliary_loss(self, routings: tuple[LayerRouting, ...] | None, counted: Tensor | None = None) -> Tensor:

@@ -110,8 +110,10 @@ FAMILIES: dict[str, Anatomy] = {
             ("mlp.down_proj.weight", 0.0),
             ("mlp.experts.down.weight", 0.0),
             ("mlp.experts.bias", 0.0),
+            ("mlp.down", 0.0),
+            ("mlp.values", 0.0),
         ),
-        per_layer_settings=("attention", "feed_forward", "num_experts", "num_attention_experts"),
+        per_layer_settings=("attention", "feed_forward", "num_experts", "num_attention_experts", "peer_num_experts"),
         unbounded=True,
     ),
 }

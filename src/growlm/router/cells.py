@@ -22,7 +22,7 @@ from torch import Tensor
 _PER_ROOT = (
     4  # sub-keys a side, times sqrt(n): with fewer, groups that are far apart share one, and its cells say little
 )
-_SUB_KEYS = 4096  # a side at most, as for a million points
+_SUB_KEYS = 2048  # a side at most: building compares every point with all of them
 _SAMPLE = 16_384  # points from which sub-keys are made
 _ROUNDS = 6  # of k-means
 _AT_ONCE = 16_384  # points that are worked on together while building

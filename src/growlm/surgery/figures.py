@@ -8,11 +8,18 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from growlm.errors import ConfigError
 from growlm.surgery.usage import Usage
 
 
 def usage_figure(usage: Usage) -> Figure:
-    """Shares of choices, a row a router and a column an expert, one panel a text; then KL divergences (figure 2)."""
+    """Shares of choices, a row a router and a column an expert, one panel a text; then KL divergences (figure 2).
+
+    Raises:
+        ConfigError: there are no routers, only pools of experts by product keys, whose columns could not be told apart.
+    """
+    if not usage.places:
+        raise ConfigError("a figure shows routed experts, and there are none; product keys are in the table and --json")
     names = list(usage.counts)
     several = len(names) > 1
     width = max(p.num_experts for p in usage.places)

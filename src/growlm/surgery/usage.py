@@ -1,6 +1,6 @@
 """Usage: how often every expert is chosen on a text, and how far domains differ in that (ModuleFormer, figure 2).
 
-Counts what routers decide while text is read; changes nothing.
+Counts what routers decide, and what product keys retrieve, while text is read; changes nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from growlm.modules import ModuleSet
 from growlm.modules.base import Base
 from growlm.modules.checkpoint import load_model, load_tokenizer, resolve, stored_dtype
 from growlm.store import Store
+from growlm.surgery.pools import Pool, PoolCounter, padded
 
 _BATCH = 8
 
@@ -43,12 +44,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Usage:
-    """How often every expert was chosen: per domain, one tensor (num_experts,) for each place, in counts."""
+    """How often every expert was chosen: per domain, one tensor (num_experts,) for each place, in counts; and per
+    domain what every layer of product keys retrieved, in pools."""
 
     places: list[Place]
     counts: dict[str, list[Tensor]]
     tokens: dict[str, int]
     sources: dict[str, list[text_data.Source]] = field(default_factory=dict)
+    pools: dict[str, list[Pool]] = field(default_factory=dict)
 
     def share(self, domain: str, place: int) -> Tensor:
         """Of a domain's choices at a place, the share of every expert, (num_experts,); they sum to one."""
@@ -56,14 +59,18 @@ class Usage:
         return counts / counts.sum().clamp_min(1)
 
     def divergence(self, one: str, other: str) -> float:
-        """KL divergence of the experts' shares in nats, mean over places. An expert that was never chosen counts as
-        chosen half a time, so that it is finite."""
+        """KL divergence of the experts' shares in nats, mean over places and pools. An expert that was never chosen
+        counts as chosen half a time, so that it is finite."""
+        ours, theirs = self._choices(one), self._choices(other)
         total = 0.0
-        for place in range(len(self.places)):
-            p, q = (self.counts[name][place].double() + 0.5 for name in (one, other))
+        for p, q in zip(ours, theirs, strict=True):
+            p, q = p.double() + 0.5, q.double() + 0.5
             p, q = p / p.sum(), q / q.sum()
             total += float((p * (p / q).log()).sum())
-        return total / len(self.places)
+        return total / len(ours)
+
+    def _choices(self, domain: str) -> list[Tensor]:
+        return [*self.counts[domain], *(pool.counts for pool in self.pools.get(domain, ()))]
 
     def lines(self) -> list[str]:
         """A table for people: what was read, how uneven its use of experts is, and how far texts differ."""
@@ -79,6 +86,7 @@ class Usage:
                     first = place.num_experts - place.new
                     unused += f"; new from {first} on: {float(share[first:].sum()):.0%}"
                 found.append(f"  {place.name:<22} unevenness {_unevenness(share):.3f}  most used: {top}{unused}")
+            found += [f"  {pool.line()}" for pool in self.pools.get(name, ())]
         pairs = list(permutations(self.counts, 2))
         if pairs:
             found.append("KL divergence between texts, nats:")
@@ -94,6 +102,19 @@ class Usage:
             "unevenness": {
                 name: [_unevenness(self.share(name, i)) for i in range(len(self.places))] for name in self.counts
             },
+            "pools": {
+                name: [
+                    {
+                        "layer": pool.layer,
+                        "experts": pool.num_experts,
+                        "share_used": pool.share_used,
+                        "unevenness": pool.unevenness,
+                        "counts": pool.counts.tolist(),
+                    }
+                    for pool in pools
+                ]
+                for name, pools in self.pools.items()
+            },
         }
 
 
@@ -103,11 +124,7 @@ def _unevenness(share: Tensor) -> float:
 
 
 def places_of(modules: ModuleSet) -> list[Place]:
-    """The routers of base and modules in the order in which a forward pass asks them.
-
-    Raises:
-        ConfigError: there are none.
-    """
+    """The routers of base and modules in the order in which a forward pass asks them."""
     anatomy, found = modules.base.anatomy, []
     for index, step in enumerate(modules.steps):
         attention = getattr(getattr(step.layer, anatomy.attention), "experts", None)
@@ -120,12 +137,6 @@ def places_of(modules: ModuleSet) -> list[Place]:
         inner = getattr(feed_forward, "experts", None)
         if isinstance(inner, SparseFeedForward | FeedForwardUnion):
             found.append(Place(index, "feed_forward", *_sizes(inner)))
-    if not found:
-        what = ", ".join(f"a module of kind {m.kind}" for m in modules.modules) or "the model"
-        raise ConfigError(
-            f"{modules.base.where}: {what} has no routed experts to count; give a growlm model with experts, or a "
-            "module of kind experts"
-        )
     return found
 
 
@@ -171,11 +182,18 @@ def count_usage(
         tokens: of each domain at most.
 
     Raises:
-        ConfigError: nothing has routed experts.
+        ConfigError: nothing has routed experts, or experts found by product keys.
         DataError: text that is missing, malformed or shorter than two tokens.
     """
     places = places_of(modules)
+    if not places and not PoolCounter(modules):
+        what = ", ".join(f"a module of kind {m.kind}" for m in modules.modules) or "the model"
+        raise ConfigError(
+            f"{modules.base.where}: {what} has no routed experts to count; give a growlm model with experts, or a "
+            "module of kind experts"
+        )
     counts: dict[str, list[Tensor]] = {}
+    pools: dict[str, list[Pool]] = {}
     read: dict[str, int] = {}
     sources: dict[str, list[text_data.Source]] = {}
     for domain, paths in data.items():
@@ -187,16 +205,13 @@ def count_usage(
             raise DataError(f"{', '.join(map(str, paths))}: text shorter than two tokens; give more text")
         counts[domain] = [torch.zeros(p.num_experts, dtype=torch.int64) for p in places]
         read[domain] = sum(len(p.tokens) for p in passages)
+        counter = PoolCounter(modules)
         for start in range(0, len(passages), _BATCH):
-            rows = [p.tokens for p in passages[start : start + _BATCH]]
-            width = max(map(len, rows))
-            # Padding on the right needs no mask: attention is causal, and padded positions are not counted.
-            ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=modules.base.device)
-            real = torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
-            with watched() as routings:
+            ids, real = padded([p.tokens for p in passages[start : start + _BATCH]], modules.base.device)
+            with watched() as routings, counter.counting(real):
                 modules.hidden(ids)
             assert len(routings) == len(places)
             for count, routing in zip(counts[domain], routings, strict=True):
-                chosen = routing.experts.cpu()[real.flatten()].flatten()
-                count += torch.bincount(chosen, minlength=len(count))
-    return Usage(places, counts, read, sources)
+                count += torch.bincount(routing.experts.cpu()[real].flatten(), minlength=len(count))
+        pools[domain] = counter.pools
+    return Usage(places, counts, read, sources, pools)

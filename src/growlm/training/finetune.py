@@ -49,6 +49,7 @@ def finetune(
     folder = resolve(source)
 
     def make(documents: list[text_data.Document]) -> tuple[Any, Any]:
+        torch.manual_seed(config.seed)  # for dropout
         model = load_model(folder, "float32").requires_grad_(True)
         if config.load_concentration:
             if not any(isinstance(m, ExpertRouter) for m in model.modules()):

@@ -53,11 +53,18 @@ def pretrain(
 
 def new_model(model_config: Any, seed: int) -> nn.Module:
     """A model with random weights. All initialisation is here: the family's own, except that projections into the
-    residual stream are scaled down by the square root of their number, as GPT-2 has it."""
+    residual stream are scaled down by the square root of their number, as GPT-2 has it.
+
+    Raises:
+        ConfigError: tables of experts that memory has no room for.
+    """
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+    try:
+        model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+    except MemoryError as error:
+        raise ConfigError(f"this model cannot be made here: {error}") from None
     anatomy = anatomy_of(model_config, "config")
     layers = getattr(getattr(model, anatomy.decoder), anatomy.layers)
     with torch.no_grad():

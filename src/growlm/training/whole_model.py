@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from growlm.modules import ModuleSet
 from growlm.modules.base import Base
 from growlm.modules.checkpoint import save_model
 from growlm.modules.scoring import num_labels, passage_losses
+from growlm.surgery.pools import Pool, count_pools
 from growlm.training.config import WholeModelConfig
 from growlm.training.general import HELDOUT_FILE
 from growlm.training.loop import compute_dtype, require_finite, train
@@ -35,8 +36,38 @@ _HELDOUT_DOCUMENTS = 256
 
 
 @dataclass(frozen=True)
+class PoolUse:
+    """How the held-out text uses the experts of one layer of product keys.
+
+    Attributes:
+        share_used_before, share_used_after: of the experts, those that are retrieved at all.
+        unevenness_before, unevenness_after: KL divergence of the accumulated gates from uniform, in nats.
+    """
+
+    layer: int
+    num_experts: int
+    share_used_before: float
+    share_used_after: float
+    unevenness_before: float
+    unevenness_after: float
+
+    @classmethod
+    def of(cls, before: Pool, after: Pool) -> PoolUse:
+        return cls(
+            before.layer, before.num_experts, before.share_used, after.share_used, before.unevenness, after.unevenness
+        )
+
+    def line(self) -> str:
+        return (
+            f"layer {self.layer}: {self.num_experts:,} experts, of which held-out text uses "
+            f"{self.share_used_before:.1%} -> {self.share_used_after:.1%}; KL from uniform "
+            f"{self.unevenness_before:.3f} -> {self.unevenness_after:.3f} nats"
+        )
+
+
+@dataclass(frozen=True)
 class TrainedModel:
-    """What was trained. Losses are in nats a token on held-out text."""
+    """What was trained. Losses are in nats a token on held-out text; `pools` has the layers of product keys."""
 
     path: str
     parameters: int
@@ -46,6 +77,7 @@ class TrainedModel:
     tokens: int
     seconds: float
     tokens_per_second: float
+    pools: list[PoolUse] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -94,8 +126,8 @@ def train_whole(
     folder = out.parent / f".{out.name}-{run}"
     busy = f"{out}: the same {verb} is running already"
     with run_folder(folder, str(out), busy, restart=restart, progress=progress) as work:
-        work.mkdir(parents=True, exist_ok=True)
         model, tokenizer = make(train_documents)
+        work.mkdir(parents=True, exist_ok=True)
         return _run(
             out, work, corpus, train_documents, heldout_documents, config, model.to(device), tokenizer, device, verb,
             rate, progress,
@@ -139,10 +171,12 @@ def _run(
     dtype = compute_dtype(config.precision, device)
     autocast = torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32)
 
-    def heldout_loss() -> float:
+    def measure() -> tuple[float, list[Pool]]:
+        """Loss on held-out text, and what of large pools it uses."""
         model.eval()
         with autocast:
-            return float(passage_losses(ModuleSet(base), heldout).sum()) / num_labels(heldout)
+            loss = float(passage_losses(ModuleSet(base), heldout).sum()) / num_labels(heldout)
+            return loss, count_pools(ModuleSet(base), heldout)
 
     wanted = config.rows_wanted(len(packed))
     order = text_data.schedule(len(packed), config.batch_size, wanted=wanted, seed=config.seed)
@@ -158,8 +192,9 @@ def _run(
         )
         return loss if auxiliary is None else loss + auxiliary
 
-    before = heldout_loss()
+    before, pools_before = measure()
     model.train()
+    saved = model.state_dict(keep_vars=True)
     with training_bar(f"{verb} {out.name}", progress) as report:
         seconds = train(
             dict(model.named_parameters()),
@@ -171,9 +206,10 @@ def _run(
             folder=work,
             resume_hint="run the same command again to go on",
             report=report,
+            buffers={name: b for name, b in model.named_buffers() if name in saved},
         )
     tokens = sum(len(rows) for rows in order) * config.sequence_length
-    after = heldout_loss()
+    after, pools_after = measure()
     require_finite(f"{out}: the held-out loss after training", after)
     result = TrainedModel(
         path=str(out),
@@ -184,7 +220,10 @@ def _run(
         tokens=tokens,
         seconds=seconds,
         tokens_per_second=tokens / max(seconds, 1e-9),
+        pools=[PoolUse.of(b, a) for b, a in zip(pools_before, pools_after, strict=True)],
     )
+    for pool in result.pools:
+        say(pool.line(), progress)
     record = {**result.to_json(), "settings": config.to_json()}
     _save(out, work, model, tokenizer, heldout_documents, record, corpus, verb)
     return result
