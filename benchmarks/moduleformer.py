@@ -92,7 +92,7 @@ class Bench:
 
     def passages(self, folder: Path, name: str, length: int = LENGTH, split: str = "test") -> list[list[int]]:
         tokenizer = self.tokenizer(folder)
-        documents = text_data.read([self.data / name / f"{split}.txt"], separator="\n\n" if length == LENGTH else None)
+        documents = text_data.read([self.data / name / f"{split}.txt"], separator=None if split == "train" else "\n\n")
         found = text_data.passages(documents.documents, tokenizer, length, limit=max(self.test_tokens // length, 2))
         return [p.tokens for p in found]
 

@@ -12,7 +12,6 @@ python benchmarks/stickbreaking.py --lengths 2048 4096 --cubic-up-to 4096
 from __future__ import annotations
 
 import argparse
-import math
 import resource
 from collections.abc import Callable
 from functools import partial
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common import interleaved, show
+from formulation import attend
 from growlm.layers.experts import SparseFeedForward
 from growlm.layers.stickbreaking import stickbreaking_attention
 from growlm.training.memory import kept_pages
@@ -30,13 +30,11 @@ HEADS, WIDTH = 8, 64
 
 
 def cubic(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Equation 4 as sigmoid times the exponential of a cumulative sum, the sum as a product with a t x t matrix."""
+    """The published formulation, on tensors (b, h, t, d)."""
     t = query.shape[2]
-    logits = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
-    later = torch.ones(t, t, dtype=torch.bool).triu(1)
-    stay = F.logsigmoid(-logits).masked_fill(later, 0.0)
-    beta = torch.sigmoid(logits).masked_fill(later, 0.0)
-    return (beta * (stay @ torch.ones(t, t).tril(-1)).exp()) @ value
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    mask, cumulative = torch.ones(t, t).triu(1).bool(), torch.ones(t, t).tril(-1)
+    return attend(query[:, :, None], key, value, mask, cumulative)[:, :, 0].transpose(1, 2)
 
 
 def inputs(t: int, kind: str) -> list[Tensor]:

@@ -432,6 +432,11 @@ def interrupted(*arguments, **options):
             "growlm.store.Store.commit",
             "growlm: interrupted; what was saved is kept: run the same command again to go on",
         ),
+        (
+            ("finetune", "base", "tuned", "--data", "other.jsonl"),
+            "growlm.training.finetune.finetune",
+            "growlm: interrupted; what was saved is kept: run the same command again to go on",
+        ),
     ],
     ids=lambda x: x[0] if isinstance(x, tuple) else "",
 )
@@ -731,7 +736,7 @@ def test_the_router_is_changed_trained_again_and_rolled_back(home, run, answer):
 
 def test_bad_router_options_are_one_line(home, run):
     for options, message in (
-        (["--kind", "oracle"], "router 'oracle' is not one of gaussian, transformer"),
+        (["--kind", "oracle"], "router 'oracle' is not one of gaussian, product-key, transformer"),
         (["--remove-version", "7"], "no trained router of version 7; versions are: none"),
         (["--kind", "transformer", "--router-layers", "0"], "router_layers is 0; it must be at least 1"),
     ):

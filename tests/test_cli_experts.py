@@ -146,7 +146,7 @@ TEXT_AND_SHARE = ("--data", "text.txt", "--keep", "0.7")
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        (("prune", "store", *TEXT_AND_SHARE), "name a module of kind experts with --module: digits, letters"),
+        (("prune", "store", *TEXT_AND_SHARE), "module of kind experts or peer with --module: digits, letters"),
         (("prune", "store", "--module", "letters", "--keep", "0.5"), "--data is missing"),
         (("prune", "store", "--module", "signs", *TEXT_AND_SHARE), "is of kind blocks; only modules of kind experts"),
         (("prune", "store", "--module", "nobody", *TEXT_AND_SHARE), "no module 'nobody'"),

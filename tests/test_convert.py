@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, JetMoeConfig, JetMoeForCausalLM
 
 from growlm.errors import BaseModelError, ConfigError, StoreError
-from growlm.model import convert
+from growlm.model import GrowlmConfig, convert
 from growlm.surgery.conversion import convert_checkpoint
 
 GOLDEN = Path(__file__).with_name("golden")
@@ -176,3 +176,85 @@ def test_an_existing_folder_is_left_alone(copy: Path) -> None:
     with pytest.raises(StoreError, match="exists already"):
         convert_checkpoint(copy, copy)
     assert (copy / "model.safetensors").exists()
+
+
+def set_up(folder: Path, **changes) -> None:
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"n_head": 0}, "n_head is 0, expected a whole number, at least 1"),
+        ({"n_head": 5}, "att_hidden is 24, expected a multiple of n_head, 5"),
+        ({"att_hidden": None}, "att_hidden is None, expected a whole number"),
+        ({"n_embd": "x"}, "hidden_size is 'x', expected a whole number, at least 1; hidden_size is their n_embd$"),
+        ({"n_layer": None}, "num_hidden_layers is None, .*; num_hidden_layers is their n_layer$"),
+        ({"activation_function": "foo"}, "hidden_act is 'foo', .*; hidden_act is their activation_function$"),
+        ({"layer_norm_epsilon": "small"}, "norm_eps is 'small'"),
+        ({"gate_type": "top"}, "gate_type is 'top', expected mlp or linear or gmm"),
+        ({"aux_loss_type": ["mi"]}, r"aux_loss_type is \['mi'\], expected mi or"),
+        ({"attn_pdrop": 0.1}, "attn_pdrop is 0.1, which ours has no place for"),
+        ({"embd_pdrop": 0.1}, "embd_pdrop is 0.1, which ours has no place for"),
+        ({"sample_topk": 3}, "num_sampled_experts is 3, expected 0 to those that a token uses, 2"),
+    ],
+    ids=str,
+)
+def test_a_setting_that_cannot_be_is_named(changes: dict, word: str, copy: Path, tmp_path: Path) -> None:
+    set_up(copy, **changes)
+    with pytest.raises(ConfigError, match=word):
+        convert_checkpoint(copy, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_setting_of_ours_that_cannot_be_is_named(copy: Path, tmp_path: Path) -> None:
+    ours, *_ = convert_checkpoint(copy, tmp_path / "ours")
+    set_up(ours, num_attention_heads=0)
+    with pytest.raises(ConfigError, match="num_attention_heads is 0, expected a whole number"):
+        convert_checkpoint(ours, tmp_path / "out")
+
+
+def test_jetmoes_dropout_of_attention_is_refused(tmp_path: Path) -> None:
+    JetMoeConfig(attention_dropout=0.1).save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    with pytest.raises(ConfigError, match=r"attention_dropout is 0\.1, which ours has no place for"):
+        convert.jetmoe_config(settings, "here")
+    assert convert.jetmoe_config(settings | {"attention_dropout": 0.0}, "here").num_hidden_layers == 12
+
+
+@torch.no_grad()
+def test_the_norms_epsilon_goes_both_ways(copy: Path, tmp_path: Path) -> None:
+    set_up(copy, layer_norm_epsilon=1e-2)
+    ours, *_ = convert_checkpoint(copy, tmp_path / "ours")
+    back, *_ = convert_checkpoint(ours, tmp_path / "back")
+    model = AutoModelForCausalLM.from_pretrained(ours)
+    assert model.config.norm_eps == model.model.layers[0].input_layernorm.eps == 1e-2
+    assert json.loads((back / "config.json").read_text())["layer_norm_epsilon"] == 1e-2
+
+
+def test_no_auxiliary_loss_stays_none() -> None:
+    for loss, weight in (("none", 0.5), ("mutual_information", 0.5), ("st_moe", 0.5), ("st_moe", 0.0)):
+        ours = GrowlmConfig(auxiliary_loss=loss, auxiliary_loss_weight=weight, num_attention_experts=4)
+        back = convert.molm_config(convert.to_molm_config(ours, "here"), "there")
+        assert back.auxiliary_loss == loss
+        assert back.auxiliary_loss_weight == (0.0 if loss == "none" else weight)
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"auxiliary_loss": "load_concentration"}, "'load_concentration'; the MoLM layout holds .*none only"),
+        ({"auxiliary_loss": "st_moe", "router_z_weight": 0.3}, "router_z_weight is 0.3; the MoLM layout holds 0.1"),
+        ({"num_attention_heads": 1}, "one head as wide as the model, 256, and projections"),
+    ],
+    ids=str,
+)
+def test_what_could_not_be_read_back_is_not_written(changes: dict, word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        convert.to_molm_config(GrowlmConfig(num_attention_experts=4, **changes), "here")
+
+
+def test_one_head_that_reads_its_input_itself_goes_both_ways() -> None:
+    ours = GrowlmConfig(num_attention_heads=1, num_attention_experts=4, shared_key_value=False)
+    assert convert.molm_config(convert.to_molm_config(ours, "here"), "there").shared_key_value is False

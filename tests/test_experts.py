@@ -95,6 +95,16 @@ def test_cosine_router_compares_directions() -> None:
     torch.testing.assert_close(router(x).logits, router(3 * x).logits, rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_cosine_router_looks_at_directions_of_experts_too() -> None:
+    router = ExpertRouter(12, 6, 2, kind="cosine", size=8)
+    router.temperature.fill_(0.7)
+    router.embeddings.mul_(torch.arange(1.0, 7.0)[:, None])  # their lengths mean nothing
+    x = tokens()
+    wanted = F.cosine_similarity(router.project(x)[:, None], router.embeddings[None], dim=-1) * math.exp(0.7)
+    torch.testing.assert_close(router(x).logits, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_a_tokens_result_does_not_depend_on_the_batch() -> None:
     layer = SparseFeedForward(12, 8, 6, 2, size=8).eval()
     x = tokens(64).detach()
@@ -187,29 +197,47 @@ def test_losses_stay_finite(scale: float) -> None:
     assert torch.isfinite(grad).all()
 
 
-def _rank(rank: int, store: str, results) -> None:
+# Of seven tokens the first rank has five, two of them padding, and the second two.
+MANY = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
+CHOSEN = MANY.topk(2).indices
+COUNTED = torch.tensor([1, 0, 1, 0, 1, 1, 1])
+LOSSES = ("mutual_information", "load_concentration", "router_z", "load_balance")
+
+
+def _losses(logits: Tensor, chosen: Tensor, counted: Tensor | None) -> list[Tensor]:
+    plain = [loss(logits, counted) for loss in (mutual_information, load_concentration, router_z)]
+    return [*plain, load_balance(logits, chosen, counted)]
+
+
+def _rank(rank: int, store: str, masked: bool, results) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    logits = HAND[rank : rank + 1].clone().requires_grad_(True)
-    loss = mutual_information(logits)
-    loss.backward()
-    results.put((rank, float(loss), logits.grad.tolist()))
+    own = slice(0, 5) if rank == 0 else slice(5, 7)
+    logits = MANY[own].clone().requires_grad_(True)
+    losses = _losses(logits, CHOSEN[own], COUNTED[own] if masked else None)
+    grads = [torch.autograd.grad(loss, logits)[0].tolist() for loss in losses]
+    results.put((rank, [float(loss) for loss in losses], grads))
     dist.destroy_process_group()
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_statistics_are_those_of_all_ranks(tmp_path) -> None:
+@pytest.mark.parametrize("masked", [False, True])
+def test_statistics_are_those_of_all_ranks(masked: bool, tmp_path) -> None:
+    """Every token counts alike, whichever rank has it and however many that rank has."""
     context = mp.get_context("spawn")
     results = context.Queue()
-    workers = [context.Process(target=_rank, args=(r, str(tmp_path / "store"), results)) for r in range(2)]
+    arguments = (str(tmp_path / "store"), masked, results)
+    workers = [context.Process(target=_rank, args=(r, *arguments)) for r in range(2)]
     for worker in workers:
         worker.start()
     found = sorted(results.get(timeout=120) for _ in workers)
     for worker in workers:
         worker.join()
-    whole = HAND.clone().requires_grad_(True)
-    loss = mutual_information(whole)
-    loss.backward()
-    for rank, value, grad in found:
-        assert value == pytest.approx(float(loss), abs=1e-6)
-        # Every rank's loss is the whole batch's: the sum of both, which a data-parallel step halves, is twice it.
-        torch.testing.assert_close(torch.tensor(grad) / 2, whole.grad[rank : rank + 1], rtol=1e-4, atol=1e-6)
+    whole = MANY.clone().requires_grad_(True)
+    losses = _losses(whole, CHOSEN, COUNTED if masked else None)
+    wanted = [torch.autograd.grad(loss, whole)[0] for loss in losses]
+    for rank, values, grads in found:
+        own = slice(0, 5) if rank == 0 else slice(5, 7)
+        for name, loss, value, grad, want in zip(LOSSES, losses, values, grads, wanted, strict=True):
+            assert value == pytest.approx(float(loss), abs=1e-6), name
+            # Every rank's loss is the whole batch's: the sum of both, which a data-parallel step halves, is twice it.
+            torch.testing.assert_close(torch.tensor(grad) / 2, want[own], rtol=1e-4, atol=1e-6)

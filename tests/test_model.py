@@ -345,6 +345,100 @@ def test_auxiliary_loss_leaves_padding_out(loss: str) -> None:
     assert not torch.allclose(before, model(text, labels=text).auxiliary_loss)
 
 
+def masks_by_query(text: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What every query sees, (b, 1, t, s), of a mask (b, s): as truth, and to be added to scores."""
+    t = text.shape[1]
+    seen = torch.ones(t, t, dtype=torch.bool).tril() & mask.bool()[:, None, None]
+    return {"bool": seen, "float": torch.zeros(seen.shape).masked_fill(~seen, -1e9)}
+
+
+@pytest.mark.parametrize("dtype", ["bool", "float"])
+def test_a_mask_for_each_query_says_what_is_padding(dtype: str) -> None:
+    text = ids()
+    mask = torch.ones_like(text)
+    mask[0, :5] = 0
+    by_query = masks_by_query(text, mask)[dtype]
+    plain = make().train()(text, attention_mask=mask, labels=text)
+    found = make().train()(text, attention_mask=by_query, labels=text)
+    close(found.auxiliary_loss, plain.auxiliary_loss)
+    close(found.loss, plain.loss)
+    unmasked = make().train()(text, attention_mask=torch.ones_like(by_query).tril().bool(), labels=text)
+    assert not torch.allclose(unmasked.auxiliary_loss, plain.auxiliary_loss)
+    # Of a batch's statistics too.
+    changes = {**BATCH_NORM, "attention": "stickbreaking"}
+    models = [make(**changes).train() for _ in range(2)]
+    for model, given in zip(models, (mask, by_query), strict=True):
+        model(text, attention_mask=given)
+    for name, value in statistics(models[0]).items():
+        close(value, statistics(models[1])[name])
+
+
+def test_a_mask_for_each_query_with_a_past() -> None:
+    text = ids()
+    mask = torch.ones_like(text)
+    mask[0, 5:8] = 0
+    losses = []
+    for given in (mask, masks_by_query(text, mask)["bool"][:, :, 5:]):
+        model = make().train()
+        past = model(text[:, :5], use_cache=True).past_key_values
+        losses.append(model(text[:, 5:], attention_mask=given, past_key_values=past, labels=text[:, 5:]).loss)
+    close(*losses)
+
+
+@pytest.mark.parametrize(
+    ("mask", "word"),
+    [
+        (torch.ones(2, 20, 20), "attention_mask has 3 dimensions, expected 2 or 4"),
+        (torch.ones(2, 2, 20, 20), r"shape \(2, 2, 20, 20\), expected \(b, 1, 20, 20\)"),
+        (torch.ones(2, 1, 20, 19), r"shape \(2, 1, 20, 19\), expected"),
+        (torch.ones(2, 1, 20, 20, dtype=torch.long), "torch.int64 for each query, expected bool"),
+        (torch.ones(2, 19), "covers 19 tokens, expected 20"),
+    ],
+)
+def test_masks_that_do_not_fit_are_refused(mask: torch.Tensor, word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        make()(ids(), attention_mask=mask)
+
+
+@pytest.mark.parametrize("kind", ["stickbreaking, experts", "softmax, experts"])
+def test_documents_that_do_not_fit_are_refused(kind: str) -> None:
+    model, text = make(kind), ids()
+    for documents in (torch.zeros_like(text[:1]), torch.zeros_like(text[:, 1:])):
+        with pytest.raises(ValueError, match="documents of shape"):
+            model(text, document_ids=documents)
+    past = model(text[:, :12], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=r"documents of shape \(2, 1\), expected \(2, 13\)"):
+        model(text[:, 12:13], past_key_values=past, document_ids=torch.zeros(2, 1, dtype=torch.long))
+
+
+def test_what_is_not_known_is_refused() -> None:
+    model = make()
+    for part in (model, model.model):
+        with pytest.raises(TypeError, match="argument 'documents' that growlm models do not have"):
+            part(ids(), documents=torch.zeros(2, 20))
+        with pytest.raises(TypeError, match="'cu_seq_lens_q'"):  # transformers' way to keep documents apart
+            part(ids(), cu_seq_lens_q=torch.tensor([0, 40]))
+        with pytest.raises(ValueError, match="output_attentions is True; growlm models do not return it"):
+            part(ids(), output_attentions=True)
+        with pytest.raises(ValueError, match="ask for output_routings"):
+            part(ids(), output_router_logits=True)
+
+
+def test_what_transformers_hands_to_every_model_is_taken() -> None:
+    model, text = make(), ids()
+    idle = {"token_type_ids": torch.zeros_like(text), "cache_position": torch.arange(20), "output_attentions": False}
+    whole = model(text, labels=text)
+    assert torch.equal(model(text, labels=text, **idle).logits, whole.logits)
+    close(model(text, labels=text, num_items_in_batch=19).loss, whole.loss * 2)  # of 38 predictions
+    assert isinstance(model.config.keys_to_ignore_at_inference, list)
+    loss, logits, *_ = model(text, labels=text, return_dict=False)
+    assert torch.equal(logits, whole.logits)
+    close(loss, whole.loss)
+    assert torch.equal(model.model(text, return_dict=False)[0], model.model(text).last_hidden_state)
+    for options in ({"num_beams": 2}, {"prompt_lookup_num_tokens": 2}):
+        assert model.generate(text[:1], max_new_tokens=3, **options).shape[1] > 20
+
+
 def test_routings_are_returned_and_kept_nowhere() -> None:
     model = make()
     assert model(ids()).routings is None
@@ -397,7 +491,30 @@ def test_auto_classes_find_it_after_import(program: str) -> None:
         ({"auxiliary_loss": "l2"}, "auxiliary_loss is 'l2'"),
         ({"norm": "batch"}, "norm is 'batch'"),
         ({"num_key_value_heads": 4, "num_attention_heads": 2}, "2 heads cannot share 4"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0, expected a whole number, at least 1"),
         ({"shared_key_value": False}, "head_dim is 32, not 16"),
+        ({"shared_key_value": False, "head_dim": 32}, "num_key_value_heads is 1, not 2"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0, expected a whole number, at least 1"),
+        ({"hidden_size": "x"}, "hidden_size is 'x', expected a whole number"),
+        ({"hidden_size": 33}, "hidden_size is 33, expected a multiple of num_attention_heads, 2; or give head_dim"),
+        ({"head_dim": 15, "attention": "softmax"}, "head_dim is 15, expected an even number"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"num_hidden_layers": None}, "num_hidden_layers is None"),
+        ({"vocab_size": 9.5}, "vocab_size is 9.5"),
+        ({"history_length": -4}, "history_length is -4, expected a whole number, at least 0"),
+        ({"router": "tree"}, "router is 'tree', expected mlp, linear or cosine"),
+        ({"router_gates": "hard"}, "router_gates is 'hard', expected probabilities or renormalised"),
+        ({"router_size": 0}, "router_size is 0"),
+        ({"router_dropout": 1.5}, "router_dropout is 1.5, expected 0 to below 1"),
+        ({"dropout": "much"}, "dropout is 'much'"),
+        ({"norm_eps": None}, "norm_eps is None, expected a number"),
+        ({"num_sampled_experts": 3}, "num_sampled_experts is 3, expected 0 to those that a token uses, 2"),
+        ({"hidden_act": "foo"}, "hidden_act is 'foo'"),
+        ({"num_experts": [5, 5]}, "num_experts lists 2 layers, expected 3"),
+        ({"num_experts": [5, 5, "x"]}, "num_experts is 'x'"),
+        ({"num_attention_experts": [2, 2]}, "num_attention_experts lists 2 layers, expected 3"),
+        ({"num_attention_experts": -1}, "num_attention_experts is -1"),
+        ({"feed_forward": "peer", "peer_key_size": "x"}, "peer_key_size is 'x'"),
         ({"feed_forward": "peer", "peer_top_k": 31}, "layer 0: peer_top_k is 31, expected 1 to .* 30"),
         ({"feed_forward": ["dense", "memory", "dense"], "peer_num_heads": 0}, "layer 1: peer_num_heads is 0"),
         ({"feed_forward": "peer", "peer_num_experts": 10_007}, "peer_num_experts is 10007, .*; use 10005 or 10008$"),
@@ -410,8 +527,12 @@ def test_auto_classes_find_it_after_import(program: str) -> None:
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes: dict, word: str) -> None:
-    with pytest.raises(Exception, match=word):
+    with pytest.raises(ValueError, match=word):
         GrowlmConfig(**{**SIZES, **changes})
+
+
+def test_a_width_of_heads_that_is_given_need_not_divide_the_models() -> None:
+    assert make(hidden_size=33, head_dim=8)(ids()).logits.shape == (2, 20, 97)
 
 
 @pytest.mark.parametrize("kind", ["mixed", "stickbreaking, memory and peer"])
@@ -422,3 +543,16 @@ def test_config_comes_back_as_it_was(kind: str, tmp_path: Path) -> None:
     loaded._name_or_path = ""
     assert loaded.to_dict() == config.to_dict()
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "growlm"
+
+
+@pytest.mark.parametrize("kind", ["stickbreaking, experts", "softmax, dense", "mixed"])
+def test_a_cache_of_fixed_size_answers_as_one_that_grows(kind: str) -> None:
+    model = make(kind)
+    options = {"max_new_tokens": 8, "do_sample": False}
+    padded = ids(2, 6)
+    mask = torch.ones_like(padded)
+    mask[0, :2] = 0
+    for given in ({}, {"attention_mask": mask}):
+        grown = model.generate(padded, **given, **options)
+        fixed = model.generate(padded, **given, **options, cache_implementation="static")
+        assert torch.equal(fixed, grown)

@@ -20,8 +20,8 @@ from growlm.modules import ModuleSet, attached
 from growlm.modules.base import Base
 from growlm.modules.experts import Experts, ExpertsConfig
 from growlm.store import Store
-from growlm.surgery.module_pruning import prune_module
-from growlm.surgery.usage import count_usage, open_modules
+from growlm.surgery.module_pruning import choose_module_experts, prune_module
+from growlm.surgery.usage import Usage, count_usage, open_modules, places_of
 from stores import add_experts, add_module, commit_experts, domain_ids, save_lively_base
 from tiny import TEXT, make_model, make_tokenizer, perturb, random_ids
 
@@ -154,6 +154,27 @@ def test_the_least_used_of_its_own_experts_go(home: Path, store: Store, text: li
             assert torch.equal(value, same), (name, key)
 
 
+def test_the_order_that_is_asked_for(made: Path) -> None:
+    base = Store.open(made / "store").load_base()
+    module = Experts.create(base, ExpertsConfig(num_experts=5, num_attention_experts=0, vocabulary="none"))
+    module.open()
+    places = [place for place in places_of(ModuleSet(base, [module])) if place.new]
+    counts = [torch.zeros(place.num_experts, dtype=torch.int64) for place in places]
+    for number, (place, count) in enumerate(zip(places, counts, strict=True)):
+        count[-place.new :] = torch.tensor([2, 80, 1, 100, 90] if number else [50, 48, 46, 44, 42])
+    usage = Usage(places, {"a": counts}, {})
+    left = {
+        normalise: [
+            len(choose_module_experts(module, usage, "a", keep=keep, normalise=normalise)[1][0])
+            for keep in (0.6, 0.65, 0.7, 0.75, 0.8)
+        ]
+        for normalise in ("max", "sum")
+    }
+    # Where all are used alike, each has a small share of the choices.
+    assert sum(left["max"]) > sum(left["sum"])
+    assert all(a >= b for a, b in zip(left["max"], left["sum"], strict=True))
+
+
 def test_counts_are_those_of_the_module_over_the_text(home: Path, store: Store, text: list[Path]) -> None:
     modules, tokenizer = open_modules(store.path, ["digits"])
     usage = count_usage(modules, tokenizer, {"a": text}, tokens=40)
@@ -280,8 +301,8 @@ def test_what_cannot_be_pruned(home: Path, store: Store, text: list[Path]) -> No
         with pytest.raises(error, match=word):
             prune_module(store, name, changes.pop("data", text), **{"keep": 0.5, **changes})
 
-    refused(ConfigError, "name a module of kind experts with --module: digits, letters", None)
-    refused(ConfigError, "signs/1: is of kind blocks; only modules of kind experts", "signs")
+    refused(ConfigError, "name a module of kind experts or peer with --module: digits, letters", None)
+    refused(ConfigError, "signs/1: is of kind blocks; only modules of kind experts or peer", "signs")
     refused(UnknownModuleError, "no module 'nobody'", "nobody")
     refused(ConfigError, r"keep is 0\.01; .* 0\.\d\d of the parameters stay", keep=0.01)
     refused(ConfigError, "keep is 1.5", keep=1.5)
@@ -318,7 +339,7 @@ def test_a_module_that_changed_meanwhile_is_not_replaced(
         return count_usage(*arguments, **options)
 
     monkeypatch.setattr("growlm.surgery.module_pruning.count_usage", slow)
-    with pytest.raises(StoreError, match="learned meanwhile"):
+    with pytest.raises(StoreError, match=r"version 1 of .* is not the current one any more"):
         prune_module(store, "letters", text, keep=0.7)
     assert store.module("letters").version == 2
 

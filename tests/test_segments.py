@@ -120,3 +120,12 @@ def test_segments_that_cannot_be_are_refused(changes, options, message):
 def test_other_families_are_refused_by_name(options, name):
     with pytest.raises(ConfigError, match=f"{name} is for growlm models.* a llama"):
         check_segments(Base(make_model("llama"), "the base"), 32, **options)
+
+
+def test_gradient_checkpointing_would_drop_the_history_and_is_refused():
+    base = base_of()
+    enable = getattr(base.model, "activation_checkpointing_enable", None) or base.model.gradient_checkpointing_enable
+    enable()
+    base.model.train()
+    with pytest.raises(ConfigError, match="which gradient checkpointing drops"):
+        final_states(base, row(), segment_length=12)

@@ -84,6 +84,38 @@ def test_blocked_equals_reference(
         assert float((got - want).detach().abs().max()) < 1e-4 * scale + 1e-5
 
 
+@pytest.mark.parametrize("nats", [9.0, 14.0, 30.0, 60.0])
+def test_a_stick_that_is_short_still_counts_where_values_are_large(nats: float) -> None:
+    """At the end of the first block of keys so much of the stick is gone, and what lies behind it outweighs the rest:
+    outputs, and gradients (of logits as far as float32 tells what is left of a stick from none)."""
+    q, k, v = (x.detach() for x in make(1, 2, 1, 3, 700, e=4))
+    each = math.log(math.expm1(nats / stickbreaking._BLOCK))  # softplus of which is its part of all that
+    q[:], k[:] = 1.0, each / q.shape[-1] ** 0.5
+    v[:, :, : 700 - stickbreaking._BLOCK - 3] *= math.exp(nats)
+    leaves = [x.requires_grad_(True) for x in (q, k, v)]
+    out = stickbreaking_attention(*leaves)
+    exact = [x.detach().double().requires_grad_(True) for x in leaves]
+    wanted, weights = stickbreaking_reference(*exact)
+    behind = weights[..., : 700 - stickbreaking._BLOCK - 3]
+    assert math.exp(-nats - 1) < float(behind.sum(-1).detach().max()) < math.exp(-nats + 1)
+    torch.testing.assert_close(out.double(), wanted, rtol=1e-3, atol=1e-3)
+    grads, wanted_grads = (torch.autograd.grad(o.sum(), x) for o, x in ((out, leaves), (wanted, exact)))
+    torch.testing.assert_close(grads[2].double(), wanted_grads[2], rtol=2e-3, atol=math.exp(-75))
+    if nats < stickbreaking._BROKEN:
+        for got, want in zip(grads[:2], wanted_grads[:2], strict=True):
+            assert float((got - want).abs().max()) < 1e-2 * float(want.abs().max())
+
+
+def test_no_queries_are_an_empty_result() -> None:
+    q, k, v = make(t=0, s=5, e=3)
+    out = stickbreaking_attention(q, k, v)
+    assert out.shape == (2, 4, 0, 3)
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    assert [g.shape for g in grads] == [q.shape, k.shape, v.shape]
+    assert not any(g.any() for g in grads)
+    assert stickbreaking_attention(*make(t=0, s=0, dtype=torch.bfloat16)).shape == (2, 4, 0, 8)
+
+
 def test_decoding_one_token_at_a_time_equals_the_whole_pass() -> None:
     q, k, v = (x.detach() for x in make(t=600, shift=-4.0))
     whole = stickbreaking_attention(q, k, v)

@@ -104,6 +104,20 @@ def test_the_manifest_says_what_the_module_is(store, base):
     assert datetime.fromisoformat(manifest.created).tzinfo is not None
 
 
+def test_a_version_that_is_not_current_any_more_is_not_built_upon(store, base):
+    commit(store, "b", base, 5)
+    commit(store, "b", base, 6)
+    before = contents(store.path)
+    with pytest.raises(StoreError, match=r"version 1 of 'b' is not the current one any more \(version 2 is\)"):
+        store.commit("b", make_module(base, 7), TRAINING, made_from=1)
+    assert contents(store.path) == before
+    assert store.commit("b", make_module(base, 7), TRAINING, made_from=2).version == 3
+    store.remove("b")
+    with pytest.raises(StoreError, match="none is left"):
+        store.commit("b", make_module(base, 7), TRAINING, made_from=3)
+    assert store.find("b") is None
+
+
 def test_modules_are_saved_in_the_dtype_of_the_store(made, tmp_path, base):
     store = Store.create(tmp_path / "store", made / "base", dtype="bfloat16")
     stored = commit(store, "b", base, 5)

@@ -16,6 +16,7 @@ from growlm.model import GrowlmConfig, GrowlmForCausalLM
 from growlm.modules import ModuleSet
 from growlm.modules.base import Base
 from growlm.modules.experts import Experts, ExpertsConfig
+from growlm.surgery.choosing import Candidates, choose
 from growlm.surgery.pruning import choose_experts, drop_layers, prune, without_experts
 from growlm.surgery.usage import Place, Usage, count_usage
 from growlm.training.config import FinetuneConfig
@@ -123,6 +124,36 @@ def test_the_least_used_experts_go(normalise: str, text: Path) -> None:
     assert 0.8 - largest / model.num_parameters() < share <= 0.8
 
 
+def by_hand(normalise: str, keep: float) -> list[list[int]]:
+    """Two routers with ten parameters an expert and twenty elsewhere: one uses all experts alike, one few of them."""
+    even, few = torch.tensor([50, 48, 46, 44]), torch.tensor([2, 80, 1, 100, 90])
+    routers = [Candidates(even, 0, 10, 1), Candidates(few, 0, 10, 1)]
+    return choose(routers, total=110, keep=keep, normalise=normalise)
+
+
+def test_shares_by_hand() -> None:
+    # The least, one of each, are 0 and 3. By the largest count the next are .96, .92 and .88 of the first router and .9
+    # and .8 of the second; by the sum .26, .24 and .23, and .33 and .29.
+    orders = {
+        "max": [(0, 1), (0, 2), (1, 4), (0, 3), (1, 1), (1, 0), (1, 2)],
+        "sum": [(1, 4), (1, 1), (0, 1), (0, 2), (0, 3), (1, 0), (1, 2)],
+    }
+    for normalise, order in orders.items():
+        kept = [{0}, {3}]
+        for number, (router, expert) in enumerate(order, start=5):
+            kept[router].add(expert)
+            assert by_hand(normalise, number / 11 + 1e-9) == [sorted(k) for k in kept], (normalise, number)
+
+
+def test_the_model_is_pruned_in_the_order_that_is_asked_for() -> None:
+    model = make(num_attention_experts=0, num_hidden_layers=2, num_experts=[4, 5])
+    counts = [torch.tensor([50, 48, 46, 44]), torch.tensor([2, 80, 1, 100, 90])]
+    usage = Usage([Place(0, "feed_forward", 4), Place(1, "feed_forward", 5)], {"a": counts}, {})
+    total, size = model.num_parameters(), 2 * 32 * 16 + 8
+    kept = {n: choose_experts(model, usage, "a", keep=(total - 4 * size) / total, normalise=n) for n in ("max", "sum")}
+    assert kept == {"max": [[0, 1, 2], [3, 4]], "sum": [[0, 1], [1, 3, 4]]}
+
+
 def test_pruned_model_computes_what_is_left() -> None:
     """Experts that are never chosen can go without a trace, but for their share of the softmax."""
     model = make(num_attention_experts=0, num_hidden_layers=1)
@@ -180,7 +211,7 @@ def test_finetuning_concentrates_and_leaves_the_config_alone(
         assert tuned.config.auxiliary_loss == "mutual_information"  # a later finetuning does not concentrate unasked
         return sum(count(tuned, text).to_json()["unevenness"]["a"])
 
-    assert unevenness(1.0) > unevenness(0.0)
+    assert unevenness(3.0) > unevenness(0.5) > unevenness(0.0)
 
 
 def test_concentration_needs_experts(corpus: Path, tmp_path: Path) -> None:
@@ -214,6 +245,8 @@ def test_a_dense_model_is_refused(text: Path, tmp_path: Path) -> None:
         prune(save_base(tmp_path / "base"), tmp_path / "out", [text], keep=0.5)
     with pytest.raises(ConfigError, match="no routed experts"):
         count_usage(ModuleSet(make_base("llama")), make_tokenizer(), {"a": [text]})
+    with pytest.raises(ConfigError, match="sequence_length is 0; it must be at least 2"):
+        count_usage(ModuleSet(Base(make())), make_tokenizer(), {"a": [text]}, sequence_length=0, tokens=100)
     with pytest.raises(ConfigError, match="no routed experts"):
         count(make(feed_forward="dense", num_attention_experts=0), text)
 

@@ -216,13 +216,14 @@ def test_a_conversation_takes_several(engine: Engine) -> None:
         (["letters", "auto"], ConfigError, 'auto cannot be active together with others; leave out "auto"'),
         ([None, "letters"], ConfigError, "base cannot be active together with others; leave out base"),
         ([], ConfigError, "an empty list of modules"),
+        (5, ConfigError, "module is 5; give a name, a list of names, None for the base"),
     ],
 )
 def test_what_cannot_be_active_together(engine: Engine, wanted: Any, error: type[Exception], word: str) -> None:
     with pytest.raises(error, match=word):
         engine.generate("abc", module=wanted)
     with pytest.raises(error, match=word):
-        engine.generate_many(["abc"], modules=[wanted])
+        engine.generate_many(["abc"], modules=wanted if isinstance(wanted, int) else [wanted])
     with pytest.raises(error, match=word):
         engine.logits(random_ids(1, 3), wanted)
     assert engine.modules.resident == []

@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Engine": "growlm.engine",
+    "GrowConfig": "growlm.training.config",
     "GrowlmConfig": "growlm.model",
     "GrowlmError": "growlm.errors",
     "GrowlmForCausalLM": "growlm.model",
@@ -25,8 +26,10 @@ _HOMES = {
     "detach": "growlm.modules",
     "evaluate": "growlm.evaluation",
     "export": "growlm.modules.export",
+    "grow": "growlm.training.grow",
     "learn": "growlm.training.learn",
     "pretrain": "growlm.training.pretrain",
+    "take_back": "growlm.training.grow",
 }
 __all__ = ["__version__", *_HOMES]
 

@@ -248,15 +248,17 @@ class Store:
         module: KnowledgeModule,
         training: dict[str, Any],
         files: Mapping[str, Mapping[str, Tensor]] | None = None,
+        made_from: int | None = None,
     ) -> StoredModule:
         """Saves a module as the next version of `name`, in the store's dtype. It is there wholly or not at all.
 
         Args:
             training: how it was made, for the manifest.
             files: more tensors to keep beside the weights, by file name.
+            made_from: the version that it was made from, which must still be the current one.
 
         Raises:
-            StoreError: the disk is full; nothing was changed.
+            StoreError: the disk is full, or `made_from` is not the current version any more; nothing was changed.
         """
         import torch
 
@@ -266,6 +268,12 @@ class Store:
         clear_scratch(self.scratch)
         with self.lock():
             versions = complete_versions(self.path / "modules" / name, MANIFEST)
+            if made_from is not None and versions[-1:] != [made_from]:
+                now_there = f"version {versions[-1]} is" if versions else "none is left"
+                raise StoreError(
+                    f"{self.path}: version {made_from} of {name!r} is not the current one any more ({now_there}); run "
+                    "the command again"
+                )
             version = versions[-1] + 1 if versions else 1
             final = self.path / "modules" / name / str(version)
             if final.exists():  # a folder without its manifest: not a version, whatever it is

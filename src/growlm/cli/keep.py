@@ -36,7 +36,7 @@ def status(store: StorePath, as_json: Json = False) -> None:
             f"{format_count(m['parameters'])} parameters"
         )
     print(
-        f"total {format_count(found['total_parameters'])} parameters, active at most "
+        f"total {format_count(found['total_parameters'])} parameters; with the largest module "
         f"{format_count(found['active_parameters'])}"
     )
     return None
@@ -99,7 +99,10 @@ def remove(
     opened.remove(name, version)
     if as_json:
         return print_json({"removed": name, "version": current.version})
-    print(f"removed {name}")
+    if version is None or (left := opened.find(name)) is None:
+        print(f"removed {name}")
+    else:
+        print(f"removed {name} version {version}; version {left.version} is current")
     return None
 
 

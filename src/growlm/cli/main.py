@@ -19,7 +19,7 @@ from growlm.errors import GrowlmError
 ClickError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
-_RESUMED = ("pretrain", "learn", "router", "demo")  # commands that save as they go
+_RESUMED = ("pretrain", "learn", "finetune", "grow", "router", "demo")  # commands that save as they go
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -82,7 +82,7 @@ def usage(
     data: NamedData,
     module: Annotated[
         list[str] | None,
-        typer.Option("--module", metavar="NAME", help="Of a store: module of kind experts; repeatable."),
+        typer.Option("--module", metavar="NAME", help="Of a store: module of kind experts or peer; repeatable."),
     ] = None,
     tokens: Annotated[
         str | None, typer.Option("--tokens", help="Of each text at most, e.g. 50k.", show_default=False)
@@ -139,7 +139,9 @@ def prune(
     data: SomeDataPaths = None,
     module: Annotated[
         str | None,
-        typer.Option("--module", metavar="NAME", help="Of a store: module of kind experts.", show_default=False),
+        typer.Option(
+            "--module", metavar="NAME", help="Of a store: module of kind experts or peer.", show_default=False
+        ),
     ] = None,
     normalise: Annotated[
         str | None,
@@ -210,7 +212,8 @@ def prune(
     if "layers" in result:
         print(f"  layers {', '.join(map(str, result['layers']['kept']))} of {result['layers']['of']}")
     for place in result.get("experts", []):
-        print(f"  {place['place']}: {len(place['kept'])} of {place['of']} experts")
+        each = f", each with {place['experts']} experts" if "experts" in place else " experts"
+        print(f"  {place['place']}: {len(place['kept'])} of {place['of']}{each}")
     return None
 
 

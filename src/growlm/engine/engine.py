@@ -6,7 +6,7 @@ Ties together the router, the module cache, the scheduler and generation; knows 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any
@@ -198,7 +198,8 @@ class Engine:
             modules: one for all, or a list with one entry a prompt; each as `module` of `generate`.
         """
         config = _sampling(sampling)
-        wanted = [modules for _ in prompts] if modules is None or isinstance(modules, str) else list(modules)
+        one = modules is None or isinstance(modules, str) or not isinstance(modules, Iterable)
+        wanted: list[Any] = [modules for _ in prompts] if one else list(modules or ())
         if len(wanted) != len(prompts):
             raise ConfigError(f"{len(prompts)} prompts but {len(wanted)} modules; give one for all, or one a prompt")
         tokens = [self._encode(p, config) for p in prompts]

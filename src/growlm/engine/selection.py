@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from growlm.engine.scheduler import Names
@@ -26,7 +26,7 @@ def select(store: Store, wanted: Wanted) -> Names | str:
 
     Raises:
         UnknownModuleError: no such module.
-        ConfigError: modules that cannot be active together, or none in a list of them.
+        ConfigError: modules that cannot be active together, none in a list of them, or something that is no name.
     """
     if wanted is None:
         return ()
@@ -35,6 +35,8 @@ def select(store: Store, wanted: Wanted) -> Names | str:
     if isinstance(wanted, str):
         store.module(wanted)
         return (wanted,)
+    if not isinstance(wanted, Iterable):
+        raise ConfigError(f'module is {wanted!r}; give a name, a list of names, None for the base, or "auto"')
     given = list(wanted)
     if not given:
         raise ConfigError('an empty list of modules; name some, or give None for the base or "auto" for the router')

@@ -28,13 +28,8 @@ class Routing:
     """What a router decided for n tokens."""
 
     logits: Tensor  # (n, e), float32
-    experts: Tensor  # (n, k) int64, the largest gate first
+    experts: Tensor  # (n, k) int64: those from the top, the largest gate first, then those that were drawn
     gates: Tensor  # (n, k), float32
-
-    @property
-    def probabilities(self) -> Tensor:
-        """Of all experts, before the choice, (n, e)."""
-        return self.logits.softmax(-1)
 
 
 _watching: ContextVar[list[Routing] | None] = ContextVar("watching", default=None)
@@ -118,12 +113,11 @@ class ExpertRouter(nn.Module):
         """Routes tokens (n, d)."""
         return self.choose(self.logits(self.features(hidden)))
 
-    def choose(self, logits: Tensor, top_k: int | None = None) -> Routing:
+    def choose(self, logits: Tensor) -> Routing:
         """The choice by logits (n, e)."""
-        k = self.top_k if top_k is None else top_k
         probabilities = logits.softmax(-1)
         drawn = self.num_sampled if self.training else 0
-        gates, experts = probabilities.topk(k - drawn, dim=-1)
+        gates, experts = probabilities.topk(self.top_k - drawn, dim=-1)
         if drawn:
             left = (probabilities.detach() + 1e-9).scatter(-1, experts, 0.0)
             experts = torch.cat([experts, torch.multinomial(left, drawn)], -1)
@@ -349,3 +343,11 @@ class AttentionExperts(nn.Module):
         """What the chosen experts saw (n, k, width) -> (n, d)."""
         out = dispatch.combine(self.output(dispatch.sort(heads), dispatch.ends), routing.gates)
         return out if self.bias is None else out + self.bias.to(out.dtype)
+
+
+def per_expert(layer: SparseFeedForward | AttentionExperts) -> dict[str, nn.Parameter]:
+    """By name, the tensors of a layer that have one row an expert: both linear maps, and what its router compares
+    tokens with."""
+    names = ("up", "down") if isinstance(layer, SparseFeedForward) else ("query", "output")
+    maps = {f"{name}.weight": getattr(layer, name).weight for name in names}
+    return {"router.embeddings": layer.router.embeddings, **maps}

@@ -39,6 +39,8 @@ class NewExperts(nn.Module):
         self.embeddings = nn.Parameter(torch.empty(num_experts, router.embeddings.shape[1]))
         self.first = GroupedLinear(num_experts, *first.weight.shape[1:])
         self.second = GroupedLinear(num_experts, *second.weight.shape[1:])
+        # The length of such a router's rows means nothing.
+        self.compares_directions = router.kind == "cosine"
         self.register_buffer("opened", torch.zeros((), dtype=torch.bool))
         # Half the spread of the old rows: chosen now and then from the start, yet not at once everywhere.
         nn.init.normal_(self.embeddings, std=0.5 * router.embeddings.shape[1] ** -0.5)

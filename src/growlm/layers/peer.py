@@ -80,7 +80,7 @@ class PEER(nn.Module):
         self.neurons_per_expert, self.gated, self.output_rms = neurons_per_expert, gated, output_rms
         width = neurons_per_expert * hidden_size
         widths = (width * 2 if gated else width, width)
-        _require_room(num_experts, sum(widths), device, dtype)
+        require_room(num_experts, sum(widths), device, dtype)
         self.up = nn.Parameter(torch.empty(num_experts, widths[0], device=device, dtype=dtype))
         self.down = nn.Parameter(torch.empty(num_experts, widths[1], device=device, dtype=dtype))
         self.reset_tables()
@@ -155,7 +155,7 @@ class ProductKeyMemory(nn.Module):
             hidden_size, num_experts, num_heads, top_k, key_size, query_norm, query_dropout, sub_keys, num_open, device
         )
         self.scores, self.dropout, self.output_rms = scores, dropout, output_rms
-        _require_room(num_experts, hidden_size, device, dtype)
+        require_room(num_experts, hidden_size, device, dtype)
         self.values = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
         self.reset_tables()
 
@@ -217,7 +217,7 @@ def _check(scores: str, neurons_per_expert: int, dropout: float) -> None:
         raise ValueError(f"dropout is {dropout}, expected 0 to below 1")
 
 
-def _require_room(num_rows: int, width: int, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+def require_room(num_rows: int, width: int, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
     """
     Raises:
         MemoryError: so many rows are more than the free memory.

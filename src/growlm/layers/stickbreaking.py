@@ -59,7 +59,7 @@ def stickbreaking_attention(
     Raises:
         ValueError: shapes that do not fit one another.
     """
-    _check(query, key, value, mask, documents)
+    check_shapes(query, key, value, mask, documents)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if mask is not None:
         mask = mask.bool().expand(len(query), 1, mask.shape[-2], key.shape[2])
@@ -76,7 +76,7 @@ def stickbreaking_reference(
     documents: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same by its definition, with all weights at once: output (b, h, t, e) and weights (b, h, t, s)."""
-    _check(query, key, value, mask, documents)
+    check_shapes(query, key, value, mask, documents)
     shared = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
     t, s = query.shape[2], key.shape[2]
@@ -93,7 +93,11 @@ def stickbreaking_reference(
     return torch.einsum("bhts,bhse->bhte", weights, value), weights
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, documents: Tensor | None) -> None:
+def check_shapes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, documents: Tensor | None) -> None:
+    """
+    Raises:
+        ValueError: arguments of `stickbreaking_attention` that do not fit one another.
+    """
     (b, h, t, d), (_, g, s, _) = query.shape, key.shape
     if key.shape != (b, g, s, d) or value.shape[:3] != (b, g, s):
         shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
@@ -214,7 +218,7 @@ def _stickbreaking(
     with torch.autocast(query.device.type, enabled=False):
         walk = _Walk(query, key, value, scale, mask, documents)
         exact = query.new_empty(*query.shape[:3], value.shape[-1], dtype=torch.float32)
-        folded = exact.view(walk.b * walk.g, walk.n, walk.t, -1)
+        folded = exact.view(walk.b * walk.g, walk.n, walk.t, value.shape[-1])
         read = torch.zeros(len(walk.panels), dtype=torch.int64)
         for panel, (start, stop) in enumerate(walk.panels):
             queries, total, passed = walk.queries(start, stop), None, None
@@ -228,7 +232,7 @@ def _stickbreaking(
                 if walk.on_cpu and float(passed.min()) > -_GONE:
                     break
             assert total is not None
-            folded[:, :, start:stop] = total.view(walk.b * walk.g, walk.n, stop - start, -1)
+            folded[:, :, start:stop] = total.view(walk.b * walk.g, walk.n, stop - start, value.shape[-1])
         if query.dtype == torch.float32:
             return exact, exact.new_empty(0), read
         return exact.to(query.dtype), exact, read
@@ -264,7 +268,7 @@ def _stickbreaking_backward(
     with torch.autocast(query.device.type, enabled=False):
         walk = _Walk(query, key, value, scale, mask, documents)
         fold = (walk.b * walk.g, walk.n, walk.t)
-        grads, outs = grad.reshape(*fold, -1), out.reshape(*fold, -1)
+        grads, outs = (x.reshape(*fold, value.shape[-1]) for x in (grad, out))
         grad_query = torch.empty(*fold, walk.d, dtype=torch.float32, device=query.device)
         grad_key, grad_value = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (key, value))
         folded_key, folded_value = grad_key.flatten(0, 1), grad_value.flatten(0, 1)

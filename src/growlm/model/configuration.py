@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -12,6 +13,21 @@ from transformers import PreTrainedConfig
 ATTENTIONS = ("stickbreaking", "softmax")
 FEED_FORWARDS = ("dense", "experts", "peer", "memory")
 AUXILIARY_LOSSES = ("mutual_information", "load_concentration", "st_moe", "none")
+ROUTERS = ("mlp", "linear", "cosine")
+GATES = ("probabilities", "renormalised")
+NORMS = ("layernorm", "rmsnorm")
+_WORDS_BY_LAYER: dict[str, tuple[str, ...]] = {"attention": ATTENTIONS, "feed_forward": FEED_FORWARDS}
+_WORDS: dict[str, tuple[str, ...]] = {
+    "auxiliary_loss": AUXILIARY_LOSSES, "router": ROUTERS, "router_gates": GATES, "norm": NORMS,
+}  # fmt: skip
+_LEAST = {  # of whole numbers
+    "vocab_size": 1, "hidden_size": 1, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1,
+    "head_dim": 1, "attention_experts_per_tok": 0, "intermediate_size": 1, "num_experts_per_tok": 0, "router_size": 1,
+    "num_sampled_experts": 0, "peer_num_heads": 0, "peer_top_k": 0, "peer_neurons_per_expert": 0, "history_length": 0,
+    "sequence_length": 1, "max_position_embeddings": 1,
+}  # fmt: skip
+_SHARES = ("dropout", "router_dropout", "peer_dropout", "peer_query_dropout")
+_NUMBERS = ("norm_eps", "auxiliary_loss_weight", "router_z_weight", "initializer_range")
 
 
 class GrowlmConfig(PreTrainedConfig):
@@ -23,7 +39,7 @@ class GrowlmConfig(PreTrainedConfig):
             keys) or `memory` (product-key memory, PEER's baseline: values without a neuron); one word, or one a layer.
         num_attention_heads: heads, of every attention expert where there are such.
         num_key_value_heads: by default as many.
-        head_dim: by default hidden_size over the number of heads.
+        head_dim: by default hidden_size over the number of heads, which must divide it.
         num_attention_experts: 0: ordinary heads; more: a mixture of attention heads, of which a token uses
             `attention_experts_per_tok`.
         shared_key_value: False: keys and values are the layer's input itself (one head as wide as the model).
@@ -51,7 +67,7 @@ class GrowlmConfig(PreTrainedConfig):
     """
 
     model_type = "growlm"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  (transformers' Trainer adds to it)
 
     def __init__(
         self,
@@ -106,6 +122,14 @@ class GrowlmConfig(PreTrainedConfig):
         pad_token_id: int | None = None,
         **kwargs: Any,
     ) -> None:
+        # What the defaults below are computed from.
+        _whole("hidden_size", hidden_size, 1)
+        _whole("num_attention_heads", num_attention_heads, 1)
+        if head_dim is None and hidden_size % num_attention_heads:
+            raise ValueError(
+                f"hidden_size is {hidden_size}, expected a multiple of num_attention_heads, {num_attention_heads}; or "
+                "give head_dim"
+            )
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
@@ -153,8 +177,8 @@ class GrowlmConfig(PreTrainedConfig):
         self.use_cache = use_cache
         self.tie_word_embeddings = tie_word_embeddings
         self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
+        self.check()  # first: what transformers finds amiss itself, it says in several lines
         super().__init__(**kwargs)
-        self.check()
 
     def attention_of(self, layer: int) -> str:
         return self.attention if isinstance(self.attention, str) else self.attention[layer]
@@ -195,36 +219,67 @@ class GrowlmConfig(PreTrainedConfig):
         Raises:
             ValueError: settings that contradict each other; says which, and what is possible.
         """
-        for name, words in (("attention", ATTENTIONS), ("feed_forward", FEED_FORWARDS)):
-            chosen = getattr(self, name)
-            listed = [chosen] if isinstance(chosen, str) else list(chosen)
-            if not isinstance(chosen, str) and len(listed) != self.num_hidden_layers:
-                raise ValueError(f"{name} lists {len(listed)} layers, expected {self.num_hidden_layers}")
-            for word in listed:
-                if word not in words:
-                    raise ValueError(f"{name} is {word!r}, expected {' or '.join(words)}")
-        if self.auxiliary_loss not in AUXILIARY_LOSSES:
-            raise ValueError(f"auxiliary_loss is {self.auxiliary_loss!r}, expected {', '.join(AUXILIARY_LOSSES)}")
-        if self.norm not in ("layernorm", "rmsnorm"):
-            raise ValueError(f"norm is {self.norm!r}, expected layernorm or rmsnorm")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"{self.num_attention_heads} heads cannot share {self.num_key_value_heads} of keys")
-        if not self.shared_key_value and self.head_dim != self.hidden_size:
-            raise ValueError(f"without key and value projections head_dim is {self.hidden_size}, not {self.head_dim}")
-        if not 0 <= self.peer_query_dropout < 1:
-            raise ValueError(f"peer_query_dropout is {self.peer_query_dropout}, expected 0 to below 1")
-        many = self.peer_num_experts
-        if not isinstance(many, int) and len(many) != self.num_hidden_layers:
-            raise ValueError(f"peer_num_experts lists {len(many)} layers, expected {self.num_hidden_layers}")
+        for name, least in _LEAST.items():
+            _whole(name, getattr(self, name), least)
+        if self.peer_key_size is not None:
+            _whole("peer_key_size", self.peer_key_size, 1)
+        for name in ("num_experts", "num_attention_experts", "peer_num_experts"):
+            for number in self._by_layer(name):
+                _whole(name, number, 0)
+        for name, words in _WORDS_BY_LAYER.items():
+            for word in self._by_layer(name):
+                _one_of(name, word, words)
+        for name, words in _WORDS.items():
+            _one_of(name, getattr(self, name), words)
+        for name in (*_SHARES, *_NUMBERS):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value < (1 if name in _SHARES else math.inf):
+                what = "0 to below 1" if name in _SHARES else "a number, 0 or more"
+                raise ValueError(f"{name} is {value!r}, expected {what}")
+        self._check_activation()
+        self._check_heads()
         for layer in range(self.num_hidden_layers):
             if self.feed_forward_of(layer) == "experts":
-                _at_most(self.num_experts_per_tok, self.experts_of(layer), "num_experts", layer)
+                self._check_experts(layer, "num_experts", self.experts_of(layer), self.num_experts_per_tok)
             elif self.feed_forward_of(layer) in ("peer", "memory"):
                 self._check_product_keys(layer)
-            if self.attention_experts_of(layer):
-                _at_most(
-                    self.attention_experts_per_tok, self.attention_experts_of(layer), "num_attention_experts", layer
-                )
+            if number := self.attention_experts_of(layer):
+                self._check_experts(layer, "num_attention_experts", number, self.attention_experts_per_tok)
+
+    def _by_layer(self, name: str) -> list[Any]:
+        """A setting that is one for all layers, or a list with one a layer."""
+        setting = getattr(self, name)
+        if not isinstance(setting, list | tuple):
+            return [setting]
+        if len(setting) != self.num_hidden_layers:
+            raise ValueError(f"{name} lists {len(setting)} layers, expected {self.num_hidden_layers}")
+        return list(setting)
+
+    def _check_activation(self) -> None:
+        from transformers.activations import ACT2FN  # which imports torch
+
+        if not isinstance(self.hidden_act, str) or self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act is {self.hidden_act!r}, expected one of transformers': gelu_new, silu, ...")
+
+    def _check_heads(self) -> None:
+        heads, shared, width = self.num_attention_heads, self.num_key_value_heads, self.head_dim
+        if heads % shared:
+            raise ValueError(f"{heads} heads cannot share {shared} of keys")
+        if not self.shared_key_value and (width != self.hidden_size or shared != 1):
+            raise ValueError(
+                "without key and value projections there is one head of keys as wide as the model: "
+                f"num_key_value_heads is 1, not {shared}, and head_dim is {self.hidden_size}, not {width}"
+            )
+        if width % 2 and "softmax" in self._by_layer("attention"):
+            raise ValueError(f"head_dim is {width}, expected an even number: rotary positions turn pairs")
+
+    def _check_experts(self, layer: int, name: str, number: int, top_k: int) -> None:
+        if not 1 <= top_k <= number:
+            raise ValueError(f"layer {layer}: a token uses {top_k} experts, expected 1 to {name}, {number}")
+        if self.num_sampled_experts > top_k:
+            raise ValueError(
+                f"num_sampled_experts is {self.num_sampled_experts}, expected 0 to those that a token uses, {top_k}"
+            )
 
     def _check_product_keys(self, layer: int) -> None:
         from growlm.layers.peer import PEER, ProductKeyMemory
@@ -237,6 +292,11 @@ class GrowlmConfig(PreTrainedConfig):
             raise ValueError(f"layer {layer}: peer_{message}") from None
 
 
-def _at_most(top_k: int, num_experts: int, name: str, layer: int) -> None:
-    if not 1 <= top_k <= num_experts:
-        raise ValueError(f"layer {layer}: a token uses {top_k} experts, expected 1 to {name}, {num_experts}")
+def _whole(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} is {value!r}, expected a whole number, at least {least}")
+
+
+def _one_of(name: str, value: object, words: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in words:
+        raise ValueError(f"{name} is {value!r}, expected {', '.join(words[:-1])} or {words[-1]}")

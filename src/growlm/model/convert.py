@@ -7,7 +7,7 @@ it, and so is a setting that ours cannot express.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -17,55 +17,100 @@ from growlm.model.configuration import GrowlmConfig
 
 _LOSSES = {"mi": "mutual_information", "switch": "st_moe", "st_moe": "st_moe"}
 _ROUTERS = {"mlp": "mlp", "linear": "linear", "gmm": "cosine"}
+# Settings that are the same number or word in both: ours, MoLM's, and what it is where theirs is left out.
+_NEEDED = object()
+_SAME: list[tuple[str, str, Any]] = [
+    ("vocab_size", "vocab_size", _NEEDED),
+    ("hidden_size", "n_embd", _NEEDED),
+    ("num_hidden_layers", "n_layer", _NEEDED),
+    ("num_attention_heads", "n_head", _NEEDED),
+    ("num_attention_experts", "n_att_experts", _NEEDED),
+    ("attention_experts_per_tok", "k_att", _NEEDED),
+    ("intermediate_size", "ffd_hidden", _NEEDED),
+    ("num_experts", "n_mlp_experts", _NEEDED),
+    ("num_experts_per_tok", "k_mlp", _NEEDED),
+    ("router_size", "gating_size", 256),
+    ("router_dropout", "moe_pdrop", 0.0),
+    ("num_sampled_experts", "sample_topk", 0),
+    ("hidden_act", "activation_function", "gelu_new"),
+    ("norm_eps", "layer_norm_epsilon", 1e-5),
+    ("history_length", "history_length", 0),
+    ("sequence_length", "block_size", 512),
+    ("auxiliary_loss_weight", "aux_loss_weight", 0.0),
+    ("dropout", "resid_pdrop", 0.0),
+    ("initializer_range", "initializer_range", 0.02),
+    ("tie_word_embeddings", "tie_word_embeddings", False),
+    ("bos_token_id", "bos_token_id", None),
+    ("eos_token_id", "eos_token_id", None),
+    ("pad_token_id", "pad_token_id", None),
+]
+_ABSENT = ("attn_pdrop", "embd_pdrop")  # dropouts that ours does not have
+_Z_WEIGHT = 0.1  # of the z-loss in MoLM's st_moe
 
 
 def molm_config(source: Mapping[str, Any], where: str) -> GrowlmConfig:
-    """Our config of a MoLM config.json.
+    """Our config of a MoLM config.json. An auxiliary loss of weight 0, mutual information by name, is none.
 
     Raises:
-        ConfigError: a setting that is missing, or that ours cannot express.
+        ConfigError: a setting that is missing, of a kind that is not known, or that ours cannot express.
     """
+    _require_zero(source, _ABSENT, where)
+    same = {ours: _setting(source, theirs, default, where) for ours, theirs, default in _SAME}
+    heads, width = same["num_attention_heads"], _setting(source, "att_hidden", _NEEDED, where)
+    for name, value in (("n_head", heads), ("att_hidden", width)):
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{where}: {name} is {value!r}, expected a whole number, at least 1")
+    if width % heads:
+        raise ConfigError(f"{where}: att_hidden is {width}, expected a multiple of n_head, {heads}")
+    loss = _word(source, "aux_loss_type", "mi", _LOSSES, where)
+    if loss == "mutual_information" and not same["auxiliary_loss_weight"]:
+        loss = "none"
     try:
-        heads, width = source["n_head"], source["att_hidden"]
         return GrowlmConfig(
-            vocab_size=source["vocab_size"],
-            hidden_size=source["n_embd"],
-            num_hidden_layers=source["n_layer"],
             attention="stickbreaking",
             feed_forward="experts",
-            num_attention_heads=heads,
             head_dim=width // heads,
-            num_attention_experts=source["n_att_experts"],
-            attention_experts_per_tok=source["k_att"],
-            shared_key_value=not (width == source["n_embd"] and heads == 1),
-            intermediate_size=source["ffd_hidden"],
-            num_experts=source["n_mlp_experts"],
-            num_experts_per_tok=source["k_mlp"],
-            router=_ROUTERS[source.get("gate_type", "mlp")],
-            router_size=source.get("gating_size", 256),
-            router_dropout=source.get("moe_pdrop", 0.0),
-            num_sampled_experts=source.get("sample_topk", 0),
-            hidden_act=source.get("activation_function", "gelu_new"),
-            history_length=source.get("history_length", 0),
-            sequence_length=source.get("block_size", 512),
-            auxiliary_loss=_LOSSES[source.get("aux_loss_type", "mi")],
-            auxiliary_loss_weight=source.get("aux_loss_weight", 0.0),
-            dropout=source.get("resid_pdrop", 0.0),
-            initializer_range=source.get("initializer_range", 0.02),
-            tie_word_embeddings=source.get("tie_word_embeddings", False),
-            bos_token_id=source.get("bos_token_id"),
-            eos_token_id=source.get("eos_token_id"),
-            pad_token_id=source.get("pad_token_id"),
+            shared_key_value=_projects(same["hidden_size"], heads, width),
+            router=_word(source, "gate_type", "mlp", _ROUTERS, where),
+            router_z_weight=_Z_WEIGHT,
+            auxiliary_loss=loss,
             architectures=["GrowlmForCausalLM"],
+            **same,
         )
-    except KeyError as error:
-        raise ConfigError(f"{where}: has no setting {error}, or one of a kind that is not known") from None
     except ValueError as error:
-        raise ConfigError(f"{where}: {error}") from None
+        theirs = [f"{ours} is their {name}" for ours, name, _ in _SAME if ours != name and ours in str(error).split()]
+        raise ConfigError(f"{where}: {'; '.join([str(error), *theirs])}") from None
+
+
+def _setting(source: Mapping[str, Any], name: str, default: Any, where: str) -> Any:
+    if default is _NEEDED and name not in source:
+        raise ConfigError(f"{where}: has no setting {name!r}")
+    return source.get(name, default)
+
+
+def _word(source: Mapping[str, Any], name: str, default: str, words: Mapping[str, str], where: str) -> str:
+    """Our word for theirs."""
+    word = source.get(name, default)
+    if not isinstance(word, str) or word not in words:
+        raise ConfigError(f"{where}: {name} is {word!r}, expected {' or '.join(words)}")
+    return words[word]
+
+
+def _require_zero(source: Mapping[str, Any], names: Sequence[str], where: str) -> None:
+    for name in names:
+        if source.get(name):
+            raise ConfigError(
+                f"{where}: {name} is {source[name]!r}, which ours has no place for; set it to 0 to convert without it"
+            )
+
+
+def _projects(hidden_size: int, heads: int, width: int) -> bool:
+    """Whether a MoLM has projections of keys and values: one head as wide as the model reads its input itself."""
+    return not (width == hidden_size and heads == 1)
 
 
 def to_molm_config(config: GrowlmConfig, where: str) -> dict[str, Any]:
-    """The MoLM config.json of ours.
+    """The MoLM config.json of ours. No auxiliary loss is written as mutual information of weight 0.
 
     Raises:
         ConfigError: a model that the layout cannot hold; the message says why.
@@ -80,46 +125,37 @@ def to_molm_config(config: GrowlmConfig, where: str) -> dict[str, Any]:
         "key_value_bias": True,
         "num_key_value_heads": config.num_attention_heads,
     }
+    if config.auxiliary_loss == "st_moe":
+        wanted["router_z_weight"] = _Z_WEIGHT
     for name, value in wanted.items():
         if getattr(config, name) != value:
             raise ConfigError(f"{where}: {name} is {getattr(config, name)!r}; the MoLM layout holds {value!r} only")
     for name in ("num_experts", "num_attention_experts"):
         if not isinstance(getattr(config, name), int) or getattr(config, name) < 1:
             raise ConfigError(f"{where}: {name} is {getattr(config, name)!r}; the MoLM layout holds one number for all")
-    losses = {ours: theirs for theirs, ours in reversed(_LOSSES.items())}
+    heads, width = config.num_attention_heads, config.num_attention_heads * config.head_dim
+    if config.shared_key_value and not _projects(config.hidden_size, heads, width):
+        raise ConfigError(
+            f"{where}: has one head as wide as the model, {width}, and projections of keys and values; in the MoLM "
+            "layout such a head has none (shared_key_value false)"
+        )
+    losses = {ours: theirs for theirs, ours in reversed(_LOSSES.items())} | {"none": "mi"}
+    if config.auxiliary_loss not in losses:
+        raise ConfigError(
+            f"{where}: auxiliary_loss is {config.auxiliary_loss!r}; the MoLM layout holds {', '.join(losses)} only; it "
+            "counts in training alone: set another one in config.json"
+        )
     routers = {ours: theirs for theirs, ours in _ROUTERS.items()}
     return {
         "model_type": "moduleformer",
         "architectures": ["ModuleFormerForCausalLM"],
-        "vocab_size": config.vocab_size,
-        "n_embd": config.hidden_size,
-        "n_layer": config.num_hidden_layers,
-        "n_head": config.num_attention_heads,
-        "att_hidden": config.num_attention_heads * config.head_dim,
-        "n_att_experts": config.num_attention_experts,
-        "k_att": config.attention_experts_per_tok,
-        "ffd_hidden": config.intermediate_size,
-        "n_mlp_experts": config.num_experts,
-        "k_mlp": config.num_experts_per_tok,
+        **{theirs: getattr(config, ours) for ours, theirs, _ in _SAME},
+        "att_hidden": width,
         "gate_type": routers[config.router],
-        "gating_size": config.router_size,
-        "moe_pdrop": config.router_dropout,
-        "sample_topk": config.num_sampled_experts,
-        "activation_function": config.hidden_act,
-        "history_length": config.history_length,
-        "block_size": config.sequence_length,
         "n_ctx": config.history_length * config.num_hidden_layers,
-        "aux_loss_type": losses.get(config.auxiliary_loss, "mi"),
-        "aux_loss_weight": 0.0 if config.auxiliary_loss not in losses else config.auxiliary_loss_weight,
-        "resid_pdrop": config.dropout,
-        "embd_pdrop": 0.0,
-        "attn_pdrop": 0.0,
-        "layer_norm_epsilon": config.norm_eps,
-        "initializer_range": config.initializer_range,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
-        "pad_token_id": config.pad_token_id,
+        "aux_loss_type": losses[config.auxiliary_loss],
+        "aux_loss_weight": 0.0 if config.auxiliary_loss == "none" else config.auxiliary_loss_weight,
+        **dict.fromkeys(_ABSENT, 0.0),
         "use_cache": True,
     }
 
@@ -233,8 +269,9 @@ def jetmoe_config(source: Mapping[str, Any], where: str) -> GrowlmConfig:
     """Our config of a JetMoE config.json.
 
     Raises:
-        ConfigError: a setting that is missing.
+        ConfigError: a setting that is missing, or that ours cannot express.
     """
+    _require_zero(source, ["attention_dropout"], where)
     try:
         rope = source.get("rope_parameters") or {
             "rope_type": "default",

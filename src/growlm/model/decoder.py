@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 
 from growlm.layers.experts import AttentionExperts, SparseFeedForward
 from growlm.layers.peer import PEER, ProductKeyMemory
-from growlm.layers.stickbreaking import stickbreaking_attention
+from growlm.layers.stickbreaking import check_shapes, stickbreaking_attention
 from growlm.model.configuration import GrowlmConfig
 
 # b batch, t new tokens, s tokens seen so far and new ones, d hidden size, h heads, g heads of keys, w head width
@@ -116,7 +116,8 @@ class GrowlmAttention(nn.Module):
             assert rotary is not None
             query, key = apply_rotary_pos_emb(query, key, *rotary)
         if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
+            key, value = _joined(cache, key, value, self.layer_idx)
+            mask = None if mask is None else mask[..., : key.shape[2]]
         if self.kind == "softmax":
             out = softmax_attention(query, key, value, mask=mask, documents=documents)
         else:
@@ -133,10 +134,23 @@ class GrowlmAttention(nn.Module):
         return hidden.view(*hidden.shape[:2], self.kv_heads, self.head_dim).transpose(1, 2)
 
 
+def _joined(cache: Any, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of all tokens so far. A cache of fixed size returns the room that is left as well."""
+    seen = cache.get_seq_length(layer_idx) if getattr(cache, "is_compileable", False) else None
+    total = None if seen is None else int(seen) + key.shape[2]
+    key, value = cache.update(key, value, layer_idx)
+    return key[:, :, :total], value[:, :, :total]
+
+
 def softmax_attention(
     query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None, documents: Tensor | None = None
 ) -> Tensor:
-    """Causal softmax attention with the arguments of `stickbreaking_attention`; masks are whole (t, s) tensors."""
+    """Causal softmax attention with the arguments of `stickbreaking_attention`; masks are whole (t, s) tensors.
+
+    Raises:
+        ValueError: shapes that do not fit one another.
+    """
+    check_shapes(query, key, value, mask, documents)
     t, s = query.shape[2], key.shape[2]
     if mask is None and documents is None and (t == s or t == 1):
         return F.scaled_dot_product_attention(query, key, value, is_causal=t > 1, enable_gqa=True)

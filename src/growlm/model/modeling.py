@@ -7,6 +7,7 @@ decided is returned by `forward(..., output_routings=True)` and kept nowhere els
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.utils.generic import can_return_tuple
 
 from growlm.layers.experts import AttentionExperts, ExpertRouter, GroupedLinear, SparseFeedForward
 from growlm.layers.losses import load_balance, load_concentration, mutual_information, router_z
@@ -94,6 +96,7 @@ class GrowlmModel(GrowlmPreTrainedModel):
         """Cosines and sines for softmax attention; None where no layer has it."""
         return None if self.rotary is None else self.rotary(hidden, position_ids=position_ids)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -105,16 +108,22 @@ class GrowlmModel(GrowlmPreTrainedModel):
         document_ids: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_routings: bool = False,
-        return_dict: bool | None = None,
-        **_: Any,
+        **others: Any,
     ) -> GrowlmOutput:
         """
         Args:
-            attention_mask: (b, s), 0 where a row is padded.
+            attention_mask: (b, s), 0 where a row is padded; or (b, 1, t, s), bool or to be added to scores, for each
+                query the keys that it sees. A token that does not see itself is then padding.
             document_ids: (b, s) integers; a token attends to tokens of its own number only.
             past_key_values: a cache to go on from, or a `history`.
             output_routings: return what every router decided.
+            others: what transformers hands to every model, where it asks nothing of this one.
+
+        Raises:
+            ValueError: a mask of another shape or type, or something asked for that this model does not return.
+            TypeError: an argument that is not known.
         """
+        _refuse(others)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, not both")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -126,8 +135,8 @@ class GrowlmModel(GrowlmPreTrainedModel):
         t = hidden.shape[1]
         mask = None if attention_mask is None else self._mask(attention_mask, past, t)
         real = None
-        if attention_mask is not None and attention_mask.ndim == 2:
-            real = attention_mask[:, -t:].bool()
+        if attention_mask is not None and (self.training or attention_mask.ndim == 2):
+            real = _real_tokens(attention_mask, len(hidden), past, t)
         if position_ids is None:
             if attention_mask is not None and attention_mask.ndim == 2:
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_(min=0)[:, -t:]
@@ -167,7 +176,14 @@ class GrowlmModel(GrowlmPreTrainedModel):
     @staticmethod
     def _mask(attention_mask: Tensor, past: int, t: int) -> Tensor:
         if attention_mask.ndim == 4:
+            shape, dtype = attention_mask.shape, attention_mask.dtype
+            if shape[1] != 1 or shape[2] not in (1, t) or shape[3] < past + t:
+                raise ValueError(f"attention_mask has shape {tuple(shape)}, expected (b, 1, {t}, {past + t})")
+            if dtype != torch.bool and not dtype.is_floating_point:
+                raise ValueError(f"attention_mask is a {dtype} for each query, expected bool, or a float to be added")
             return attention_mask
+        if attention_mask.ndim != 2:
+            raise ValueError(f"attention_mask has {attention_mask.ndim} dimensions, expected 2 or 4")
         if attention_mask.shape[1] != past + t:
             raise ValueError(f"attention_mask covers {attention_mask.shape[1]} tokens, expected {past + t}")
         return attention_mask.bool()[:, None, None]
@@ -194,6 +210,37 @@ class GrowlmModel(GrowlmPreTrainedModel):
         return kept
 
 
+def _real_tokens(attention_mask: Tensor, batch: int, past: int, t: int) -> Tensor:
+    """Of the new tokens (b, t), which are not padding."""
+    if attention_mask.ndim == 2:
+        return attention_mask[:, -t:].bool()
+    seen = attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
+    return seen[:, 0, :, past : past + t].expand(batch, t, t).diagonal(dim1=1, dim2=2)
+
+
+# What transformers hands to every model: for the loss; of no effect here; and for results that are not to be had.
+_FOR_THE_LOSS = ("num_items_in_batch", "ignore_index", "shift_labels")
+_IDLE = ("cache_position", "token_type_ids")
+_NOT_RETURNED = {
+    "output_attentions": "attention weights are never all in memory",
+    "output_router_logits": "ask for output_routings",
+}
+
+
+def _refuse(arguments: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: something is asked for that is not to be had.
+        TypeError: an argument that is not known.
+    """
+    for name, value in arguments.items():
+        if name in _NOT_RETURNED:
+            if value:
+                raise ValueError(f"{name} is {value!r}; growlm models do not return it: {_NOT_RETURNED[name]}")
+        elif name not in _IDLE:
+            raise TypeError(f"forward() got an argument {name!r} that growlm models do not have")
+
+
 class GrowlmForCausalLM(GrowlmPreTrainedModel, GenerationMixin):
     """The stack with an output head. In training its loss includes the auxiliary loss of the config."""
 
@@ -205,6 +252,7 @@ class GrowlmForCausalLM(GrowlmPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -218,10 +266,11 @@ class GrowlmForCausalLM(GrowlmPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         output_routings: bool = False,
         logits_to_keep: int | Tensor = 0,
-        return_dict: bool | None = None,
-        **kwargs: Any,
+        **others: Any,
     ) -> GrowlmCausalLMOutput:
-        """Arguments as in `GrowlmModel.forward`; `labels` (b, t) are shifted here, -100 is not counted."""
+        """Arguments and errors as in `GrowlmModel.forward`; `labels` (b, t) are shifted here, -100 is not counted."""
+        for_loss = {name: others.pop(name) for name in _FOR_THE_LOSS if name in others}
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
         weighed = self.training and labels is not None and self.config.auxiliary_loss != "none"
         out = self.model(
             input_ids=input_ids,
@@ -233,16 +282,20 @@ class GrowlmForCausalLM(GrowlmPreTrainedModel, GenerationMixin):
             document_ids=document_ids,
             output_hidden_states=output_hidden_states,
             output_routings=output_routings or weighed,
+            return_dict=True,
+            **others,
         )
         hidden = out.last_hidden_state
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, keep])
         loss = auxiliary = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **for_loss)
             if weighed:
-                counted = None if attention_mask is None else attention_mask[:, -hidden.shape[1] :].flatten()
-                auxiliary = self.auxiliary_loss(out.routings, counted)
+                counted = (
+                    None if attention_mask is None else _real_tokens(attention_mask, len(hidden), past, hidden.shape[1])
+                )
+                auxiliary = self.auxiliary_loss(out.routings, None if counted is None else counted.flatten())
                 loss = loss + auxiliary
         return GrowlmCausalLMOutput(
             loss=loss,

@@ -32,6 +32,7 @@ class Anatomy:
     cache_argument: str = "past_key_values"
     sliding_everywhere: bool = False  # config.sliding_window, where set, holds for every layer
     per_layer_settings: tuple[str, ...] = ("layer_types",)  # settings that may be lists with one entry a layer
+    masks_padding_only: bool = False  # attention is causal by itself: a mask (b, 1, 1, s) says what is padded
     unbounded: bool = False  # attention without positions: no text is too long
     scaled_embedding: bool = False  # the embedding multiplies its rows by sqrt(hidden_size)
 
@@ -114,6 +115,7 @@ FAMILIES: dict[str, Anatomy] = {
             ("mlp.values", 0.0),
         ),
         per_layer_settings=("attention", "feed_forward", "num_experts", "num_attention_experts", "peer_num_experts"),
+        masks_padding_only=True,
         unbounded=True,
     ),
 }

@@ -200,6 +200,8 @@ class Base:
         return self.cap(self.head(self.norm(hidden)))
 
     def _mask(self, pattern: str, hidden: Tensor, *, past: int, visible: Tensor | None) -> Tensor | None:
+        if self.anatomy.masks_padding_only:
+            return None if visible is None else visible[:, None, None].bool()
         num_new = hidden.shape[1]
         total = past + num_new
         window = self._window if pattern == "sliding_attention" and self._window else total + 1

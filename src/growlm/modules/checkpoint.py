@@ -318,7 +318,11 @@ def save_model(model: Any, folder: Path) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
+    for weights in folder.glob("*.safetensors"):
+        # safetensors lets their owner alone read them; they are as public as the folder that they are in.
+        weights.chmod(0o666 & (folder.stat().st_mode | 0o600))
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -138,10 +138,19 @@ class Experts(KnowledgeModule):
                 part.open()
 
     def regularisation(self) -> Tensor:
-        """`||A'||^2` over all layers (equation 10)."""
+        """`||A'||^2` over all layers (equation 10).
+
+        Raises:
+            ConfigError: the base's routers compare directions, for which the length of rows means nothing.
+        """
         total = torch.zeros(())
         for part in self.modules():
             if isinstance(part, NewExperts):
+                if part.compares_directions:
+                    raise ConfigError(
+                        "--routing-regularisation makes the rows of new experts short, and the cosine routers of this "
+                        "base look at directions only; leave it out"
+                    )
                 total = total.to(part.embeddings.device) + routing_regularisation(part.embeddings)
             elif isinstance(part, SparseFeedForward):
                 total = total.to(part.down.weight.device) + routing_regularisation(part.router.embeddings)

@@ -8,21 +8,25 @@ renumbers and changes nothing that was there.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from growlm.errors import ConfigError, IntegrityError
-from growlm.layers.peer import PEER
+from growlm.layers.peer import PEER, require_room
 from growlm.layers.pools import WithPools
 from growlm.layers.product_keys import sub_key_counts
 from growlm.layers.row_cache import CachedPool, cache_bytes
 from growlm.modules import KnowledgeModule, ModuleConfig, assign
 from growlm.modules.base import Base, Step, tensor_bytes
 from growlm.modules.vocabulary import VocabularyRows
+
+# a rows of side a, b rows of side b; every row of side a has b experts
 
 _IMITATION = 0.25  # share of the steps in which a pool in place of a feed-forward learns to compute what that does
 _TABLES = (".up", ".down")
@@ -32,14 +36,16 @@ class PeerConfig(ModuleConfig):
     """Shape of a `peer` module.
 
     Attributes:
-        num_experts: of every pool when it was made; a number with two factors that are not too unequal.
+        num_experts: of every pool when it was made, which settles side b for good; a number with two factors that are
+            not too unequal.
         layers: of the base, that get a pool; by default the middle one.
         replace_feed_forward: the pools stand in place of these layers' feed-forward, not beside it.
         num_heads, top_k: a token reads `top_k` experts for each head.
         neurons_per_expert: hidden neurons of an expert.
         key_size: width of a key, by default half the model's.
         query_norm: batch (uses experts evenly), layer or none.
-        steps: rows of side a of the product keys, after the pool was made and after every step of growth; recorded.
+        steps: rows of side a of the product keys, after the pool was made and after every step of growth, less what
+            was pruned; recorded.
         open_steps: of these, so many are trained; what was appended after is not there yet; recorded.
     """
 
@@ -65,11 +71,40 @@ class PeerConfig(ModuleConfig):
         except ValueError:
             raise ConfigError(f"layers is {value!r}; write numbers of layers, e.g. 3 or 2,5") from None
 
+    @model_validator(mode="after")
+    def _check_steps(self) -> Self:
+        if 0 in self.steps or any(later < before for before, later in pairwise((0, *self.steps))):
+            raise ValueError(f"steps are {self.steps}: they must be positive and may not fall")
+        if self.open_steps > max(len(self.steps), 1):
+            raise ValueError(f"open_steps is {self.open_steps}, of {len(self.steps)} steps")
+        return self
+
     @property
     def sub_keys(self) -> tuple[int, int]:
         """Rows of both sides of the product keys, all steps included."""
         a, b = sub_key_counts(self.num_experts)
         return (self.steps[-1] if self.steps else a), b
+
+    @property
+    def rows_open(self) -> int:
+        """Rows of side a that can be found, once anything can."""
+        return self.steps[max(self.open_steps, 1) - 1]
+
+    def grown(self, num_experts: int) -> Self:
+        """With one more step, of so many experts in every pool.
+
+        Raises:
+            ConfigError: no whole number of sub-keys; says which numbers will do.
+        """
+        a, b = self.sub_keys
+        rows, rest = divmod(num_experts, b)
+        if rows < 1 or rest:
+            below = max(rows, 1) * b
+            raise ConfigError(
+                f"experts is {num_experts:+}; a sub-key of this module's pools has {b} experts, and they grow by whole "
+                f"ones: use {below:+} or {below + b:+}"
+            )
+        return self.model_copy(update={"steps": (*self.steps, a + rows)})
 
     def completed(self, base: Base) -> Self:
         """With what is recorded when a module is made.
@@ -118,7 +153,7 @@ class Peer(KnowledgeModule):
                     key_size=config.key_size,
                     query_norm=config.query_norm,
                     sub_keys=(a, b),
-                    num_open=config.steps[max(config.open_steps, 1) - 1],
+                    num_open=config.rows_open,
                 )
                 for _ in config.layers
             )
@@ -160,6 +195,95 @@ class Peer(KnowledgeModule):
     def begin_training(self) -> None:
         self.pools.train()
 
+    # Growing and shrinking: other modules, with the same tensors but for rows of side a and their experts
+
+    def grown(self, base: Base, num_experts: int, seed: int = 0) -> Peer:
+        """With so many more experts in every pool, which nothing finds before `train_new`.
+
+        New sub-keys are drawn as large as the old ones are on average: smaller ones would hardly be found. `up` is
+        drawn as in a new pool; `down` is zero: a new expert adds nothing before it has learned to.
+
+        Raises:
+            ConfigError: no whole number of sub-keys, more than memory has room for, or tables on the disk.
+        """
+        config = self.config.grown(num_experts)
+        self._require_tables()
+        rows, tensors = config.steps[-1] - self.config.steps[-1], dict(self.state_dict())
+        try:
+            width = sum(t.shape[1] for name, t in tensors.items() if self.is_table(name))
+            require_room(config.steps[-1] * config.sub_keys[1], width, self.device, tensors["pools.0.up"].dtype)
+        except MemoryError as error:
+            raise ConfigError(str(error)) from None
+        # Steps of one seed must differ: two equal sub-keys would always be found together.
+        drawn = hashlib.sha256(f"{seed}, steps {config.steps}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(drawn[:8], "big") >> 1)
+        for i, pool in enumerate(self.pools):
+            assert isinstance(pool, PEER)
+            keys = pool.keys.keys_a[: self.config.rows_open].detach()
+            size = float(keys.float().square().mean().sqrt())
+            new = {
+                "keys.keys_a": torch.randn(rows, keys.shape[1], generator=generator).mul_(size),
+                "up": torch.randn(num_experts, pool.up.shape[1], generator=generator).mul_(base.hidden_size**-0.5),
+                "down": torch.zeros(num_experts, pool.down.shape[1]),
+            }
+            for part, values in new.items():
+                old = tensors[f"pools.{i}.{part}"]
+                tensors[f"pools.{i}.{part}"] = torch.cat([old, values.to(old)])
+        return Peer.restore(base, config, tensors, "the grown module")
+
+    def taken_back(self, base: Base) -> Peer:
+        """Without what its last step of growth appended: to the bit as it was before.
+
+        Raises:
+            ConfigError: it has not grown, or its tables are on the disk.
+        """
+        steps = self.config.steps[:-1]
+        if not steps:
+            raise ConfigError("its pools are as they were made: there is no step of growth to take back")
+        changes = {"steps": steps, "open_steps": min(self.config.open_steps, len(steps))}
+        kept = torch.arange(steps[-1])
+        return self.with_rows(base, [kept] * len(self.pools), self.config.model_copy(update=changes))
+
+    def with_rows(self, base: Base, rows: Sequence[Tensor], config: PeerConfig) -> Peer:
+        """With these rows of side a and their experts alone, renumbered in this order.
+
+        Args:
+            rows: of every pool, (rows,).
+            config: its own with the steps that this makes.
+
+        Raises:
+            ConfigError: its tables are on the disk.
+        """
+        self._require_tables()
+        b, tensors = config.sub_keys[1], dict(self.state_dict())
+        for i, kept in enumerate(rows):
+            kept = kept.to(self.device)
+            experts = (kept[:, None] * b + torch.arange(b, device=self.device)).flatten()
+            for part, at in (("keys.keys_a", kept), ("up", experts), ("down", experts)):
+                tensors[f"pools.{i}.{part}"] = tensors[f"pools.{i}.{part}"][at]
+        return Peer.restore(base, config, tensors, "the module with fewer rows")
+
+    def train_new(self) -> None:
+        """Opens what was appended and never trained, as one step, and lets a gradient reach that alone."""
+        trained, before = self.config.open_steps, self.config.rows_open
+        assert 0 < trained < len(self.config.steps), "nothing is new"
+        self.config = self.config.model_copy(update={"steps": (*self.config.steps[:trained], self.config.steps[-1])})
+        self.open()
+        self.requires_grad_(False)
+        b = self.config.sub_keys[1]
+        for pool in self.pools:
+            assert isinstance(pool, PEER)
+            for p, first in ((pool.keys.keys_a, before), (pool.up, before * b), (pool.down, before * b)):
+                p.requires_grad_(True)
+                p.register_post_accumulate_grad_hook(_from_row(first))
+
+    def _require_tables(self) -> None:
+        if not all(isinstance(pool, PEER) for pool in self.pools):
+            raise ConfigError(
+                "its tables are on the disk, where they are in use and cannot change their size; load it without "
+                "row_cache"
+            )
+
     @classmethod
     def is_table(cls, name: str) -> bool:
         return name.startswith("pools.") and name.endswith(_TABLES)
@@ -190,7 +314,8 @@ class Peer(KnowledgeModule):
 
     @property
     def imitation_share(self) -> float:
-        return _IMITATION if self.config.replace_feed_forward else 0.0
+        # What joins a pool later has nothing to imitate: the pool does it already.
+        return _IMITATION if self.config.replace_feed_forward and len(self.config.steps) == 1 else 0.0
 
     def extend(self, steps: Sequence[Step]) -> list[Step]:
         extended = list(steps)
@@ -220,3 +345,21 @@ class Peer(KnowledgeModule):
         variant._modules = {**original._modules, name: WithPools(getattr(original, name), beside, instead)}
         variant.__dict__["_growlm_original"], variant.__dict__["_growlm_pools"] = original, (beside, instead)
         return variant
+
+
+def _from_row(first: int) -> Callable[[Tensor], None]:
+    """A hook that takes the rows before `first` out of a parameter's gradient, so that an optimiser leaves them alone:
+    of a table's they go, of a dense one's they are zero."""
+
+    def hook(p: Tensor) -> None:
+        assert p.grad is not None
+        if not p.grad.is_sparse:
+            p.grad[:first] = 0
+            return
+        rows, values = p.grad._indices(), p.grad._values()
+        new = rows[0] >= first
+        p.grad = torch.sparse_coo_tensor(
+            rows[:, new], values[new], p.shape, is_coalesced=p.grad.is_coalesced(), check_invariants=False
+        )
+
+    return hook

@@ -181,10 +181,6 @@ class VocabularyRows(nn.Module):
             logits = self.head.add_to(logits, hidden)
         return base.cap(logits)
 
-    def head_weight(self, base: Base) -> Tensor:
-        """The whole head (v, d) as this module sees it."""
-        return base.head_weight if self.head is None else self.head.merged(base.head_weight)
-
 
 def choose_rows(loss_by_token: Tensor, count_by_token: Tensor, max_rows: int) -> Tensor:
     """Which tokens deserve rows of their own: those that the domain uses and the base does not know well.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from growlm.errors import BaseModelError
+from growlm.errors import BaseModelError, ConfigError
 from growlm.files import checkpoint_folder, refuse_existing
 from growlm.model import convert
 from growlm.model.configuration import GrowlmConfig
@@ -37,7 +37,7 @@ def convert_checkpoint(source: str | Path, out: str | Path, *, to: str | None = 
 
     Raises:
         BaseModelError: an unknown layout, or tensors that are missing, unexpected or of another shape (named).
-        ConfigError: a setting that the other layout cannot express.
+        ConfigError: a setting that cannot be, or that the other layout cannot express.
         StoreError: `out` exists and is not empty, or the disk is full.
     """
     out = Path(out).expanduser()
@@ -57,7 +57,10 @@ def convert_checkpoint(source: str | Path, out: str | Path, *, to: str | None = 
     for file in weight_files(folder):
         tensors |= read_tensors(file)
     if family == "growlm":
-        config = GrowlmConfig.from_pretrained(folder)
+        try:
+            config = GrowlmConfig.from_pretrained(folder)
+        except ValueError as error:
+            raise ConfigError(f"{where}: {error}") from None
         check_tensors(tensors, config, where)
         written = convert.to_molm_config(config, where)
         renamed = convert.to_molm(tensors, config, where)

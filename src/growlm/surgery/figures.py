@@ -11,9 +11,12 @@ from matplotlib.ticker import MaxNLocator
 from growlm.errors import ConfigError
 from growlm.surgery.usage import Usage
 
+_LEAST_SCALE = 0.2  # nats that the darkest colour of a divergence stands for at least: noise is to look like noise
+
 
 def usage_figure(usage: Usage) -> Figure:
-    """Shares of choices, a row a router and a column an expert, one panel a text; then KL divergences (figure 2).
+    """Shares of choices, a row a router and a column an expert, one panel a text; then KL divergences (figure 2). A red
+    line stands before the experts of a module that joined others; grey is where a layer has no such expert.
 
     Raises:
         ConfigError: there are no routers, only pools of experts by product keys, whose columns could not be told apart.
@@ -33,7 +36,12 @@ def usage_figure(usage: Usage) -> Figure:
         grid = np.full((len(usage.places), width), np.nan)
         for row, place in enumerate(usage.places):
             grid[row, : place.num_experts] = usage.share(name, row).numpy() * place.num_experts
+        axis.set_facecolor("0.75")  # where a layer has no such expert
         image = axis.imshow(grid, aspect="auto", cmap="Blues", vmin=0, vmax=4)
+        for row, place in enumerate(usage.places):
+            if 0 < place.new < place.num_experts:  # a module's experts begin here
+                first = place.num_experts - place.new - 0.5
+                axis.plot([first, first], [row - 0.5, row + 0.5], color="tab:red", linewidth=1.5)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_title(name)
         axis.set_xlabel("expert")
@@ -43,11 +51,12 @@ def usage_figure(usage: Usage) -> Figure:
     if several:
         table = np.array([[0.0 if a == b else usage.divergence(a, b) for b in names] for a in names])
         axis = axes[-1]
-        axis.imshow(table, cmap="Oranges", vmin=0)
+        most = max(float(table.max()), _LEAST_SCALE)
+        axis.imshow(table, cmap="Oranges", vmin=0, vmax=most)
         for i, j in np.ndindex(table.shape):
-            dark = table[i, j] > 0.6 * max(table.max(), 1e-9)
+            dark = table[i, j] > 0.6 * most
             axis.text(
-                j, i, f"{table[i, j]:.2f}", ha="center", va="center", fontsize=8, color="white" if dark else "black"
+                j, i, f"{table[i, j]:.3f}", ha="center", va="center", fontsize=8, color="white" if dark else "black"
             )
         axis.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
         axis.set_yticks(range(len(names)), names, fontsize=8)

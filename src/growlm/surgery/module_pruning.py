@@ -1,29 +1,33 @@
-"""Pruning of a store's module of kind `experts`: the same module without those of its experts that a text uses least.
+"""Pruning of a store's module: the same module without those of its experts that a text uses least.
 
 Usage is counted with the module active beside the base; only the module's own experts go, and the base is not touched.
+What goes of a module is its kind's own: experts one by one here, sub-keys with theirs in `pool_pruning.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from growlm import router
-from growlm.errors import ConfigError, StoreError
+from growlm.errors import ConfigError, IntegrityError
 from growlm.files import checkpoint_folder, refuse_existing
-from growlm.layers.experts import SparseFeedForward
+from growlm.layers.experts import SparseFeedForward, per_expert
 from growlm.layers.insertion import NewExperts
-from growlm.modules import ModuleSet
+from growlm.modules import KnowledgeModule, ModuleSet
 from growlm.modules.base import Base
 from growlm.modules.experts import Experts
+from growlm.modules.peer import Peer
 from growlm.modules.probe import probe
 from growlm.router.samples import GENERAL_SAMPLES
 from growlm.store import GENERAL, WEIGHTS, Store, StoredModule
 from growlm.surgery.choosing import Candidates, check_share, choose
+from growlm.surgery.pool_pruning import prune_pools
 from growlm.surgery.usage import Place, Usage, count_usage
 from growlm.tensor_files import read_tensors
 
@@ -46,10 +50,11 @@ def prune_module(
     knows of the domain stays as it is.
 
     Args:
-        name: a module of kind experts.
+        name: a module of kind experts or peer.
         data: text of the domain.
         keep: share of the module's parameters that stays. At least so many of its experts stay in every layer: as a
-            token uses where they stand beside a dense feed-forward, one where they joined others.
+            token uses where they stand beside a dense feed-forward or are found by product keys, one where they joined
+            others.
         normalise: as `prune` of a model; where the module's experts joined others, all that the router chose count.
         out: folder of the new store; None for the next version in this one.
         tokens: of the text at most.
@@ -63,19 +68,17 @@ def prune_module(
     out = None if out is None else Path(out).expanduser()
     if out is not None:
         refuse_existing(out)
-    stored = _experts_of(store, name)
+    stored, pruner = _prunable(store, name)
     base = store.load_base()
     module = store.load(stored.name, base, version=stored.version)
-    assert isinstance(module, Experts)
     alone, whole = ModuleSet(base), ModuleSet(base, [module])
     tokenizer = store.load_tokenizer()
     usage = count_usage(whole, tokenizer, {"text": data}, tokens=tokens, separator=separator, text_key=text_key)
-    if not any(place.new for place in usage.places):
-        raise ConfigError(f"{stored.folder}: its experts were never opened, so that none is used; learn it first")
-    places, kept = choose_module_experts(module, usage, "text", keep=keep, normalise=normalise)
-    smaller = without_module_experts(base, module, places, kept)
+    try:
+        smaller, experts = pruner(base, module, usage, keep=keep, normalise=normalise)
+    except ConfigError as error:
+        raise ConfigError(f"{stored.folder}: {error}") from None
     before, after = module.num_parameters(), smaller.num_parameters()
-    experts = [{"place": p.name, "kept": k, "of": p.new} for p, k in zip(places, kept, strict=True)]
     said = stored.manifest.training
     pruned = {
         "version": stored.version,
@@ -88,6 +91,7 @@ def prune_module(
     }
     training = {
         **said,
+        **_growth(stored, smaller),
         "pruned": [*said.get("pruned", []), pruned],
         "probe": {"base": probe(alone), "module": probe(ModuleSet(base, [smaller]))},
     }
@@ -98,10 +102,7 @@ def prune_module(
         if file != WEIGHTS
     }
     if out is None:
-        now = store.find(stored.name)
-        if now is None or now.version != stored.version:
-            raise StoreError(f"{stored.folder}: is not the current version any more (learned meanwhile); prune again")
-        saved = store.commit(stored.name, smaller, training, files)
+        saved = store.commit(stored.name, smaller, training, files, made_from=stored.version)
         if router.VECTORS in files:
             router.add_domain(store, saved, stored)
     else:
@@ -116,6 +117,28 @@ def prune_module(
         "kept": after / before,
         "experts": experts,
     }
+
+
+def prune_experts(
+    base: Base, module: Experts, usage: Usage, *, keep: float, normalise: str
+) -> tuple[Experts, list[dict[str, Any]]]:
+    """A module without its least used experts, and at every place which of them it kept.
+
+    Raises:
+        ConfigError: none was ever opened, or a share that cannot be reached.
+    """
+    if not any(place.new for place in usage.places):
+        raise ConfigError("its experts were never opened, so that none is used; learn it first")
+    places, kept = choose_module_experts(module, usage, "text", keep=keep, normalise=normalise)
+    experts = [{"place": p.name, "kept": k, "of": p.new} for p, k in zip(places, kept, strict=True)]
+    return without_module_experts(base, module, places, kept), experts
+
+
+# How a module of a kind becomes smaller: from the base, the module and its usage, what is left and what that is.
+_PRUNERS: dict[str, Callable[..., tuple[KnowledgeModule, list[dict[str, Any]]]]] = {
+    Experts.kind: prune_experts,
+    Peer.kind: prune_pools,
+}
 
 
 def choose_module_experts(
@@ -174,26 +197,35 @@ def _per_expert(part: NewExperts | SparseFeedForward) -> dict[str, torch.Tensor]
     """Tensors that have one row an expert: both linear maps, and what the router compares tokens with."""
     if isinstance(part, NewExperts):
         return {"embeddings": part.embeddings, "first.weight": part.first.weight, "second.weight": part.second.weight}
-    return {
-        "router.embeddings": part.router.embeddings,
-        "up.weight": part.up.weight,
-        "down.weight": part.down.weight,
-    }
+    return dict(per_expert(part))
 
 
-def _experts_of(store: Store, name: str | None) -> StoredModule:
+def _growth(stored: StoredModule, smaller: KnowledgeModule) -> dict[str, Any]:
+    """The record of a module's steps of growth, with the experts that are left of each."""
+    said = stored.manifest.training.get("growth")
+    if not isinstance(smaller, Peer) or said is None:
+        return {}
+    b = smaller.config.sub_keys[1]
+    left = [[before * b, after * b] for before, after in pairwise(smaller.config.steps)]
+    if len(said) != len(left):
+        raise IntegrityError(f"{stored.folder}: its manifest does not say how its pools have grown; restore it")
+    return {"growth": [{**step, "experts": numbers} for step, numbers in zip(said, left, strict=True)]}
+
+
+def _prunable(
+    store: Store, name: str | None
+) -> tuple[StoredModule, Callable[..., tuple[KnowledgeModule, list[dict[str, Any]]]]]:
+    kinds = " or ".join(_PRUNERS)
     if name is None:
-        known = [m.name for m in store.modules.values() if m.kind == Experts.kind]
+        known = [m.name for m in store.modules.values() if m.kind in _PRUNERS]
         raise ConfigError(
-            f"{store.path}: is a store, whose base stays as it is; name a module of kind experts with --module: "
+            f"{store.path}: is a store, whose base stays as it is; name a module of kind {kinds} with --module: "
             f"{', '.join(known) or 'it has none yet'}"
         )
     stored = store.module(name)
-    if stored.kind != Experts.kind:
-        raise ConfigError(
-            f"{stored.folder}: is of kind {stored.kind}; only modules of kind experts have experts to prune"
-        )
-    return stored
+    if stored.kind not in _PRUNERS:
+        raise ConfigError(f"{stored.folder}: is of kind {stored.kind}; only modules of kind {kinds} can be pruned")
+    return stored, _PRUNERS[stored.kind]
 
 
 def _store_beside(store: Store, folder: Path) -> Store:

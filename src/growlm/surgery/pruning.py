@@ -17,6 +17,7 @@ from torch import Tensor
 
 from growlm.errors import BaseModelError, ConfigError
 from growlm.files import checkpoint_folder, refuse_existing
+from growlm.layers.experts import per_expert
 from growlm.model.configuration import GrowlmConfig
 from growlm.model.modeling import GrowlmForCausalLM
 from growlm.modules import ModuleSet
@@ -26,7 +27,7 @@ from growlm.surgery.choosing import Candidates, check_share, choose
 from growlm.surgery.usage import Place, Usage, count_usage
 
 LAYER_ORDERS = ("top", "uniform")
-_MAPS = {"attention": ("self_attn.experts", "query", "output"), "feed_forward": ("mlp.experts", "up", "down")}
+_PARTS = {"attention": "self_attn.experts", "feed_forward": "mlp.experts"}
 
 
 def prune(
@@ -145,11 +146,9 @@ def without_experts(
     tensors: dict[str, Tensor] = dict(model.state_dict())
     for place, experts in zip(places, kept, strict=True):
         numbers[place.part][place.layer] = len(experts)
-        where, *maps = _MAPS[place.part]
         rows = torch.tensor(experts, device=model.device)
-        for name in (*(f"{m}.weight" for m in maps), "router.embeddings"):
-            name = f"model.layers.{place.layer}.{where}.{name}"
-            tensors[name] = tensors[name][rows]
+        for name, tensor in _per_expert(model, place).items():
+            tensors[name] = tensor.detach()[rows]
     config.num_attention_experts, config.num_experts = numbers["attention"], numbers["feed_forward"]
     return _made(config, tensors, model)
 
@@ -204,7 +203,11 @@ def _top_k(config: GrowlmConfig, place: Place) -> int:
 
 def _expert_size(model: GrowlmForCausalLM, place: Place) -> int:
     """Parameters that one expert takes: both maps and its row of the router."""
-    where, *maps = _MAPS[place.part]
-    tensors = dict(model.named_parameters())
-    names = (*(f"{m}.weight" for m in maps), "router.embeddings")
-    return sum(tensors[f"model.layers.{place.layer}.{where}.{n}"][0].numel() for n in names)
+    return sum(tensor[0].numel() for tensor in _per_expert(model, place).values())
+
+
+def _per_expert(model: GrowlmForCausalLM, place: Place) -> dict[str, Tensor]:
+    """By their names in the model, the tensors at a place that have one row an expert."""
+    where = f"model.layers.{place.layer}.{_PARTS[place.part]}"
+    layer: Any = model.get_submodule(where)
+    return {f"{where}.{name}": tensor for name, tensor in per_expert(layer).items()}

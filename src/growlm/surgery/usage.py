@@ -182,9 +182,11 @@ def count_usage(
         tokens: of each domain at most.
 
     Raises:
-        ConfigError: nothing has routed experts, or experts found by product keys.
+        ConfigError: nothing has routed experts, or experts found by product keys; or a length that holds no prediction.
         DataError: text that is missing, malformed or shorter than two tokens.
     """
+    if sequence_length < 2:
+        raise ConfigError(f"sequence_length is {sequence_length}; it must be at least 2")
     places = places_of(modules)
     if not places and not PoolCounter(modules):
         what = ", ".join(f"a module of kind {m.kind}" for m in modules.modules) or "the model"

@@ -135,6 +135,8 @@ class PretrainConfig(WholeModelConfig):
         super().__post_init__()
         if self.config is None and self.preset not in PRESETS:
             raise ConfigError(f"preset {self.preset!r} is not one of {', '.join(PRESETS)}")
+        if self.config is not None and self.preset != type(self).preset:
+            raise ConfigError(f"preset is {self.preset!r} and config {self.config!r}; give one of them")
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,44 @@ class FinetuneConfig(WholeModelConfig):
             raise ConfigError(f"load_concentration is {self.load_concentration}; it must be a number, 0 or more")
 
 
+@dataclass(frozen=True)
+class ModuleTrainConfig(TrainConfig):
+    """What verbs share that train parameters beside a frozen base.
+
+    Attributes:
+        feature_cache: disk space for the base's outputs when the data is read more than once.
+        router_samples: passages of which the router keeps a trace (vectors, no text).
+        keep_samples: text kept for a router that is trained on it, e.g. 2MB; 0 keeps none; by default what the store
+            says.
+        replay: a file or folder of other text that is read as well, e.g. what was learned before.
+        replay_ratio: share of the rows that come from --replay.
+    """
+
+    epochs: int = 2
+    feature_cache: int | str = "2GB"
+    router_samples: int = 512
+    keep_samples: int | str | None = None
+    replay: str | None = None
+    replay_ratio: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "feature_cache", parse_size(self.feature_cache))
+        if self.replay is None and self.replay_ratio != type(self).replay_ratio:
+            raise ConfigError(f"replay_ratio is {self.replay_ratio} and there is no replay; name the text to replay")
+        if not 0 < self.replay_ratio < 1:
+            raise ConfigError(f"replay_ratio is {self.replay_ratio}; it is a share of the rows, above 0 and below 1")
+        if self.keep_samples is not None:
+            object.__setattr__(self, "keep_samples", parse_size(self.keep_samples))
+        if self.router_samples < 1:
+            raise ConfigError(f"router_samples is {self.router_samples}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class GrowConfig(ModuleTrainConfig):
+    """Settings of `growlm grow`, which trains new experts of a module and nothing else."""
+
+
 # Settings of some kinds of module only.
 _ONLY = {
     "blocks": ("num_layers", "placement"),
@@ -168,7 +208,7 @@ _ONLY = {
 
 
 @dataclass(frozen=True)
-class LearnConfig(TrainConfig):
+class LearnConfig(ModuleTrainConfig):
     """Settings of `growlm learn`.
 
     Attributes:
@@ -180,10 +220,6 @@ class LearnConfig(TrainConfig):
         vocabulary: own rows of the output head (head), of the input embedding too (both), or none.
         max_rows: the most tokens that get rows of their own; by default a quarter of the vocabulary and at most 8,192,
             so that modules of one store need about the same memory.
-        feature_cache: disk space for the base's outputs when the data is read more than once.
-        router_samples: passages of which the router keeps a trace (vectors, no text).
-        keep_samples: text kept for a router that is trained on it, e.g. 2MB; 0 keeps none; by default what the store
-            says.
         num_experts: of experts: new feed-forward experts a layer, by default 4; of peer: those of a pool, by default
             16,384.
         num_attention_experts: of experts: new ones in a layer whose attention has experts.
@@ -201,19 +237,13 @@ class LearnConfig(TrainConfig):
         neurons_per_expert: of peer: hidden neurons of an expert.
         key_size: of peer: width of a key; by default half the model's.
         query_norm: of peer: batch (uses the experts evenly), layer or none.
-        replay: a file or folder of other text that is read as well, e.g. what the base was trained on.
-        replay_ratio: share of the rows that come from --replay.
     """
 
-    epochs: int = 2
     kind: str = "blocks"
     num_layers: int = 4
     placement: str = "top"
     vocabulary: str = "head"
     max_rows: int | None = None
-    feature_cache: int | str = "2GB"
-    router_samples: int = 512
-    keep_samples: int | str | None = None
     num_experts: int | None = None
     num_attention_experts: int = 2
     num_experts_per_tok: int = 2
@@ -229,12 +259,9 @@ class LearnConfig(TrainConfig):
     neurons_per_expert: int = 1
     key_size: int | None = None
     query_norm: str = "batch"
-    replay: str | None = None
-    replay_ratio: float = 0.2
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "feature_cache", parse_size(self.feature_cache))
         for name in ("routing_regularisation", "load_concentration"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be a number, 0 or more")
@@ -244,10 +271,6 @@ class LearnConfig(TrainConfig):
                 raise ConfigError(
                     f"{name} is for modules of kind {' or '.join(kinds)}; this one is of kind {self.kind}"
                 )
-        if self.replay is None and self.replay_ratio != type(self).replay_ratio:
-            raise ConfigError(f"replay_ratio is {self.replay_ratio} and there is no replay; name the text to replay")
-        if not 0 < self.replay_ratio < 1:
-            raise ConfigError(f"replay_ratio is {self.replay_ratio}; it is a share of the rows, above 0 and below 1")
         for name in (
             "num_experts", "num_experts_per_tok", "expert_size", "router_size", "num_heads", "top_k",
             "neurons_per_expert", "key_size",
@@ -257,15 +280,13 @@ class LearnConfig(TrainConfig):
         for name in ("num_attention_experts", "first_layer"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0")
-        if self.keep_samples is not None:
-            object.__setattr__(self, "keep_samples", parse_size(self.keep_samples))
         if self.placement not in ("top", "interleaved"):
             raise ConfigError(f"placement {self.placement!r} is not one of top, interleaved")
         if self.query_norm not in ("batch", "layer", "none"):
             raise ConfigError(f"query_norm {self.query_norm!r} is not one of batch, layer, none")
         if self.vocabulary not in ("none", "head", "both"):
             raise ConfigError(f"vocabulary {self.vocabulary!r} is not one of none, head, both")
-        for name in ("num_layers", "max_rows", "router_samples"):
+        for name in ("num_layers", "max_rows"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
 

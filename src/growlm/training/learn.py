@@ -6,8 +6,6 @@ modules and nothing of any one kind.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,22 +13,19 @@ from typing import Any
 
 import torch
 
-from growlm import data as text_data
 from growlm import router
-from growlm.errors import ConfigError, DataError, StoreError
+from growlm.errors import StoreError
 from growlm.modules import ModuleSet, kind_of
 from growlm.modules.probe import probe
-from growlm.modules.scoring import num_labels, passage_losses
-from growlm.store import LEAST_SAMPLES, Store, StoredModule
+from growlm.store import Store, StoredModule
+from growlm.training.body import Body, bytes_to_keep, require_positions
 from growlm.training.config import LearnConfig
 from growlm.training.general import ensure_general
 from growlm.training.loop import compute_dtype, require_finite
-from growlm.training.module_training import ModuleTraining, sample_passages
+from growlm.training.module_training import ModuleTraining, as_served
 from growlm.training.progress import say, training_bar
 from growlm.training.router import require_samples, train_router
-from growlm.training.runs import empty, run_folder
-
-_HELDOUT_SAMPLES = 64  # passages from which the router learns how far its own text may be
+from growlm.training.runs import empty, folder_of, module_run, run_folder
 
 
 @dataclass(frozen=True)
@@ -84,84 +79,55 @@ def learn(
     if unfinished is None and not update:
         _require_free(store, old)
     kind = kind_of(config.kind)
-    keep = int(config.keep_samples) if config.keep_samples is not None else store.manifest.keep_samples
+    keep = bytes_to_keep(store, name, config)
     trains_router = store.manifest.router == "transformer"
     if trains_router:
-        if keep < LEAST_SAMPLES:
-            raise StoreError(
-                f"{store.path}: its transformer router is trained on kept text; without any, {name!r} could never be "
-                f"chosen: leave out --keep-samples {keep}, or change to the gaussian router (growlm router --kind "
-                "gaussian)"
-            )
         require_samples(store, [m for m in store.modules.values() if m.name != name])
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    corpus = text_data.read(data, text_key=config.text_key, separator=config.separator)
-    other = None
-    if config.replay is not None:
-        other = text_data.read([config.replay], text_key=config.text_key, separator=config.separator)
-    digest = corpus.digest if other is None else f"{corpus.digest} {other.digest}"
+    body = Body.read(data, config)
     dtype = compute_dtype(config.precision, device)
     busy = f"{store.path}: the same learning of {name!r} is running already"
     if old is not None and unfinished is not None:
         # Whichever version was current when it began.
-        runs = (_run_id(store, name, before, digest, config, device, dtype) for before in range(old.version))
+        runs = (_run_id(store, name, before, body, config, device, dtype) for before in range(old.version))
         if unfinished in runs:
-            folder = _folder(store, name, unfinished)
+            folder = folder_of(store, name, unfinished)
             with run_folder(folder, name, busy, restart=True, progress=progress):  # its checkpoints are of no use now
                 say(f"{name}: version {old.version} is saved already", progress)
                 version = train_router(store, restart=restart, progress=progress).version if trains_router else None
             return _result(old, version)
         if not update:
             _require_free(store, old)
-    train_documents, heldout_documents = text_data.split(corpus, seed=config.seed)
     store.check_base()
     tokenizer = store.load_tokenizer()
-    say(f"{name}: {len(corpus.documents):,} documents; tokenizing", progress)
-    packed = text_data.pack(
-        train_documents,
-        tokenizer,
-        config.sequence_length,
-        max_tokens=config.max_tokens,
-    )
-    replay = None
-    if other is not None:
-        replay = text_data.pack(other.documents, tokenizer, config.sequence_length, max_tokens=config.max_tokens)
-    heldout = [p.tokens for p in text_data.passages(heldout_documents, tokenizer, config.sequence_length)]
-    if not heldout:
-        raise DataError(f"{', '.join(map(str, data))}: held-out text is shorter than two tokens; give more text")
+    say(f"{name}: {len(body.text.documents):,} documents; tokenizing", progress)
+    tokens = body.tokenized(tokenizer, config)
 
-    run = _run_id(store, name, old.version if old else 0, digest, config, device, dtype)
-    with run_folder(_folder(store, name, run), name, busy, restart=restart, progress=progress) as work:
+    run = _run_id(store, name, old.version if old else 0, body, config, device, dtype)
+    with run_folder(folder_of(store, name, run), name, busy, restart=restart, progress=progress) as work:
         base = store.load_base(device=device)
-        made_for = base.max_positions or base.trained_positions
-        if made_for is not None and config.sequence_length > made_for:
-            raise ConfigError(f"sequence_length is {config.sequence_length}; {base.where} has {made_for} positions")
+        require_positions(base, config)
         # The router is only shown what the engine will show it: the base in the store's dtype.
         served = base.dtype
         if not router.has_general(store):
             ensure_general(store, base, tokenizer, progress)
-        begin = text_data.start_tokens(tokenizer)
-        learning = ModuleTraining(base, kind, config, packed, work, begin, replay)
+        learning = ModuleTraining(base, kind, config, tokens.packed, work, tokens.begin, tokens.replay)
         with training_bar(name, progress) as report:
             seconds = learning.run(report)
-        trained, tokens = learning.module, learning.num_tokens
+        trained, num_tokens = learning.module, learning.num_tokens
         del learning
         if dtype != served:
             del base
             base = store.load_base(device=device)
-        weights = {k: v.detach().to(served) if v.is_floating_point() else v for k, v in trained.state_dict().items()}
-        module = kind.restore(base, trained.config, weights, name)
+        module = as_served(base, trained, name)
         alone, together = ModuleSet(base), ModuleSet(base, [module])
-        before, after = (float(passage_losses(m, heldout).sum()) / num_labels(heldout) for m in (alone, together))
+        before, after = tokens.loss(alone), tokens.loss(together)
         require_finite(f"{name}: the held-out loss after training", after)
-        crops = sample_passages(packed, config.router_samples, config.seed, begin)
-        evidence = router.evidence(base, crops, heldout[:_HELDOUT_SAMPLES], seed=config.seed)
+        files = tokens.evidence(base, config, keep)
         training = {
-            "sources": [asdict(s) for s in corpus.sources],
-            "replayed": [asdict(s) for s in other.sources] if other is not None else [],
-            "documents": len(corpus.documents),
-            "tokens": tokens,
+            **body.record(),
+            "tokens": num_tokens,
             "seed": config.seed,
             "settings": config.to_json(),
             "run": run,
@@ -173,14 +139,6 @@ def learn(
         now = store.find(name)
         if now is not None and not update and (old is None or now.version != old.version):
             raise StoreError(f"{store.path}: module {name!r} exists (learned meanwhile); use --update")
-        files = router.files_of(evidence)
-        if keep:
-            # Two bytes a token at the least. Where tokens take four, half of these rows fit: any half, since they are
-            # in no order.
-            rows = -(-keep // (2 * config.sequence_length))
-            samples = router.pack_samples(sample_passages(packed, rows, config.seed, begin), keep)
-            if len(samples["tokens"]):  # so few bytes that nothing fits keep nothing
-                files[router.SAMPLES] = samples
         stored = store.commit(name, module, training, files)
         router.add_domain(store, stored, old)
         empty(work)  # the disk is needed; the folder stays until the router knows the module as well
@@ -204,11 +162,7 @@ def _unfinished(store: Store, current: StoredModule | None) -> str | None:
         run = current.manifest.training.get("run")
     except StoreError:  # damaged; to learn the name again is the cure
         return None
-    return run if isinstance(run, str) and _folder(store, current.name, run).is_dir() else None
-
-
-def _folder(store: Store, name: str, run: str) -> Path:
-    return store.path / "work" / f"{name}-{run[:16]}"
+    return run if isinstance(run, str) and folder_of(store, current.name, run).is_dir() else None
 
 
 def _result(stored: StoredModule, trained_router: int | None) -> LearnResult:
@@ -221,24 +175,10 @@ def _result(stored: StoredModule, trained_router: int | None) -> LearnResult:
 
 
 def _run_id(
-    store: Store, name: str, before: int, data_digest: str, config: LearnConfig, device: str, dtype: torch.dtype
+    store: Store, name: str, before: int, body: Body, config: LearnConfig, device: str, dtype: torch.dtype
 ) -> str:
-    """Tells a run from every other: what decides its result, and nothing else.
-
+    """
     Args:
         before: the version that was current when it began; 0 for none.
     """
-    settings = config.to_json()
-    for key in ("checkpoint_seconds", "feature_cache", "keep_samples", "precision"):
-        settings.pop(key)
-    parts = [
-        name,
-        before,
-        data_digest,
-        settings,
-        store.manifest.base_fingerprint,
-        device,
-        str(dtype),
-        torch.get_num_threads(),
-    ]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return module_run(store, [name, before, body.digest], config, device, dtype)

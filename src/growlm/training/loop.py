@@ -57,6 +57,11 @@ def module_rate(hidden_size: int) -> float:
     return 3e-3 * min(1.0, math.sqrt(256 / hidden_size))
 
 
+def matrices(name: str, p: nn.Parameter) -> bool:
+    """What gets weight decay: norms and biases have none."""
+    return p.ndim >= 2
+
+
 def train(
     parameters: Mapping[str, nn.Parameter],
     loss_of_step: Callable[[int], Tensor],
@@ -68,7 +73,7 @@ def train(
     folder: Path,
     resume_hint: str,
     report: Callable[[StepReport], None] | None = None,
-    decay: Callable[[str, nn.Parameter], bool] = lambda name, p: p.ndim >= 2,
+    decay: Callable[[str, nn.Parameter], bool] = matrices,
     buffers: Mapping[str, Tensor] | None = None,
 ) -> float:
     """Runs all steps that are left and returns the seconds that training took, earlier runs included.

@@ -22,22 +22,30 @@ from growlm.modules import KnowledgeModule, ModuleSet
 from growlm.modules.base import Base
 from growlm.modules.scoring import passage_losses
 from growlm.modules.vocabulary import choose_rows
-from growlm.training.config import LearnConfig
+from growlm.training.body import sample_passages
+from growlm.training.config import LearnConfig, ModuleTrainConfig
 from growlm.training.features import FeatureCache
-from growlm.training.loop import compute_dtype, module_rate, train
+from growlm.training.loop import compute_dtype, matrices, module_rate, train
 
 _SAMPLE_ROWS = 64  # rows of training text on which the base is asked what it knows
 _CHECKPOINTS = 3  # that the feature cache leaves room for: the last one, the next one, and what is learned
 
 
 class ModuleTraining:
-    """One run: a module in float32, the base in the dtype of the matrix products."""
+    """One run: a module in float32, the base in the dtype of the matrix products.
+
+    Args:
+        module: a kind, of which a new one is made and all of it trained; or one in float32, of which what requires a
+            gradient is trained and the rest stays as it is, batch statistics too.
+        begin: what every prompt begins with.
+        replay: other text, of which rows are read along.
+    """
 
     def __init__(
         self,
         base: Base,
-        kind: type[KnowledgeModule],
-        config: LearnConfig,
+        module: type[KnowledgeModule] | KnowledgeModule,
+        config: ModuleTrainConfig,
         packed: text_data.PackedTokens,
         work: Path,
         begin: Sequence[int] = (),
@@ -52,16 +60,20 @@ class ModuleTraining:
         stored = [p.data for p in weights]
         rounded = [p.data.to(self.dtype) for p in weights]
         _set(weights, rounded)
-        row_ids = self._least_known(begin)
-        # The module is made from the base's weights as they are stored.
-        _set(weights, stored)
-        given = {k: getattr(config, k, None) for k in kind.Config.model_fields}
-        settings = {k: v for k, v in given.items() if v is not None}
-        self.module = kind.create(base, kind.Config(**settings), row_ids)
-        _set(weights, rounded)
+        if isinstance(module, KnowledgeModule):
+            self.module = module
+        else:
+            assert isinstance(config, LearnConfig)
+            row_ids = self._least_known(config, begin)
+            # The module is made from the base's weights as they are stored.
+            _set(weights, stored)
+            given = {k: getattr(config, k, None) for k in module.Config.model_fields}
+            settings = {k: v for k, v in given.items() if v is not None}
+            self.module = module.create(base, module.Config(**settings), row_ids)
+            _set(weights, rounded)
+            self.module.open()
+            self.module.begin_training()
         del stored
-        self.module.open()
-        self.module.begin_training()
         self.modules = ModuleSet(base, [self.module])
         self.fork = self.modules.fork
         self._upper = _Upper(self.modules)
@@ -89,11 +101,16 @@ class ModuleTraining:
     def num_tokens(self) -> int:
         return sum(self._tokens_of(i) for i in range(len(self._steps)))
 
-    def run(self, report: Callable[[Any], None]) -> float:
+    def run(self, report: Callable[[Any], None], decay: Callable[[str, nn.Parameter], bool] = matrices) -> float:
+        """Trains, and returns the seconds that it took.
+
+        Args:
+            decay: which parameters get weight decay.
+        """
         self.work.mkdir(parents=True, exist_ok=True)
         try:
             return train(
-                dict(self.module.named_parameters()),
+                {name: p for name, p in self.module.named_parameters() if p.requires_grad},
                 self._loss,
                 len(self._steps),
                 self._tokens_of,
@@ -102,15 +119,16 @@ class ModuleTraining:
                 folder=self.work,
                 resume_hint="run the same command again to go on",
                 report=report,
+                decay=decay,
                 buffers=dict(self.module.named_buffers()),
             )
         finally:
             if self._cache is not None:
                 self._cache.close()
 
-    def _least_known(self, begin: Sequence[int]) -> Tensor | None:
+    def _least_known(self, config: LearnConfig, begin: Sequence[int]) -> Tensor | None:
         """Of the tokens that the domain uses, those that the base knows least."""
-        if self.config.vocabulary == "none":
+        if config.vocabulary == "none":
             return None
         vocab = self.base.vocab_size
         lost = torch.zeros(vocab, dtype=torch.float64)
@@ -118,10 +136,10 @@ class ModuleTraining:
         def per_token(labels: Tensor, losses: Tensor) -> None:
             lost.index_add_(0, labels.cpu(), losses.double().cpu())
 
-        sample = sample_passages(self.text, _SAMPLE_ROWS, self.config.seed, begin)
+        sample = sample_passages(self.text, _SAMPLE_ROWS, config.seed, begin)
         passage_losses(ModuleSet(self.base), sample, per_token=per_token)
         counts = np.bincount(self.text.tokens[:, 1:].reshape(-1), minlength=vocab)
-        return choose_rows(lost, torch.from_numpy(counts), self.config.max_rows or min(max(vocab // 4, 1), 8192))
+        return choose_rows(lost, torch.from_numpy(counts), config.max_rows or min(max(vocab // 4, 1), 8192))
 
     def _tokens_of(self, step: int) -> int:
         return len(self._steps[step]) * self.config.sequence_length
@@ -165,6 +183,8 @@ class ModuleTraining:
             ids=None if own is None else own.ids,
             softcap=base.softcap,
         )
+        if not isinstance(self.config, LearnConfig):
+            return loss
         if self.config.load_concentration:
             loss = loss + self.config.load_concentration * sum(load_concentration(r.logits) for r in routings)
         if self.config.routing_regularisation and (weight := self.module.regularisation()) is not None:
@@ -188,8 +208,14 @@ class _Upper(nn.Module):
         return base.norm(base.run(given, self._set.steps[fork:], shared))
 
 
+def as_served(base: Base, module: KnowledgeModule, where: str) -> KnowledgeModule:
+    """A trained module as the store will give it back: in the base's dtype."""
+    tensors = {k: v.detach().to(base.dtype) if v.is_floating_point() else v for k, v in module.state_dict().items()}
+    return type(module).restore(base, module.config, tensors, where)
+
+
 def _with_replay(
-    packed: text_data.PackedTokens, replay: text_data.PackedTokens, steps: list[np.ndarray], config: LearnConfig
+    packed: text_data.PackedTokens, replay: text_data.PackedTokens, steps: list[np.ndarray], config: ModuleTrainConfig
 ) -> tuple[text_data.PackedTokens, list[np.ndarray]]:
     """Rows of both texts, and steps to which as many rows of `replay` were added as make its share of them all."""
     many = sum(map(len, steps))
@@ -204,11 +230,3 @@ def _with_replay(
 def _set(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
     for p, value in zip(parameters, values, strict=True):
         p.data = value
-
-
-def sample_passages(packed: text_data.PackedTokens, count: int, seed: int, begin: Sequence[int]) -> list[list[int]]:
-    """Rows of the text in random order, less their last token, each beginning with `begin` as prompts do and no longer
-    for it."""
-    rows = np.random.default_rng(seed).permutation(len(packed))[:count]
-    chosen = packed.tokens[rows][:, :-1].tolist()
-    return [[*begin, *row][: len(row)] if row[: len(begin)] != [*begin] else row for row in chosen]

@@ -6,6 +6,7 @@ Text in, an ordinary transformers checkpoint with its tokenizer out. Knows nothi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,20 @@ def default_rate(hidden_size: int) -> float:
     return min(2e-3, 0.4 / hidden_size)
 
 
+def _refuse_unknown(model_config: Any, path: Path) -> None:
+    """
+    Raises:
+        ConfigError: a setting that a growlm model does not have, as a misspelt one.
+    """
+    plain = type(model_config)()
+    known = {*vars(plain), *plain.to_dict(), "auto_map"}
+    unknown = sorted(vars(model_config).keys() - known) if model_config.model_type == "growlm" else []
+    if unknown:
+        close = get_close_matches(unknown[0], known, 1)
+        meant = f"; did you mean {close[0]}?" if close else ""
+        raise ConfigError(f"{path}: a growlm model has no setting {unknown[0]!r}{meant}")
+
+
 def _model_config(config: PretrainConfig) -> Any:
     from transformers import AutoConfig, LlamaConfig
 
@@ -137,6 +152,7 @@ def _model_config(config: PretrainConfig) -> Any:
                 f"{path}: not a readable transformers config ({' '.join(str(error).split())[:300]})"
             ) from None
         anatomy_of(model_config, str(path))
+        _refuse_unknown(model_config, path)
     else:
         sizes: dict[str, Any] = dict(preset)
         hidden = sizes["hidden_size"]

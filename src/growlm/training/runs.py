@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from growlm.errors import StoreError, TrainingError
 from growlm.files import locked
+from growlm.store import Store
+from growlm.training.config import ModuleTrainConfig
 from growlm.training.loop import saved_step
 from growlm.training.progress import say
 
@@ -48,3 +55,22 @@ def empty(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def folder_of(store: Store, name: str, run: str) -> Path:
+    """Where the training of a module keeps what it needs."""
+    return store.path / "work" / f"{name}-{run[:16]}"
+
+
+def module_run(store: Store, what: Sequence[Any], config: ModuleTrainConfig, device: str, dtype: torch.dtype) -> str:
+    """Tells a module's training from every other: what decides its result, and nothing else.
+
+    Args:
+        what: begins from which state, on which text.
+        dtype: of the matrix products, whatever the config calls it.
+    """
+    settings = config.to_json()
+    for key in ("checkpoint_seconds", "feature_cache", "keep_samples", "precision"):
+        settings.pop(key)
+    parts = [*what, settings, store.manifest.base_fingerprint, device, str(dtype), torch.get_num_threads()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

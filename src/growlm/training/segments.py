@@ -54,6 +54,10 @@ def final_states(
         )
         if stop < t:
             history = base.decoder.history(out.past_key_values)
+            if not history.get_seq_length():
+                raise ConfigError(
+                    "segments read the keys of those before, which gradient checkpointing drops; turn one of them off"
+                )
         states.append(out.last_hidden_state)
         routings.append(out.routings)
     # A segment's share of the loss is its share of the row.

@@ -1,0 +1,5 @@
+"""`python -m growlm`, as the command `growlm`."""
+
+from growlm.cli.main import main
+
+main()

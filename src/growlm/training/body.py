@@ -1,0 +1,204 @@
+"""Body: text that a module is to know, as rows to train on, passages to measure by, and what the router is shown of it.
+
+Knows files of text, token ids and a base; nothing of modules and how they are trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from growlm import data as text_data
+from growlm import router
+from growlm.errors import ConfigError, DataError, StoreError
+from growlm.modules import ModuleSet
+from growlm.modules.base import Base
+from growlm.modules.scoring import num_labels, passage_losses
+from growlm.store import LEAST_SAMPLES, WEIGHTS, Store, StoredModule
+from growlm.tensor_files import read_tensors
+from growlm.training.config import ModuleTrainConfig
+
+_HELDOUT_SAMPLES = 64  # passages from which the router learns how far its own text may be
+
+Files = dict[str, dict[str, Tensor]]  # tensors that lie beside a module's weights, by file
+
+
+@dataclass(frozen=True)
+class Body:
+    """Documents, as they were read, and those of other text that is read along.
+
+    Attributes:
+        where: for messages.
+    """
+
+    where: str
+    text: text_data.TextData
+    replayed: text_data.TextData | None
+
+    @classmethod
+    def read(cls, data: Sequence[str | Path], config: ModuleTrainConfig) -> Body:
+        """
+        Raises:
+            DataError: data that is missing or malformed.
+        """
+        text = text_data.read(data, text_key=config.text_key, separator=config.separator)
+        replayed = None
+        if config.replay is not None:
+            replayed = text_data.read([config.replay], text_key=config.text_key, separator=config.separator)
+        return cls(", ".join(map(str, data)), text, replayed)
+
+    @cached_property
+    def digest(self) -> str:
+        """A run may only be resumed on text of the same one."""
+        return self.text.digest if self.replayed is None else f"{self.text.digest} {self.replayed.digest}"
+
+    def record(self) -> dict[str, Any]:
+        """What a manifest says of it."""
+        return {
+            "sources": [asdict(s) for s in self.text.sources],
+            "replayed": [asdict(s) for s in self.replayed.sources] if self.replayed is not None else [],
+            "documents": len(self.text.documents),
+        }
+
+    def tokenized(self, tokenizer: Any, config: ModuleTrainConfig) -> Tokens:
+        """
+        Raises:
+            DataError: too little text.
+        """
+        train, rest = text_data.split(self.text, seed=config.seed)
+        packed = text_data.pack(train, tokenizer, config.sequence_length, max_tokens=config.max_tokens)
+        replay = None
+        if self.replayed is not None:
+            documents = self.replayed.documents
+            replay = text_data.pack(documents, tokenizer, config.sequence_length, max_tokens=config.max_tokens)
+        heldout = [p.tokens for p in text_data.passages(rest, tokenizer, config.sequence_length)]
+        if not heldout:
+            raise DataError(f"{self.where}: held-out text is shorter than two tokens; give more text")
+        return Tokens(packed, replay, heldout, text_data.start_tokens(tokenizer))
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A body in token ids.
+
+    Attributes:
+        heldout: passages that are not trained on.
+        begin: what every prompt begins with.
+    """
+
+    packed: text_data.PackedTokens
+    replay: text_data.PackedTokens | None
+    heldout: list[list[int]]
+    begin: list[int]
+
+    def loss(self, modules: ModuleSet) -> float:
+        """Nats a token on held-out text."""
+        return float(passage_losses(modules, self.heldout).sum()) / num_labels(self.heldout)
+
+    def evidence(self, base: Base, config: ModuleTrainConfig, keep: int) -> Files:
+        """What the router needs to know of this text, and `keep` bytes of it.
+
+        Args:
+            base: as it is served.
+        """
+        crops = sample_passages(self.packed, config.router_samples, config.seed, self.begin)
+        seen = router.evidence(base, crops, self.heldout[:_HELDOUT_SAMPLES], seed=config.seed)
+        files = router.files_of(seen)
+        if keep:
+            # Two bytes a token at the least. Where tokens take four, half of these rows fit: any half, since they are
+            # in no order.
+            rows = -(-keep // (2 * config.sequence_length))
+            samples = router.pack_samples(sample_passages(self.packed, rows, config.seed, self.begin), keep)
+            if len(samples["tokens"]):  # so few bytes that nothing fits keep nothing
+                files[router.SAMPLES] = samples
+        return files
+
+
+def sample_passages(packed: text_data.PackedTokens, count: int, seed: int, begin: Sequence[int]) -> list[list[int]]:
+    """Rows of the text in random order, less their last token, each beginning with `begin` as prompts do and no longer
+    for it."""
+    rows = np.random.default_rng(seed).permutation(len(packed))[:count]
+    chosen = packed.tokens[rows][:, :-1].tolist()
+    return [[*begin, *row][: len(row)] if row[: len(begin)] != [*begin] else row for row in chosen]
+
+
+def bytes_to_keep(store: Store, name: str, config: ModuleTrainConfig) -> int:
+    """How much of a text stays in the store.
+
+    Raises:
+        StoreError: nothing, and the store's router is trained on it.
+    """
+    keep = int(config.keep_samples) if config.keep_samples is not None else store.manifest.keep_samples
+    if store.manifest.router == "transformer" and keep < LEAST_SAMPLES:
+        raise StoreError(
+            f"{store.path}: its transformer router is trained on kept text; without any, {name!r} could never be "
+            f"chosen: leave out --keep-samples {keep}, or change to the gaussian router (growlm router --kind gaussian)"
+        )
+    return keep
+
+
+def require_positions(base: Base, config: ModuleTrainConfig) -> None:
+    """
+    Raises:
+        ConfigError: rows are longer than what the base was made for.
+    """
+    made_for = base.max_positions or base.trained_positions
+    if made_for is not None and config.sequence_length > made_for:
+        raise ConfigError(f"sequence_length is {config.sequence_length}; {base.where} has {made_for} positions")
+
+
+# Evidence of several bodies in one module
+
+
+def evidence_beside(stored: StoredModule) -> Files:
+    """All that lies beside a stored module's weights.
+
+    Raises:
+        IntegrityError: a file is not what its manifest says.
+    """
+    return {
+        file: read_tensors(stored.folder / file, sha256=digest)
+        for file, digest in stored.manifest.files.items()
+        if file != WEIGHTS
+    }
+
+
+def joined(old: Files, new: Files) -> tuple[Files, dict[str, int]]:
+    """Evidence of what a module knew and of a body that it knows besides, the new after the old; and how much of it is
+    new, with which `parted` gives the old back. What the old lacks is left out of both: of half a module's text the
+    router is told nothing."""
+    files, counts = dict(old), {"vectors": 0, "heldout": 0, "samples": 0}
+    if router.VECTORS in old:
+        pairs = [_vectors(files) for files in (old, new)]
+        files |= router.files_of({key: torch.cat([p[key] for p in pairs]) for key in pairs[0]})
+        counts |= {key: len(tensor) for key, tensor in pairs[1].items()}
+    if router.SAMPLES in old and router.SAMPLES in new:
+        passages = [router.unpack_samples(files[router.SAMPLES]) for files in (old, new)]
+        files[router.SAMPLES] = _packed([*passages[0], *passages[1]])
+        counts["samples"] = len(passages[1])
+    return files, counts
+
+
+def parted(files: Files, counts: Mapping[str, int]) -> Files:
+    """Evidence without the last of it, as many as `joined` counted."""
+    left = dict(files)
+    if router.VECTORS in files:
+        left |= router.files_of({key: t[: len(t) - counts[key]] for key, t in _vectors(files).items()})
+    if router.SAMPLES in files and counts["samples"]:
+        left[router.SAMPLES] = _packed(router.unpack_samples(files[router.SAMPLES])[: -counts["samples"]])
+    return left
+
+
+def _vectors(files: Files) -> dict[str, Tensor]:
+    return {"vectors": files[router.VECTORS]["vectors"], "heldout": files[router.EVIDENCE]["heldout"]}
+
+
+def _packed(passages: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    return router.pack_samples(passages, 8 * sum(len(p) + 1 for p in passages))  # bytes in which all of it has room

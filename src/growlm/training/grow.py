@@ -1,0 +1,340 @@
+"""Grow: more experts for a learned module of kind peer, trained on new text alone, and taken back again (PEER).
+
+What a module has learned keeps its bits: a step appends sub-keys and the experts that they find, and what was there is
+neither renumbered nor trained. Every step is recorded, with its share of what the router knows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from growlm import router
+from growlm.errors import ConfigError, IntegrityError, StoreError
+from growlm.files import locked
+from growlm.modules import KnowledgeModule, ModuleSet
+from growlm.modules.base import Base
+from growlm.modules.peer import Peer, PeerConfig
+from growlm.modules.probe import probe
+from growlm.store import WEIGHTS, Store, StoredModule
+from growlm.training.body import Body, Files, bytes_to_keep, evidence_beside, joined, parted, require_positions
+from growlm.training.config import GrowConfig
+from growlm.training.general import ensure_general
+from growlm.training.loop import compute_dtype, require_finite
+from growlm.training.module_training import ModuleTraining, as_served
+from growlm.training.progress import say, training_bar
+from growlm.training.router import require_samples, train_router
+from growlm.training.runs import empty, folder_of, module_run, run_folder
+from growlm.units import parse_count
+
+
+@dataclass(frozen=True)
+class GrowResult:
+    """What became of a module. Numbers of experts are those of each of its pools. Losses, in nats a token on held-out
+    text, and what follows are None where nothing was trained."""
+
+    name: str
+    version: int
+    experts_before: int
+    experts: int
+    experts_open: int  # of these, those that can be found
+    loss_before: float | None = None
+    loss_after: float | None = None
+    tokens: int | None = None
+    seconds: float | None = None
+    tokens_per_second: float | None = None
+    router: int | None = None  # version of the router that was trained with it, where the store's kind is trained
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def grow(
+    store: Store,
+    name: str,
+    experts: int | str | None = None,
+    data: Sequence[str | Path] = (),
+    config: GrowConfig | None = None,
+    *,
+    restart: bool = False,
+    progress: bool | None = None,
+) -> GrowResult:
+    """Appends experts to a module, trains new ones on `data`, or both; the result is the module's next version.
+
+    Until they are trained the module answers as before, to the bit. Training changes nothing but what was appended and
+    never trained; a run that was stopped goes on where it was when it is called again with the same arguments.
+
+    Args:
+        experts: how many more in every pool, e.g. 4096 or "+4k"; None trains what was appended before.
+        data: files, folders or `hub:owner/name`; none trains nothing.
+        restart: forget what a stopped run with the same arguments had done.
+        progress: show a bar on stderr; by default where stderr is a terminal.
+
+    Raises:
+        UnknownModuleError: no such module.
+        ConfigError: it is of another kind, `experts` is no number by which it can grow, or nothing is to be done.
+        StoreError: the module is being grown by another process or was changed meanwhile, or the disk is full.
+        DataError: data that is missing, malformed or too little.
+        TrainingError: the loss is no number any more; nothing is saved.
+        Interrupted: stopped by the user; progress is saved.
+    """
+    config = config or GrowConfig()
+    number = None if experts is None else _number(experts)
+    if number is None and not data:
+        raise ConfigError("nothing to do: give a number of experts to append, text to train new ones on, or both")
+    _peer(store, name)
+    with _alone(store, name):
+        stored, shape = _peer(store, name)
+        if data:
+            return _train(store, stored, shape, number, data, config, restart=restart, progress=progress)
+        assert number is not None
+        return _append(store, stored, shape, number, config.seed)
+
+
+def take_back(store: Store, name: str) -> GrowResult:
+    """Takes the last step of a module's growth back: its next version has neither the step's experts nor its text in
+    the router's evidence, and everything else to the bit as it was before that step. The version with them stays.
+
+    Raises:
+        UnknownModuleError: no such module.
+        ConfigError: it is of another kind, or there is no step to take back.
+        IntegrityError: its manifest does not say how it has grown.
+        StoreError: the module is being grown by another process or was changed meanwhile, or the disk is full.
+    """
+    _peer(store, name)
+    with _alone(store, name):
+        stored, shape = _peer(store, name)
+        steps = _steps(stored, shape)
+        if not steps:
+            raise ConfigError(f"{stored.folder}: its pools are as they were learned; there is no step to take back")
+        base, module = _load(store, stored)
+        files = evidence_beside(stored)
+        try:
+            files = parted(files, steps[-1]["evidence"])
+        except (KeyError, TypeError):
+            raise _unrecorded(stored) from None
+        return _commit(store, stored, base, module.taken_back(base), steps[:-1], files)
+
+
+def _append(store: Store, stored: StoredModule, shape: PeerConfig, number: int, seed: int) -> GrowResult:
+    grown = shape.grown(number)  # before anything is read
+    steps = _steps(stored, shape)
+    base, module = _load(store, stored)
+    step = {**_numbers(shape, grown), **_from(stored), "seed": seed, "tokens": 0, "sources": [], "evidence": {}}
+    step["evidence"] = dict.fromkeys(("vectors", "heldout", "samples"), 0)
+    return _commit(store, stored, base, module.grown(base, number, seed), [*steps, step], evidence_beside(stored))
+
+
+def _train(
+    store: Store,
+    stored: StoredModule,
+    shape: PeerConfig,
+    number: int | None,
+    data: Sequence[str | Path],
+    config: GrowConfig,
+    *,
+    restart: bool,
+    progress: bool | None,
+) -> GrowResult:
+    name, steps = stored.name, _steps(stored, shape)
+    keep = bytes_to_keep(store, name, config)
+    trains_router = store.manifest.router == "transformer"
+    if trains_router:
+        require_samples(store, list(store.modules.values()))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    body = Body.read(data, config)
+    dtype = compute_dtype(config.precision, device)
+    busy = f"{store.path}: the same growth of {name!r} is running already"
+
+    def run_from(origin: Any) -> str:
+        return module_run(store, ["grow", name, origin, number, body.digest], config, device, dtype)
+
+    if steps and _unfinished(store, stored, steps[-1]) and steps[-1]["run"] == run_from(steps[-1].get("from")):
+        with run_folder(folder_of(store, name, steps[-1]["run"]), name, busy, restart=True, progress=progress):
+            say(f"{name}: version {stored.version} is saved already", progress)
+            version = train_router(store, restart=restart, progress=progress).version if trains_router else None
+        return _result(stored, shape, steps[-1], version)
+    if number is not None:
+        grown = shape.grown(number)
+    elif shape.rows_open < shape.steps[-1]:
+        grown = shape
+    else:
+        raise ConfigError(
+            f"{stored.folder}: all its experts are trained; say with --experts +N how many new ones the text is for"
+        )
+    if not shape.open_steps:
+        raise ConfigError(f"{stored.folder}: its experts were never opened; learn it first")
+    # What was appended before and never trained is trained along, and from then on is one step with it.
+    opened = shape.model_copy(update={"steps": shape.steps[: shape.open_steps]})
+    step: dict[str, Any] = {**_numbers(opened, grown), **_from(stored)}
+
+    store.check_base()
+    tokenizer = store.load_tokenizer()
+    say(f"{name}: {len(body.text.documents):,} documents; tokenizing", progress)
+    tokens = body.tokenized(tokenizer, config)
+    run = run_from(step["from"])
+    with run_folder(folder_of(store, name, run), name, busy, restart=restart, progress=progress) as work:
+        base, module = _load(store, stored, device)
+        require_positions(base, config)
+        served = base.dtype
+        if not router.has_general(store):
+            ensure_general(store, base, tokenizer, progress)
+        if number is not None:
+            module = module.grown(base, number, config.seed)
+        module.float().train_new()
+        learning = ModuleTraining(base, module, config, tokens.packed, work, replay=tokens.replay)
+        with training_bar(name, progress) as report:
+            # Sub-keys have a dense gradient, of which the old rows are zero: a decay would change them.
+            seconds = learning.run(report, decay=lambda parameter, _: module.is_table(parameter))
+        num_tokens = learning.num_tokens
+        del learning
+        if dtype != served:
+            del base
+            base = store.load_base(device=device)
+        before = tokens.loss(ModuleSet(base, [store.load(name, base, version=stored.version)]))
+        trained = as_served(base, module, name)
+        after = tokens.loss(ModuleSet(base, [trained]))
+        require_finite(f"{name}: the held-out loss after training", after)
+        files, counts = joined(evidence_beside(stored), tokens.evidence(base, config, keep))
+        step |= {
+            **body.record(),
+            "tokens": num_tokens,
+            "seed": config.seed,
+            "settings": config.to_json(),
+            "run": run,
+            "loss_before": before,
+            "loss_after": after,
+            "seconds": seconds,
+            "evidence": counts,
+        }
+        result = _commit(store, stored, base, trained, [*steps[: shape.open_steps - 1], step], files)
+        empty(work)  # the disk is needed; the folder stays until the router knows the text as well
+        version = train_router(store, base=base, restart=restart, progress=progress).version if trains_router else None
+    saved, shape = _peer(store, name)
+    assert saved.version == result.version
+    return _result(saved, shape, step, version)
+
+
+def _unfinished(store: Store, stored: StoredModule, step: dict[str, Any]) -> bool:
+    """Whether a version is there whose run has not ended: the run's folder goes last."""
+    run = step.get("run")
+    return isinstance(run, str) and folder_of(store, stored.name, run).is_dir()
+
+
+def _commit(
+    store: Store, old: StoredModule, base: Base, module: KnowledgeModule, steps: list[dict[str, Any]], files: Files
+) -> GrowResult:
+    """Saves a module as the version after `old`, with the steps by which it has grown."""
+    probes = {"base": probe(ModuleSet(base)), "module": probe(ModuleSet(base, [module]))}
+    training = {**old.manifest.training, "growth": steps, "probe": probes}
+    now = store.find(old.name)
+    if now is None or now.version != old.version:
+        raise StoreError(f"{old.folder}: is not the current version any more (changed meanwhile); grow again")
+    saved = store.commit(old.name, module, training, files)
+    if router.VECTORS in files:
+        router.add_domain(store, saved, old)
+    return _result(saved, old.shape()[1], None, None)
+
+
+def _result(stored: StoredModule, before: PeerConfig, step: dict[str, Any] | None, router: int | None) -> GrowResult:
+    """
+    Args:
+        before: shape of the version before, where nothing was trained; the `step` that was trained says it itself.
+    """
+    shape = stored.shape()[1]
+    b = shape.sub_keys[1]
+    numbers = (stored.name, stored.version, before.steps[-1] * b, shape.steps[-1] * b, shape.rows_open * b)
+    if step is None:
+        return GrowResult(*numbers)
+    speed = step["tokens"] / max(step["seconds"], 1e-9)
+    name, version, _, experts, opened = numbers
+    return GrowResult(
+        name, version, step["experts"][0], experts, opened, step["loss_before"], step["loss_after"], step["tokens"],
+        step["seconds"], speed, router,
+    )  # fmt: skip
+
+
+def _number(experts: int | str) -> int:
+    text = str(experts).strip()
+    number = None
+    if re.fullmatch(r"[+-]?\d+", text):
+        number = int(text)
+    elif re.fullmatch(r"\+?\d+(\.\d+)?[kKmM]", text):
+        number = parse_count(text.removeprefix("+"))
+    if number is None or number < 1:
+        raise ConfigError(f"experts is {text!r}; give how many to append, e.g. +4096 or +4k")
+    return number
+
+
+def _peer(store: Store, name: str) -> tuple[StoredModule, PeerConfig]:
+    """
+    Raises:
+        UnknownModuleError: no such module.
+        ConfigError: it is of another kind.
+    """
+    stored = store.module(name)
+    if stored.kind != Peer.kind:
+        raise ConfigError(
+            f"{stored.folder}: is of kind {stored.kind}; only modules of kind peer grow. Learn new text as a module of "
+            "its own"
+        )
+    shape = stored.shape()[1]
+    if not shape.steps or shape.layers is None:
+        raise IntegrityError(f"{stored.folder}: its manifest does not say how large its pools are; learn it again")
+    return stored, shape
+
+
+@contextmanager
+def _alone(store: Store, name: str) -> Iterator[None]:
+    """
+    Raises:
+        StoreError: another process is changing the module's size.
+    """
+    with locked(store.path / "work" / f"{name}-grow.lock", wait=False, keep=False) as mine:
+        if not mine:
+            raise StoreError(f"{store.path}: {name!r} is being grown by another process; wait for it")
+        yield
+
+
+def _load(store: Store, stored: StoredModule, device: str | None = None) -> tuple[Base, Peer]:
+    base = store.load_base(device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    module = store.load(stored.name, base, version=stored.version)
+    assert isinstance(module, Peer)
+    return base, module
+
+
+def _steps(stored: StoredModule, shape: PeerConfig) -> list[dict[str, Any]]:
+    """What is recorded of the steps of growth, the first one after learning first.
+
+    Raises:
+        IntegrityError: these are not the steps of its pools.
+    """
+    steps = stored.manifest.training.get("growth", [])
+    b = shape.sub_keys[1]
+    try:
+        ends = [tuple(step["experts"]) for step in steps]
+    except (KeyError, TypeError):
+        ends = None
+    if ends != [(before * b, after * b) for before, after in zip(shape.steps, shape.steps[1:], strict=False)]:
+        raise _unrecorded(stored)
+    return steps
+
+
+def _unrecorded(stored: StoredModule) -> IntegrityError:
+    return IntegrityError(f"{stored.folder}: its manifest does not say how its pools have grown; restore it")
+
+
+def _numbers(before: PeerConfig, after: PeerConfig) -> dict[str, Any]:
+    """The experts that a step brings every pool: from, up to and without."""
+    b = after.sub_keys[1]
+    return {"experts": [before.steps[-1] * b, after.steps[-1] * b]}
+
+
+def _from(stored: StoredModule) -> dict[str, Any]:
+    return {"from": {"version": stored.version, "sha256": stored.manifest.files.get(WEIGHTS)}}
