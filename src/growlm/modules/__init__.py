@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Self
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
@@ -68,8 +69,10 @@ class KnowledgeModule(nn.Module, ABC):
     identity: str
     shape: tuple[str, int, int, int]
 
-    def __init__(self, base: Base) -> None:
+    @abstractmethod
+    def __init__(self, base: Base, config: Any, rows: VocabularyRows) -> None:
         super().__init__()
+        self.config, self.rows = config, rows
         self.shape = base_shape(base)
         self.identity = f"unsaved-{next(_made):09}-{uuid.uuid4().hex}"
 
@@ -79,13 +82,26 @@ class KnowledgeModule(nn.Module, ABC):
         """A new module in float32 that leaves the base's logits bit-equal. `row_ids` (r,): tokens with own rows."""
 
     @classmethod
-    @abstractmethod
     def restore(cls, base: Base, config: Any, tensors: dict[str, Tensor], where: str) -> Self:
         """The module saved as `tensors`, which it uses as they are, without copying or initialising.
 
         Raises:
             IntegrityError: the tensors are not those of a module of this config on this base.
         """
+        own_rows = {k.removeprefix("rows."): v for k, v in tensors.items() if k.startswith("rows.")}
+        rows = VocabularyRows.restore(own_rows, base, where)
+        held = "both" if rows.input is not None else "none" if rows.head is None else "head"
+        if held not in ("none", config.vocabulary):
+            raise IntegrityError(f"{where}: has rows of {held!r}, its config says {config.vocabulary!r}")
+        try:
+            with torch.device("meta"):
+                module = cls(base, config, rows)
+        except ConfigError as error:
+            raise IntegrityError(
+                f"{where}: its config does not fit the base: {error}; learn the module again"
+            ) from None
+        assign(module, tensors, where)
+        return module.eval()
 
     def open(self) -> None:
         """Called before the first step of training: what `create` keeps shut, so that nothing changes, is opened."""

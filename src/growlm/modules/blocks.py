@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from growlm.errors import IntegrityError
-from growlm.modules import KnowledgeModule, ModuleConfig, assign
+from growlm.modules import KnowledgeModule, ModuleConfig
 from growlm.modules.anatomy import anatomy_of
 from growlm.modules.base import Base, Step
 from growlm.modules.vocabulary import VocabularyRows
@@ -62,9 +62,7 @@ class Blocks(KnowledgeModule):
     config: BlocksConfig
 
     def __init__(self, base: Base, config: BlocksConfig, rows: VocabularyRows) -> None:
-        super().__init__(base)
-        self.config = config.resolve(base.num_layers)
-        self.rows = rows
+        super().__init__(base, config.resolve(base.num_layers), rows)
         # Own input rows change the input of layer 0.
         self.fork = 0 if rows.input is not None else self.config.after[0]
         self._attention = base.anatomy.attention
@@ -90,18 +88,10 @@ class Blocks(KnowledgeModule):
 
     @classmethod
     def restore(cls, base: Base, config: BlocksConfig, tensors: dict[str, Tensor], where: str) -> Self:
-        own_rows = {k.removeprefix("rows."): v for k, v in tensors.items() if k.startswith("rows.")}
-        rows = VocabularyRows.restore(own_rows, base, where)
         config = config.resolve(base.num_layers)
-        held = "both" if rows.input is not None else "none" if rows.head is None else "head"
-        if held not in ("none", config.vocabulary):
-            raise IntegrityError(f"{where}: has rows of {held!r}, its config says {config.vocabulary!r}")
         if not config.fits(base.num_layers):
             raise IntegrityError(f"{where}: its config places layers that a base of {base.num_layers} does not have")
-        with torch.device("meta"):
-            module = cls(base, config, rows)
-        assign(module, tensors, where)
-        return module
+        return super().restore(base, config, tensors, where)
 
     def extend(self, steps: Sequence[Step]) -> list[Step]:
         extended: list[Step] = []

@@ -15,11 +15,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from growlm.errors import ConfigError, IntegrityError
+from growlm.errors import ConfigError
 from growlm.layers.experts import AttentionExperts, SparseFeedForward
 from growlm.layers.insertion import AttentionUnion, Beside, FeedForwardUnion, NewExperts
 from growlm.layers.losses import routing_regularisation
-from growlm.modules import KnowledgeModule, ModuleConfig, assign
+from growlm.modules import KnowledgeModule, ModuleConfig
 from growlm.modules.base import Base, Step
 from growlm.modules.vocabulary import VocabularyRows
 
@@ -93,10 +93,8 @@ class Experts(KnowledgeModule):
     config: ExpertsConfig
 
     def __init__(self, base: Base, config: ExpertsConfig, rows: VocabularyRows) -> None:
-        super().__init__(base)
+        super().__init__(base, config, rows)
         config.check(base.num_layers, base.where)
-        self.config = config
-        self.rows = rows
         # Own input rows change the input of layer 0.
         self.fork = 0 if rows.input is not None else config.first_layer
         self._anatomy = base.anatomy
@@ -113,23 +111,6 @@ class Experts(KnowledgeModule):
                 if isinstance(part.feed_forward, SparseFeedForward):
                     part.feed_forward.down.weight.zero_()  # beside a dense feed-forward: adds exactly nothing yet
         return module.float().to(base.device)
-
-    @classmethod
-    def restore(cls, base: Base, config: ExpertsConfig, tensors: dict[str, Tensor], where: str) -> Self:
-        own_rows = {k.removeprefix("rows."): v for k, v in tensors.items() if k.startswith("rows.")}
-        rows = VocabularyRows.restore(own_rows, base, where)
-        held = "both" if rows.input is not None else "none" if rows.head is None else "head"
-        if held not in ("none", config.vocabulary):
-            raise IntegrityError(f"{where}: has rows of {held!r}, its config says {config.vocabulary!r}")
-        try:
-            with torch.device("meta"):
-                module = cls(base, config, rows)
-        except ConfigError as error:
-            raise IntegrityError(
-                f"{where}: its config does not fit the base: {error}; learn the module again"
-            ) from None
-        assign(module, tensors, where)
-        return module.eval()
 
     def open(self) -> None:
         """New experts of a layer that has some are chosen from now on."""

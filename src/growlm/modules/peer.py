@@ -17,12 +17,12 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from growlm.errors import ConfigError, IntegrityError
+from growlm.errors import ConfigError
 from growlm.layers.peer import PEER, require_room
 from growlm.layers.pools import WithPools
 from growlm.layers.product_keys import sub_key_counts
 from growlm.layers.row_cache import CachedPool, cache_bytes
-from growlm.modules import KnowledgeModule, ModuleConfig, assign
+from growlm.modules import KnowledgeModule, ModuleConfig
 from growlm.modules.base import Base, Step, tensor_bytes
 from growlm.modules.vocabulary import VocabularyRows
 
@@ -135,9 +135,8 @@ class Peer(KnowledgeModule):
     config: PeerConfig
 
     def __init__(self, base: Base, config: PeerConfig, rows: VocabularyRows) -> None:
-        super().__init__(base)
-        self.config = config = config.completed(base)
-        self.rows = rows
+        config = config.completed(base)
+        super().__init__(base, config, rows)
         assert config.layers is not None
         self.fork = 0 if rows.input is not None else config.layers[0]
         self._anatomy, self.device = base.anatomy, base.device
@@ -168,23 +167,6 @@ class Peer(KnowledgeModule):
                 for pool in module.pools:
                     pool.down.zero_()  # type: ignore[operator]  # training begins where the base is
         return module.float().to(base.device).eval()
-
-    @classmethod
-    def restore(cls, base: Base, config: PeerConfig, tensors: dict[str, Tensor], where: str) -> Self:
-        own_rows = {k.removeprefix("rows."): v for k, v in tensors.items() if k.startswith("rows.")}
-        rows = VocabularyRows.restore(own_rows, base, where)
-        held = "both" if rows.input is not None else "none" if rows.head is None else "head"
-        if held not in ("none", config.vocabulary):
-            raise IntegrityError(f"{where}: has rows of {held!r}, its config says {config.vocabulary!r}")
-        try:
-            with torch.device("meta"):
-                module = cls(base, config, rows)
-        except ConfigError as error:
-            raise IntegrityError(
-                f"{where}: its config does not fit the base: {error}; learn the module again"
-            ) from None
-        assign(module, tensors, where)
-        return module.eval()
 
     def open(self) -> None:
         """All steps of growth can be found from now on."""
