@@ -87,6 +87,17 @@ def test_new_experts_are_counted_with_the_old_ones(text: Path) -> None:
     assert [p.num_experts for p in usage.places] == [5, 8] * 3
 
 
+@pytest.mark.parametrize("tokens", [50, 64, 200])
+def test_so_many_tokens_are_read_however_short_the_documents(tokens: int, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("\n\n".join(f"The river number {n} runs down." for n in range(60)))
+    data = {"a": [tmp_path / "short.txt"]}
+    usage = count_usage(
+        ModuleSet(Base(make())), make_tokenizer(), data, sequence_length=32, tokens=tokens, separator="\n\n"
+    )
+    assert tokens - 1 <= usage.tokens["a"] <= tokens
+    assert int(usage.counts["a"][0].sum()) == 2 * usage.tokens["a"]
+
+
 def test_divergence_by_hand() -> None:
     usage = Usage([Place(0, "attention", 2)], {"a": [torch.tensor([3, 0])], "b": [torch.tensor([1, 2])]}, {})
     p, q = torch.tensor([3.5, 0.5]) / 4, torch.tensor([1.5, 2.5]) / 4

@@ -81,11 +81,12 @@ class Usage:
                 share = self.share(name, i)
                 top = ", ".join(f"{e} {float(share[e]):.0%}" for e in share.argsort(descending=True)[:4].tolist())
                 idle = int((share == 0).sum())
-                unused = f"; {idle} never chosen" if idle else ""
+                unused = f"; {idle} of {place.num_experts} never chosen" if idle else ""
                 if 0 < place.new < place.num_experts:
                     first = place.num_experts - place.new
                     unused += f"; new from {first} on: {float(share[first:].sum()):.0%}"
-                found.append(f"  {place.name:<22} unevenness {_unevenness(share):.3f}  most used: {top}{unused}")
+                uneven = f"KL from even use {_unevenness(share):.3f} nats"
+                found.append(f"  {place.name:<22} {uneven}; experts most used: {top}{unused}")
             found += [f"  {pool.line()}" for pool in self.pools.get(name, ())]
         pairs = list(permutations(self.counts, 2))
         if pairs:
@@ -201,15 +202,14 @@ def count_usage(
     for domain, paths in data.items():
         corpus = text_data.read(paths, text_key=text_key, separator=separator)
         documents, sources[domain] = corpus.documents, corpus.sources
-        limit = None if tokens is None else -(-tokens // sequence_length)
-        passages = text_data.passages(documents, tokenizer, sequence_length, limit=limit)
+        passages = _first(documents, tokenizer, sequence_length, tokens)
         if not passages:
             raise DataError(f"{', '.join(map(str, paths))}: text shorter than two tokens; give more text")
         counts[domain] = [torch.zeros(p.num_experts, dtype=torch.int64) for p in places]
-        read[domain] = sum(len(p.tokens) for p in passages)
+        read[domain] = sum(map(len, passages))
         counter = PoolCounter(modules)
         for start in range(0, len(passages), _BATCH):
-            ids, real = padded([p.tokens for p in passages[start : start + _BATCH]], modules.base.device)
+            ids, real = padded(passages[start : start + _BATCH], modules.base.device)
             with watched() as routings, counter.counting(real):
                 modules.hidden(ids)
             assert len(routings) == len(places)
@@ -217,3 +217,19 @@ def count_usage(
                 count += torch.bincount(routing.experts.cpu()[real].flatten(), minlength=len(count))
         pools[domain] = counter.pools
     return Usage(places, counts, read, sources, pools)
+
+
+def _first(
+    documents: Sequence[text_data.Document], tokenizer: Any, sequence_length: int, tokens: int | None
+) -> list[list[int]]:
+    """Passages of at most `tokens` in all, document by document; all of them for None."""
+    if tokens is None:
+        return [p.tokens for p in text_data.passages(documents, tokenizer, sequence_length)]
+    found: list[list[int]] = []
+    for document in documents:
+        for passage in text_data.passages([document], tokenizer, sequence_length):
+            found.append(passage.tokens[:tokens])
+            tokens -= len(found[-1])
+            if tokens < 2:
+                return found
+    return found
