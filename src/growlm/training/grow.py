@@ -233,10 +233,7 @@ def _commit(
     """Saves a module as the version after `old`, with the steps by which it has grown."""
     probes = {"base": probe(ModuleSet(base)), "module": probe(ModuleSet(base, [module]))}
     training = {**old.manifest.training, "growth": steps, "probe": probes}
-    now = store.find(old.name)
-    if now is None or now.version != old.version:
-        raise StoreError(f"{old.folder}: is not the current version any more (changed meanwhile); grow again")
-    saved = store.commit(old.name, module, training, files)
+    saved = store.commit(old.name, module, training, files, made_from=old.version)
     if router.VECTORS in files:
         router.add_domain(store, saved, old)
     return _result(saved, old.shape()[1], None, None)
