@@ -1,7 +1,8 @@
 """A ModuleFormer as a whole, measured: training against the published formulation, decoding by length of text, and
 sparse against dense of equal quality (ModuleFormer, table 2).
 
-train   tokens a second of molm-tiny, this package against `formulation.py`, in turns within one run
+train   tokens a second of molm-tiny, this package against `formulation.py`, in turns within one run; and of the same
+        model with torch's softmax attention, to see what the rest of a step takes
 decode  milliseconds for one more token after texts of growing length, with a line fitted through them
 dense   molm-tiny and a ladder of dense models (softmax, rotary positions) trained on the same text: held-out
         perplexity, and of each latency, throughput and memory, in turns within one run
@@ -15,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
 import statistics
 import subprocess
 import sys
@@ -62,18 +62,19 @@ def new_model(**changes: Any) -> GrowlmForCausalLM:
 def train(rounds: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for length in (256, 512, 1024):
-            sides = {name: trainer(name, dtype, length) for name in ("growlm", "published")}
+            sides = {name: trainer(name, dtype, length) for name in ("growlm", "published", "softmax")}
             times = interleaved(sides, rounds=rounds, warmup=1)
             show("training of molm-tiny", {
                 "precision": str(dtype), "sequence length": length,
                 **{f"{s} tokens/s": TOKENS / t for s, t in times.items()},
-                "ratio": times["published"] / times["growlm"],
+                "growlm / published": times["published"] / times["growlm"],
+                "softmax / published": times["published"] / times["softmax"],
             })  # fmt: skip
 
 
 def trainer(side: str, dtype: torch.dtype, length: int) -> Any:
-    """A whole optimiser step on tokens at random."""
-    model = new_model().train()
+    """A whole optimiser step on tokens at random; `softmax`: of the same model with torch's softmax attention."""
+    model = new_model(**({"attention": "softmax"} if side == "softmax" else {})).train()
     base = Base(model, freeze=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     random = torch.Generator().manual_seed(0)
@@ -92,7 +93,7 @@ def trainer(side: str, dtype: torch.dtype, length: int) -> Any:
             logits = model.lm_head(hidden)
         return F.cross_entropy(logits.float().flatten(0, 1), labels) + auxiliary
 
-    loss = loss_of_ours if side == "growlm" else loss_of_theirs
+    loss = loss_of_theirs if side == "published" else loss_of_ours
 
     def step() -> None:
         loss().backward()
@@ -197,9 +198,16 @@ def print_peak(folder: Path) -> None:
     ids = torch.randint(8192, (16, 256), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         model(ids[:1, :8], use_cache=False)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = _status("VmRSS")
         model(ids, use_cache=False)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e6)
+    print((_status("VmHWM") - before) / 1e6)
+
+
+def _status(field: str) -> int:
+    """Bytes of this process, from what Linux says of it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from growlm.layers.product_keys import ProductKeys, QueryNorm, Retrieval, note
-from growlm.layers.rows import Choices, row_products, weighted_rows
+from growlm.layers.rows import Choices, new_table, row_products, weighted_rows
 
 # n tokens, d hidden size, h heads, k experts of a head, N experts, f neurons of an expert
 
@@ -81,8 +81,8 @@ class PEER(nn.Module):
         width = neurons_per_expert * hidden_size
         widths = (width * 2 if gated else width, width)
         require_room(num_experts, sum(widths), device, dtype)
-        self.up = nn.Parameter(torch.empty(num_experts, widths[0], device=device, dtype=dtype))
-        self.down = nn.Parameter(torch.empty(num_experts, widths[1], device=device, dtype=dtype))
+        self.up = nn.Parameter(new_table(num_experts, widths[0], device=device, dtype=dtype))
+        self.down = nn.Parameter(new_table(num_experts, widths[1], device=device, dtype=dtype))
         self.reset_tables()
 
     def reset_tables(self) -> None:
@@ -156,7 +156,7 @@ class ProductKeyMemory(nn.Module):
         )
         self.scores, self.dropout, self.output_rms = scores, dropout, output_rms
         require_room(num_experts, hidden_size, device, dtype)
-        self.values = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
+        self.values = nn.Parameter(new_table(num_experts, hidden_size, device=device, dtype=dtype))
         self.reset_tables()
 
     def reset_tables(self) -> None:
