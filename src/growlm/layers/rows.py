@@ -26,7 +26,8 @@ def new_table(rows: int, width: int, *, device: torch.device | str | None, dtype
     each cost a walk through the page table."""
     like = torch.empty(0, device=device, dtype=dtype)
     size = rows * width * like.element_size()
-    if like.device.type != "cpu" or size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+    traced = type(like) is not Tensor  # without memory of its own
+    if traced or like.device.type != "cpu" or size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return like.new_empty(rows, width)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a kernel without them
