@@ -39,6 +39,8 @@ def convert(
     if as_json:
         return print_json({"path": str(path), "from": before, "to": after})
     print(f"{path}: {before} -> {after}")
+    if not any(path.glob("tokenizer*")):
+        note(f"{source} has no tokenizer; save the one that it was trained with into {path} before you use it")
     return None
 
 

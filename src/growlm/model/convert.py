@@ -226,20 +226,24 @@ def from_molm(tensors: Mapping[str, Tensor], config: GrowlmConfig, where: str) -
 
 def to_molm(tensors: Mapping[str, Tensor], config: GrowlmConfig, where: str) -> dict[str, Tensor]:
     """Our tensors by MoLM's names."""
-    inverse: dict[str, str] = {}
-    gates = {new: old for old, new in _MOLM_GATES[config.router].items()}
-    parts = {new: old for old, new in _MOLM_ROUTERS.items()}
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if found := re.fullmatch(r"model\.layers\.(\d+)\.(self_attn\.experts|mlp\.experts)\.router\.(.+)", name):
-            layer, part, rest = found.groups()
-            inverse[name] = f"transformer.h.{layer}.{parts[part]}.gate.{gates[rest]}"
-        else:
-            inverse[name] = _theirs(name, where)
-        renamed[inverse[name]] = tensor
+    renamed = {molm_name(name, config, where): tensor for name, tensor in tensors.items()}
     if config.tie_word_embeddings:
         renamed["lm_head.weight"] = renamed["transformer.wte.weight"].clone()
     return renamed
+
+
+def molm_name(name: str, config: GrowlmConfig, where: str) -> str:
+    """MoLM's name of a tensor of ours.
+
+    Raises:
+        ConfigError: the layout has no such tensor.
+    """
+    if found := re.fullmatch(r"model\.layers\.(\d+)\.(self_attn\.experts|mlp\.experts)\.router\.(.+)", name):
+        layer, part, rest = found.groups()
+        parts = {new: old for old, new in _MOLM_ROUTERS.items()}
+        gates = {new: old for old, new in _MOLM_GATES[config.router].items()}
+        return f"transformer.h.{layer}.{parts[part]}.gate.{gates[rest]}"
+    return _theirs(name, where)
 
 
 _PLAIN = {

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,8 @@ def convert_checkpoint(source: str | Path, out: str | Path, *, to: str | None = 
         config = name(settings, where)
         rename = convert.from_molm if family == "moduleformer" else convert.from_jetmoe
         renamed = rename(tensors, config, where)
-        check_tensors(renamed, config, where)
+        called = partial(convert.molm_name, config=config, where=where) if family == "moduleformer" else str
+        check_tensors(renamed, config, where, called)
         dtype = next(iter(renamed.values())).dtype
         written = config.to_dict() | {"dtype": str(dtype).removeprefix("torch.")}
     with checkpoint_folder(out, tensor_bytes(renamed.values())) as work:
@@ -81,8 +83,13 @@ def convert_checkpoint(source: str | Path, out: str | Path, *, to: str | None = 
     return out, str(family), wanted
 
 
-def check_tensors(tensors: Mapping[str, Tensor], config: GrowlmConfig, where: str) -> None:
+def check_tensors(
+    tensors: Mapping[str, Tensor], config: GrowlmConfig, where: str, called: Callable[[str], str] = str
+) -> None:
     """
+    Args:
+        called: what the file that they come from calls a tensor.
+
     Raises:
         BaseModelError: tensors that are not those of a model of this config; names them.
     """
@@ -92,16 +99,19 @@ def check_tensors(tensors: Mapping[str, Tensor], config: GrowlmConfig, where: st
     missing, unexpected = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     if config.tie_word_embeddings:
         unexpected = [name for name in unexpected if name != "lm_head.weight"]
-    for names, what in ((missing, "missing"), (unexpected, "unexpected")):
-        if names:
-            more = f" and {len(names) - 3} others" if len(names) > 3 else ""
-            raise BaseModelError(
-                f"{where}: tensors that its config does not describe; {what}: {', '.join(names[:3])}{more}"
-            )
+    more = f" and {max(len(missing), len(unexpected)) - 3} others" if max(len(missing), len(unexpected)) > 3 else ""
+    if missing:
+        raise BaseModelError(
+            f"{where}: tensors that its config describes are missing: {', '.join(map(called, missing[:3]))}{more}; get "
+            "the checkpoint again"
+        )
+    if unexpected:
+        named = ", ".join(map(called, unexpected[:3]))
+        raise BaseModelError(f"{where}: tensors that its config does not describe, unexpected: {named}{more}")
     for name, shape in wanted.items():
         if tensors[name].shape != shape:
             found = tuple(tensors[name].shape)
-            raise BaseModelError(f"{where}: tensor {name} has shape {found}, its config says {tuple(shape)}")
+            raise BaseModelError(f"{where}: tensor {called(name)} has shape {found}, its config says {tuple(shape)}")
 
 
 def _settings(folder: Path) -> dict[str, Any]:

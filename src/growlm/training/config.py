@@ -164,7 +164,7 @@ class ModuleTrainConfig(TrainConfig):
         router_samples: passages of which the router keeps a trace (vectors, no text).
         keep_samples: text kept for a router that is trained on it, e.g. 2MB; 0 keeps none; by default what the store
             says.
-        replay: a file or folder of other text that is read as well, e.g. what was learned before.
+        replay: a file or folder of other text that is read as well, on top of --tokens, e.g. what was learned before.
         replay_ratio: share of the rows that come from --replay.
     """
 
