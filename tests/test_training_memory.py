@@ -25,9 +25,10 @@ def resident() -> int:
 def test_freed_pages_are_kept_while_training_and_given_back_after():
     if not hasattr(ctypes.CDLL(None), "mallopt"):
         return  # another C library: nothing to change
+    usual = faults()
     with kept_pages():
-        before = faults()  # the heap finds its size
-        assert faults() < before / 10
+        faults()  # the heap finds its size, unless an earlier test left it large
+        assert faults() < usual / 10
         inside = resident()
     assert resident() < inside - (60 << 20)
 
