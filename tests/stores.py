@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from disk import write_jsonl
 from growlm import router
 from growlm.modules import ModuleSet
 from growlm.modules.base import Base
@@ -18,7 +19,7 @@ from growlm.modules.checkpoint import save_model
 from growlm.modules.experts import Experts, ExpertsConfig
 from growlm.modules.probe import probe
 from growlm.store import Store, StoredModule
-from tiny import make_model, make_tokenizer, perturb
+from tiny import TEXT, make_model, make_tokenizer, perturb, save_base
 
 # Each domain writes with characters of its own, so that even a random base tells them apart.
 ALPHABETS = {"letters": "abcde", "digits": "01234", "signs": "+-*/=<>", "general": "VWXYZ", "other": "{}[]()"}
@@ -147,3 +148,12 @@ class Watch:
 
     def bytes(self) -> int:
         return sum(size for tensor, size in self._alive if tensor() is not None)
+
+
+def store_with_texts(home: Path, family: str) -> Store:
+    """A store for a base with random weights, and beside it `law.jsonl` and `drugs.jsonl` to learn from."""
+    base = save_base(home / "base", family)
+    write_jsonl(base / "heldout.jsonl", [f"{text} {n}" for n in range(6) for text in TEXT])
+    write_jsonl(home / "law.jsonl", [f"The tenant of room {n} pays {n * 7 % 90} crowns." for n in range(80)])
+    write_jsonl(home / "drugs.jsonl", [f"Drug {n} inhibits enzyme {n * 5 % 31}." for n in range(80)])
+    return Store.create(home / "store", base)

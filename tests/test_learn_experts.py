@@ -20,7 +20,8 @@ from growlm.surgery.usage import count_usage, open_modules
 from growlm.training.config import LearnConfig
 from growlm.training.learn import learn
 from interruptions import at_step, interrupt
-from tiny import TEXT, random_ids, save_base
+from stores import store_with_texts
+from tiny import random_ids, save_base
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL: dict[str, Any] = {
@@ -31,11 +32,7 @@ SMALL: dict[str, Any] = {
 
 @pytest.fixture(params=["llama", "growlm"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    base = save_base(tmp_path / "base", request.param)
-    write_jsonl(base / "heldout.jsonl", [f"{text} {n}" for n in range(6) for text in TEXT])
-    write_jsonl(tmp_path / "law.jsonl", [f"The tenant of room {n} pays {n * 7 % 90} crowns." for n in range(80)])
-    write_jsonl(tmp_path / "drugs.jsonl", [f"Drug {n} inhibits enzyme {n * 5 % 31}." for n in range(80)])
-    return Store.create(tmp_path / "store", base)
+    return store_with_texts(tmp_path, request.param)
 
 
 def run(store: Store, name: str = "law", **changes: Any):

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from disk import write_jsonl
 from growlm.engine import Engine
 from growlm.errors import BudgetError, ConfigError, IntegrityError, Interrupted
 from growlm.layers.pools import imitation
@@ -19,7 +18,8 @@ from growlm.store import Store
 from growlm.training.config import LearnConfig
 from growlm.training.learn import learn
 from interruptions import at_step, interrupt
-from tiny import TEXT, make_base, random_ids, save_base
+from stores import store_with_texts
+from tiny import make_base, random_ids
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL: dict[str, Any] = {
@@ -30,11 +30,7 @@ SMALL: dict[str, Any] = {
 
 @pytest.fixture(params=["llama", "growlm"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    base = save_base(tmp_path / "base", request.param)
-    write_jsonl(base / "heldout.jsonl", [f"{text} {n}" for n in range(6) for text in TEXT])
-    write_jsonl(tmp_path / "law.jsonl", [f"The tenant of room {n} pays {n * 7 % 90} crowns." for n in range(80)])
-    write_jsonl(tmp_path / "drugs.jsonl", [f"Drug {n} inhibits enzyme {n * 5 % 31}." for n in range(80)])
-    return Store.create(tmp_path / "store", base)
+    return store_with_texts(tmp_path, request.param)
 
 
 def run(store: Store, name: str = "law", **changes: Any):
