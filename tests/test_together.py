@@ -229,9 +229,8 @@ def test_what_cannot_be_active_together(engine: Engine, wanted: Any, error: type
     assert engine.modules.resident == []
 
 
+@pytest.mark.parametrize("made", ["llama"], indirect=True)  # the one whose store has a module of blocks
 def test_a_module_that_runs_alone_is_named(engine: Engine) -> None:
-    if engine.store.find("other") is None:
-        pytest.skip("no module of blocks on this base")
     with pytest.raises(ConfigError, match=r"other is of kind blocks, .* name one module alone, or .* --kind experts"):
         engine.generate("abc", module=["letters", "other"])
     assert engine.modules.resident == []
