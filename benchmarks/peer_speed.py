@@ -4,7 +4,8 @@ that it must move, against a copy measured in the same run.
 The other package keeps one expert a head unless it is told that scores compete; here it is, so that both sides use
 `--top-k` experts a head. Its gradients are dense, and all its rows go through torch's AdamW: fused, or with `--unfused`
 as torch gives it by default. `plain` is a plain script; in `kept`, freed pages are kept for the next step, as growlm's
-training does, on both sides; `bfloat16` is `kept` with our rows in bfloat16. Warming up reads every batch of tokens
+training does, on both sides; `bfloat16` is `kept` with our rows in bfloat16. Memory is the peak of a process above what
+it had with all imports done. Warming up reads every batch of tokens
 once, so that the optimiser's state, which takes memory where rows are read, is there.
 
 python benchmarks/peer_speed.py
@@ -84,6 +85,9 @@ def train_step(layer: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) ->
 
 
 def work(a: argparse.Namespace) -> None:
+    if a.side == "peer":
+        import PEER_pytorch  # noqa: F401, so that it counts as imported
+    imports = memory("VmRSS")
     with nullcontext() if a.settings == ["plain"] else kept_pages():
         layer, optimizer = build(a.side, a.settings[0], a.sub_keys[0], a)
         xs = batches(a)
@@ -103,9 +107,12 @@ def work(a: argparse.Namespace) -> None:
                 with torch.no_grad():
                     layer(x)
             print(time.perf_counter() - start, flush=True)
-        # Not getrusage: its maximum is inherited from the process that started this one.
-        status = Path("/proc/self/status").read_text()
-        print(int(status.split("VmHWM:")[1].split()[0]) * 1024, flush=True)
+        print(memory("VmHWM") - imports, flush=True)
+
+
+def memory(what: str) -> int:
+    """Bytes. Not by getrusage: its maximum is inherited from the process that started this one."""
+    return int(Path("/proc/self/status").read_text().split(f"{what}:")[1].split()[0]) * 1024
 
 
 class Worker:
@@ -137,7 +144,7 @@ class Worker:
 
 
 def compare(a: argparse.Namespace, setting: str, n: int) -> dict[str, float]:
-    """Median seconds of forward, step and our scores at N = n^2, and peak memory."""
+    """Median seconds of forward, step and our scores at N = n^2, and peak memory without imports."""
     workers = {side: Worker(a, side, setting, n) for side in ("ours", "peer")}
     times: dict[str, list[float]] = {}
     for turn in range(BATCHES + a.rounds):

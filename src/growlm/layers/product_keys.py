@@ -247,6 +247,13 @@ class MaskedBatchNorm(nn.BatchNorm1d):
         assert self.running_var is not None
         assert self.momentum is not None
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        if x.dtype == self.running_mean.dtype and (not self.training or (mask is None and len(x) > 1)):
+            # Keeps nothing but x for the backward pass.
+            if self.training and self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, weight, bias, self.training, self.momentum, self.eps
+            )
         if not self.training:
             mean, var = self.running_mean.to(x.dtype), self.running_var.to(x.dtype)
             return (x - mean) * (var + self.eps).rsqrt() * weight + bias

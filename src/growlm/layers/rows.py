@@ -111,7 +111,7 @@ def products(x: Tensor, table: Tensor, ids: Tensor) -> Tensor:
     singles = torch.arange(size * ids.shape[1], device=ids.device)
     for at in range(0, n, size):
         chosen, tokens = ids[at : at + size], x[at : at + size]
-        rows = _read(parts, chosen.flatten(), singles).view(*chosen.shape, d)
+        rows = read_rows(parts, chosen.flatten(), singles).view(*chosen.shape, d)
         torch.sum(rows.mul_(tokens[:, None]), -1, out=out[at : at + size])
     m = table.shape[1] // d
     return out.view(n, ids.shape[1] // m, m)
@@ -133,9 +133,12 @@ def _parts(table: Tensor, ids: Tensor, d: int) -> tuple[Tensor, Tensor]:
     return table.view(-1, d), ids
 
 
-def _read(table: Tensor, ids: Tensor, singles: Tensor) -> Tensor:
-    """Rows (ids, d). On a processor as bags of one row: that kernel asks for rows ahead of their use, which halves the
-    time that `index_select` takes on tables larger than the cache."""
+def read_rows(table: Tensor, ids: Tensor, singles: Tensor) -> Tensor:
+    """Rows (ids, d), without a gradient; `singles` are 0, 1, 2, ... for as many rows or more.
+
+    On a processor as bags of one row: that kernel asks for rows ahead of their use, which halves the time that
+    `index_select` takes on tables larger than the cache.
+    """
     if table.device.type == "cpu" and table.dtype in (torch.float32, torch.bfloat16):
         return _bags(table, ids, singles[: len(ids)], None)
     return table.index_select(0, ids)

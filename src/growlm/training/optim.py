@@ -15,10 +15,12 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from growlm.layers.rows import read_rows
+
 # r rows with a gradient, w width of a row
 
 SecondMoment = Literal["row", "element"]
-_CACHED = 1 << 19  # elements of a table that stay in the cache through all parts of an update
+_CACHED = 1 << 18  # elements of a table that stay in the cache through all parts of an update
 
 
 def make_optimizer(
@@ -173,18 +175,17 @@ def _update(p: Tensor, rows: Tensor, gradient: Tensor, state: dict[str, Tensor],
         size = size / (v.sqrt_()[:, None] / corrected).add_(eps)
     count = _rows_at_a_time(p)
     rounding = _Rounding(count * p.shape[1]) if p.dtype == torch.bfloat16 else None
+    singles = torch.arange(count, device=rows.device)
     for at in range(0, len(rows), count):
         part = slice(at, at + count)
         here, g = rows[part], gradient[part].float()
-        m = first.index_select(0, here).lerp_(g, 1 - beta1)
+        m = read_rows(first, here, singles).lerp_(g, 1 - beta1)
         first.index_copy_(0, here, m)
-        if by_row:
-            change = m.mul_(size[part])
-        else:
+        if not by_row:
             v = second.flatten(1).index_select(0, here).lerp_(g.square(), 1 - beta2)
             second.flatten(1).index_copy_(0, here, v)
-            change = m.mul_(size[part]).div_(v.sqrt_().div_(corrected[part]).add_(eps))
-        new = p.index_select(0, here).float().mul_(kept).add_(change)
+            m.div_(v.sqrt_().div_(corrected[part]).add_(eps))
+        new = read_rows(p, here, singles).float().mul_(kept).addcmul_(m, size[part])
         p.index_copy_(0, here, new.to(p.dtype) if rounding is None else rounding(new))
 
 
