@@ -54,7 +54,7 @@ def main() -> None:
                     turns = {name: itertools.cycle(batches[:1] if reused else batches) for name in pools}
                     sides = {name: lambda pool=pool, turn=turns[name]: pool(next(turn)) for name, pool in pools.items()}
                     cache = pools["disk"].cache
-                    cache.hits = cache.reads = 0
+                    cache.reads = 0
                     times = interleaved(sides, rounds=a.rounds)
                     show("tables on the disk", {
                         "N": n, "row cache": share, "row cache MB": cache.num_bytes() / 1e6,

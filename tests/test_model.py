@@ -209,15 +209,18 @@ def test_compiled_model_computes_the_same(model: GrowlmForCausalLM) -> None:
 # Product keys
 
 
-def test_gradient_checkpointing_counts_a_batch_once_in_the_statistics() -> None:
+@pytest.mark.filterwarnings("ignore:.*use_reentrant.*")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_counts_a_batch_once_in_the_statistics(reentrant: bool) -> None:
     model = make(**BATCH_NORM).train()
     before = copy.deepcopy(model.state_dict())
     model(ids(), labels=ids()).loss.backward()
     plain = statistics(model)
     model.load_state_dict(before)
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable()
-    model(ids(), labels=ids()).loss.backward()
+    enable({"use_reentrant": reentrant})
+    embedded = model.get_input_embeddings()(ids()).detach().requires_grad_(True)
+    model(inputs_embeds=embedded, labels=ids()).loss.backward()
     assert statistics(model).keys() == plain.keys()
     for name, value in statistics(model).items():
         assert not torch.equal(value, before[name])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 
 from growlm.errors import Interrupted
 from growlm.layers import PEER, retrievals
-from growlm.training import loop
+from growlm.training import loop, optim
 from growlm.training.config import TrainConfig
 from growlm.training.optim import RowAdamW, _Rounding, clip_gradients, make_optimizer, rows_of, untouched_zeros
 
@@ -44,7 +45,9 @@ def run(model: nn.Module, optimizer: RowAdamW, steps: range) -> list[float]:
     return losses
 
 
-def test_equals_torchs_adamw_where_all_rows_are_read() -> None:
+@pytest.mark.parametrize("held", [optim._CACHED, 10])
+def test_equals_torchs_adamw_where_all_rows_are_read(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optim, "_CACHED", held)  # elements updated at a time
     table = nn.Parameter(torch.randn(7, 5))
     dense = nn.Parameter(table.detach().clone())
     ours = make_optimizer({"t": table}, lr=0.01, weight_decay=0.1, second_moment="element")
@@ -143,7 +146,10 @@ def test_a_pool_learns() -> None:
 
 @pytest.mark.parametrize("second_moment", ["row", "element"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_state_survives_a_checkpoint(tmp_path: Path, second_moment: str, dtype: torch.dtype) -> None:
+def test_state_survives_a_checkpoint(
+    tmp_path: Path, second_moment: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optim, "_CACHED", 40)
     whole, first = model(dtype=dtype), model(dtype=dtype)
     optimizers = [make_optimizer(m, lr=0.02, second_moment=second_moment) for m in (whole, first)]
     torch.manual_seed(5)
@@ -194,7 +200,8 @@ def test_the_loop_resumes_to_the_same_bits(tmp_path: Path, dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("max_norm", [0.01, 1e6])
-def test_clipping_counts_dense_and_sparse(max_norm: float) -> None:
+def test_clipping_counts_dense_and_sparse(max_norm: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optim, "_CACHED", 20)
     net = model()
     loss_of(net, 0).backward()
     before = [p.grad.to_dense().clone() for p in net.parameters() if p.grad is not None]
@@ -214,6 +221,112 @@ def test_a_gradient_with_rows_twice_counts_once() -> None:
     rows, values = rows_of(table.grad)
     assert rows.tolist() == [1, 3]
     assert values.tolist() == [[0.0, 2.0], [4.0, 0.0]]
+
+
+def test_clipping_of_numbers_and_of_nothing() -> None:
+    number, table, empty = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.zeros(5, 2)), nn.Parameter(torch.ones(0))
+    number.grad, table.grad = torch.tensor(3.0), sparse_of([1], torch.tensor([[0.0, 4.0]]), 5)
+    assert float(clip_gradients([number, table], 1.0)) == pytest.approx(5.0)
+    assert float(number.grad) == pytest.approx(0.6)
+    table.grad, empty.grad = sparse_of([], torch.zeros(0, 2), 5), torch.zeros(0)
+    assert float(clip_gradients([table, empty], 1.0)) == 0
+
+
+def test_without_beta1_a_step_is_along_the_gradient() -> None:
+    table = nn.Parameter(torch.zeros(3, 2))
+    optimizer = make_optimizer({"t": table}, lr=0.1, betas=(0.0, 0.95), weight_decay=0.0, second_moment="element")
+    for sign in (1.0, -1.0):
+        table.grad = sparse_of([1], torch.tensor([[2.0, -2.0]]) * sign, 3)
+        before = table.detach().clone()
+        optimizer.step()
+        torch.testing.assert_close((table.detach() - before)[1], torch.tensor([-0.1, 0.1]) * sign, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+def test_gradient_scaling(unscale: bool) -> None:
+    """As torch's scaler expects it: the update is of the gradient as it is, and a step that overflowed is left out."""
+    plain, scaled = model(), model()
+    optimizers = [make_optimizer(m, lr=0.02) for m in (plain, scaled)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for step in range(3):
+        loss_of(plain, step).backward()
+        optimizers[0].step()
+        optimizers[0].zero_grad()
+        scaler.scale(loss_of(scaled, step)).backward()
+        if unscale:
+            scaler.unscale_(optimizers[1])
+        scaler.step(optimizers[1])
+        scaler.update()
+        optimizers[1].zero_grad()
+    for a, b in zip(plain.parameters(), scaled.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    before = copy.deepcopy(scaled.state_dict())
+    scaler.scale(loss_of(scaled, 0) * torch.inf).backward()
+    scaler.step(optimizers[1])
+    for name, tensor in scaled.named_parameters():
+        assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("second_moment", ["row", "element"])
+def test_copies_and_pickles_go_on(second_moment: str) -> None:
+    whole = model()
+    optimizer = make_optimizer(whole, lr=0.02, second_moment=second_moment)
+    run(whole, optimizer, range(3))
+    copies = [copy.deepcopy((whole, optimizer)), pickle.loads(pickle.dumps((whole, optimizer)))]
+    run(whole, optimizer, range(3, 6))
+    for net, its in copies:
+        run(net, its, range(3, 6))
+        for a, b in zip(whole.parameters(), net.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_state_brings_its_kind_of_second_moment() -> None:
+    first, second = model(), model()
+    optimizer = make_optimizer(first, lr=0.02, second_moment="element")
+    run(first, optimizer, range(2))
+    other = make_optimizer(second, lr=0.02)
+    second.load_state_dict(first.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert {group["second_moment"] for group in other.param_groups} == {"element"}
+    run(first, optimizer, range(2, 5)), run(second, other, range(2, 5))
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_hooks_run_once() -> None:
+    torch.optim.AdamW([nn.Parameter(torch.zeros(2))])
+    net = model()
+    optimizer = make_optimizer(net, lr=0.02)
+    told: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: told.append("before"))
+    optimizer.register_step_post_hook(lambda *_: told.append("after"))
+    run(net, optimizer, range(1))
+    assert told == ["before", "after"]
+
+
+def test_what_tables_have_not_is_refused() -> None:
+    table = nn.Parameter(torch.zeros(4, 2))
+    with pytest.raises(ValueError, match="maximize is not offered"):
+        RowAdamW([{"params": [table], "maximize": True}], lr=0.1)
+    optimizer = make_optimizer({"t": table}, lr=0.1)
+    with pytest.raises(ValueError, match="amsgrad is not offered"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))], "amsgrad": True})
+    table.grad = torch.sparse_coo_tensor(torch.tensor([[1], [0]]), torch.ones(1), (4, 2), check_invariants=True)
+    with pytest.raises(ValueError, match="sparse in more than rows"):
+        optimizer.step()
+
+
+def test_state_is_copied_when_loaded() -> None:
+    net = model()
+    optimizer = make_optimizer(net, lr=0.02)
+    run(net, optimizer, range(1))
+    state = {key: value.clone() for key, value in optimizer.state[net[0].weight].items()}
+    fresh = model()
+    other = make_optimizer(fresh, lr=0.02)
+    given = {key: value.clone() for key, value in state.items()}
+    other.load_parameter_state(fresh[0].weight, given)
+    run(fresh, other, range(1))
+    assert all(torch.equal(given[key], state[key]) for key in state)
 
 
 def test_rounding_keeps_the_mean_and_what_is_exact() -> None:
@@ -266,6 +379,7 @@ def test_state_of_unread_rows_takes_no_memory() -> None:
     zeros[::4096] += 1
     assert float(zeros.sum(1)[:4097].sum()) == 2 * 1024
     assert resident() - before < zeros.nbytes / 2
+    assert untouched_zeros((16_000_000, 2048), torch.float32, torch.device("cpu"))[-1, -1] == 0  # 131 GB
 
 
 def test_a_parameter_is_either_a_table_or_dense() -> None:

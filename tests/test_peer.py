@@ -6,6 +6,7 @@ import copy
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from growlm.layers import PEER, ProductKeyMemory, ProductKeys, retrievals
+from growlm.layers import PEER, ProductKeyMemory, ProductKeys, product_keys, retrievals, rows, tables
 from growlm.layers.product_keys import best_keys, best_sums, sub_key_counts
 from growlm.layers.rows import Choices, row_products, weighted_rows
 
@@ -26,10 +27,23 @@ def tokens(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
     return torch.randn(*(shape or (2, 15)), D, generator=generator, dtype=dtype).requires_grad_(True)
 
 
+def normalised(keys: ProductKeys, x: Tensor) -> Tensor:
+    """Queries (n, h, z), written out."""
+    queries = (x @ keys.query.weight.T).view(len(x), keys.num_heads, keys.key_size)
+    norm = keys.norm
+    if norm is None:
+        return queries
+    across, shape = (0, queries.shape[1:]) if isinstance(norm, nn.BatchNorm1d) else (-1, (keys.key_size,))
+    mean, var = queries.mean(across, keepdim=True), queries.var(across, unbiased=False, keepdim=True)
+    if isinstance(norm, nn.BatchNorm1d) and (len(x) < 2 or not norm.training):
+        mean, var = norm.running_mean.view(shape), norm.running_var.view(shape)
+    return (queries - mean) / (var + norm.eps).sqrt() * norm.weight.view(shape) + norm.bias.view(shape)
+
+
 def all_scores(keys: ProductKeys, x: Tensor) -> Tensor:
     """Of every key that can be found, (n, h, N)."""
     whole = [torch.cat([a, b]) for a in keys.keys_a[: keys.num_open] for b in keys.keys_b]
-    return torch.einsum("nhz,ez->nhe", keys.queries(x), torch.stack(whole))
+    return torch.einsum("nhz,ez->nhe", normalised(keys, x), torch.stack(whole))
 
 
 def reference(layer: PEER, hidden: Tensor) -> Tensor:
@@ -88,7 +102,10 @@ def test_equals_a_loop(n, sub_keys, heads, k, f, gated, scores, norm) -> None:
     same_gradients(out, wanted, leaves)
 
 
-def test_float32_equals_a_loop() -> None:
+def test_float32_equals_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In many parts, as large inputs go."""
+    monkeypatch.setattr(rows, "_CACHED", 3 * 8 * D * 4)  # three tokens' rows
+    monkeypatch.setattr(product_keys, "_HELD", 70)
     torch.manual_seed(0)
     layer, x = PEER(D, 30, 2, 4), tokens()
     out, wanted = layer(x), reference(layer, x)
@@ -215,11 +232,21 @@ def test_starts_at_the_stated_scale() -> None:
             assert 0.3 < float(out.detach().square().mean().sqrt()) < 0.75, options
 
 
-def test_dropout_is_for_training() -> None:
-    layer, x = PEER(D, 30, 2, 4, dropout=0.5, query_dropout=0.5), tokens()
+@pytest.mark.parametrize("which", ["dropout", "query_dropout"])
+def test_dropout_is_for_training(which: str) -> None:
+    layer, x = PEER(D, 30, 2, 4, **{which: 0.5}), tokens()
     assert not torch.equal(layer(x), layer(x))
     layer.eval()
     assert torch.equal(layer(x), layer(x))
+
+
+def test_dropout_keeps_the_mean() -> None:
+    torch.manual_seed(0)
+    layer, x = PEER(D, 30, 2, 4, dropout=0.5, query_norm="none"), tokens().detach()
+    layer.requires_grad_(False)
+    mean = torch.stack([layer(x) for _ in range(4000)]).mean(0)
+    layer.eval()
+    assert float((mean - layer(x)).norm() / layer(x).norm()) < 0.06
 
 
 def test_layers_keep_no_state_and_tell_who_watches() -> None:
@@ -232,6 +259,12 @@ def test_layers_keep_no_state_and_tell_who_watches() -> None:
     assert found[0].experts.shape == found[0].gates.shape == (30, 2, 4)
     torch.testing.assert_close(found[0].gates.sum(-1), torch.ones(30, 2))
     assert {name: set(vars(module)) for name, module in layer.named_modules()} == before
+
+
+def test_a_token_by_itself() -> None:
+    layer, x = PEER(D, 30, 2, 4), tokens(3)
+    layer.eval()
+    torch.testing.assert_close(layer(x[0]), layer(x)[0])
 
 
 def test_no_tokens() -> None:
@@ -327,12 +360,35 @@ def test_batch_norm_is_torchs_and_leaves_padding_out() -> None:
     torch.testing.assert_close(ours.norm.state_dict(), torchs.state_dict())
     ours.eval(), torchs.eval()
     torch.testing.assert_close(ours.queries(x), torchs(ours.query(x)).view(50, 2, 8), rtol=1e-4, atol=1e-5)
+    # Whatever stands in padding: what is computed from it may be no number.
+    ours.train()
+    nothing = torch.cat([x, torch.full((30, D), torch.nan)])
+    torch.testing.assert_close(ours.queries(nothing, mask)[:50], wanted, rtol=1e-4, atol=1e-5)
+    torchs.train(), torchs(ours.query(x))
+    torch.testing.assert_close(ours.norm.state_dict(), torchs.state_dict())
+    ours.eval()
     # A lone token has no variance: it goes by the running statistics.
     before = copy.deepcopy(ours.norm.state_dict())
     evaluated = ours.queries(x[:1])
     ours.train()
     torch.testing.assert_close(ours.queries(x[:1]), evaluated)
     assert torch.equal(ours.norm.state_dict()["running_var"], before["running_var"])
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_gradient_is_of_its_own_pass(padded: bool) -> None:
+    """Passes that train, between a pass and its gradient, change the statistics and not the gradient."""
+    layer, x = PEER(D, 30, 2, 4), tokens()
+    mask = torch.ones(2, 15, dtype=torch.bool)
+    mask[1, 9:] = not padded
+    layer(tokens(9, seed=1), None)
+    for training in (False, True):
+        layer.train(training)
+        wanted = torch.autograd.grad(layer(x, mask if padded else None).square().sum(), x)[0]
+        out = layer(x, mask if padded else None)
+        layer.train()
+        layer(3 * tokens(9, seed=2))
+        assert torch.equal(torch.autograd.grad(out.square().sum(), x)[0], wanted)
 
 
 def test_query_norm_makes_use_even() -> None:
@@ -405,6 +461,44 @@ def test_a_pool_larger_than_memory_is_refused_before_it_is_made(layer: type[nn.M
         layer(1024, 10**10)
     with torch.device("meta"):  # nothing is taken there
         assert math.prod(layer(1024, 10**10).keys.keys_a.shape) > 0
+
+
+def test_room_is_counted_to_the_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = 100 * D * 4 * 2
+    for free, fits in ((needed, True), (needed - 1, False)):
+        monkeypatch.setattr(tables, "free_bytes", lambda device, free=free: free)
+        if fits:
+            assert PEER(D, 100).up.shape == (100, D)
+        else:
+            with pytest.raises(MemoryError, match=f"need {needed:,} bytes, and {free:,} are free"):
+                PEER(D, 100)
+
+
+def test_memory_that_a_limit_refuses() -> None:
+    """Free on the machine, and not to be had by this process."""
+    code = """
+import resource
+from pathlib import Path
+from growlm.layers import PEER
+taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (taken + (100 << 20),) * 2)
+try:
+    PEER(256, 512 * 512)
+except MemoryError as error:
+    print(error)
+"""
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    assert "268,435,456 bytes for a table cannot be had; " in printed
+
+
+def test_a_containers_limit_counts(tmp_path: Path) -> None:
+    assert tables._free_of_container(tmp_path) is None
+    (tmp_path / "memory.max").write_text("max\n")
+    assert tables._free_of_container(tmp_path) is None
+    (tmp_path / "memory.max").write_text("5000\n")
+    (tmp_path / "memory.current").write_text("4000\n")
+    (tmp_path / "memory.stat").write_text("anon 2500\ninactive_file 700\n")
+    assert tables._free_of_container(tmp_path) == 1700
 
 
 def test_importing_layers_takes_torch_alone() -> None:

@@ -73,3 +73,15 @@ def test_a_pool_with_few_rows_in_memory_computes_the_same(rows):
     assert cached.cache.capacity == rows
     torch.testing.assert_close(cached(hidden), wanted, rtol=1e-6, atol=1e-7)
     assert not any(p.shape[0] == 64 and p.shape[1] == 12 for p in cached.parameters() if p.ndim == 2)
+
+
+def test_more_rows_at_once_than_fit_are_refused():
+    cache = RowCache(tables(), bytes_of(4), 2)
+    with pytest.raises(ValueError, match="5 different rows at once, in a cache of 4"), cache.reading(torch.arange(5)):
+        pass
+
+
+def test_no_tokens_from_the_disk():
+    pool = PEER(6, N, 2, 4).eval()
+    cached = CachedPool(pool, 1 << 20)
+    assert cached(torch.zeros(2, 0, 6)).shape == (2, 0, 6)

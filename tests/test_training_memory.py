@@ -41,3 +41,11 @@ def test_nested_and_after_an_error():
         except ValueError:
             pass
     assert float(torch.ones(1 << 22).sum()) == 1 << 22
+    if not hasattr(ctypes.CDLL(None), "mallopt"):
+        return
+    usual = faults()
+    with kept_pages():
+        with kept_pages():
+            pass
+        faults()
+        assert faults() < usual / 10

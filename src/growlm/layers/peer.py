@@ -7,7 +7,6 @@ nothing that grows with the pool but the sub-keys' scores: gradients of the tabl
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -15,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from growlm.layers.product_keys import ProductKeys, QueryNorm, Retrieval, note
-from growlm.layers.rows import Choices, new_table, row_products, weighted_rows
+from growlm.layers.rows import Choices, row_products, weighted_rows
+from growlm.layers.tables import new_table, require_room
 
 # n tokens, d hidden size, h heads, k experts of a head, N experts, f neurons of an expert
 
@@ -73,14 +73,14 @@ class PEER(nn.Module):
     ) -> None:
         super().__init__()
         _check(scores, neurons_per_expert, dropout)
+        width = neurons_per_expert * hidden_size
+        widths = (width * 2 if gated else width, width)
+        require_room(num_experts, sum(widths), device, dtype)
         self.keys = _product_keys(
             hidden_size, num_experts, num_heads, top_k, key_size, query_norm, query_dropout, sub_keys, num_open, device
         )
         self.scores, self.activation, self.dropout = scores, activation, dropout
         self.neurons_per_expert, self.gated, self.output_rms = neurons_per_expert, gated, output_rms
-        width = neurons_per_expert * hidden_size
-        widths = (width * 2 if gated else width, width)
-        require_room(num_experts, sum(widths), device, dtype)
         self.up = nn.Parameter(new_table(num_experts, widths[0], device=device, dtype=dtype))
         self.down = nn.Parameter(new_table(num_experts, widths[1], device=device, dtype=dtype))
         self.reset_tables()
@@ -94,7 +94,7 @@ class PEER(nn.Module):
     def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
         """(..., d) -> (..., d). `mask` (...) is true for real tokens; padding counts for nothing in the statistics of
         the queries."""
-        tokens = hidden.flatten(0, -2)
+        tokens = hidden.reshape(-1, hidden.shape[-1])
         retrieval = self.retrieve(tokens, None if mask is None else mask.flatten())
         return self.apply_to(tokens, retrieval).view(hidden.shape).to(hidden.dtype)
 
@@ -151,11 +151,11 @@ class ProductKeyMemory(nn.Module):
     ) -> None:
         super().__init__()
         _check(scores, 1, dropout)
+        require_room(num_experts, hidden_size, device, dtype)
         self.keys = _product_keys(
             hidden_size, num_experts, num_heads, top_k, key_size, query_norm, query_dropout, sub_keys, num_open, device
         )
         self.scores, self.dropout, self.output_rms = scores, dropout, output_rms
-        require_room(num_experts, hidden_size, device, dtype)
         self.values = nn.Parameter(new_table(num_experts, hidden_size, device=device, dtype=dtype))
         self.reset_tables()
 
@@ -164,7 +164,7 @@ class ProductKeyMemory(nn.Module):
 
     def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
         """(..., d) -> (..., d)."""
-        tokens = hidden.flatten(0, -2)
+        tokens = hidden.reshape(-1, hidden.shape[-1])
         found = _retrieve(self.keys, self.scores, tokens, None if mask is None else mask.flatten())
         gates = F.dropout(found.gates, self.dropout, self.training)
         out = weighted_rows(gates.flatten(1)[..., None], self.values, Choices(found.experts.flatten(1)))
@@ -215,30 +215,3 @@ def _check(scores: str, neurons_per_expert: int, dropout: float) -> None:
         raise ValueError(f"neurons_per_expert is {neurons_per_expert}, expected at least 1")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout}, expected 0 to below 1")
-
-
-def require_room(num_rows: int, width: int, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
-    """
-    Raises:
-        MemoryError: so many rows are more than the free memory.
-    """
-    like = torch.empty(0, device=device, dtype=dtype)
-    needed, free = num_rows * width * like.element_size(), _free_bytes(like.device)
-    if free is not None and needed > free:
-        raise MemoryError(
-            f"the rows of {num_rows} experts need {needed:,} bytes, and {free:,} are free on {like.device}; use fewer "
-            "or smaller experts, or dtype=torch.bfloat16"
-        )
-
-
-def _free_bytes(device: torch.device) -> int | None:
-    """Memory that can be had without swapping; None where it is unknown or, as on `meta`, none is taken."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if device.type != "cpu":
-        return None
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return None

@@ -247,28 +247,35 @@ class MaskedBatchNorm(nn.BatchNorm1d):
         assert self.running_var is not None
         assert self.momentum is not None
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        if x.dtype == self.running_mean.dtype and (not self.training or (mask is None and len(x) > 1)):
-            # Keeps nothing but x for the backward pass.
-            if self.training and self.num_batches_tracked is not None:
-                self.num_batches_tracked.add_(1)
-            return F.batch_norm(
-                x, self.running_mean, self.running_var, weight, bias, self.training, self.momentum, self.eps
-            )
+        # Copies: what a later pass changes in the statistics is nothing to the gradient of this one.
+        mean, var = self.running_mean.to(x.dtype, copy=True), self.running_var.to(x.dtype, copy=True)
         if not self.training:
-            mean, var = self.running_mean.to(x.dtype), self.running_var.to(x.dtype)
-            return (x - mean) * (var + self.eps).rsqrt() * weight + bias
-        real = x.new_ones(len(x), 1) if mask is None else mask.to(x.dtype)[:, None]
+            return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
+        if mask is None and len(x) > 1:  # the same as below, with nothing but x kept for the backward pass
+            out = F.batch_norm(x, mean, var, weight, bias, True, self.momentum, self.eps)
+            self._keep(mean, var)
+            return out
+        if mask is None:
+            mask = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        real = mask.bool()[:, None]
+        x = x.masked_fill(~real, 0)
         count = real.sum()
-        mean = (x * real).sum(0) / count.clamp(min=1)
-        var = ((x - mean).square() * real).sum(0) / count.clamp(min=1)
         lone = count < 2  # has no variance
-        mean = torch.where(lone, self.running_mean.to(x.dtype), mean)
-        var = torch.where(lone, self.running_var.to(x.dtype), var)
+        of_batch = x.sum(0) / count.clamp(min=1)
+        deviation = ((x - of_batch).square() * real).sum(0)
         with torch.no_grad():
-            rate = self.momentum * (~lone)
-            unbiased = var * (count / (count - 1).clamp(min=1))
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), rate.to(self.running_mean.dtype))
-            self.running_var.lerp_(unbiased.to(self.running_var.dtype), rate.to(self.running_var.dtype))
-            if self.num_batches_tracked is not None:
-                self.num_batches_tracked.add_(1)
+            rate = self.momentum * (~lone).to(x.dtype)
+            self._keep(mean.lerp(of_batch, rate), var.lerp(deviation / (count - 1).clamp(min=1), rate))
+        mean = torch.where(lone, mean, of_batch)
+        var = torch.where(lone, var, deviation / count.clamp(min=1))
         return (x - mean) * (var + self.eps).rsqrt() * weight + bias
+
+    @torch.no_grad()
+    def _keep(self, mean: Tensor, var: Tensor) -> None:
+        """As the running statistics."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        self.running_mean.copy_(mean)
+        self.running_var.copy_(var)
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)

@@ -44,7 +44,7 @@ class RowCache:
         self._read_at = torch.zeros(self.capacity, dtype=torch.int32)
         self._now = 0
         self._lock = threading.Lock()
-        self.hits, self.reads = 0, 0
+        self.reads = 0  # of rows, from the tables
 
     def num_bytes(self) -> int:
         held = (*self.slabs, self._slot_of, self._row_of, self._read_at)
@@ -55,6 +55,9 @@ class RowCache:
         """Where rows `ids` (any shape) lie in the slabs, as long as the block lasts; at most `capacity` different ones.
 
         One thread at a time.
+
+        Raises:
+            ValueError: there are more.
         """
         with self._lock:
             yield self._slots(ids.cpu()).to(ids.device)
@@ -66,11 +69,13 @@ class RowCache:
         held = slots[found].long()
         self._read_at[held] = self._now
         missing = ids[~found].unique()
-        self.hits, self.reads = self.hits + len(held), self.reads + len(missing)
+        self.reads += len(missing)
         if len(missing):
+            wanted = len(missing) + len(held.unique())
+            if wanted > self.capacity:
+                raise ValueError(f"{wanted} different rows at once, in a cache of {self.capacity}")
             # What was never filled was read at 0, what this call needs was read now.
             free = self._read_at.topk(len(missing), largest=False).indices
-            assert int(self._read_at[free].max()) < self._now, "more different rows than fit"
             before = self._row_of[free]
             self._slot_of[before[before >= 0]] = -1
             for slab, table in zip(self.slabs, self._tables, strict=True):
@@ -123,7 +128,7 @@ class CachedPool(nn.Module):
     @torch.no_grad()
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., d) -> (..., d). Tokens go in parts whose rows fit together."""
-        tokens = hidden.flatten(0, -2)
+        tokens = hidden.reshape(-1, hidden.shape[-1])
         found = self.pool.retrieve(tokens)
         up, down = self.cache.slabs
         size = self.cache.capacity // self._per_token
@@ -132,4 +137,4 @@ class CachedPool(nn.Module):
             part = slice(at, at + max(size, 1))
             with self.cache.reading(found.experts[part]) as slots:
                 parts.append(self.pool.combine(tokens[part], up, down, slots, found.gates[part]))
-        return torch.cat(parts).view(hidden.shape).to(hidden.dtype)
+        return torch.cat([tokens[:0], *parts]).view(hidden.shape).to(hidden.dtype)

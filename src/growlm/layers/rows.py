@@ -6,8 +6,6 @@ gradient of a table holds the rows that were read, no others.
 
 from __future__ import annotations
 
-import mmap
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -16,23 +14,8 @@ from torch.autograd.function import once_differentiable
 
 # n tokens, s choices of a token, m parts of a row, d width of a part, r rows that were read
 
-_HUGE_PAGE = 2 << 20
 # Bytes of rows that stay in the caches of some cores between reading and use; fewer make more waits for each other.
 _CACHED = 1 << 22
-
-
-def new_table(rows: int, width: int, *, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
-    """An uninitialised table, on huge pages where the system has them: rows that are read here and there would else
-    each cost a walk through the page table."""
-    like = torch.empty(0, device=device, dtype=dtype)
-    size = rows * width * like.element_size()
-    traced = type(like) is not Tensor  # without memory of its own
-    if traced or like.device.type != "cpu" or size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return like.new_empty(rows, width)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=like.dtype).view(rows, width)
 
 
 class Choices:

@@ -18,10 +18,11 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from growlm.errors import ConfigError
-from growlm.layers.peer import PEER, require_room
+from growlm.layers.peer import PEER
 from growlm.layers.pools import WithPools
 from growlm.layers.product_keys import sub_key_counts
 from growlm.layers.row_cache import CachedPool, cache_bytes
+from growlm.layers.tables import require_room
 from growlm.modules import KnowledgeModule, ModuleConfig
 from growlm.modules.base import Base, Step, tensor_bytes
 from growlm.modules.vocabulary import VocabularyRows

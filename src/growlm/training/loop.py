@@ -105,9 +105,8 @@ def train(
             loss.backward()
             value = float(loss.detach())
             require_finite(f"the loss at step {step + 1} of {num_steps}", value)
-            if config.clip > 0:
-                norm = clip_gradients(parameters.values(), config.clip)
-                require_finite(f"the gradient's norm at step {step + 1} of {num_steps}", float(norm))
+            norm = clip_gradients(parameters.values(), config.clip or math.inf)
+            require_finite(f"the gradient's norm at step {step + 1} of {num_steps}", float(norm))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             tokens += tokens_of_step(step)
@@ -186,6 +185,8 @@ def _save(
     seconds: float,
 ) -> None:
     tensors: dict[str, Tensor] = {"random": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        tensors["random.cuda"] = torch.cuda.get_rng_state()
     for name, p in parameters.items():
         tensors[f"parameter.{name}"] = p
         for key, value in optimizer.state[p].items():
@@ -213,6 +214,9 @@ def _restore(
     try:
         tensors = read_tensors(path, sha256=pointer.sha256)
         torch.set_rng_state(tensors.pop("random").clone())
+        of_gpu = tensors.pop("random.cuda", None)
+        if of_gpu is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(of_gpu.clone())
         states: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
         for full, tensor in tensors.items():
             key, name = full.split(".", 1)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 _USUAL_TRIM, _USUAL_MMAP, _USUAL_MMAP_MAX = 64 << 20, 32 << 20, 65536
 _NEVER = 2**31 - 1
+_open = 0  # blocks that are running: the last one out sets things back
 
 
 @contextmanager
@@ -26,12 +27,20 @@ def kept_pages() -> Iterator[None]:
     if not hasattr(libc, "mallopt") or not hasattr(libc, "malloc_trim"):
         yield
         return
+    global _open
     libc.mallopt(_MMAP_MAX, 0)
     libc.mallopt(_TRIM_THRESHOLD, _NEVER)
+    _open += 1
     try:
         yield
     finally:
-        libc.mallopt(_MMAP_MAX, _USUAL_MMAP_MAX)
-        libc.mallopt(_MMAP_THRESHOLD, _USUAL_MMAP)
-        libc.mallopt(_TRIM_THRESHOLD, _USUAL_TRIM)
-        libc.malloc_trim(0)
+        _open -= 1
+        if not _open:
+            _set_back(libc)
+
+
+def _set_back(libc: ctypes.CDLL) -> None:
+    libc.mallopt(_MMAP_MAX, _USUAL_MMAP_MAX)
+    libc.mallopt(_MMAP_THRESHOLD, _USUAL_MMAP)
+    libc.mallopt(_TRIM_THRESHOLD, _USUAL_TRIM)
+    libc.malloc_trim(0)

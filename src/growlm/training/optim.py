@@ -6,9 +6,10 @@ the others keep their bits, whatever the weight decay, and cost nothing.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
-import mmap
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, overload
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from growlm.layers.rows import read_rows
+from growlm.layers.tables import untouched_zeros
 
 # r rows with a gradient, w width of a row
 
@@ -54,16 +56,27 @@ def make_optimizer(
 class RowAdamW(torch.optim.AdamW):
     """AdamW, fused for dense parameters, by rows for those with a sparse gradient.
 
+    A drop-in for torch's: closures, hooks, schedulers, `GradScaler`, copies and pickles work. Not for
+    `DistributedDataParallel`, which cannot add up the sparse gradients of tables, nor for
+    `torch.distributed.checkpoint`, which makes their state with a dense step.
+
     A row's step: with its own count of steps t for the bias corrections, `m` in float32, and `v` the mean over the row
     of the squared gradient (`second_moment="row"`) or its square by element. Rows in bfloat16 are rounded
     stochastically, by torch's generator: an update smaller than half a unit in the last place would else be lost.
 
-    State of a table: `row_steps` (N,) int32, `exp_avg` (N, w) float32, `row_exp_avg_sq` (N,) or (N, w) float32. Rows
-    that were never read take no memory in it.
+    Updates are worked out in float32, whatever the dtype of the rows.
+
+    State of a table: `row_steps` (N,) int32, `exp_avg` (N, w) float32, `row_exp_avg_sq` (N,) or (N, w) float32. On a
+    processor, rows that were never read take no memory in it.
 
     Raises:
-        ValueError: `second_moment` is neither; a parameter has a sparse gradient after dense ones or the reverse.
+        ValueError: `second_moment` is neither; an option of AdamW that tables have not; a parameter has a sparse
+            gradient after dense ones or the reverse, or one that is sparse in more than rows.
+        MemoryError: no memory for the state of a table.
     """
+
+    # torch's fused AdamW would have `GradScaler` leave it to the step to undo the scale and to skip it.
+    _step_supports_amp_scaling = False
 
     def __init__(
         self,
@@ -75,10 +88,16 @@ class RowAdamW(torch.optim.AdamW):
         weight_decay: float = 0.0,
         second_moment: SecondMoment = "row",
     ) -> None:
-        if second_moment not in ("row", "element"):
-            raise ValueError(f"second_moment {second_moment!r} is not one of row, element")
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
-        self.second_moment = second_moment
+        self._step_supports_amp_scaling = False
+        self.defaults["second_moment"] = second_moment
+        for group in self.param_groups:
+            _check_group(group, second_moment)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        if "second_moment" in self.defaults:  # not while the first groups are added
+            _check_group(param_group, self.defaults["second_moment"])
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -94,6 +113,9 @@ class RowAdamW(torch.optim.AdamW):
                 loss = closure()
         tables = [(p, g) for g in self.param_groups for p in g["params"] if p.grad is not None and p.grad.is_sparse]
         for p, _ in tables:
+            assert p.grad is not None
+            if p.grad.sparse_dim() != 1 or p.ndim < 2:
+                raise ValueError(f"a parameter {tuple(p.shape)} has a gradient that is sparse in more than rows")
             if "step" in self.state[p]:
                 raise ValueError(f"a parameter {tuple(p.shape)} has a sparse gradient, after dense ones")
         for g in self.param_groups:
@@ -104,7 +126,8 @@ class RowAdamW(torch.optim.AdamW):
         for p, _ in tables:
             p.grad = None
         try:
-            super().step()
+            # Without what torch wraps a step in, as hooks: ours has them.
+            inspect.unwrap(torch.optim.AdamW.step)(self)
         finally:
             for (p, _), grad in zip(tables, gradients, strict=True):
                 p.grad = grad
@@ -121,9 +144,18 @@ class RowAdamW(torch.optim.AdamW):
         if not state:
             state["row_steps"] = untouched_zeros((len(p),), torch.int32, p.device)
             state["exp_avg"] = untouched_zeros(tuple(p.shape), torch.float32, p.device)
-            shape = tuple(p.shape) if self.second_moment == "element" else (len(p),)
+            shape = tuple(p.shape) if group["second_moment"] == "element" else (len(p),)
             state["row_exp_avg_sq"] = untouched_zeros(shape, torch.float32, p.device)
         _update(p, rows, gradient, state, group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # torch looks for its own kind of state in all of it.
+        tables = {p: s for p, s in state["state"].items() if "row_steps" in s}
+        others = defaultdict(dict, {p: s for p, s in state["state"].items() if "row_steps" not in s})
+        super().__setstate__({**state, "state": others})
+        self.state.update(tables)
+        for group in self.param_groups:
+            group.setdefault("second_moment", "row")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # torch would cast the state of tables to the dtype of their rows.
@@ -157,6 +189,16 @@ class RowAdamW(torch.optim.AdamW):
                     state[key][part.to(p.device)] = tensor[part].to(p.device)
 
 
+def _check_group(group: dict[str, Any], second_moment: str) -> None:
+    """Settles a group's options."""
+    kind = group.setdefault("second_moment", second_moment)
+    if kind not in ("row", "element"):
+        raise ValueError(f"second_moment {kind!r} is not one of row, element")
+    for option in ("maximize", "amsgrad", "capturable", "differentiable"):
+        if group.get(option):
+            raise ValueError(f"{option} is not offered: tables have no such update")
+
+
 def _update(p: Tensor, rows: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
     """One AdamW step of rows (r,) with gradient (r, ...)."""
     lr, (beta1, beta2), eps = float(group["lr"]), group["betas"], group["eps"]
@@ -174,7 +216,7 @@ def _update(p: Tensor, rows: Tensor, gradient: Tensor, state: dict[str, Tensor],
         second.index_copy_(0, rows, v)
         size = size / (v.sqrt_()[:, None] / corrected).add_(eps)
     count = _rows_at_a_time(p)
-    rounding = _Rounding(count * p.shape[1]) if p.dtype == torch.bfloat16 else None
+    rounding = _Rounding(min(count, len(rows)) * p.shape[1]) if p.dtype == torch.bfloat16 else None
     singles = torch.arange(count, device=rows.device)
     for at in range(0, len(rows), count):
         part = slice(at, at + count)
@@ -251,7 +293,9 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
         if values is not p.grad._values():
             p.grad = torch.sparse_coo_tensor(rows[None], values, p.shape, is_coalesced=True, check_invariants=False)
     gradients = [p.grad._values() if p.grad.is_sparse else p.grad for p in parameters if p.grad is not None]
-    wide = [_row_norms(g.flatten(1) if g.ndim > 1 else g[None]).norm() for g in gradients if g.numel()]
+    wide = [_row_norms(g.flatten(1) if g.ndim > 1 else g.reshape(1, -1)).norm() for g in gradients if g.numel()]
+    if not wide:
+        return torch.zeros(())
     norm = torch.linalg.vector_norm(torch.stack([w.to(wide[0].device) for w in wide]))
     share = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     if share.device.type == "cpu" and share == 1:  # nothing to do, for gradients of a hundred megabytes
@@ -259,12 +303,3 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     for g in gradients:
         g.mul_(share.to(g.device, g.dtype))
     return norm
-
-
-def untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros that take memory where they are written to only; torch.zeros writes all of them."""
-    size = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or not size or not hasattr(mmap, "MAP_PRIVATE"):
-        return torch.zeros(shape, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
