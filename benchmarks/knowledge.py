@@ -27,7 +27,7 @@ from growlm.training.config import LearnConfig, TrainConfig
 from growlm.units import parse_count
 
 LENGTH = 256
-RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 # Settings of `learn`, or how many times the parameters of a way a LoRA has.
 MODULES: dict[str, dict[str, Any]] = {
     "4 blocks at the top": {"num_layers": 4},

@@ -437,6 +437,21 @@ def interrupted(*arguments, **options):
             "growlm.training.finetune.finetune",
             "growlm: interrupted; what was saved is kept: run the same command again to go on",
         ),
+        (
+            ("grow", "store", "digits", "--experts", "+100"),
+            "growlm.training.grow.grow",
+            "growlm: interrupted; growlm status tells whether the module has its next version already",
+        ),
+        (
+            ("grow", "store", "digits", "--undo"),
+            "growlm.training.grow.take_back",
+            "growlm: interrupted; growlm status tells whether the module has its next version already",
+        ),
+        (
+            ("grow", "store", "digits", "--experts", "+100", "--data=other.jsonl"),
+            "growlm.training.grow.grow",
+            "growlm: interrupted; what was saved is kept: run the same command again to go on",
+        ),
     ],
     ids=lambda x: x[0] if isinstance(x, tuple) else "",
 )
@@ -739,6 +754,9 @@ def test_bad_router_options_are_one_line(home, run):
         (["--kind", "oracle"], "router 'oracle' is not one of gaussian, product-key, transformer"),
         (["--remove-version", "7"], "no trained router of version 7; versions are: none"),
         (["--kind", "transformer", "--router-layers", "0"], "router_layers is 0; it must be at least 1"),
+        (["--kind", "product-key", "--epochs", "3"], "--kind product-key trains nothing, so that --epochs is of no"),
+        (["--router-layers", "3"], "this command without --kind transformer trains nothing, so that --router-layers"),
+        (["--kind", "gaussian", "--restart"], "--kind gaussian trains nothing, so that --restart is of no effect"),
     ):
         code, out, err = run("router", "store", *options)
         assert (code, out, err.count("\n")) == (1, "", 1)

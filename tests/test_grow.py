@@ -525,7 +525,9 @@ def refused(store: Store, error: type[Exception], words: str, action: Any) -> No
         ("1.5", r"experts is '1\.5'; give how many"),
         ("", "experts is ''; give how many"),
         (10**13, r"bytes, and .* are free"),
-        ("9" * 40, "experts is|bytes, and .* are free"),
+        ("9" * 15, "use .* or|bytes, and .* are free"),
+        ("9" * 5000, r"experts is '9{40}\.\.\.'; give how many"),
+        ("１０", "experts is '１０'; give how many"),
     ],
 )
 def test_numbers_by_which_it_cannot_grow_are_refused(store: Store, experts: int | str, words: str) -> None:

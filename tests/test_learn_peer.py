@@ -10,6 +10,7 @@ import torch
 
 from growlm.engine import Engine
 from growlm.errors import BudgetError, ConfigError, IntegrityError, Interrupted
+from growlm.layers.cross_entropy import linear_cross_entropy
 from growlm.layers.pools import imitation
 from growlm.layers.product_keys import retrievals
 from growlm.modules import ModuleSet, kind_of
@@ -102,6 +103,29 @@ def test_in_place_of_a_feed_forward_it_first_learns_what_that_computes() -> None
     assert errors[0].item() < 0.7 * first.item()
 
 
+def test_learning_in_place_begins_by_imitating(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a quarter of the steps; beside a feed-forward there is nothing to imitate."""
+    steps: list[str] = []
+
+    def imitating() -> Any:
+        steps.append("imitation")
+        return imitation()
+
+    def of_language(*arguments: Any, **options: Any) -> torch.Tensor:
+        steps.append("language")
+        return linear_cross_entropy(*arguments, **options)
+
+    monkeypatch.setattr("growlm.training.module_training.imitation", imitating)
+    monkeypatch.setattr("growlm.training.module_training.linear_cross_entropy", of_language)
+    run(store, replace_feed_forward=True, epochs=2)
+    first = round(len(steps) / 4)
+    assert first > 1
+    assert steps == ["imitation"] * first + ["language"] * (len(steps) - first)
+    steps.clear()
+    run(store, "drugs", epochs=1)
+    assert set(steps) == {"language"}
+
+
 def test_the_engine_runs_it_and_removal_restores_the_rest(store: Store) -> None:
     run(store, epochs=2)
     with Engine(store) as engine:
@@ -137,6 +161,11 @@ def test_every_token_reads_as_many_experts_whatever_their_number() -> None:
         ({"top_k": 101}, "top_k is 101"),
         ({"key_size": 5}, "key_size is 5, expected an even number"),
         ({"num_experts": 10**12}, "bytes, and .* are free"),
+        ({"num_experts": 10**15 + 37}, "num_experts is 1000000000000037, expected 1 to"),
+        ({"num_experts": 10**25}, "num_experts is 1"),
+        ({"num_heads": 10**9}, "the queries of 1000000000 heads need .* bytes, and .* are free"),
+        ({"num_heads": 10**19}, "the queries of 1"),
+        ({"key_size": 10**10}, "the queries of 2 heads need .* bytes, and .* are free"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused_and_leave_nothing(store: Store, settings: dict, message: str) -> None:
@@ -210,6 +239,14 @@ def test_other_kinds_are_read_whole_where_tables_stay_on_the_disk(store: Store) 
         answers = [e.generate("Drug", module="drugs", max_new_tokens=6).text for e in (one, other)]
         assert answers[0] == answers[1]
         assert one.resident_bytes == other.resident_bytes
+
+
+def test_a_module_in_use_on_the_disk_is_not_saved_by_halves(store: Store) -> None:
+    run(store, epochs=1)
+    module = store.load("law", store.load_base(), row_cache=100_000)
+    with pytest.raises(ConfigError, match=r"tables are on the disk, .* load it without row_cache"):
+        store.commit("copy", module, {})
+    assert list(store.modules) == ["law"]
 
 
 def test_a_damaged_table_is_named_before_it_is_used(store: Store) -> None:

@@ -375,6 +375,19 @@ def test_batch_norm_is_torchs_and_leaves_padding_out() -> None:
     assert torch.equal(ours.norm.state_dict()["running_var"], before["running_var"])
 
 
+def test_the_gradient_leaves_padding_out_too() -> None:
+    torch.manual_seed(0)
+    norm, x = ProductKeys(D, 30, 2, 4, key_size=8).norm, torch.randn(9, 16, dtype=torch.float64)
+    assert norm is not None
+    norm = norm.double()
+    mask, weigh = torch.arange(9) < 6, torch.randn(9, 16, dtype=torch.float64)
+    found, wanted = (x.clone().requires_grad_(True) for _ in range(2))
+    (norm(found, mask) * weigh)[:6].sum().backward()
+    (norm(wanted[:6]) * weigh[:6]).sum().backward()
+    assert found.grad is not None
+    torch.testing.assert_close(found.grad, wanted.grad)
+
+
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_gradient_is_of_its_own_pass(padded: bool) -> None:
     """Passes that train, between a pass and its gradient, change the statistics and not the gradient."""

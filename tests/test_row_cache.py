@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from growlm.layers import PEER
+from growlm.layers import PEER, row_cache
 from growlm.layers.row_cache import CachedPool, RowCache, cache_bytes
 
 N = 40
@@ -18,7 +20,7 @@ def tables() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def bytes_of(rows: int) -> int:
-    return 4 * N + rows * (6 * 4 + 4 * 2 + 12)
+    return 4 * N + rows * (6 * 4 + 4 * 2 + 16)
 
 
 @settings(max_examples=60, deadline=None)
@@ -69,7 +71,7 @@ def test_a_pool_with_few_rows_in_memory_computes_the_same(rows):
     hidden = torch.randn(3, 11, 12)
     with torch.no_grad():
         wanted = pool(hidden)
-    cached = CachedPool(pool, 4 * 64 + rows * (2 * 12 * 4 + 12))
+    cached = CachedPool(pool, 4 * 64 + rows * (2 * 12 * 4 + 16))
     assert cached.cache.capacity == rows
     torch.testing.assert_close(cached(hidden), wanted, rtol=1e-6, atol=1e-7)
     assert not any(p.shape[0] == 64 and p.shape[1] == 12 for p in cached.parameters() if p.ndim == 2)
@@ -79,6 +81,61 @@ def test_more_rows_at_once_than_fit_are_refused():
     cache = RowCache(tables(), bytes_of(4), 2)
     with pytest.raises(ValueError, match="5 different rows at once, in a cache of 4"), cache.reading(torch.arange(5)):
         pass
+
+
+def test_rows_are_read_in_parts(monkeypatch):
+    monkeypatch.setattr(row_cache, "_AT_ONCE", 60)
+    whole = tables()
+    cache = RowCache(whole, bytes_of(30), 8)
+    for first in (0, 20):
+        ids = torch.arange(first, first + 20)
+        with cache.reading(ids) as slots:
+            assert all(torch.equal(slab[slots], table[ids]) for slab, table in zip(cache.slabs, whole, strict=True))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    stops=st.lists(st.integers(0, 3), min_size=1, max_size=4),
+    calls=st.lists(st.lists(st.integers(0, 11), min_size=1, max_size=4), min_size=2, max_size=8),
+)
+def test_after_an_interrupt_every_row_is_the_right_one(stops, calls):
+    """Wherever it comes while rows are read in."""
+    whole = tables()
+    cache = RowCache(whole, bytes_of(4), 4)
+    parts = ["_row_of", "_read_at", "_slot_of"]
+    for n, call in enumerate(calls):
+        stop = stops[n % len(stops)]
+        if stop < len(parts):
+            held = getattr(cache, parts[stop])
+            setattr(cache, parts[stop], held.as_subclass(Interrupting))
+            with suppress(KeyboardInterrupt), cache.reading(torch.tensor(call)):
+                pass
+            setattr(cache, parts[stop], held)
+        ids = torch.tensor(call)
+        with cache.reading(ids) as slots:
+            assert all(torch.equal(slab[slots], table[ids]) for slab, table in zip(cache.slabs, whole, strict=True))
+
+
+class Interrupting(torch.Tensor):
+    def __setitem__(self, index, value):
+        raise KeyboardInterrupt
+
+
+def test_it_counts_for_years():
+    cache = RowCache(tables(), bytes_of(4), 2)
+    cache._now = 2**31 - 2
+    for ids in ([0, 1], [2, 3], [1, 4], [0, 5]):
+        with cache.reading(torch.tensor(ids)) as slots:
+            assert torch.equal(cache.slabs[0][slots], cache._tables[0][ids])
+
+
+def test_a_pool_that_fits_goes_in_one_part():
+    cached = CachedPool(PEER(6, 7, 2, 4).eval(), 1 << 20)  # a token may choose 8, of 7
+    calls = []
+    reading = cached.cache.reading
+    cached.cache.reading = lambda ids: calls.append(ids) or reading(ids)
+    cached(torch.randn(5, 6))
+    assert len(calls) == 1
 
 
 def test_no_tokens_from_the_disk():

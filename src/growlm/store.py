@@ -258,11 +258,13 @@ class Store:
             made_from: the version that it was made from, which must still be the current one.
 
         Raises:
+            ConfigError: a part of the module is on the disk.
             StoreError: the disk is full, or `made_from` is not the current version any more; nothing was changed.
         """
         import torch
 
         check_name(name)
+        module.require_whole()
         dtype = getattr(torch, self.manifest.dtype)
         weights = {k: v.to(dtype) if v.is_floating_point() else v for k, v in module.state_dict().items()}
         clear_scratch(self.scratch)

@@ -19,7 +19,8 @@ from growlm.errors import GrowlmError
 ClickError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
-_RESUMED = ("pretrain", "learn", "finetune", "grow", "router", "demo")  # commands that save as they go
+# Commands that save as they go.
+_RESUMED = ("pretrain", "learn", "finetune", "grow", "router", "demo")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -41,8 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             note(f"{command}: {' '.join(error.format_message().split()).rstrip('.')}; see {command} --help")
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
-        saved = given and given[0] in _RESUMED
-        note(f"growlm: interrupted{'; what was saved is kept: run the same command again to go on' if saved else ''}")
+        note(f"growlm: interrupted{_after_interrupt(given)}")
         sys.exit(1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -56,3 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             where = where.parent
         note(f"growlm: {where}: {error.strerror or error}; nothing was written there, choose another place or free it")
         sys.exit(1)
+
+
+def _after_interrupt(given: Sequence[str]) -> str:
+    """What to tell about what was saved."""
+    if not given or given[0] not in _RESUMED:
+        return ""
+    if given[0] == "grow" and not any(option.startswith("--data") for option in given):
+        # It is there wholly or not at all, and once more would be another step.
+        return "; growlm status tells whether the module has its next version already"
+    return "; what was saved is kept: run the same command again to go on"

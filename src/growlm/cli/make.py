@@ -154,7 +154,7 @@ def grow(
     config: Any,
     experts: Annotated[
         str | None,
-        typer.Option("--experts", metavar="+N", help="Append so many to every pool, e.g. +4k.", show_default=False),
+        typer.Option("--experts", metavar="+N", help="Append so many to every pool, e.g. +4096.", show_default=False),
     ] = None,
     data: SomeDataPaths = None,
     undo: Annotated[bool, typer.Option("--undo", help="Take the last step of growth back.")] = False,
@@ -246,11 +246,16 @@ def router(
     from growlm.store import ROUTER_INDEX, Store
     from growlm.training.router import describe_router, last_config, train_router
 
+    given = _given(context, config)
+    if kind != "transformer":
+        what = f"--kind {kind}" if kind else "this command without --kind transformer"
+        trains = [f"--{field.replace('_', '-')}" for field, value in given.items() if value is not None]
+        _refuse_beside(what, *trains, *(["--restart"] if restart else []))
     opened = Store.open(store)
     if remove_version is not None:
         opened.remove_router_version(remove_version)
     if kind == "transformer":
-        settings = replace(last_config(opened), **_given(context, config))
+        settings = replace(last_config(opened), **given)
         train_router(opened, settings, restart=restart)
     if kind is not None:
         opened.set_router(kind)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from growlm.layers.product_keys import ProductKeys, QueryNorm, Retrieval, note
 from growlm.layers.rows import Choices, row_products, weighted_rows
-from growlm.layers.tables import new_table, require_room
+from growlm.layers.tables import new_table, require_room_for_rows
 
 # n tokens, d hidden size, h heads, k experts of a head, N experts, f neurons of an expert
 
@@ -75,7 +75,7 @@ class PEER(nn.Module):
         _check(scores, neurons_per_expert, dropout)
         width = neurons_per_expert * hidden_size
         widths = (width * 2 if gated else width, width)
-        require_room(num_experts, sum(widths), device, dtype)
+        require_room_for_rows(num_experts, sum(widths), device, dtype)
         self.keys = _product_keys(
             hidden_size, num_experts, num_heads, top_k, key_size, query_norm, query_dropout, sub_keys, num_open, device
         )
@@ -151,7 +151,7 @@ class ProductKeyMemory(nn.Module):
     ) -> None:
         super().__init__()
         _check(scores, 1, dropout)
-        require_room(num_experts, hidden_size, device, dtype)
+        require_room_for_rows(num_experts, hidden_size, device, dtype)
         self.keys = _product_keys(
             hidden_size, num_experts, num_heads, top_k, key_size, query_norm, query_dropout, sub_keys, num_open, device
         )

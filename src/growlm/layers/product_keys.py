@@ -19,11 +19,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from growlm.layers.rows import Choices, table_gradient, weighted_sum
+from growlm.layers.tables import require_room
 
 # n tokens, d hidden size, h heads, k retrieved by a head, z key width, a and b sub-keys of the two sides
 
 QueryNorm = Literal["batch", "layer", "none"]
 _LOPSIDED = 8  # times 2 sqrt(N) sub-keys are refused: searching would no longer be cheap
+_MOST = 1 << 40  # experts of a pool: factors of larger numbers would take long to find
 _HELD = 1 << 20  # scores held at a time: they stay in the cache until the best have been taken
 
 
@@ -64,8 +66,8 @@ def sub_key_counts(num_experts: int) -> tuple[int, int]:
     Raises:
         ValueError: they are far apart, as those of a prime are; says which numbers nearby will do.
     """
-    if num_experts < 1:
-        raise ValueError(f"num_experts is {num_experts}, expected at least 1")
+    if not 1 <= num_experts <= _MOST:
+        raise ValueError(f"num_experts is {num_experts}, expected 1 to {_MOST}")
     a = _smaller_factor(num_experts)
     if not _usable(num_experts):
         below = next(n for n in range(num_experts - 1, 0, -1) if _usable(n))
@@ -106,6 +108,7 @@ class ProductKeys(nn.Module):
 
     Raises:
         ValueError: sizes that cannot be; says what was given and what is possible.
+        MemoryError: the queries do not fit into free memory; nothing was allocated.
     """
 
     def __init__(
@@ -142,6 +145,8 @@ class ProductKeys(nn.Module):
             raise ValueError(f"top_k is {top_k}, expected 1 to the experts that can be found, {self.num_open * b}")
         self.hidden_size, self.num_experts, self.num_heads, self.top_k = hidden_size, num_experts, num_heads, top_k
         self.key_size, self.dropout = key_size, dropout
+        cure = "use fewer heads or a smaller key_size"
+        require_room(f"the queries of {num_heads} heads", hidden_size * num_heads * key_size, cure, device, None)
         self.query = nn.Linear(hidden_size, num_heads * key_size, bias=False, device=device)
         self.norm: nn.Module | None = None
         if query_norm == "batch":

@@ -17,7 +17,8 @@ from growlm.layers.peer import PEER
 # N rows of a table, c rows in memory, n tokens, s rows that a token reads, w width of a row
 
 _INDEX = 4  # bytes a row of the tables, for where it is
-_SLOT = 12  # bytes a row in memory, for which it is and when it was read
+_SLOT = 16  # bytes a row in memory, for which it is and when it was read
+_AT_ONCE = 4 << 20  # bytes of rows on their way from a table to the cache
 
 
 class RowCache:
@@ -37,11 +38,11 @@ class RowCache:
     ) -> None:
         self._tables = tuple(tables)
         self.capacity = rows_within(tables, num_bytes, at_once)
-        n = len(tables[0])
+        self.num_rows = n = len(tables[0])
         self.slabs = tuple(torch.empty(self.capacity, t.shape[1], dtype=t.dtype, device=device) for t in tables)
         self._slot_of = torch.full((n,), -1, dtype=torch.int32)
         self._row_of = torch.full((self.capacity,), -1, dtype=torch.int64)
-        self._read_at = torch.zeros(self.capacity, dtype=torch.int32)
+        self._read_at = torch.zeros(self.capacity, dtype=torch.int64)
         self._now = 0
         self._lock = threading.Lock()
         self.reads = 0  # of rows, from the tables
@@ -78,9 +79,14 @@ class RowCache:
             free = self._read_at.topk(len(missing), largest=False).indices
             before = self._row_of[free]
             self._slot_of[before[before >= 0]] = -1
+            # Whatever stops this in between: a row is found only once it is there.
+            self._row_of[free] = missing
             for slab, table in zip(self.slabs, self._tables, strict=True):
-                slab.index_copy_(0, free.to(slab.device), table.index_select(0, missing).to(slab.device))
-            self._slot_of[missing], self._row_of[free], self._read_at[free] = free.int(), missing, self._now
+                count = max(_AT_ONCE // (table.shape[1] * table.element_size()), 1)
+                for to, rows in zip(free.split(count), missing.split(count), strict=True):
+                    slab.index_copy_(0, to.to(slab.device), table.index_select(0, rows).to(slab.device))
+            self._read_at[free] = self._now
+            self._slot_of[missing] = free.int()
             slots = self._slot_of[ids]
         return slots.long()
 
@@ -131,10 +137,11 @@ class CachedPool(nn.Module):
         tokens = hidden.reshape(-1, hidden.shape[-1])
         found = self.pool.retrieve(tokens)
         up, down = self.cache.slabs
-        size = self.cache.capacity // self._per_token
+        all_fit = self.cache.capacity == self.cache.num_rows
+        size = max(len(tokens) if all_fit else self.cache.capacity // self._per_token, 1)
         parts = []
-        for at in range(0, len(tokens), max(size, 1)):
-            part = slice(at, at + max(size, 1))
+        for at in range(0, len(tokens), size):
+            part = slice(at, at + size)
             with self.cache.reading(found.experts[part]) as slots:
                 parts.append(self.pool.combine(tokens[part], up, down, slots, found.gates[part]))
         return torch.cat([tokens[:0], *parts]).view(hidden.shape).to(hidden.dtype)

@@ -17,18 +17,25 @@ _LINUX = platform.system() == "Linux" and platform.machine() in ("x86_64", "aarc
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if _LINUX else 0)
 
 
-def require_room(num_rows: int, width: int, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+def require_room(
+    what: str, numbers: int, cure: str, device: torch.device | str | None, dtype: torch.dtype | None
+) -> None:
     """
     Raises:
-        MemoryError: so many rows are more than the free memory.
+        MemoryError: so many numbers are more than the free memory.
     """
     like = torch.empty(0, device=device, dtype=dtype)
-    needed, free = num_rows * width * like.element_size(), free_bytes(like.device)
+    needed, free = numbers * like.element_size(), free_bytes(like.device)
     if free is not None and needed > free:
-        raise MemoryError(
-            f"the rows of {num_rows} experts need {needed:,} bytes, and {free:,} are free on {like.device}; use fewer "
-            "or smaller experts, or dtype=torch.bfloat16"
-        )
+        raise MemoryError(f"{what} need {needed:,} bytes, and {free:,} are free on {like.device}; {cure}")
+
+
+def require_room_for_rows(
+    num_rows: int, width: int, device: torch.device | str | None, dtype: torch.dtype | None
+) -> None:
+    """As `require_room`, for the tables of a pool."""
+    cure = "use fewer or smaller experts, or dtype=torch.bfloat16"
+    require_room(f"the rows of {num_rows} experts", num_rows * width, cure, device, dtype)
 
 
 def free_bytes(device: torch.device) -> int | None:

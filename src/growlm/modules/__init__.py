@@ -109,6 +109,12 @@ class KnowledgeModule(nn.Module, ABC):
     def begin_training(self) -> None:
         """Called after `open` where training begins: batch statistics and dropout of its own are on from now on."""
 
+    def require_whole(self) -> None:
+        """
+        Raises:
+            ConfigError: not all of it is in memory.
+        """
+
     @classmethod
     def is_table(cls, name: str) -> bool:
         """Whether a tensor of its state is a table: large, and read and trained by a few rows at a time."""

@@ -22,7 +22,7 @@ from growlm.layers.peer import PEER
 from growlm.layers.pools import WithPools
 from growlm.layers.product_keys import sub_key_counts
 from growlm.layers.row_cache import CachedPool, cache_bytes
-from growlm.layers.tables import require_room
+from growlm.layers.tables import require_room_for_rows
 from growlm.modules import KnowledgeModule, ModuleConfig
 from growlm.modules.base import Base, Step, tensor_bytes
 from growlm.modules.vocabulary import VocabularyRows
@@ -190,11 +190,13 @@ class Peer(KnowledgeModule):
             ConfigError: no whole number of sub-keys, more than memory has room for, or tables on the disk.
         """
         config = self.config.grown(num_experts)
-        self._require_tables()
+        self.require_whole()
         rows, tensors = config.steps[-1] - self.config.steps[-1], dict(self.state_dict())
         try:
             width = sum(t.shape[1] for name, t in tensors.items() if self.is_table(name))
-            require_room(config.steps[-1] * config.sub_keys[1], width, self.device, tensors["pools.0.up"].dtype)
+            require_room_for_rows(
+                config.steps[-1] * config.sub_keys[1], width, self.device, tensors["pools.0.up"].dtype
+            )
         except MemoryError as error:
             raise ConfigError(str(error)) from None
         # Steps of one seed must differ: two equal sub-keys would always be found together.
@@ -237,7 +239,7 @@ class Peer(KnowledgeModule):
         Raises:
             ConfigError: its tables are on the disk.
         """
-        self._require_tables()
+        self.require_whole()
         b, tensors = config.sub_keys[1], dict(self.state_dict())
         for i, kept in enumerate(rows):
             kept = kept.to(self.device)
@@ -260,7 +262,7 @@ class Peer(KnowledgeModule):
                 p.requires_grad_(True)
                 p.register_post_accumulate_grad_hook(_from_row(first))
 
-    def _require_tables(self) -> None:
+    def require_whole(self) -> None:
         if not all(isinstance(pool, PEER) for pool in self.pools):
             raise ConfigError(
                 "its tables are on the disk, where they are in use and cannot change their size; load it without "

@@ -260,12 +260,13 @@ def _result(stored: StoredModule, before: PeerConfig, step: dict[str, Any] | Non
 def _number(experts: int | str) -> int:
     text = str(experts).strip()
     number = None
-    if re.fullmatch(r"[+-]?\d+", text):
+    if re.fullmatch(r"[+-]?[0-9]{1,15}", text):
         number = int(text)
-    elif re.fullmatch(r"\+?\d+(\.\d+)?[kKmM]", text):
+    elif re.fullmatch(r"\+?[0-9]{1,9}(\.[0-9]{1,9})?[kKmM]", text):
         number = parse_count(text.removeprefix("+"))
     if number is None or number < 1:
-        raise ConfigError(f"experts is {text!r}; give how many to append, e.g. +4096 or +4k")
+        told = text if len(text) <= 40 else f"{text[:40]}..."
+        raise ConfigError(f"experts is {told!r}; give how many to append, e.g. +4096")
     return number
 
 

@@ -75,9 +75,6 @@ class RowAdamW(torch.optim.AdamW):
         MemoryError: no memory for the state of a table.
     """
 
-    # torch's fused AdamW would have `GradScaler` leave it to the step to undo the scale and to skip it.
-    _step_supports_amp_scaling = False
-
     def __init__(
         self,
         params: Iterable[Any],
@@ -89,6 +86,7 @@ class RowAdamW(torch.optim.AdamW):
         second_moment: SecondMoment = "row",
     ) -> None:
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+        # torch's fused AdamW has `GradScaler` leave it to the step to undo the scale, or to do nothing.
         self._step_supports_amp_scaling = False
         self.defaults["second_moment"] = second_moment
         for group in self.param_groups:
