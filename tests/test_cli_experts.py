@@ -126,6 +126,16 @@ def test_a_model_is_pruned(home, answer, run):
     assert "of 4 experts" in out
 
 
+def test_text_under_another_key_is_counted_and_pruned_on(home, answer):
+    lines = Path("text.txt").read_text().split("\n")
+    Path("body.jsonl").write_text("".join(json.dumps({"body": line}) + "\n" for line in lines if line.strip()))
+    key = ("--text-key", "body")
+    found = answer("usage", "base", "--data", "text=body.jsonl", *key)
+    parts = answer("usage", "base", "--data", "text=text.txt", "--separator", "\n")
+    assert found["tokens"] == parts["tokens"]
+    assert answer("prune", "base", "small", "--data", "body.jsonl", "--keep", "0.9", *key)["kept"] <= 0.9
+
+
 @pytest.mark.parametrize(("order", "kept"), [("top", [0, 1]), ("uniform", [0, 3])])
 def test_layers_are_dropped(home, answer, run, order, kept):
     found = answer("prune", "base", "shallow", "--drop-layers", order, "--keep", "0.5")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, JetMoeConfig, JetMoeForCausalLM
 
 from growlm.errors import BaseModelError, ConfigError, StoreError
-from growlm.model import GrowlmConfig, convert
+from growlm.model import GrowlmConfig, GrowlmForCausalLM, convert
 from growlm.surgery.conversion import convert_checkpoint
 
 GOLDEN = Path(__file__).with_name("golden")
@@ -170,6 +170,11 @@ def test_what_the_molm_layout_cannot_hold_is_refused(copy: Path, tmp_path: Path)
     (ours / "config.json").write_text(json.dumps(settings | {"attention": "softmax"}))
     with pytest.raises(ConfigError, match="attention is 'softmax'; the MoLM layout holds 'stickbreaking' only"):
         convert_checkpoint(ours, tmp_path / "out")
+    GrowlmForCausalLM(
+        GrowlmConfig(hidden_size=16, num_attention_heads=2, feed_forward="peer", peer_num_experts=36)
+    ).save_pretrained(tmp_path / "peer")
+    with pytest.raises(ConfigError, match="feed_forward is 'peer'; the MoLM layout holds 'experts' only"):
+        convert_checkpoint(tmp_path / "peer", tmp_path / "out")
 
 
 def test_an_existing_folder_is_left_alone(copy: Path) -> None:

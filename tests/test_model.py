@@ -527,6 +527,10 @@ def test_auto_classes_find_it_after_import(program: str) -> None:
         ({"feed_forward": "peer", "peer_scores": "relu"}, "peer_scores 'relu' is not one of"),
         ({"feed_forward": "peer", "peer_neurons_per_expert": 0}, "peer_neurons_per_expert is 0"),
         ({"feed_forward": "peer", "peer_query_dropout": 1.0}, "peer_query_dropout is 1.0"),
+        ({"feed_forward": "peer", "peer_gated": "no"}, "peer_gated is 'no', expected true or false"),
+        ({"feed_forward": "memory", "peer_gated": True}, "are for layers with peer, and there is none"),
+        ({"feed_forward": "memory", "peer_neurons_per_expert": 3}, "are for layers with peer, and there is none"),
+        ({"gated": 1}, "gated is 1, expected true or false"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes: dict, word: str) -> None:

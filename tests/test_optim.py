@@ -316,6 +316,11 @@ def test_what_tables_have_not_is_refused() -> None:
         optimizer.step()
 
 
+def test_parameters_without_names_are_told_what_to_give() -> None:
+    with pytest.raises(TypeError, match="give the model itself, or its named_parameters"):
+        make_optimizer(model().parameters(), lr=0.1)  # type: ignore[arg-type]
+
+
 def test_state_is_copied_when_loaded() -> None:
     net = model()
     optimizer = make_optimizer(net, lr=0.02)

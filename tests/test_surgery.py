@@ -196,8 +196,10 @@ def test_keeping_everything_changes_nothing(folder: Path, text: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(("order", "chosen"), [("top", [0, 1]), ("uniform", [0, 2])])
-def test_layers_are_dropped(order: str, chosen: list[int]) -> None:
-    model = make(num_attention_experts=[4, 0, 3])
+@pytest.mark.parametrize("pools", [False, True])
+def test_layers_are_dropped(order: str, chosen: list[int], pools: bool) -> None:
+    changes = {"feed_forward": ["dense", "peer", "memory"], "peer_num_experts": [0, 36, 30], "peer_top_k": 2}
+    model = make(num_attention_experts=[4, 0, 3], **(changes if pools else {}))
     smaller = drop_layers(model, 0.67, order)
     assert smaller.config.num_hidden_layers == 2
     for new, old in zip(smaller.model.layers, (model.model.layers[i] for i in chosen), strict=True):
@@ -270,6 +272,12 @@ def test_other_errors(folder: Path, text: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("a")
     with pytest.raises(DataError, match="shorter than two tokens"):
         prune(folder, tmp_path / "out", [tmp_path / "short.txt"], keep=0.5)
+    make(feed_forward="peer", num_attention_experts=0, peer_num_experts=36, peer_top_k=2).save_pretrained(
+        tmp_path / "p"
+    )
+    make_tokenizer().save_pretrained(tmp_path / "p")
+    with pytest.raises(ConfigError, match="found by product keys; pools can be pruned in a store's module"):
+        prune(tmp_path / "p", tmp_path / "out", [text], keep=0.5)
     with pytest.raises(ConfigError, match="leaves none"):
         drop_layers(make(), 0.1, "top")
     with pytest.raises(ConfigError, match="order 'bottom'"):

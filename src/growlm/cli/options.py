@@ -67,6 +67,16 @@ NamedData = Annotated[
     typer.Option("--data", metavar="NAME=PATH...", help="Text by name; a name can be repeated.", show_default=False),
 ]
 
+TextKey = Annotated[str, typer.Option("--text-key", help="Key of the text in JSONL, column in Parquet.")]
+Separator = Annotated[
+    str | None,
+    typer.Option(
+        "--separator",
+        help="Cuts text files into documents, e.g. a blank line; by default a file is one document.",
+        show_default=False,
+    ),
+]
+
 
 def named_paths(data: Sequence[str]) -> dict[str, list[str]]:
     """Paths by name.

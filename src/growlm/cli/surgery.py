@@ -8,7 +8,18 @@ from typing import Annotated, Any
 import typer
 
 from growlm.cli.app import app
-from growlm.cli.options import DataPaths, Json, NamedData, OutPath, Restart, SomeDataPaths, from_config, named_paths
+from growlm.cli.options import (
+    DataPaths,
+    Json,
+    NamedData,
+    OutPath,
+    Restart,
+    Separator,
+    SomeDataPaths,
+    TextKey,
+    from_config,
+    named_paths,
+)
 from growlm.cli.output import note, print_json
 from growlm.errors import ConfigError
 from growlm.training.config import FinetuneConfig
@@ -90,6 +101,8 @@ def usage(
         str | None, typer.Option("--tokens", help="Of each text at most, e.g. 50k.", show_default=False)
     ] = None,
     sequence_length: Annotated[int, typer.Option("--sequence-length", help="Tokens read at once.")] = 512,
+    text_key: TextKey = "text",
+    separator: Separator = None,
     figure: Annotated[
         Path | None, typer.Option("--figure", help="Write heat maps to this file (.svg or .png).", show_default=False)
     ] = None,
@@ -109,7 +122,15 @@ def usage(
     modules, tokenizer = open_modules(source, module or [])
     if figure is not None and figure.suffix not in (".svg", ".png"):
         raise ConfigError(f"--figure {figure}: its name must end in .svg or .png")
-    found = count_usage(modules, tokenizer, paths, tokens=_count(tokens), sequence_length=sequence_length)
+    found = count_usage(
+        modules,
+        tokenizer,
+        paths,
+        tokens=_count(tokens),
+        sequence_length=sequence_length,
+        text_key=text_key,
+        separator=separator,
+    )
     if figure is not None:
         from growlm.surgery.figures import write_usage
 
@@ -156,6 +177,8 @@ def prune(
     tokens: Annotated[
         str | None, typer.Option("--tokens", help="Of the text at most, e.g. 50k.", show_default=False)
     ] = None,
+    text_key: TextKey = "text",
+    separator: Separator = None,
     drop_layers: Annotated[
         str | None,
         typer.Option(
@@ -186,7 +209,10 @@ def prune(
     from growlm.surgery import pruning
     from growlm.surgery.module_pruning import prune_module
 
-    settings: dict[str, Any] = {"keep": keep, "normalise": normalise or "max", "tokens": _count(tokens)}
+    settings: dict[str, Any] = {
+        "keep": keep, "normalise": normalise or "max", "tokens": _count(tokens), "text_key": text_key,
+        "separator": separator,
+    }  # fmt: skip
     if (Path(source).expanduser() / "store.json").exists():
         from growlm.store import Store
 
@@ -200,7 +226,8 @@ def prune(
     elif drop_layers is None:
         result = pruning.prune(source, out, _required(data), **settings)
     else:
-        for option, value in (("--data", data), ("--normalise", normalise), ("--tokens", tokens)):
+        asked = {"--data": data, "--normalise": normalise, "--tokens": tokens, "--separator": separator}
+        for option, value in asked.items():
             if value:
                 raise ConfigError(f"--drop-layers reads no text; leave out {option}, or --drop-layers")
         result = pruning.prune_layers(source, out, keep=keep, order=drop_layers)

@@ -34,7 +34,7 @@ def require_room_for_rows(
     num_rows: int, width: int, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> None:
     """As `require_room`, for the tables of a pool."""
-    cure = "use fewer or smaller experts, or dtype=torch.bfloat16"
+    cure = "use fewer or smaller experts"
     require_room(f"the rows of {num_rows} experts", num_rows * width, cure, device, dtype)
 
 

@@ -27,6 +27,7 @@ _LEAST = {  # of whole numbers
     "sequence_length": 1, "max_position_embeddings": 1,
 }  # fmt: skip
 _SHARES = ("dropout", "router_dropout", "peer_dropout", "peer_query_dropout")
+_FLAGS = ("shared_key_value", "peer_gated", "gated", "key_value_bias", "expert_bias", "tie_word_embeddings")
 _NUMBERS = ("norm_eps", "auxiliary_loss_weight", "router_z_weight", "initializer_range")
 
 
@@ -231,6 +232,11 @@ class GrowlmConfig(PreTrainedConfig):
                 _one_of(name, word, words)
         for name, words in _WORDS.items():
             _one_of(name, getattr(self, name), words)
+        for name in _FLAGS:
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"{name} is {value!r}, expected true or false")
+        if "peer" not in self._by_layer("feed_forward") and (self.peer_gated or self.peer_neurons_per_expert != 1):
+            raise ValueError("peer_gated and peer_neurons_per_expert are for layers with peer, and there is none")
         for name in (*_SHARES, *_NUMBERS):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 <= value < (1 if name in _SHARES else math.inf):

@@ -122,7 +122,7 @@ class PeerConfig(ModuleConfig):
         try:
             steps = self.steps or (sub_key_counts(self.num_experts)[0],)
         except ValueError as error:
-            raise ConfigError(str(error)) from None
+            raise ConfigError(str(error).removesuffix(", or give sub_keys=(a, b)")) from None
         return self.model_copy(update={"layers": layers, "steps": steps})
 
 

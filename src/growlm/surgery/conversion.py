@@ -62,8 +62,8 @@ def convert_checkpoint(source: str | Path, out: str | Path, *, to: str | None = 
             config = GrowlmConfig.from_pretrained(folder)
         except ValueError as error:
             raise ConfigError(f"{where}: {error}") from None
-        check_tensors(tensors, config, where)
         written = convert.to_molm_config(config, where)
+        check_tensors(tensors, config, where)
         renamed = convert.to_molm(tensors, config, where)
     else:
         name = convert.molm_config if family == "moduleformer" else convert.jetmoe_config

@@ -68,6 +68,11 @@ def prune(
     usage = count_usage(
         ModuleSet(base), tokenizer, {"text": data}, tokens=tokens, separator=separator, text_key=text_key
     )
+    if not usage.places:
+        raise ConfigError(
+            f"{folder}: its experts are found by product keys; pools can be pruned in a store's module (--module), "
+            "not in a model"
+        )
     kept = choose_experts(model, usage, "text", keep=keep, normalise=normalise)
     smaller = without_experts(model, usage.places, kept)
     experts = [{"place": p.name, "kept": k, "of": p.num_experts} for p, k in zip(usage.places, kept, strict=True)]
@@ -162,7 +167,7 @@ def drop_layers(model: GrowlmForCausalLM, keep: float, order: str) -> GrowlmForC
     chosen = layers_kept(model.config.num_hidden_layers, keep, order)
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = len(chosen)
-    for name in ("attention", "feed_forward", "num_experts", "num_attention_experts"):
+    for name in ("attention", "feed_forward", "num_experts", "num_attention_experts", "peer_num_experts"):
         if isinstance(setting := getattr(config, name), list):
             setattr(config, name, [setting[i] for i in chosen])
     tensors: dict[str, Tensor] = {}

@@ -40,11 +40,17 @@ def make_optimizer(
     Args:
         decay: which parameters get weight decay.
         second_moment: of tables: one for each row, which saves a third of an Adam's memory, or one for each element.
+
+    Raises:
+        TypeError: parameters without names.
     """
     if isinstance(parameters, nn.Module):
         parameters = parameters.named_parameters()
     elif isinstance(parameters, Mapping):
         parameters = parameters.items()
+    parameters = list(parameters)
+    if any(isinstance(p, Tensor) for p in parameters):
+        raise TypeError("parameters have no names; give the model itself, or its named_parameters()")
     trained = [(name, p) for name, p in parameters if p.requires_grad]
     groups = [
         {"params": [p for name, p in trained if decay(name, p)], "weight_decay": weight_decay},

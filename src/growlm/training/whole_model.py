@@ -223,7 +223,7 @@ def _run(
         pools=[PoolUse.of(b, a) for b, a in zip(pools_before, pools_after, strict=True)],
     )
     for pool in result.pools:
-        say(pool.line(), progress)
+        say(pool.line(), progress is not False)  # in a log too: it is a result
     record = {**result.to_json(), "settings": config.to_json()}
     _save(out, work, model, tokenizer, heldout_documents, record, corpus, verb)
     return result
