@@ -11,10 +11,10 @@ active     PEER of 256^2, by heads x experts of a head
 norm       PEER of 256^2, by normalisation of the queries
 
 `kinds` and `experts` run at both budgets, the others at the smaller one. Every kind trains at the best of four learning
-rates, found on other text with a quarter of the tokens. A cell is the mean over seeds and half of its 95 % interval
-(Student's t); used and KL are of the test text: the share of experts that it retrieves, and the KL divergence of their
-accumulated gates from uniform, in nats. Results are kept as they come: a run that was stopped goes on. Both budgets may
-run at once, each in a process of its own, into the same folder.
+rates, found on other text with a quarter of the tokens; or at the one of `--rates`. A cell is the mean over seeds and
+half of its 95 % interval (Student's t); used and KL are of the test text: the share of experts that it retrieves, and
+the KL divergence of their accumulated gates from uniform, in nats. Results are kept as they come: a run that was stopped
+goes on. Both budgets may run at once, each in a process of its own, into the same folder.
 
 python benchmarks/peer.py quality --data DIR --out peer/ --tokens 1M
 python benchmarks/peer.py quality --data DIR --out peer/ --tokens 1M --tables kinds --budgets small --seeds 0
@@ -113,8 +113,11 @@ def at_budget(budget: str, kind: str, changes: Mapping[str, Any]) -> tuple[Growl
 class Quality:
     """Runs that are kept, and their tables."""
 
-    def __init__(self, out: Path, data: Path, tokens: int, test_tokens: int, seeds: list[int]) -> None:
+    def __init__(
+        self, out: Path, data: Path, tokens: int, test_tokens: int, seeds: list[int], rates: list[float]
+    ) -> None:
         self.out, self.data, self.tokens, self.test_tokens, self.seeds = out, data, tokens, test_tokens, seeds
+        self.rates = sorted(rates)
 
     def table(self, name: str, budget: str) -> list[tuple[str, dict[str, list[float]]]]:
         rows = []
@@ -138,6 +141,8 @@ class Quality:
         return {k: v for k, v in changes.items() if {"peer_query_norm": "batch", **SHARED}.get(k) != v}
 
     def rate(self, budget: str, kind: str) -> float:
+        if len(self.rates) == 1:
+            return self.rates[0]
         changes = next(c for k, c in KINDS.values() if k == kind)
         config, _ = at_budget(budget, kind, changes)
 
@@ -146,7 +151,7 @@ class Quality:
             tokens = max(self.tokens // 4, LENGTH)
             return kept(self.out, name, lambda: self.trained(budget, config, rate, 0, "valid", tokens))["perplexity"]
 
-        return best_rate(RATES, loss)
+        return best_rate(self.rates, loss)
 
     def trained(
         self, budget: str, config: GrowlmConfig, rate: float, seed: int, split: str, tokens: int
@@ -181,8 +186,8 @@ class Quality:
 
 
 def quality(a: argparse.Namespace) -> None:
-    same_settings(a.out, {"tokens": a.tokens, "test_tokens": a.test_tokens})
-    runs = Quality(a.out, a.data, a.tokens, a.test_tokens, a.seeds)
+    same_settings(a.out, {"tokens": a.tokens, "test_tokens": a.test_tokens, "rates": sorted(a.rates)})
+    runs = Quality(a.out, a.data, a.tokens, a.test_tokens, a.seeds, a.rates)
     print(f"{machine()}; {a.tokens:,} tokens, seeds {a.seeds}; mean ± 95 % interval", flush=True)
     for name in a.tables:
         for budget in a.budgets if name in BOTH else a.budgets[:1]:
@@ -199,6 +204,7 @@ def main() -> None:
     parser.add_argument("--test-tokens", type=parse_count, default=50_000)
     parser.add_argument("--tables", nargs="+", choices=list(TABLES), default=list(TABLES))
     parser.add_argument("--budgets", nargs="+", choices=list(BUDGETS), default=list(BUDGETS))
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="learning rates to choose from")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     quality(parser.parse_args())
 
