@@ -13,8 +13,8 @@ norm       PEER of 256^2, by normalisation of the queries
 `kinds` and `experts` run at both budgets, the others at the smaller one. Every kind trains at the best of four learning
 rates, found on other text with a quarter of the tokens; or at the one of `--rates`. A cell is the mean over seeds and
 half of its 95 % interval (Student's t); used and KL are of the test text: the share of experts that it retrieves, and
-the KL divergence of their accumulated gates from uniform, in nats. Results are kept as they come: a run that was stopped
-goes on. Both budgets may run at once, each in a process of its own, into the same folder.
+the KL divergence of their accumulated gates from uniform, in nats. Results are kept as they come: a run that was
+stopped goes on. Both budgets may run at once, each in a process of its own, into the same folder.
 
 python benchmarks/peer.py quality --data DIR --out peer/ --tokens 1M
 python benchmarks/peer.py quality --data DIR --out peer/ --tokens 1M --tables kinds --budgets small --seeds 0

@@ -25,12 +25,27 @@ def check(index: Cells, query: Tensor, points: Tensor, reaches: Tensor, top_k: i
     assert 0 <= found.compared <= 1
 
 
+def sphere(n: int, d: int, g: torch.Generator) -> Tensor:
+    """Points at nearly one distance from the origin: they differ by less than a copy of them in bytes can tell."""
+    directions = torch.nn.functional.normalize(torch.randn(n, d, generator=g), dim=-1)
+    return directions * (1 + 1e-5 * torch.randn(n, 1, generator=g))
+
+
+def corners(n: int, d: int, g: torch.Generator) -> Tensor:
+    """Corners of a cube, each with as many pluses as minuses, and their opposites: the mean is 0, a byte a number holds
+    them without an error, and from a query whose numbers are alike all that are alike in the others are equally far."""
+    signs = torch.ones(n, d)
+    for row in signs:
+        row[torch.randperm(d, generator=g)[: d // 2]] = -1
+    return 127 * torch.cat([signs[: n // 2], -signs[: n // 2]])[torch.randperm(n // 2 * 2, generator=g)]
+
+
 @st.composite
 def worlds(draw) -> tuple[Tensor, Tensor, Tensor]:
     """Points with as many that are equal or clustered as can be, their reaches, and queries near and far."""
     n, d = draw(st.integers(1, 300)), draw(st.integers(2, 24))
     g = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
-    kind = draw(st.sampled_from(["grid", "clusters", "isotropic", "one", "uneven"]))
+    kind = draw(st.sampled_from(["grid", "clusters", "isotropic", "one", "uneven", "sphere", "corners"]))
     points = torch.randn(n, d, generator=g)
     if kind == "grid":  # many equal points and many equal distances
         points = points.round().clamp(-1, 1)
@@ -41,7 +56,13 @@ def worlds(draw) -> tuple[Tensor, Tensor, Tensor]:
         points = points[:1].repeat(n, 1)
     elif kind == "uneven":
         points *= 10.0 ** torch.randint(-4, 3, (d,), generator=g)
-    points += draw(st.sampled_from([0.0, 3.0, 1000.0]))
+    elif kind == "sphere":
+        points = sphere(n, d, g)
+    elif kind == "corners" and n > 1:
+        points = corners(n, d, g)
+        n = len(points)
+    middle = draw(st.sampled_from([0.0, 3.0, 1000.0]))
+    points += middle
     spread = float((points - points.mean(0)).square().sum(-1).mean())
     reach = draw(st.sampled_from(["all", "some", "none", "own"]))
     reaches = {
@@ -51,7 +72,8 @@ def worlds(draw) -> tuple[Tensor, Tensor, Tensor]:
         "own": 2 * spread * torch.rand(n, generator=g),
     }[reach]
     near = points[torch.randint(n, (4,), generator=g)]
-    queries = torch.cat([near[:1], near[1:] + torch.randn(3, d, generator=g), 100 * torch.randn(1, d, generator=g)])
+    far = 100 * torch.randn(1, d, generator=g)
+    queries = torch.cat([near[:1], near[1:] + torch.randn(3, d, generator=g), far, torch.full((1, d), middle)])
     return points, reaches, queries
 
 
@@ -83,6 +105,42 @@ def test_without_some_points_it_finds_what_brute_force_finds_among_the_others(wo
     for query in queries:
         check(left, query, points[~gone], reaches[~gone], 5)
         check(index, query, points, reaches, 5)  # and the one that it was made from is as it was
+
+
+# What a bound must allow for: without any one of its terms one of these fails
+
+
+@pytest.mark.parametrize("top_k", [1, 8])
+@pytest.mark.parametrize("d", [8, 16])
+def test_points_are_ruled_out_by_no_more_than_the_error_of_their_copy(d, top_k):
+    for seed in range(3):
+        points = sphere(4000, d, torch.Generator().manual_seed(seed))
+        reaches = torch.full((len(points),), torch.inf)
+        check(Cells.build(points, reaches), torch.zeros(d), points, reaches, top_k)
+
+
+@pytest.mark.parametrize("top_k", [1, 4, 16])
+@pytest.mark.parametrize("d", [4, 8])
+@pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("query", ["whole", "between"])
+def test_points_without_an_error_are_not_ruled_out_by_that_of_the_query_or_by_rounding(
+    monkeypatch, query, scale, d, top_k
+):
+    """A query of whole steps leaves what float32 rounds; one half-way between two steps, now a little below and now a
+    little above, has the greatest error of its own."""
+    monkeypatch.setattr(cells, "_FIRST", 1)
+    for seed in range(6):
+        g = torch.Generator().manual_seed(seed)
+        points = corners(300, d, g)
+        reaches = torch.full((len(points),), torch.inf)
+        index = Cells.build(points, reaches)
+        assert index.tensors["errors"].max() == 0
+        greatest = scale * 127 * d**0.5
+        rest = 10.5 + 0.001 * torch.randn(4, d, generator=g).sign() if query == "between" else torch.full((4, d), 10.0)
+        queries = greatest / 127 / 254 * rest
+        queries[:, 0] = greatest
+        for q in queries:
+            check(index, q, points, reaches, top_k)
 
 
 def clusters(n: int = 3000, d: int = 32) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import threading
 import time
 from concurrent.futures import Future
@@ -16,18 +17,23 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from disk import edit, flip
+from growlm import router
 from growlm.engine import AUTO, Engine, Generation, SamplingConfig
 from growlm.engine.generation import Group, decode, prefill
 from growlm.engine.kv import KVCache, PrefixCache
-from growlm.engine.module_cache import ModuleCache
+from growlm.engine.module_cache import Found, ModuleCache
 from growlm.engine.scheduler import plan
 from growlm.errors import BudgetError, ConfigError, DataError, GrowlmError, IntegrityError, UnknownModuleError
 from growlm.modules import ModuleSet
+from growlm.modules.base import Base
 from growlm.modules.export import export
-from growlm.router import GaussianRouter, Route
+from growlm.modules.peer import Peer, PeerConfig
+from growlm.router import GaussianRouter, ProductKeyRouter, Route
 from growlm.store import Store
-from stores import Watch, add_module, domain_text, greedy, make_store
-from tiny import random_ids
+from growlm.training.config import GrowConfig
+from growlm.training.grow import grow, take_back
+from stores import Watch, add_module, domain_ids, domain_text, greedy, make_store
+from tiny import perturb, random_ids
 
 FAMILIES = ["llama", "gemma2", "gpt2"]
 SHAPES = {
@@ -482,7 +488,12 @@ def cache_of(budget: int | None, sizes: dict[str, int], loads: list[str] | None 
             loads.append(name)
         return name
 
-    return ModuleCache(budget, lambda name: (sizes[name], lambda: load(name)), " in all")  # type: ignore[arg-type]
+    def find(name: str) -> Found:
+        if sizes[name] < 0:
+            raise IntegrityError(f"{name} is damaged")
+        return Found(None, sizes[name], lambda: load(name))  # type: ignore[arg-type]
+
+    return ModuleCache(budget, find, " in all")
 
 
 def test_pinned_modules_stay_and_what_does_not_fit_beside_them_is_refused():
@@ -527,6 +538,79 @@ def test_room_is_made_before_a_module_is_read(verb):
         if verb == "acquire":
             cache.release([name])
     assert seen == [6, 7, 6, 7]
+
+
+def test_a_module_in_memory_counts_as_it_is_there():
+    sizes = {"a": 6, "b": 4}
+    cache = cache_of(10, sizes)
+    with cache.using(["a"]):
+        pass
+    for on_the_disk in (11, 1, -1):
+        sizes["a"] = on_the_disk
+        assert cache.found("a").bytes == 6
+        assert cache.acquire(["a", "b"])[1] == (["b"] if on_the_disk == 11 else [])
+        cache.release(["a", "b"])
+    assert cache.counts.evictions == 0
+    cache.close()
+
+
+def test_a_version_in_memory_gives_way_to_a_smaller_one_only_where_that_is_needed():
+    sizes = {"a": 3, "b": 4, "c": 3, "d": 1}
+    cache = cache_of(10, sizes)
+    with cache.using(["a", "b", "c"]):
+        pass
+    sizes |= {"a": 2, "b": 1, "c": 5}
+    with cache.using(["a", "b", "c"]):
+        assert cache.counts.evictions == 0
+        with pytest.raises(BudgetError):  # all are in use
+            cache.make_fit(["a", "b", "c", "d"])
+    sizes["d"] = 5
+    with pytest.raises(BudgetError, match=r"raise --memory by at least 1 B$"):
+        cache.make_fit(["a", "b", "c", "d"])
+    assert cache.resident == ["a", "b", "c"]
+    sizes["d"] = 2
+    assert cache.acquire(["a", "b", "c", "d"])[1] == ["b", "d"]  # of the two that are smaller, the one that saves more
+    assert cache.resident_bytes == 9
+    cache.close()
+
+
+def test_what_is_damaged_on_the_disk_takes_nothing_from_memory():
+    sizes = {"a": 6, "b": 5}
+    cache = cache_of(10, sizes)
+    with cache.using(["a"]):
+        sizes["a"] = -1
+    with pytest.raises(BudgetError):
+        cache.make_fit(["a", "b"])
+    assert cache.resident == ["a"]
+    with cache.using(["a"]) as held:
+        assert held == {"a": "a"}
+    cache.close()
+
+
+def test_room_is_made_of_what_cannot_be_read_while_another_waits_for_its_turn():
+    """The reader says that the first failed before it begins the second; the thread that waits for both must let it."""
+    begun, go = threading.Event(), threading.Event()
+
+    def load(name: str) -> str:
+        if name == "a":
+            begun.set()
+            assert go.wait(10)
+            raise IntegrityError("a is damaged")
+        return name
+
+    cache = ModuleCache(10, lambda name: Found(None, 5 if name < "c" else 10, lambda: load(name)))  # type: ignore
+    assert cache.prefetch("a")
+    assert cache.prefetch("b")
+    assert begun.wait(10)
+    found: list[Any] = []
+    waiting = threading.Thread(target=lambda: found.append(cache.acquire(["c"])), daemon=True)
+    waiting.start()
+    time.sleep(0.05)
+    go.set()
+    waiting.join(10)
+    assert found == [({"c": "c"}, ["c"])]
+    assert cache.resident == ["c"]
+    cache.close()
 
 
 def test_prefetched_modules_are_read_once_and_counted_at_once():
@@ -659,6 +743,26 @@ def test_a_removed_module_is_in_no_answer(home, ask, rank):
         assert gone not in (getattr(answer, "mixture", None) or {})
 
 
+def test_modules_that_are_gone_are_taken_from_the_router_at_once(home, monkeypatch):
+    """Also those that its answer did not list: a smaller router of very many modules takes a while to make."""
+    store = Store.open(home / "store")
+    taken: list[set[str]] = []
+    without = ProductKeyRouter.without
+    monkeypatch.setattr(
+        ProductKeyRouter, "without", lambda router, names: (taken.append(set(names)), without(router, names))[1]
+    )
+    with Engine(store, router="product-key") as engine:
+        assert isinstance(engine.router, ProductKeyRouter)
+        engine.router.top_k = 1
+        prompt = domain_text("letters", 990)
+        assert [name for name in engine.route(prompt).scores if name != "none"] == ["letters"]
+        for name in ("letters", "digits"):
+            store.remove(name)
+        assert [name for name in engine.route(prompt).scores if name != "none"] == ["signs"]
+        assert taken == [{"letters", "digits"}]
+        assert engine.router.names == ["signs"]
+
+
 def test_a_module_that_is_removed_between_two_choices_is_not_chosen_again(home, monkeypatch):
     store = Store.open(home / "store")
     with Engine(store) as engine:
@@ -692,6 +796,113 @@ def test_the_version_that_was_counted_is_the_one_that_is_read(home, monkeypatch)
         monkeypatch.setattr(engine.modules, "_make_room", updated)
         with engine.modules.using(["digits"]) as held:
             assert held["digits"].num_bytes() == engine.modules.resident_bytes
+
+
+def add_pools(store: Store, base: Base, name: str, seed: int, num_experts: int) -> None:
+    """Commits a module of kind peer."""
+    module = Peer.create(base, PeerConfig(num_experts=num_experts, num_heads=2, top_k=4))
+    module.open()
+    with torch.no_grad():
+        perturb(module, seed, strength=0.3)
+    texts = domain_ids(store.load_tokenizer(), name)
+    store.commit(name, module, {}, router.files_of(router.evidence(base, texts[:8], texts[8:12])))
+
+
+@pytest.fixture(scope="module")
+def with_pools(tmp_path_factory) -> Path:
+    """A store with two modules of kind peer, of one size."""
+    folder = tmp_path_factory.mktemp("pools")
+    store = make_store(folder, modules={})
+    base = store.load_base()
+    for seed, name in enumerate(("letters", "digits")):
+        add_pools(store, base, name, seed, 100)
+    return folder
+
+
+@pytest.fixture
+def pools(with_pools: Path, tmp_path: Path) -> Store:
+    shutil.copytree(with_pools, tmp_path / "pools")
+    return Store.open(tmp_path / "pools" / "store")
+
+
+PLACES = pytest.mark.parametrize("place", [{}, {"experts_on": "disk", "row_cache": 10_000}], ids=["memory", "disk"])
+IDS = random_ids(2, 11)
+
+
+def room_for(store: Store, *names: str, place: dict[str, Any]) -> int:
+    """The budget in which base, router and some modules just fit."""
+    with Engine(store, **place) as engine, engine.modules.using(names):
+        return engine.resident_bytes
+
+
+def grown(store: Store) -> None:
+    grow(store, "letters", "+50", [], GrowConfig(router_samples=8), progress=False)
+
+
+@PLACES
+def test_a_module_in_memory_answers_on_when_it_grows_on_the_disk(pools, place):
+    with Engine(pools, memory=room_for(pools, "letters", place=place), **place) as engine:
+        wanted = engine.logits(IDS, "letters")
+        grown(pools)
+        assert torch.equal(engine.logits(IDS, "letters"), wanted)
+        answers = [engine.generate("abc", module="letters", max_new_tokens=3)]
+        answers += engine.generate_many(["abc", "x"], modules=["letters", None], max_new_tokens=3)
+        assert answers[0].tokens == answers[1].tokens
+        assert [a.loaded for a in answers] == [[], [], []]
+        engine.modules.drop("letters")
+        with pytest.raises(BudgetError, match="letters"):  # what it would read now does not fit
+            engine.logits(IDS, "letters")
+
+
+@PLACES
+@pytest.mark.parametrize("ask", ["logits", "generate", "many", "mix"])
+def test_a_version_in_memory_gives_way_where_the_smaller_one_on_the_disk_fits_beside_others(
+    pools, place, ask, monkeypatch
+):
+    memory = room_for(pools, "letters", "digits", place=place)
+    grown(pools)
+    assert room_for(pools, "letters", "digits", place=place) > memory
+    both = ["letters", "digits"]
+    scores = {"letters": 0.6, "digits": 0.4, "none": 0.0}
+    monkeypatch.setattr(GaussianRouter, "route", lambda *arguments: [Route("letters", scores)])
+    with Engine(pools, memory=memory, **place) as engine:
+        old = engine.logits(IDS, "letters")
+        take_back(pools, "letters")
+        assert torch.equal(engine.logits(IDS, "letters"), old)
+        assert engine.modules.counts.evictions == 0
+        if ask != "logits":
+            found = {
+                "generate": lambda: engine.generate("abc", module=both),
+                "many": lambda: engine.generate_many(["abc"], modules=[both])[0],
+                "mix": lambda: engine.generate("abc", mix=2),
+            }[ask]()
+            assert sorted(found.mixture or found.modules) == sorted(both)
+            assert sorted(found.loaded) == sorted(both)
+            assert found.resident_bytes == memory
+        answer = engine.logits(IDS, both)
+        assert engine.resident_bytes == memory
+    with Engine(pools, memory=memory, **place) as fresh:
+        assert torch.equal(answer, fresh.logits(IDS, both))
+
+
+@PLACES
+@pytest.mark.parametrize("bounded", [True, False])
+@pytest.mark.parametrize("file", ["module.safetensors", "module.json"])
+def test_a_damaged_newer_version_does_not_stop_the_one_in_memory(pools, place, file, bounded):
+    both = ["letters", "digits"]
+    memory = room_for(pools, *both, place=place) if bounded else None
+    with Engine(pools, memory=memory, **place) as engine:
+        wanted = [engine.logits(IDS, "letters"), engine.logits(IDS, both)]
+        before = [engine.generate("abc", module=names, max_new_tokens=3).tokens for names in ("letters", both)]
+        grown(pools)
+        (pools.module("letters").folder / file).write_bytes(b"x")
+        assert torch.equal(engine.logits(IDS, "letters"), wanted[0])
+        assert torch.equal(engine.logits(IDS, both), wanted[1])
+        assert [engine.generate("abc", module=n, max_new_tokens=3).tokens for n in ("letters", both)] == before
+        many = engine.generate_many(["abc"] * 3, modules=["letters", "digits", both], max_new_tokens=3)
+        assert [many[0].tokens, many[2].tokens] == before
+    with pytest.raises(IntegrityError), Engine(pools, **place) as engine:
+        engine.logits(IDS, "letters")
 
 
 def test_weights_of_other_bytes_than_the_manifest_says_are_refused(home):

@@ -14,7 +14,7 @@ from growlm.engine import Engine
 from growlm.engine.mixing import Posterior, mixture_losses
 from growlm.errors import BudgetError, ConfigError
 from growlm.modules import ModuleSet
-from growlm.router import NONE, GaussianRouter, Route
+from growlm.router import NONE, GaussianRouter, ProductKeyRouter, Route
 from growlm.store import Store
 from stores import PLAIN, domain_text, greedy, make_store
 
@@ -167,6 +167,16 @@ def test_streamed_pieces_of_a_mixture_are_its_text(plain):
 def test_settings_at_odds_are_refused(plain, options, message):
     with pytest.raises(ConfigError, match=message):
         plain.generate(PROMPT, max_new_tokens=2, **options)
+
+
+def test_no_more_is_mixed_than_the_router_lists(home):
+    with Engine(Store.open(home / "store"), router="product-key") as engine:
+        assert isinstance(engine.router, ProductKeyRouter)
+        assert engine.router.num_listed == 3
+        engine.router.top_k = 2
+        with pytest.raises(ConfigError, match="--mix 3: the router lists the best 2 of 3 modules; mix at most"):
+            engine.generate(PROMPT, mix=3, max_new_tokens=2)
+        assert len(engine.generate(PROMPT, mix=2, max_new_tokens=2).mixture) == 2
 
 
 # Rerouted answers

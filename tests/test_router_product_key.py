@@ -133,6 +133,15 @@ def test_without_is_the_router_less_some_names(index):
     assert whole.without(set(whole.names)).route_pooled(texts[:1]) == [Route(None, {NONE: 1.0})]
 
 
+def test_it_lists_top_k_modules_or_all_that_there_are():
+    for n, listed in ((0, 0), (3, 3), (32, 32), (33, 32), (200, 32)):
+        gaussian, texts = made_up(n, 8, 0, 1.0, False)
+        found = ProductKeyRouter(gaussian, None)
+        assert found.num_listed == listed
+        assert gaussian.num_listed == n
+        assert all(len(route.scores) == listed + 1 for route in found.route_pooled(texts))
+
+
 # Guarantee 9
 
 

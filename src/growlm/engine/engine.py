@@ -19,7 +19,7 @@ from growlm.engine.answers import Answer, Generation
 from growlm.engine.generation import Group, Prefilled, decode, prefill
 from growlm.engine.kv import PrefixCache
 from growlm.engine.mixing import decode_mixed
-from growlm.engine.module_cache import ModuleCache
+from growlm.engine.module_cache import Found, ModuleCache
 from growlm.engine.rerouting import decode_rerouted
 from growlm.engine.sampling import SamplingConfig
 from growlm.engine.scheduler import Names, Wave, plan
@@ -203,7 +203,7 @@ class Engine:
         if len(wanted) != len(prompts):
             raise ConfigError(f"{len(prompts)} prompts but {len(wanted)} modules; give one for all, or one a prompt")
         tokens = [self._encode(p, config) for p in prompts]
-        choices = [select(self.store, w) for w in wanted]
+        choices = [self._select(w) for w in wanted]
         # Prompts of like length share a batch, so that little of it is padding.
         order = sorted(range(len(prompts)), key=lambda i: len(tokens[i]))
         by_index: dict[int, Generation] = {}
@@ -234,7 +234,7 @@ class Engine:
             BudgetError: the modules do not fit the budget together.
             ConfigError: modules that cannot be active together, or none that is named.
         """
-        names = select(self.store, module)
+        names = self._select(module)
         if isinstance(names, str):
             raise ConfigError("logits are of modules that are named; ask route() for the router's choice")
         with self._lock, self.modules.using(names) as held, torch.inference_mode():
@@ -252,9 +252,9 @@ class Engine:
         mix: int = 1,
         reroute: int = 0,
     ) -> Generation:
-        require_one_way(module, mix, reroute, len(self.router.names))
+        require_one_way(module, mix, reroute, len(self.router.names), self.router.num_listed)
         tokens = self._encode(prompt, config)
-        choice = select(self.store, module)
+        choice = self._select(module)
         if mix > 1:
             return self._answer_mixed(tokens, config, emit, mix)
         if reroute:
@@ -265,7 +265,6 @@ class Engine:
         self, tokens: Sequence[int], config: SamplingConfig, emit: Callable[[str], bool] | None, mix: int
     ) -> Generation:
         with self._lock:
-            before = self.modules.resident
             state, (route,) = self._prefill([tokens], [AUTO], False)
             names = list(route.scores)[:mix]
             prior = torch.tensor([route.scores[name] for name in names])
@@ -273,6 +272,8 @@ class Engine:
             prior = (1 - _OPEN) * prior / prior.sum() + _OPEN / len(names)
             named = [name for name in names if name != NONE]
             answer = Answer(self.tokenizer, config.stop, emit)
+            self.modules.make_fit(named)
+            before = self.modules.resident
             with self.modules.using(named) as held:
                 sets = [ModuleSet(self.base, [] if name == NONE else [held[name]]) for name in names]
                 if not {s.fork for s in sets} - {0} <= state.hidden.keys():
@@ -338,10 +339,10 @@ class Engine:
     ) -> list[Generation]:
         with self._lock:
             # A module that was asked for by name is read while the base runs.
-            before = set(self.modules.resident)
             named = [names for names in dict.fromkeys(wanted) if not isinstance(names, str)]
             for names in named:
-                self.modules.check_fits(names)
+                self.modules.make_fit(names)
+            before = set(self.modules.resident)
             asked = [name for names in named for name in names]
             for name in dict.fromkeys(asked):
                 self.modules.prefetch(name, keep=asked)
@@ -354,8 +355,13 @@ class Engine:
             results: list[Generation | None] = [None] * len(texts)
             budget = None if self.memory is None else self.memory - self.fixed_bytes
             for names in set(chosen):
-                self.modules.check_fits(names)
-            waves = plan(chosen, budget=budget, size=self._size, resident=self.modules.resident)
+                self.modules.make_fit(names)
+            waves = plan(
+                chosen,
+                budget=budget,
+                size=lambda name: self.modules.found(name).bytes,
+                resident=self.modules.resident,
+            )
             for number, wave in enumerate(waves):
                 following = waves[number + 1].names if number + 1 < len(waves) else []
                 resident = self._run_wave(state, wave, following, config, answers, texts, reuse)
@@ -429,24 +435,26 @@ class Engine:
             gone |= {r.module for r in routes if r.module is not None and self.store.find(r.module) is None}
             if not gone:
                 return routes
-            self.router = self.router.without(gone)
+            # All that are gone, not only those that were listed: a smaller router takes a copy of what is left.
+            self.router = self.router.without(gone | self.store.missing(self.router.names))
 
     def _digest(self, names: Names) -> str:
         with self.modules.using(names) as held:
             return ModuleSet(self.base, list(held.values())).digest
 
-    def _fork(self, names: Names) -> int:
-        return min((self.store.module(name).manifest.fork for name in names), default=self.base.num_layers)
+    def _select(self, wanted: Wanted) -> Names | str:
+        return select(self.store, wanted, self.modules.resident_version)
 
-    def _size(self, name: str) -> int:
-        return self._memory_of(self.store.module(name))
+    def _fork(self, names: Names) -> int:
+        forks = (self.modules.found(name).stored.manifest.fork for name in names)
+        return min(forks, default=self.base.num_layers)
 
     def _memory_of(self, stored: StoredModule) -> int:
         return stored.bytes_with(self._row_cache)
 
-    def _find(self, name: str) -> tuple[int, Callable[[], KnowledgeModule]]:
+    def _find(self, name: str) -> Found:
         stored = self.store.module(name)
-        return self._memory_of(stored), lambda: self._load(stored)
+        return Found(stored, self._memory_of(stored), lambda: self._load(stored))
 
     def _load(self, stored: StoredModule) -> KnowledgeModule:
         """Reads one version of a module; its hash is compared once for a file that does not change."""

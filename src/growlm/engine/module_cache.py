@@ -1,7 +1,8 @@
 """Module cache: which modules are in memory, under a budget of bytes that is never passed.
 
-Counts bytes before they are read: a swap first evicts, then loads. Modules in use are pinned and stay. Knows names,
-sizes and a function that loads; never runs a module and never opens a file itself.
+Counts bytes before they are read: a swap first evicts, then loads. Modules in use are pinned and stay. A module in
+memory counts as it is there, whatever version the disk has by now. Knows names, versions, sizes and a function that
+loads; never runs a module and never opens a file itself.
 """
 
 from __future__ import annotations
@@ -10,12 +11,31 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from growlm.errors import BudgetError
+from growlm.errors import BudgetError, GrowlmError
 from growlm.modules import KnowledgeModule
 from growlm.units import format_size
+
+if TYPE_CHECKING:
+    from growlm.store import StoredModule
+
+
+@dataclass(frozen=True)
+class Found:
+    """One version of a module on the disk.
+
+    Attributes:
+        stored: which.
+        bytes: what it takes once loaded.
+        load: reads exactly this one.
+    """
+
+    stored: StoredModule
+    bytes: int
+    load: Callable[[], KnowledgeModule]
 
 
 @dataclass
@@ -33,22 +53,22 @@ class ModuleCache:
 
     Args:
         budget: bytes for modules; None for no bound.
-        find: bytes of a module once loaded, and a function that reads exactly what was found. It is called without the
-            lock held, at most once at a time for a name.
+        find: the current version of a module. It is called with the lock held, so it should read no more than a
+            manifest and a header.
         reserved: what else counts against the whole budget, for messages.
     """
 
     def __init__(
         self,
         budget: int | None,
-        find: Callable[[str], tuple[int, Callable[[], KnowledgeModule]]],
+        find: Callable[[str], Found],
         reserved: str = "",
     ) -> None:
         self._budget = budget
         self._find = find
         self._reserved = reserved
         self._resident: OrderedDict[str, Future[KnowledgeModule]] = OrderedDict()
-        self._bytes: dict[str, int] = {}
+        self._found: dict[str, Found] = {}  # of those that are resident
         self._pins: Counter[str] = Counter()
         self._lock = threading.Condition()
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="growlm-load")
@@ -64,23 +84,46 @@ class ModuleCache:
     def resident_bytes(self) -> int:
         """Bytes of modules in memory, those still being read included."""
         with self._lock:
-            return sum(self._bytes.values())
+            return self._taken()
 
-    def check_fits(self, names: Sequence[str]) -> None:
-        """
+    def resident_version(self, name: str) -> StoredModule | None:
+        """The version in memory, None if there is none."""
+        with self._lock:
+            return self._found[name].stored if name in self._found else None
+
+    def found(self, name: str) -> Found:
+        """The version in memory, or else the current one."""
+        with self._lock:
+            return self._found.get(name) or self._find(name)
+
+    def make_fit(self, names: Collection[str]) -> None:
+        """Sees to it that modules fit the budget together once all others are gone. Where a version in memory is what
+        makes them too large, and the current one is smaller, it goes, if it is not in use.
+
         Raises:
-            BudgetError: these modules do not fit the budget together, even with all others gone.
+            BudgetError: they do not fit together; nothing has changed.
         """
         if self._budget is None:
             return
-        sizes = {n: self._find(n)[0] for n in names}
-        if sum(sizes.values()) > self._budget:
-            listed = ", ".join(f"{n} {format_size(b)}" for n, b in sizes.items())
-            what = "does not fit" if len(sizes) == 1 else "do not fit together"
-            raise BudgetError(
-                f"{listed} {what}: {format_size(self._budget)} are left for modules{self._reserved}; raise --memory by "
-                f"at least {format_size(sum(sizes.values()) - self._budget)}"
-            )
+        with self._lock:
+            sizes = {name: self.found(name).bytes for name in names}
+            smaller = self._smaller_on_disk(sizes) if sum(sizes.values()) > self._budget else {}
+            replaced: list[str] = []
+            for name in sorted(smaller, key=lambda n: smaller[n] - sizes[n]):
+                if sum(sizes.values()) <= self._budget:
+                    break
+                sizes[name] = smaller[name]
+                replaced.append(name)
+            if sum(sizes.values()) > self._budget:
+                listed = ", ".join(f"{n} {format_size(b)}" for n, b in sizes.items())
+                what = "does not fit" if len(sizes) == 1 else "do not fit together"
+                raise BudgetError(
+                    f"{listed} {what}: {format_size(self._budget)} are left for modules{self._reserved}; raise "
+                    f"--memory by at least {format_size(sum(sizes.values()) - self._budget)}"
+                )
+            for name in replaced:
+                self._settle([name])
+                self.drop(name)
 
     def acquire(self, names: Sequence[str]) -> tuple[dict[str, KnowledgeModule], list[str]]:
         """Brings modules into memory and pins them until `release`.
@@ -92,7 +135,7 @@ class ModuleCache:
             BudgetError: they cannot fit beside what is pinned.
         """
         names = list(dict.fromkeys(names))
-        self.check_fits(names)
+        self.make_fit(names)
         futures: dict[str, Future[KnowledgeModule]] = {}
         loaded: list[str] = []
         try:
@@ -154,24 +197,37 @@ class ModuleCache:
         self._reader.shutdown(wait=True, cancel_futures=True)
         with self._lock:
             self._resident.clear()
-            self._bytes.clear()
+            self._found.clear()
 
     def _start(self, name: str, keep: set[str]) -> Future[KnowledgeModule]:
         """Makes room for a module and begins to read it: the version that was counted, not a later one."""
-        size, load = self._find(name)
-        self._make_room(size, keep)
-        self._bytes[name] = size
+        found = self._find(name)
+        self._make_room(found.bytes, keep)
+        if name in self._resident:  # another thread began to, while this one waited for room
+            return self._resident[name]
+        self._found[name] = found
         self.counts.loads += 1
-        future = self._resident[name] = self._reader.submit(load)
-        future.add_done_callback(lambda done: self._forget_failed(name, done))
+        future = self._resident[name] = self._reader.submit(found.load)
+        future.add_done_callback(lambda done: self._is_read(name, done))
         return future
+
+    def _smaller_on_disk(self, sizes: dict[str, int]) -> dict[str, int]:
+        """Bytes of the current versions of those modules in memory that take fewer than `sizes`, and are not in use."""
+        smaller: dict[str, int] = {}
+        for name in [n for n in sizes if n in self._found and not self._pins[n]]:
+            with suppress(GrowlmError):  # a damaged version on the disk is no reason to lose the one in memory
+                smaller[name] = self._find(name).bytes
+        return {name: size for name, size in smaller.items() if size < sizes[name]}
+
+    def _taken(self) -> int:
+        return sum(found.bytes for found in self._found.values())
 
     def _make_room(self, needed: int, keep: set[str]) -> None:
         if self._budget is None:
             return
-        free = self._budget - sum(self._bytes.values())
+        free = self._budget - self._taken()
         candidates = [n for n, f in self._resident.items() if not self._pins[n] and n not in keep and f.done()]
-        spare = sum(self._bytes[n] for n in candidates)
+        spare = sum(self._found[n].bytes for n in candidates)
         if free + spare < needed:
             # A module that is only being read can go once it is there.
             waiting = [n for n, f in self._resident.items() if not self._pins[n] and n not in keep and not f.done()]
@@ -181,25 +237,29 @@ class ModuleCache:
                     f"{format_size(needed)} more do not fit: {format_size(self._budget)} are left for modules"
                     f"{self._reserved}, in use are: {pinned}; raise --memory"
                 )
-            for name in waiting:
-                self._resident[name].exception()
+            self._settle(waiting)
             self._make_room(needed, keep)
             return
         for name in candidates:
             if free >= needed:
                 return
-            free += self._bytes[name]
+            free += self._found[name].bytes
             self._evict(name)
 
     def _evict(self, name: str) -> None:
         del self._resident[name]
-        del self._bytes[name]
+        del self._found[name]
         self.counts.evictions += 1
 
-    def _forget_failed(self, name: str, future: Future[KnowledgeModule]) -> None:
+    def _settle(self, names: Sequence[str]) -> None:
+        """Waits until modules have been read, or could not be. Without the lock, which the reader takes after each."""
+        futures = [self._resident[name] for name in names if name in self._resident]
+        self._lock.wait_for(lambda: all(future.done() for future in futures))
+
+    def _is_read(self, name: str, future: Future[KnowledgeModule]) -> None:
         """What was not read takes no room, and is read again when it is asked for again."""
-        if not future.cancelled() and future.exception() is None:
-            return
+        failed = future.cancelled() or future.exception() is not None
         with self._lock:
-            if self._resident.get(name) is future:
-                del self._resident[name], self._bytes[name]
+            if failed and self._resident.get(name) is future:
+                del self._resident[name], self._found[name]
+            self._lock.notify_all()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from growlm.engine.scheduler import Names
@@ -10,7 +10,7 @@ from growlm.errors import ConfigError
 from growlm.modules import check_together, kind_of
 
 if TYPE_CHECKING:
-    from growlm.store import Store
+    from growlm.store import Store, StoredModule
 
 AUTO = "auto"  # let the router choose
 Wanted = str | Sequence[str | None] | None  # as callers name it: one module, several, None for the base, or AUTO
@@ -21,8 +21,13 @@ _ALONE = {
 }
 
 
-def select(store: Store, wanted: Wanted) -> Names | str:
+def select(
+    store: Store, wanted: Wanted, resident: Callable[[str], StoredModule | None] = lambda name: None
+) -> Names | str:
     """The modules that are meant, or AUTO. The order in which they were named does not count, nor how often.
+
+    Args:
+        resident: the version of a module that would run because it is in memory; without one the current version does.
 
     Raises:
         UnknownModuleError: no such module.
@@ -41,19 +46,21 @@ def select(store: Store, wanted: Wanted) -> Names | str:
     if not given:
         raise ConfigError('an empty list of modules; name some, or give None for the base or "auto" for the router')
     if len(given) == 1:
-        return select(store, given[0])
+        return select(store, given[0], resident)
     for name, advice in _ALONE.items():
         if name in given:
             raise ConfigError(f"{name or 'base'} cannot be active together with others; {advice}")
     names = tuple(sorted({str(name) for name in given}))
-    check_together([(name, kind_of(store.module(name).kind)) for name in names])
+    current = [store.module(name) for name in names]
+    check_together([(stored.name, kind_of((resident(stored.name) or stored).kind)) for stored in current])
     return names
 
 
-def require_one_way(wanted: Wanted, mix: int, reroute: int, known: int) -> None:
+def require_one_way(wanted: Wanted, mix: int, reroute: int, known: int, listed: int) -> None:
     """
     Args:
         known: how many modules the router knows.
+        listed: how many of them an answer of the router lists.
 
     Raises:
         ConfigError: `mix` or `reroute` out of range, or at odds with each other or with modules that are named.
@@ -63,6 +70,8 @@ def require_one_way(wanted: Wanted, mix: int, reroute: int, known: int) -> None:
         raise ConfigError(f"{name} is {value}; it must be at least {least}")
     if mix > 1 and mix > known:
         raise ConfigError(f"--mix {mix}: the router knows {known} modules; mix at most as many")
+    if mix > 1 and mix > listed:
+        raise ConfigError(f"--mix {mix}: the router lists the best {listed} of {known} modules; mix at most as many")
     if (mix > 1 or reroute) and wanted not in (AUTO, [AUTO]):
         names = [wanted] if wanted is None or isinstance(wanted, str) else wanted
         given = " ".join(f"--module {name or 'base'}" for name in names)

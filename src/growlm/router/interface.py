@@ -45,6 +45,11 @@ class Router(ABC):
         """All values of `forks`: few, however many modules there are."""
         return frozenset(self.forks.values())
 
+    @property
+    def num_listed(self) -> int:
+        """How many modules an answer lists: all, unless the kind says fewer."""
+        return len(self.names)
+
     def bind(self, base: Base) -> Router:
         """This router, ready to route on `base`: for kinds that run layers of the base's family."""
         return self

@@ -49,6 +49,10 @@ class ProductKeyRouter(Router):
         self.names, self.forks = gaussian.names, gaussian.forks
         self.gaussian, self.cells, self.top_k = gaussian, cells, top_k
 
+    @property
+    def num_listed(self) -> int:
+        return min(self.top_k, len(self.names))
+
     def route(self, hidden: Tensor, visible: Tensor | None = None) -> list[Route]:
         return self.route_pooled(pool(hidden, visible))
 
@@ -63,7 +67,7 @@ class ProductKeyRouter(Router):
         means, limits = self.gaussian.means, self.gaussian.limits
         found = self._nearest(whitened)
         # The gaussian router goes on with those that cannot be chosen, in the names' order.
-        room = min(self.top_k, len(self.names)) - len(found)
+        room = self.num_listed - len(found)
         if room:
             among = set(found)
             found += [i for i in range(self.top_k) if i not in among][:room]
