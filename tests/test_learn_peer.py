@@ -222,6 +222,9 @@ def test_a_module_larger_than_memory_still_answers(store: Store) -> None:
         found = engine.generate("The tenant", module="law", max_new_tokens=8)
         assert found.text == wanted.text
         assert engine.resident_bytes <= memory
+    words = r"law .* does not fit: .*; raise --memory by at least .*, or lower --row-cache, 64\.0 MB"
+    with Engine(store, memory=memory, experts_on="disk") as engine, pytest.raises(BudgetError, match=words):
+        engine.generate("The tenant", module="law")
     few = "a row cache of 1,000 bytes; the rows of one token take"
     with Engine(store, experts_on="disk", row_cache=1000) as engine, pytest.raises(ConfigError, match=few):
         engine.generate("The tenant", module="law")

@@ -91,6 +91,7 @@ class Engine:
             self._find,
             reserved=f" of {format_size(self.memory or 0)} after base {format_size(self.base_bytes)} and router "
             f"{format_size(self.router.num_bytes())}",
+            cure="" if self._row_cache is None else f", or lower --row-cache, {format_size(self._row_cache)}",
         )
         self._prefixes = PrefixCache(parse_size(prefix_bytes))
         self._lock = threading.Lock()

@@ -56,6 +56,7 @@ class ModuleCache:
         find: the current version of a module. It is called with the lock held, so it should read no more than a
             manifest and a header.
         reserved: what else counts against the whole budget, for messages.
+        cure: what else than a larger budget would help, for messages.
     """
 
     def __init__(
@@ -63,10 +64,11 @@ class ModuleCache:
         budget: int | None,
         find: Callable[[str], Found],
         reserved: str = "",
+        cure: str = "",
     ) -> None:
         self._budget = budget
         self._find = find
-        self._reserved = reserved
+        self._reserved, self._cure = reserved, cure
         self._resident: OrderedDict[str, Future[KnowledgeModule]] = OrderedDict()
         self._found: dict[str, Found] = {}  # of those that are resident
         self._pins: Counter[str] = Counter()
@@ -119,7 +121,7 @@ class ModuleCache:
                 what = "does not fit" if len(sizes) == 1 else "do not fit together"
                 raise BudgetError(
                     f"{listed} {what}: {format_size(self._budget)} are left for modules{self._reserved}; raise "
-                    f"--memory by at least {format_size(sum(sizes.values()) - self._budget)}"
+                    f"--memory by at least {format_size(sum(sizes.values()) - self._budget)}{self._cure}"
                 )
             for name in replaced:
                 self._settle([name])
