@@ -119,7 +119,7 @@ def test_status_json(home, answer):
     assert found["base"] == "../base"
     assert [m["name"] for m in found["modules"]] == ["digits", "letters", "signs"]
     for module in found["modules"]:
-        assert set(module) == {"name", "version", "kind", "bytes", "parameters"}
+        assert set(module) == {"name", "version", "kind", "bytes", "parameters", "about"}
         assert (module["version"], module["kind"]) == (1, "blocks")
     sizes = [m["parameters"] for m in found["modules"]]
     assert found["total_parameters"] - sum(sizes) == found["active_parameters"] - max(sizes) > 0

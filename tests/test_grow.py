@@ -535,6 +535,17 @@ def test_numbers_by_which_it_cannot_grow_are_refused(store: Store, experts: int 
         refused(store, ConfigError, words, lambda texts=texts: more(store, experts, *texts))
 
 
+def test_status_tells_how_many_experts_there_are(store: Store) -> None:
+    def told() -> str:
+        return next(m["about"] for m in store.status()["modules"] if m["name"] == "law")
+
+    assert told() == "100 experts"
+    more(store, "+50")
+    assert told() == "150 experts, 50 of them not trained"
+    more(store, None, "drugs")
+    assert told() == "150 experts"
+
+
 def test_what_cannot_be_grown(home: Path, store: Store) -> None:
     refused(store, ConfigError, "nothing to do", lambda: more(store))
     refused(

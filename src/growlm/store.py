@@ -110,6 +110,13 @@ class StoredModule:
         except ValidationError as error:
             raise IntegrityError(f"{self.folder / MANIFEST}: config: {first_error(error)}") from None
 
+    def about(self) -> str:
+        """What its shape says in a few words; empty where it cannot be understood."""
+        try:
+            return self.shape()[1].about()
+        except (ConfigError, IntegrityError):
+            return ""
+
     @property
     def parameters(self) -> int:
         return self.manifest.parameters
@@ -484,6 +491,7 @@ class Store:
                 "kind": m.kind,
                 "bytes": m.bytes,
                 "parameters": m.parameters,
+                "about": m.about(),
             }
             for m in self.modules.values()
         ]

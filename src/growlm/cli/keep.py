@@ -33,7 +33,7 @@ def status(store: StorePath, as_json: Json = False) -> None:
     for m in found["modules"]:
         print(
             f"  {m['name']:<{width}}  version {m['version']}  {m['kind']}  {format_size(m['bytes']):>9}  "
-            f"{format_count(m['parameters'])} parameters"
+            f"{format_count(m['parameters'])} parameters{', ' + m['about'] if m['about'] else ''}"
         )
     print(
         f"total {format_count(found['total_parameters'])} parameters; with the largest module "

@@ -45,6 +45,10 @@ class ModuleConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    def about(self) -> str:
+        """What `growlm status` says of it besides its size."""
+        return ""
+
 
 class KnowledgeModule(nn.Module, ABC):
     """New parameters for one base.

@@ -91,6 +91,12 @@ class PeerConfig(ModuleConfig):
         """Rows of side a that can be found, once anything can."""
         return self.steps[max(self.open_steps, 1) - 1]
 
+    def about(self) -> str:
+        a, b = self.sub_keys
+        new = (a - self.rows_open) * b if self.steps and self.open_steps else 0
+        pools = f" in each of {len(self.layers)} layers" if self.layers and len(self.layers) > 1 else ""
+        return f"{a * b:,} experts{pools}" + (f", {new:,} of them not trained" if new else "")
+
     def grown(self, num_experts: int) -> Self:
         """With one more step, of so many experts in every pool.
 
