@@ -501,7 +501,7 @@ except MemoryError as error:
     print(error)
 """
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
-    assert "268,435,456 bytes for a table cannot be had; " in printed
+    assert "268,435,456 bytes for a table cannot be had (Cannot allocate memory); " in printed
 
 
 def test_a_containers_limit_counts(tmp_path: Path) -> None:

@@ -107,5 +107,5 @@ def _pages(size: int, flags: int) -> mmap.mmap:
         return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | flags)
     except OSError as error:
         free = free_bytes(torch.device("cpu"))
-        told = "" if free is None else f"; {free:,} are free, less what a limit of this process leaves"
-        raise MemoryError(f"{size:,} bytes for a table cannot be had{told} ({error.strerror})") from None
+        told = "" if free is None else f"; {free:,} are free, but this process may have a limit"
+        raise MemoryError(f"{size:,} bytes for a table cannot be had ({error.strerror}){told}") from None
