@@ -5,8 +5,8 @@ The other package keeps one expert a head unless it is told that scores compete;
 `--top-k` experts a head. Its gradients are dense, and all its rows go through torch's AdamW: fused, or with `--unfused`
 as torch gives it by default. `plain` is a plain script; in `kept`, freed pages are kept for the next step, as growlm's
 training does, on both sides; `bfloat16` is `kept` with our rows in bfloat16. Memory is the peak of a process above what
-it had with all imports done. Warming up reads every batch of tokens
-once, so that the optimiser's state, which takes memory where rows are read, is there.
+it had with all imports done. Warming up reads every batch of tokens once, so that the optimiser's state, which takes
+memory where rows are read, is there.
 
 python benchmarks/peer_speed.py
 python benchmarks/peer_speed.py --sub-keys 128 256 --tokens 256 --rounds 3

@@ -10,7 +10,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-_HUGE_PAGE = 2 << 20
 _TWO_THREADS = 16 << 20  # bytes from which a second reader pays for its thread
 _MAX_HEADER = 100_000_000  # the format's own limit
 
@@ -97,9 +96,14 @@ def read_tensors(path: Path, *, sha256: str | None = None) -> dict[str, Tensor]:
     Raises:
         IntegrityError: the file is missing, truncated, malformed, or its hash differs.
     """
+    import torch
+
+    from growlm.layers.tables import new_table
+
     with _opened(path) as (handle, size):
         prefix, described = _header(path, handle, size)
-        data = _buffer(size - len(prefix))
+        # On huge pages: a fault per 4 KB costs more than the copy.
+        data = new_table(1, size - len(prefix), device="cpu", dtype=torch.uint8)[0]
         view = as_bytes(data)
         if not _read_into(view, handle, len(prefix)):
             raise IntegrityError(f"{path}: truncated while it was read")
@@ -140,18 +144,6 @@ def _compare(path: Path, found: str, expected: str) -> None:
             f"{path}: sha256 {found[:12]}..., manifest says {expected[:12]}...; "
             "restore the file or learn the module again"
         )
-
-
-def _buffer(num_bytes: int) -> Tensor:
-    """Uninitialised bytes, on huge pages where the system has them: a fault per 4 KB costs more than the copy."""
-    import torch
-
-    if num_bytes < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(num_bytes, dtype=torch.uint8)
-    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def _read_into(view: memoryview, handle: int, offset: int) -> bool:
