@@ -14,9 +14,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from growlm import data as text_data
+from growlm.base import Base
 from growlm.layers.cross_entropy import linear_cross_entropy
 from growlm.modules import ModuleSet
-from growlm.modules.base import Base
 from growlm.modules.scoring import num_labels, passage_losses
 from growlm.training.config import TrainConfig
 from growlm.training.loop import compute_dtype, train

@@ -21,10 +21,10 @@ import growlm
 from baselines import Baseline
 from common import machine, same_settings
 from growlm import data as text_data
+from growlm.base.checkpoint import fingerprint
 from growlm.errors import TrainingError
 from growlm.files import write_atomic
 from growlm.modules import ModuleSet
-from growlm.modules.checkpoint import fingerprint
 from growlm.modules.scoring import num_labels, passage_losses
 from growlm.training.config import LearnConfig
 from growlm.units import parse_count

@@ -20,8 +20,8 @@ import growlm
 from baselines import Baseline
 from common import best_rate, kept, machine, print_table, same_settings, slug
 from growlm import data as text_data
+from growlm.base.checkpoint import fingerprint, load_model, load_tokenizer
 from growlm.modules import ModuleSet
-from growlm.modules.checkpoint import fingerprint, load_model, load_tokenizer
 from growlm.modules.scoring import num_labels, passage_losses
 from growlm.training.config import LearnConfig, TrainConfig
 from growlm.units import parse_count

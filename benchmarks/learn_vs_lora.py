@@ -24,8 +24,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from common import qwen2, show
+from growlm.base import Base
 from growlm.data import PackedTokens
-from growlm.modules.base import Base
 from growlm.modules.blocks import Blocks
 from growlm.training.config import LearnConfig
 from growlm.training.memory import kept_pages

@@ -30,11 +30,11 @@ import growlm
 from baselines import Baseline
 from common import best_rate, kept, machine, print_table, same_settings
 from growlm import data as text_data
+from growlm.base import Base
+from growlm.base.checkpoint import load_model
 from growlm.files import write_atomic
 from growlm.model import GrowlmForCausalLM
 from growlm.modules import ModuleSet
-from growlm.modules.base import Base
-from growlm.modules.checkpoint import load_model
 from growlm.modules.scoring import num_labels, passage_losses
 from growlm.surgery.pruning import choose_experts, drop_layers, without_experts
 from growlm.surgery.usage import Usage, count_usage

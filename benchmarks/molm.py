@@ -30,11 +30,11 @@ from torch.nn import functional as F
 import formulation
 import growlm
 from common import interleaved, machine, same_settings, show
+from growlm.base import Base
+from growlm.base.checkpoint import load_model
 from growlm.files import write_atomic
 from growlm.layers.cross_entropy import linear_cross_entropy
 from growlm.model import GrowlmConfig, GrowlmForCausalLM
-from growlm.modules.base import Base
-from growlm.modules.checkpoint import load_model
 from growlm.training.config import PretrainConfig
 from growlm.training.memory import kept_pages
 from growlm.training.segments import final_states

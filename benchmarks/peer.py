@@ -37,10 +37,10 @@ import growlm
 from common import best_rate, kept, machine, print_table, same_settings, slug
 from flops import config_flops
 from growlm import data as text_data
+from growlm.base import Base
+from growlm.base.checkpoint import load_model
 from growlm.model import GrowlmConfig
 from growlm.modules import ModuleSet
-from growlm.modules.base import Base
-from growlm.modules.checkpoint import load_model
 from growlm.modules.scoring import num_labels, passage_losses
 from growlm.surgery.pools import count_pools
 from growlm.training.config import PretrainConfig

@@ -21,8 +21,8 @@ import torch
 import growlm
 from common import interleaved, machine
 from growlm import router
+from growlm.base import Base
 from growlm.evaluation import EvalConfig, evaluate
-from growlm.modules.base import Base
 from growlm.modules.blocks import Blocks, BlocksConfig
 from growlm.router import base_states, load_router
 from growlm.store import ROUTERS, Store

@@ -12,10 +12,10 @@ import torch
 
 from disk import write_jsonl
 from growlm import router
+from growlm.base import Base
+from growlm.base.checkpoint import save_model
 from growlm.modules import ModuleSet
-from growlm.modules.base import Base
 from growlm.modules.blocks import Blocks, BlocksConfig
-from growlm.modules.checkpoint import save_model
 from growlm.modules.experts import Experts, ExpertsConfig
 from growlm.modules.probe import probe
 from growlm.store import Store, StoredModule

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disk import all_files
+from growlm.base import Base
 from growlm.modules import ModuleSet
-from growlm.modules.base import Base
 from tiny import VOCAB, make_model, make_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))

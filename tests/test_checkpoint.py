@@ -10,9 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from growlm.errors import BaseModelError
-from growlm.modules.base import Base
-from growlm.modules.checkpoint import (
+from growlm.base import Base
+from growlm.base.checkpoint import (
     check,
     fingerprint,
     hub_revision,
@@ -22,6 +21,7 @@ from growlm.modules.checkpoint import (
     resolve,
     weight_files,
 )
+from growlm.errors import BaseModelError
 from tiny import FAMILIES, make_model, save_base
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from disk import edit, flip
 from growlm import router
+from growlm.base import Base
 from growlm.engine import AUTO, Engine, Generation, SamplingConfig
 from growlm.engine.generation import Group, decode, prefill
 from growlm.engine.kv import KVCache, PrefixCache
@@ -25,7 +26,6 @@ from growlm.engine.module_cache import Found, ModuleCache
 from growlm.engine.scheduler import plan
 from growlm.errors import BudgetError, ConfigError, DataError, GrowlmError, IntegrityError, UnknownModuleError
 from growlm.modules import ModuleSet
-from growlm.modules.base import Base
 from growlm.modules.export import export
 from growlm.modules.peer import Peer, PeerConfig
 from growlm.router import GaussianRouter, ProductKeyRouter, Route

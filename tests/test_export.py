@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from disk import all_files
+from growlm.base import Base
 from growlm.errors import StoreError, UnknownModuleError
 from growlm.modules import KnowledgeModule, ModuleSet, kind_of
-from growlm.modules.base import Base
 from growlm.modules.export import export, merge
 from growlm.store import Store
 from tiny import FAMILIES, TEXT, VOCAB, WINDOW, make_base, make_tokenizer, perturb, random_ids, save_base

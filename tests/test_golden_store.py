@@ -11,7 +11,7 @@ import torch
 
 from disk import write_jsonl
 from golden.make_store import text
-from growlm import Engine, LearnConfig, Store, learn
+from growlm import Engine, LearnConfig, learn
 
 GOLDEN = Path(__file__).parent / "golden" / "store-1"
 ANSWERS = json.loads((GOLDEN / "answers.json").read_text())

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from disk import all_files, edit, flip, largest_file, write_jsonl
 from growlm import router
+from growlm.base import Base
 from growlm.errors import (
     BaseModelError,
     ConfigError,
@@ -32,7 +33,6 @@ from growlm.errors import (
 )
 from growlm.layers.cross_entropy import linear_cross_entropy
 from growlm.modules import ModuleSet
-from growlm.modules.base import Base
 from growlm.modules.scoring import num_labels, passage_losses
 from growlm.router import base_states, load_router, names_of
 from growlm.store import Store

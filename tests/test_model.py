@@ -13,10 +13,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import growlm
+from growlm.base import Base
 from growlm.layers import PEER, ProductKeyMemory, ProductKeys, retrievals
 from growlm.model import GrowlmConfig, GrowlmForCausalLM
 from growlm.modules import ModuleSet
-from growlm.modules.base import Base
 from growlm.modules.blocks import Blocks, BlocksConfig
 
 PRESETS = Path(growlm.__file__).parent / "model" / "presets"

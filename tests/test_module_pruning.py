@@ -11,13 +11,13 @@ import torch
 
 from disk import all_files, edit
 from growlm import router
+from growlm.base import Base
 from growlm.engine import Engine
 from growlm.errors import ConfigError, DataError, IntegrityError, StoreError, UnknownModuleError
 from growlm.evaluation.forgetting import forgetting
 from growlm.layers.experts import AttentionExperts, SparseFeedForward
 from growlm.layers.insertion import NewExperts
 from growlm.modules import ModuleSet, attached
-from growlm.modules.base import Base
 from growlm.modules.experts import Experts, ExpertsConfig
 from growlm.store import Store
 from growlm.surgery.module_pruning import choose_module_experts, prune_module

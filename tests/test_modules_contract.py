@@ -16,9 +16,9 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig
 
+from growlm.base import Base
 from growlm.errors import ConfigError, IntegrityError
 from growlm.modules import KINDS, KnowledgeModule, ModuleSet, attach, attached, detach, kind_of
-from growlm.modules.base import Base
 from growlm.modules.scoring import passage_losses
 from tiny import FAMILIES, VOCAB, WINDOW, make_base, make_model, perturb, random_ids
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from growlm.base import Base
 from growlm.cli import main
 from growlm.errors import ConfigError
 from growlm.layers import retrievals
 from growlm.model import GrowlmConfig, GrowlmForCausalLM
 from growlm.modules import ModuleSet
-from growlm.modules.base import Base
 from growlm.modules.peer import Peer, PeerConfig
 from growlm.surgery.figures import usage_figure
 from growlm.surgery.pools import Pool, count_pools

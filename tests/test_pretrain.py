@@ -17,11 +17,11 @@ from torch import optim
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from disk import flip, write_jsonl
+from growlm.base import Base
 from growlm.errors import BaseModelError, ConfigError, DataError, IntegrityError, Interrupted, StoreError, TrainingError
 from growlm.layers import retrievals
 from growlm.layers.cross_entropy import linear_cross_entropy
 from growlm.modules import ModuleSet
-from growlm.modules.base import Base
 from growlm.modules.scoring import num_labels, passage_losses
 from growlm.store import Store
 from growlm.training.config import FinetuneConfig, LearnConfig, PretrainConfig

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from growlm.base import Base
 from growlm.errors import ConfigError
 from growlm.model import GrowlmConfig, GrowlmForCausalLM
-from growlm.modules.base import Base
 from growlm.training.segments import check_segments, document_ids, final_states
 from tiny import make_model
 

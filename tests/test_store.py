@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from disk import all_files, edit, flip, largest_file
+from growlm.base import Base
 from growlm.errors import BaseModelError, GrowlmError, IntegrityError, StoreError, UnknownModuleError
 from growlm.modules import ModuleSet
-from growlm.modules.base import Base
 from growlm.modules.blocks import Blocks, BlocksConfig
 from growlm.store import Store, StoredModule, check_name
 from growlm.tensor_files import read_tensors

@@ -10,11 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from disk import write_jsonl
+from growlm.base import Base
 from growlm.errors import BaseModelError, ConfigError, DataError, StoreError
 from growlm.layers.experts import watched
 from growlm.model import GrowlmConfig, GrowlmForCausalLM
 from growlm.modules import ModuleSet
-from growlm.modules.base import Base
 from growlm.modules.experts import Experts, ExpertsConfig
 from growlm.surgery.choosing import Candidates, choose
 from growlm.surgery.pruning import choose_experts, drop_layers, prune, without_experts

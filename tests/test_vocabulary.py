@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from growlm.base import Base
 from growlm.errors import IntegrityError
-from growlm.modules.base import Base
 from growlm.modules.vocabulary import HeadRows, InputRows, VocabularyRows, choose_rows
 from tiny import VOCAB, make_base, make_model, random_ids
 

@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from growlm.modules.base import Base
+from growlm.base import Base
 
 VOCAB = 320
 WINDOW = 12

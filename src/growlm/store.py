@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from growlm.base import checkpoint
 from growlm.errors import BaseModelError, ConfigError, GrowlmError, IntegrityError, StoreError, UnknownModuleError
 from growlm.files import (
     HashMemo,
@@ -28,7 +29,6 @@ from growlm.files import (
     write_atomic,
 )
 from growlm.manifests import ModuleManifest, RouterManifest, StoreManifest, first_error, read_manifest
-from growlm.modules import checkpoint
 from growlm.tensor_files import map_tensors, outline, read_tensors, write_tensors
 from growlm.units import parse_size
 from growlm.versions import ROUTER_MANIFEST, TensorVersions, complete_versions, now
@@ -36,8 +36,8 @@ from growlm.versions import ROUTER_MANIFEST, TensorVersions, complete_versions, 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from growlm.base import Base
     from growlm.modules import KnowledgeModule
-    from growlm.modules.base import Base
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _RESERVED = ("auto", "base", "general", "none")
@@ -419,7 +419,7 @@ class Store:
         Raises:
             BaseModelError: it is missing, has changed, or cannot be loaded.
         """
-        from growlm.modules.base import Base
+        from growlm.base import Base
 
         folder = self.check_base()
         model = checkpoint.load_model(folder, self.manifest.dtype)

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from growlm.base import Base, Pass
 from growlm.engine.kv import KVCache
 from growlm.engine.sampling import SamplingConfig, sample
 from growlm.modules import ModuleSet
-from growlm.modules.base import Base, Pass
 from growlm.router import pad_left
 
 # b batch, t new tokens, s tokens seen so far and new ones, d hidden size, v vocabulary

@@ -13,12 +13,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from growlm.base import Base
 from growlm.engine.generation import Group, Prefilled, decode, prefill
 from growlm.engine.kv import KVCache
 from growlm.engine.sampling import SamplingConfig
 from growlm.errors import ConfigError
 from growlm.modules import ModuleSet
-from growlm.modules.base import Base
 
 # n tokens so far, d hidden size
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from growlm.modules.base import Base
+from growlm.base import Base
 from growlm.router import NONE, Route, Router, base_states
 
 _BATCH = 16

@@ -20,9 +20,9 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from growlm.base import Base, Step, tensor_bytes
+from growlm.base.anatomy import anatomy_of
 from growlm.errors import BaseModelError, ConfigError, IntegrityError
-from growlm.modules.anatomy import anatomy_of
-from growlm.modules.base import Base, Step, tensor_bytes
 from growlm.modules.vocabulary import VocabularyRows
 
 __all__ = [

@@ -15,10 +15,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from growlm.base import Base, Step
+from growlm.base.anatomy import anatomy_of
 from growlm.errors import IntegrityError
 from growlm.modules import KnowledgeModule, ModuleConfig
-from growlm.modules.anatomy import anatomy_of
-from growlm.modules.base import Base, Step
 from growlm.modules.vocabulary import VocabularyRows
 
 

@@ -15,12 +15,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from growlm.base import Base, Step
 from growlm.errors import ConfigError
 from growlm.layers.experts import AttentionExperts, SparseFeedForward
 from growlm.layers.insertion import AttentionUnion, Beside, FeedForwardUnion, NewExperts
 from growlm.layers.losses import routing_regularisation
 from growlm.modules import KnowledgeModule, ModuleConfig
-from growlm.modules.base import Base, Step
 from growlm.modules.vocabulary import VocabularyRows
 
 _Number = Annotated[int, Field(ge=1, le=65_536)]

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from growlm.base import Base
+from growlm.base.checkpoint import save_model
 from growlm.errors import ConfigError
 from growlm.files import checkpoint_folder, refuse_existing
 from growlm.modules import KnowledgeModule, attach, kind_of
-from growlm.modules.base import Base
-from growlm.modules.checkpoint import save_model
 from growlm.modules.vocabulary import InputRows
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
+from growlm.base import Base, Step, tensor_bytes
 from growlm.errors import ConfigError
 from growlm.layers.peer import PEER
 from growlm.layers.pools import WithPools
@@ -24,7 +25,6 @@ from growlm.layers.product_keys import sub_key_counts
 from growlm.layers.row_cache import CachedPool, cache_bytes
 from growlm.layers.tables import require_room_for_rows
 from growlm.modules import KnowledgeModule, ModuleConfig
-from growlm.modules.base import Base, Step, tensor_bytes
 from growlm.modules.vocabulary import VocabularyRows
 
 # a rows of side a, b rows of side b; every row of side a has b experts

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from growlm.base import Base
 from growlm.errors import IntegrityError
-from growlm.modules.base import Base
 
 # b batch, t tokens, d hidden size, v vocabulary, r rows held
 

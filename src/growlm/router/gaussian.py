@@ -23,7 +23,7 @@ from growlm.store import GENERAL, MANIFEST, ROUTER_DERIVED, ROUTER_FITTED, ROUTE
 from growlm.tensor_files import as_bytes, read_tensors
 
 if TYPE_CHECKING:
-    from growlm.modules.base import Base
+    from growlm.base import Base
     from growlm.store import Store, StoredModule
 
 # b batch, t tokens, d hidden size, n samples, c classes

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from growlm.modules.base import Base
+    from growlm.base import Base
 
 NONE = "none"
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from growlm.modules.base import Base
+    from growlm.base import Base
 
 # b batch, t tokens, d hidden size
 

@@ -14,9 +14,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from growlm.base import Base, tensor_bytes
 from growlm.errors import IntegrityError, StoreError, UnknownModuleError
 from growlm.modules import assign
-from growlm.modules.base import Base, tensor_bytes
 from growlm.modules.blocks import Blocks, BlocksConfig
 from growlm.router.interface import NONE, Route, Router
 from growlm.router.samples import SAMPLES

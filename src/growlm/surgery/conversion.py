@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from growlm.base import tensor_bytes
+from growlm.base.checkpoint import resolve, weight_files
 from growlm.errors import BaseModelError, ConfigError
 from growlm.files import checkpoint_folder, refuse_existing
 from growlm.model import convert
 from growlm.model.configuration import GrowlmConfig
 from growlm.model.modeling import GrowlmForCausalLM
-from growlm.modules.base import tensor_bytes
-from growlm.modules.checkpoint import resolve, weight_files
 from growlm.tensor_files import read_tensors, write_tensors
 
 LAYOUTS = ("growlm", "molm")

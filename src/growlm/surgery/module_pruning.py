@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 from growlm import router
+from growlm.base import Base
 from growlm.errors import ConfigError, IntegrityError
 from growlm.files import checkpoint_folder, refuse_existing
 from growlm.layers.experts import SparseFeedForward, per_expert
 from growlm.layers.insertion import NewExperts
 from growlm.modules import KnowledgeModule, ModuleSet
-from growlm.modules.base import Base
 from growlm.modules.experts import Experts
 from growlm.modules.peer import Peer
 from growlm.modules.probe import probe

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from growlm.base import Base
 from growlm.errors import ConfigError
 from growlm.layers.peer import PEER
-from growlm.modules.base import Base
 from growlm.modules.peer import Peer, PeerConfig
 from growlm.surgery.choosing import Candidates, choose
 from growlm.surgery.usage import Usage

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from growlm.base import Base, tensor_bytes
+from growlm.base.checkpoint import load_model, load_tokenizer, resolve, save_model, stored_dtype
 from growlm.errors import BaseModelError, ConfigError
 from growlm.files import checkpoint_folder, refuse_existing
 from growlm.layers.experts import per_expert
 from growlm.model.configuration import GrowlmConfig
 from growlm.model.modeling import GrowlmForCausalLM
 from growlm.modules import ModuleSet
-from growlm.modules.base import Base, tensor_bytes
-from growlm.modules.checkpoint import load_model, load_tokenizer, resolve, save_model, stored_dtype
 from growlm.surgery.choosing import Candidates, check_share, choose
 from growlm.surgery.usage import Place, Usage, count_usage
 

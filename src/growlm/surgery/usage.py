@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from growlm import data as text_data
+from growlm.base import Base
+from growlm.base.checkpoint import load_model, load_tokenizer, resolve, stored_dtype
 from growlm.errors import ConfigError, DataError
 from growlm.layers.experts import AttentionExperts, SparseFeedForward, watched
 from growlm.layers.insertion import AttentionUnion, Beside, FeedForwardUnion
 from growlm.modules import ModuleSet
-from growlm.modules.base import Base
-from growlm.modules.checkpoint import load_model, load_tokenizer, resolve, stored_dtype
 from growlm.store import Store
 from growlm.surgery.pools import Pool, PoolCounter, padded
 

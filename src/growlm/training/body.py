@@ -17,9 +17,9 @@ from torch import Tensor
 
 from growlm import data as text_data
 from growlm import router
+from growlm.base import Base
 from growlm.errors import ConfigError, DataError, StoreError
 from growlm.modules import ModuleSet
-from growlm.modules.base import Base
 from growlm.modules.scoring import num_labels, passage_losses
 from growlm.store import LEAST_SAMPLES, WEIGHTS, Store, StoredModule
 from growlm.tensor_files import read_tensors

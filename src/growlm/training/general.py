@@ -15,8 +15,8 @@ import torch
 
 from growlm import data as text_data
 from growlm import router
+from growlm.base import Base
 from growlm.errors import DataError
-from growlm.modules.base import Base
 from growlm.router.samples import GENERAL_SAMPLES, pack_samples, unpack_samples
 from growlm.store import Store
 from growlm.training.progress import say

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from growlm import router
+from growlm.base import Base
 from growlm.errors import ConfigError, IntegrityError, StoreError
 from growlm.files import locked
 from growlm.modules import KnowledgeModule, ModuleSet
-from growlm.modules.base import Base
 from growlm.modules.peer import Peer, PeerConfig
 from growlm.modules.probe import probe
 from growlm.store import WEIGHTS, Store, StoredModule

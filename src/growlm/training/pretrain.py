@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from growlm import data as text_data
+from growlm.base.anatomy import anatomy_of
 from growlm.errors import ConfigError
-from growlm.modules.anatomy import anatomy_of
 from growlm.training.config import PRESETS, PretrainConfig
 from growlm.training.progress import say
 from growlm.training.whole_model import TrainedModel, train_whole

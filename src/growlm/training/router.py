@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from growlm import data as text_data
+from growlm.base import Base
 from growlm.errors import IntegrityError, StoreError
 from growlm.manifests import RouterManifest
-from growlm.modules.base import Base
 from growlm.router import EVIDENCE, SAMPLES, read_samples
 from growlm.router.transformer import RouterLayers, compare, samples_of
 from growlm.store import ROUTER_TRAINED, Store, StoredModule

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from growlm.base import Base
 from growlm.errors import ConfigError
 from growlm.modules import ModuleSet
-from growlm.modules.base import Base
 
 if TYPE_CHECKING:
     from growlm.model.modeling import LayerRouting

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from growlm import data as text_data
+from growlm.base import Base
+from growlm.base.checkpoint import save_model
 from growlm.errors import ConfigError, DataError
 from growlm.files import refuse_existing, sync, write_atomic
 from growlm.layers.cross_entropy import linear_cross_entropy
 from growlm.modules import ModuleSet
-from growlm.modules.base import Base
-from growlm.modules.checkpoint import save_model
 from growlm.modules.scoring import num_labels, passage_losses
 from growlm.surgery.pools import Pool, count_pools
 from growlm.training.config import WholeModelConfig

@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from growlm.base import tensor_bytes
+from growlm.base.anatomy import anatomy_of
 from growlm.errors import BaseModelError
 from growlm.files import sha256_file
-from growlm.modules.anatomy import anatomy_of
-from growlm.modules.base import tensor_bytes
 
 if TYPE_CHECKING:
     import torch

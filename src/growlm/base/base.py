@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from growlm.modules.anatomy import Anatomy, anatomy_of
+from growlm.base.anatomy import Anatomy, anatomy_of
 
 # b batch, t new tokens, s tokens seen so far and new ones, d hidden size, v vocabulary
 
