@@ -31,6 +31,7 @@ import formulation
 import growlm
 from common import interleaved, machine, same_settings, show
 from growlm.base import Base
+from growlm.base.cache import cache_of
 from growlm.base.checkpoint import load_model
 from growlm.files import write_atomic
 from growlm.layers.cross_entropy import linear_cross_entropy
@@ -132,11 +133,11 @@ def decode(rounds: int) -> None:
 
 def one_more(model: GrowlmForCausalLM, length: int) -> Any:
     ids = torch.randint(model.config.vocab_size, (1, length + 1), generator=torch.Generator().manual_seed(length))
-    cache = model(ids[:, :-1], use_cache=True).past_key_values
+    cache = cache_of(model(ids[:, :-1], use_cache=True))
 
     @torch.no_grad()
     def step() -> None:
-        model(ids[:, -1:], past_key_values=cache, use_cache=True)
+        model(ids[:, -1:], cache=cache, use_cache=True)
         cache.crop(-1)
 
     return step

@@ -6,9 +6,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from growlm.base import Base
+from growlm.base import Base, anatomy
 from growlm.errors import BaseModelError
-from growlm.modules import anatomy
 from tiny import FAMILIES, SETTINGS, WINDOW, make_base, make_model, random_ids
 
 # Settings within a family that change how its layers are masked, rotated or wired.

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, JetMoeConfig, JetMoeForCausalLM
 
+from growlm.base.cache import cache_of
 from growlm.errors import BaseModelError, ConfigError, StoreError
 from growlm.model import GrowlmConfig, GrowlmForCausalLM, convert
 from growlm.surgery.conversion import convert_checkpoint
@@ -57,7 +58,7 @@ def test_molm_decodes_what_the_reference_does(golden: Path, tmp_path: Path) -> N
     out = model(ids[:, :start], use_cache=True)
     steps = []
     for at in range(start, ids.shape[1]):
-        out = model(ids[:, at : at + 1], past_key_values=out.past_key_values, use_cache=True)
+        out = model(ids[:, at : at + 1], cache=cache_of(out), use_cache=True)
         steps.append(out.logits[:, 0])
     assert close(torch.stack(steps, 1), expected["cached_step_logits"])
     greedy = model.generate(ids[:1, :16], max_new_tokens=24, do_sample=False, eos_token_id=None)

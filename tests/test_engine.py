@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM
 from disk import edit, flip
 from growlm import router
 from growlm.base import Base
+from growlm.base.cache import KVCache
 from growlm.engine import AUTO, Engine, Generation, SamplingConfig
 from growlm.engine.generation import Group, decode, prefill
-from growlm.engine.kv import KVCache, PrefixCache
+from growlm.engine.kv import PrefixCache
 from growlm.engine.module_cache import Found, ModuleCache
 from growlm.engine.scheduler import plan
 from growlm.errors import BudgetError, ConfigError, DataError, GrowlmError, IntegrityError, UnknownModuleError

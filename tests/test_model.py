@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import growlm
 from growlm.base import Base
+from growlm.base.cache import cache_of
 from growlm.layers import PEER, ProductKeyMemory, ProductKeys, retrievals
 from growlm.model import GrowlmConfig, GrowlmForCausalLM
 from growlm.modules import ModuleSet
@@ -79,7 +80,7 @@ def test_cached_steps_equal_the_whole_pass(model: GrowlmForCausalLM) -> None:
     out = model(text[:, :7], use_cache=True)
     close(out.logits, whole[:, :7])
     for start, stop in ((7, 12), (12, 13), (13, 20)):  # several tokens at once, and one
-        out = model(text[:, start:stop], past_key_values=out.past_key_values, use_cache=True)
+        out = model(text[:, start:stop], cache=cache_of(out), use_cache=True)
         close(out.logits, whole[:, start:stop])
 
 
@@ -116,15 +117,15 @@ def test_history_is_read_without_gradient() -> None:
     model = make(history_length=8)
     text = ids(1, 20)
     first = model(text[:, :12], use_cache=True)
-    history = model.model.history(first.past_key_values)
+    history = model.model.history(cache_of(first))
     assert history.get_seq_length() == 8
     assert all(not layer.keys.requires_grad for layer in history.layers)
-    again = model(text[:, 12:], past_key_values=history, use_cache=True).logits
+    again = model(text[:, 12:], cache=history, use_cache=True).logits
     alone = model(text[:, 12:]).logits
     assert not torch.allclose(again, alone)
     model.train()
-    history = model.model.history(first.past_key_values, 4)
-    model(text[:, 12:], past_key_values=history, use_cache=True, labels=text[:, 12:]).loss.backward()
+    history = model.model.history(cache_of(first), 4)
+    model(text[:, 12:], cache=history, use_cache=True, labels=text[:, 12:]).loss.backward()
     # A model whose keys of the past had a gradient would have to keep the first segment's graph.
     assert model.model.embed_tokens.weight.grad is not None
     seen = model.model.embed_tokens.weight.grad.abs().sum(-1).nonzero().flatten().tolist()
@@ -135,21 +136,21 @@ def test_history_of_one_layer_equals_a_longer_text() -> None:
     model = make(num_hidden_layers=1, history_length=12)
     text = ids(1, 20)
     with torch.no_grad():
-        history = model.model.history(model(text[:, :12], use_cache=True).past_key_values)
-        close(model(text[:, 12:], past_key_values=history, use_cache=True).logits, model(text).logits[:, 12:])
+        history = model.model.history(cache_of(model(text[:, :12], use_cache=True)))
+        close(model(text[:, 12:], cache=history, use_cache=True).logits, model(text).logits[:, 12:])
 
 
 @pytest.mark.parametrize(("length", "word"), [(9, "a history of 9 tokens, expected 1 to history_length, 8"), (0, "0")])
 def test_a_history_longer_than_allowed_is_refused(length: int, word: str) -> None:
     model = make(history_length=8)
-    cache = model(ids(1, 20), use_cache=True).past_key_values
+    cache = cache_of(model(ids(1, 20), use_cache=True))
     with pytest.raises(ValueError, match=word):
         model.model.history(cache, length)
 
 
 def test_history_with_rotary_positions_is_refused() -> None:
     model = make("mixed", history_length=8)
-    cache = model(ids(1, 20), use_cache=True).past_key_values
+    cache = cache_of(model(ids(1, 20), use_cache=True))
     with pytest.raises(ValueError, match="stick-breaking attention in all layers"):
         model.model.history(cache)
 
@@ -383,8 +384,8 @@ def test_a_mask_for_each_query_with_a_past() -> None:
     losses = []
     for given in (mask, masks_by_query(text, mask)["bool"][:, :, 5:]):
         model = make().train()
-        past = model(text[:, :5], use_cache=True).past_key_values
-        losses.append(model(text[:, 5:], attention_mask=given, past_key_values=past, labels=text[:, 5:]).loss)
+        past = cache_of(model(text[:, :5], use_cache=True))
+        losses.append(model(text[:, 5:], attention_mask=given, cache=past, labels=text[:, 5:]).loss)
     close(*losses)
 
 
@@ -409,9 +410,9 @@ def test_documents_that_do_not_fit_are_refused(kind: str) -> None:
     for documents in (torch.zeros_like(text[:1]), torch.zeros_like(text[:, 1:])):
         with pytest.raises(ValueError, match="documents of shape"):
             model(text, document_ids=documents)
-    past = model(text[:, :12], use_cache=True).past_key_values
+    past = cache_of(model(text[:, :12], use_cache=True))
     with pytest.raises(ValueError, match=r"documents of shape \(2, 1\), expected \(2, 13\)"):
-        model(text[:, 12:13], past_key_values=past, document_ids=torch.zeros(2, 1, dtype=torch.long))
+        model(text[:, 12:13], cache=past, document_ids=torch.zeros(2, 1, dtype=torch.long))
 
 
 def test_what_is_not_known_is_refused() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig
 
 from growlm.base import Base
+from growlm.base.cache import cache_of
 from growlm.errors import ConfigError, IntegrityError
 from growlm.modules import KINDS, KnowledgeModule, ModuleSet, attach, attached, detach, kind_of
 from growlm.modules.scoring import passage_losses
@@ -236,7 +237,7 @@ def test_generate_with_a_module_attached_equals_greedy_decoding(base, case):
             input_ids, attention_mask=visible.long(), generation_config=settings, return_dict_in_generate=True
         )
     assert torch.equal(out.sequences[:, input_ids.shape[1] :], wanted)
-    cache = out.past_key_values
+    cache = cache_of(out)
     assert len(cache.layers) == modules.cache_slots
     assert cache.get_seq_length() == input_ids.shape[1] + 5
 

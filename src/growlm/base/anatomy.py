@@ -29,7 +29,6 @@ class Anatomy:
     feed_forward: str
     zeroed: tuple[tuple[str, float], ...]
     positions: str | None = None  # learned position embeddings, inside the decoder; None: rotary
-    cache_argument: str = "past_key_values"
     sliding_everywhere: bool = False  # config.sliding_window, where set, holds for every layer
     per_layer_settings: tuple[str, ...] = ("layer_types",)  # settings that may be lists with one entry a layer
     masks_padding_only: bool = False  # attention is causal by itself: a mask (b, 1, 1, s) says what is padded
@@ -78,7 +77,6 @@ FAMILIES: dict[str, Anatomy] = {
             ("mlp.dense_4h_to_h.weight", 0.0),
             ("mlp.dense_4h_to_h.bias", 0.0),
         ),
-        cache_argument="layer_past",
     ),
     "olmo2": Anatomy(
         **_LLAMA,

@@ -1,7 +1,7 @@
 """Base: the frozen language model, run from any layer to any layer.
 
-Knows how a family embeds, masks, rotates and projects; runs its own decoder layers and any others of the same call
-signature in any order. Knows nothing of modules, stores or caches beyond the one method that attention calls.
+Knows how a family embeds, masks, rotates and projects; runs its own decoder layers and any others that are called as
+they are, in any order. Knows nothing of modules or stores; a cache goes through to the layers as it is.
 
 Computes what the family's own `forward` computes, operation for operation: the results are bit-equal.
 """
@@ -11,20 +11,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from growlm.base.anatomy import Anatomy, anatomy_of
+from growlm.base.calls import LayerCall
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import Cache
 
 # b batch, t new tokens, s tokens seen so far and new ones, d hidden size, v vocabulary
-
-
-class KeyValueCache(Protocol):
-    """What attention needs of a cache: store the new keys and values of one slot, return all of them."""
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]: ...
 
 
 class Step(NamedTuple):
@@ -41,7 +39,7 @@ class Pass:
     positions: Tensor  # (b or 1, t)
     masks: dict[str, Tensor | None]  # per attention pattern: (b, 1, t, s), or None for plain causal
     rotary: tuple[Tensor, Tensor] | None
-    cache: KeyValueCache | None
+    cache: Cache | None
 
 
 class Base:
@@ -53,7 +51,7 @@ class Base:
         freeze: put the model in evaluation mode and its parameters out of autograd's reach, in place.
 
     Raises:
-        BaseModelError: the family is not supported.
+        BaseModelError: the family is not supported, or its layers in the installed transformers are not understood.
     """
 
     def __init__(self, model: Any, where: str = "base", *, freeze: bool = True) -> None:
@@ -68,6 +66,7 @@ class Base:
         self.head: nn.Module = getattr(model, self.anatomy.head)
         self.layers: list[nn.Module] = list(getattr(self.decoder, self.anatomy.layers))
         self.num_layers = len(self.layers)
+        self._call = LayerCall.of(self.layers[0], where)
         self.hidden_size: int = self.config.hidden_size
         self.vocab_size: int = self.config.vocab_size
         self.softcap: float | None = getattr(self.config, "final_logit_softcapping", None)
@@ -130,7 +129,7 @@ class Base:
         *,
         past: int = 0,
         visible: Tensor | None = None,
-        cache: KeyValueCache | None = None,
+        cache: Cache | None = None,
     ) -> tuple[Tensor, Pass]:
         """Embeds `input_ids` (b, t) and prepares what all layers share.
 
@@ -156,7 +155,7 @@ class Base:
         *,
         past: int = 0,
         visible: Tensor | None = None,
-        cache: KeyValueCache | None = None,
+        cache: Cache | None = None,
     ) -> Pass:
         """The pass for hidden states (b, t, d) that already exist, at `positions` (b or 1, t)."""
         masks = {p: self._mask(p, hidden, past=past, visible=visible) for p in self._patterns}
@@ -173,13 +172,12 @@ class Base:
 
     def run(self, hidden: Tensor, steps: Sequence[Step], shared: Pass) -> Tensor:
         """Runs layers in order: (b, t, d) -> (b, t, d)."""
-        arguments: dict[str, Any] = {
-            "position_ids": shared.positions,
-            "use_cache": shared.cache is not None,
-            self.anatomy.cache_argument: shared.cache,
-        }
-        if shared.rotary is not None:
-            arguments["position_embeddings"] = shared.rotary
+        arguments = self._call.arguments(
+            position_ids=shared.positions,
+            use_cache=shared.cache is not None,
+            cache=shared.cache,
+            position_embeddings=shared.rotary,
+        )
         for layer, attention in steps:
             hidden = layer(hidden, attention_mask=shared.masks[attention], **arguments)
         return hidden

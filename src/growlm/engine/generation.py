@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from growlm.base import Base, Pass
-from growlm.engine.kv import KVCache
+from growlm.base.cache import KVCache
 from growlm.engine.sampling import SamplingConfig, sample
 from growlm.modules import ModuleSet
 from growlm.router import pad_left

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from growlm.base import Base
+from growlm.base.cache import KVCache
 from growlm.engine.generation import Group, Prefilled, decode, prefill
-from growlm.engine.kv import KVCache
 from growlm.engine.sampling import SamplingConfig
 from growlm.errors import ConfigError
 from growlm.modules import ModuleSet

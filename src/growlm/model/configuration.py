@@ -68,7 +68,7 @@ class GrowlmConfig(PreTrainedConfig):
     """
 
     model_type = "growlm"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  (transformers' Trainer adds to it)
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012  (transformers' Trainer adds to it)
 
     def __init__(
         self,
@@ -262,7 +262,7 @@ class GrowlmConfig(PreTrainedConfig):
         return list(setting)
 
     def _check_activation(self) -> None:
-        from transformers.activations import ACT2FN  # which imports torch
+        from growlm.base.activations import ACT2FN  # which imports torch
 
         if not isinstance(self.hidden_act, str) or self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act is {self.hidden_act!r}, expected one of transformers': gelu_new, silu, ...")

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.activations import ACT2FN
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
+from growlm.base.activations import ACT2FN
+from growlm.base.parts import GradientCheckpointingLayer, LlamaRMSNorm, apply_rotary_pos_emb
 from growlm.layers.experts import AttentionExperts, SparseFeedForward
 from growlm.layers.peer import PEER, ProductKeyMemory
 from growlm.layers.stickbreaking import check_shapes, stickbreaking_attention
@@ -243,7 +242,7 @@ class GrowlmDecoderLayer(GradientCheckpointingLayer):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         use_cache: bool = False,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         document_ids: Tensor | None = None,
@@ -266,7 +265,7 @@ class GrowlmDecoderLayer(GradientCheckpointingLayer):
             self.input_layernorm(hidden_states),
             mask=attention_mask,
             documents=document_ids,
-            cache=past_key_values,
+            cache=cache,
             rotary=position_embeddings,
         )
         hidden_states = hidden_states + F.dropout(attended, self.dropout, self.training)

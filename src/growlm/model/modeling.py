@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-from transformers.utils.generic import can_return_tuple
 
+from growlm.base.cache import CACHE_NAME, cache_of
+from growlm.base.parts import LlamaRotaryEmbedding, can_return_tuple
 from growlm.layers.experts import AttentionExperts, ExpertRouter, GroupedLinear, SparseFeedForward
 from growlm.layers.losses import load_balance, load_concentration, mutual_information, router_z
 from growlm.layers.peer import PEER, ProductKeyMemory
@@ -58,7 +58,7 @@ class GrowlmPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["GrowlmDecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
 
     @torch.no_grad()
@@ -105,6 +105,7 @@ class GrowlmModel(GrowlmPreTrainedModel):
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Any = None,
         document_ids: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_routings: bool = False,
@@ -115,7 +116,7 @@ class GrowlmModel(GrowlmPreTrainedModel):
             attention_mask: (b, s), 0 where a row is padded; or (b, 1, t, s), bool or to be added to scores, for each
                 query the keys that it sees. A token that does not see itself is then padding.
             document_ids: (b, s) integers; a token attends to tokens of its own number only.
-            past_key_values: a cache to go on from, or a `history`.
+            cache: a cache to go on from, or a `history`; `past_key_values` is the same under its older name.
             output_routings: return what every router decided.
             others: what transformers hands to every model, where it asks nothing of this one.
 
@@ -129,9 +130,10 @@ class GrowlmModel(GrowlmPreTrainedModel):
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        cache = _one_cache(cache, past_key_values)
+        if use_cache and cache is None:
+            cache = DynamicCache()
+        past = cache.get_seq_length() if cache is not None else 0
         t = hidden.shape[1]
         mask = None if attention_mask is None else self._mask(attention_mask, past, t)
         real = None
@@ -152,7 +154,7 @@ class GrowlmModel(GrowlmPreTrainedModel):
                 hidden,
                 attention_mask=mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                cache=cache,
                 use_cache=use_cache,
                 position_embeddings=rotary,
                 document_ids=document_ids,
@@ -168,7 +170,7 @@ class GrowlmModel(GrowlmPreTrainedModel):
         hidden = self.norm(hidden)
         return GrowlmOutput(
             last_hidden_state=hidden,
-            past_key_values=past_key_values if use_cache else None,
+            **{CACHE_NAME: cache if use_cache else None},
             hidden_states=(*seen, hidden) if output_hidden_states else None,
             routings=tuple(routings) if output_routings else None,
         )
@@ -188,7 +190,7 @@ class GrowlmModel(GrowlmPreTrainedModel):
             raise ValueError(f"attention_mask covers {attention_mask.shape[1]} tokens, expected {past + t}")
         return attention_mask.bool()[:, None, None]
 
-    def history(self, past_key_values: DynamicCache, length: int | None = None) -> DynamicCache:
+    def history(self, cache: DynamicCache, length: int | None = None) -> DynamicCache:
         """The last keys and values of a cache without gradient, for the next segment (Transformer-XL).
 
         Args:
@@ -204,10 +206,21 @@ class GrowlmModel(GrowlmPreTrainedModel):
         if self._rotated:
             raise ValueError("history needs stick-breaking attention in all layers: rotary positions would be shifted")
         kept = DynamicCache()
-        for index, layer in enumerate(past_key_values.layers):
+        for index, layer in enumerate(cache.layers):
             keys, values = (getattr(layer, name)[:, :, -length:].detach() for name in ("keys", "values"))
             kept.update(keys, values, index)
         return kept
+
+
+def _one_cache(cache: Any, past_key_values: Any) -> Any:
+    """The cache, whichever of its two names it came under.
+
+    Raises:
+        ValueError: it came under both.
+    """
+    if cache is not None and past_key_values is not None:
+        raise ValueError("give cache or past_key_values, not both: they are two names of one argument")
+    return past_key_values if cache is None else cache
 
 
 def _real_tokens(attention_mask: Tensor, batch: int, past: int, t: int) -> Tensor:
@@ -262,6 +275,7 @@ class GrowlmForCausalLM(GrowlmPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Any = None,
         document_ids: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_routings: bool = False,
@@ -270,13 +284,14 @@ class GrowlmForCausalLM(GrowlmPreTrainedModel, GenerationMixin):
     ) -> GrowlmCausalLMOutput:
         """Arguments and errors as in `GrowlmModel.forward`; `labels` (b, t) are shifted here, -100 is not counted."""
         for_loss = {name: others.pop(name) for name in _FOR_THE_LOSS if name in others}
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        cache = _one_cache(cache, past_key_values)
+        past = 0 if cache is None else cache.get_seq_length()
         weighed = self.training and labels is not None and self.config.auxiliary_loss != "none"
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             document_ids=document_ids,
@@ -300,7 +315,7 @@ class GrowlmForCausalLM(GrowlmPreTrainedModel, GenerationMixin):
         return GrowlmCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=out.past_key_values,
+            **{CACHE_NAME: cache_of(out)},
             hidden_states=out.hidden_states,
             auxiliary_loss=auxiliary,
             routings=out.routings if output_routings else None,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from growlm.base import Base
+from growlm.base.cache import cache_of
 from growlm.errors import ConfigError
 from growlm.modules import ModuleSet
 
@@ -47,13 +48,13 @@ def final_states(
         seen = history.get_seq_length() if history is not None else 0
         out = base.decoder(
             input_ids[:, start:stop],
-            past_key_values=history,
+            cache=history,
             use_cache=stop < t or start > 0,
             document_ids=None if documents is None else documents[:, start - seen : stop],
             output_routings=True,
         )
         if stop < t:
-            history = base.decoder.history(out.past_key_values)
+            history = base.decoder.history(cache_of(out))
             if not history.get_seq_length():
                 raise ConfigError(
                     "segments read the keys of those before, which gradient checkpointing drops; turn one of them off"
