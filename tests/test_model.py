@@ -140,6 +140,15 @@ def test_history_of_one_layer_equals_a_longer_text() -> None:
         close(model(text[:, 12:], cache=history, use_cache=True).logits, model(text).logits[:, 12:])
 
 
+def test_a_cache_comes_under_either_name_but_not_under_both() -> None:
+    model, text = make(), ids(1, 8)
+    with torch.no_grad():
+        caches = [cache_of(model(text[:, :5], use_cache=True)) for _ in range(2)]
+        close(model(text[:, 5:], past_key_values=caches[0]).logits, model(text[:, 5:], cache=caches[1]).logits)
+        with pytest.raises(ValueError, match="not both"):
+            model(text[:, 5:], cache=caches[0], past_key_values=caches[1])
+
+
 @pytest.mark.parametrize(("length", "word"), [(9, "a history of 9 tokens, expected 1 to history_length, 8"), (0, "0")])
 def test_a_history_longer_than_allowed_is_refused(length: int, word: str) -> None:
     model = make(history_length=8)
@@ -478,6 +487,11 @@ def test_every_preset_is_known_to_pretrain() -> None:
         "print(type(A.from_config(AutoConfig.for_model('growlm', num_hidden_layers=1)).config).__name__)",
         "import growlm.model; growlm.model.GrowlmForCausalLM; from transformers import AutoModel as A, AutoConfig; "
         "print(type(A.from_config(AutoConfig.for_model('growlm', num_hidden_layers=1)).config).__name__)",
+        "import growlm; from transformers import LlamaForCausalLM as L, AutoConfig as A; "
+        "print(type(A.for_model('growlm')).__name__)",
+        "import growlm, transformers.modeling_layers; from growlm.model import GrowlmConfig as C; "
+        "print(type(C()).__name__)",
+        "import growlm.base.parts, growlm.model.decoder as d; print(d.GrowlmConfig.__name__)",
         "import growlm, sys; print('GrowlmConfig' if not {'torch', 'transformers'} & set(sys.modules) else 'heavy')",
     ],
 )

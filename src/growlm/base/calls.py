@@ -48,8 +48,9 @@ class LayerCall:
                 f"needs an argument {unknown[0]!r}" if unknown else f"has none of the arguments {', '.join(_CACHE)}"
             )
             raise BaseModelError(
-                f"{where}: {type(layer).__name__} of transformers {metadata.version('transformers')} {problem}, so growlm "
-                f"cannot run it; it was tested with transformers {tested_range('transformers')}: install one of these"
+                f"{where}: {type(layer).__name__} of transformers {metadata.version('transformers')} {problem}, so "
+                "growlm cannot run it; it was tested with transformers "
+                f"{tested_range('transformers')}: install one of these"
             )
         given = _KNOWN if open_ended else names
         return cls(cache, frozenset(name for name in given if name not in _CACHE) | {cache})

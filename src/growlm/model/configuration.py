@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from growlm.model.registration import register_model
+
 ATTENTIONS = ("stickbreaking", "softmax")
 FEED_FORWARDS = ("dense", "experts", "peer", "memory")
 AUXILIARY_LOSSES = ("mutual_information", "load_concentration", "st_moe", "none")
@@ -180,6 +182,7 @@ class GrowlmConfig(PreTrainedConfig):
         self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
         self.check()  # first: what transformers finds amiss itself, it says in several lines
         super().__init__(**kwargs)
+        register_model()
 
     def attention_of(self, layer: int) -> str:
         return self.attention if isinstance(self.attention, str) else self.attention[layer]
@@ -262,7 +265,7 @@ class GrowlmConfig(PreTrainedConfig):
         return list(setting)
 
     def _check_activation(self) -> None:
-        from growlm.base.activations import ACT2FN  # which imports torch
+        from growlm.base.parts import ACT2FN  # which imports torch
 
         if not isinstance(self.hidden_act, str) or self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act is {self.hidden_act!r}, expected one of transformers': gelu_new, silu, ...")

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from growlm.base.activations import ACT2FN
-from growlm.base.parts import GradientCheckpointingLayer, LlamaRMSNorm, apply_rotary_pos_emb
+from growlm.base.parts import ACT2FN, GradientCheckpointingLayer, LlamaRMSNorm, apply_rotary_pos_emb
 from growlm.layers.experts import AttentionExperts, SparseFeedForward
 from growlm.layers.peer import PEER, ProductKeyMemory
 from growlm.layers.stickbreaking import check_shapes, stickbreaking_attention

@@ -24,7 +24,6 @@ from growlm.layers.peer import PEER, ProductKeyMemory
 from growlm.layers.product_keys import ProductKeys
 from growlm.model.configuration import GrowlmConfig
 from growlm.model.decoder import Decision, GrowlmDecoderLayer, new_norm
-from growlm.model.registration import model_is_ready
 
 # b batch, t new tokens, s tokens seen so far and new ones, d hidden size, h heads, g heads of keys, w head width
 
@@ -362,6 +361,3 @@ class GrowlmForCausalLM(GrowlmPreTrainedModel, GenerationMixin):
                         total + load_balance(decision.logits, decision.experts, counted) + config.router_z_weight * z
                     )
         return config.auxiliary_loss_weight * total
-
-
-model_is_ready()

@@ -1,18 +1,22 @@
 """Registration: lets transformers' Auto classes find the growlm model, without importing transformers for it.
 
-Importing growlm changes one thing outside of it, and this is it: a finder on `sys.meta_path` that waits for the two
-files of transformers that hold the tables, and adds a row to each once it has been read. Where they have been read
-already, the rows are added at once. The finder finds nothing itself.
+Importing growlm changes one thing outside of it, and this is it: a finder on `sys.meta_path` that waits for the file of
+transformers that holds the table of configs, and adds our row once it has been read. Where it has been read already,
+the row is added at once. The finder finds nothing itself. The model follows with the first config: whoever asks for a
+model has one, and transformers' own files, which our layers need, have all been read by then.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
+
+_CONFIGS = "transformers.models.auto.configuration_auto"
 
 
 def _register_config(module: Any) -> None:
@@ -21,34 +25,23 @@ def _register_config(module: Any) -> None:
     module.AutoConfig.register("growlm", GrowlmConfig, exist_ok=True)
 
 
-def _register_model(module: Any) -> None:
-    modeling = sys.modules.get("growlm.model.modeling")
-    if modeling is not None and not hasattr(modeling, "GrowlmForCausalLM"):
-        return  # it is being read, which is why transformers' file is: `model_is_ready` comes at its end
+@functools.cache
+def register_model() -> None:
+    """Adds the model's row to the tables of AutoModel and AutoModelForCausalLM, once."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
     from growlm.model.configuration import GrowlmConfig
     from growlm.model.modeling import GrowlmForCausalLM, GrowlmModel
 
-    module.AutoModel.register(GrowlmConfig, GrowlmModel, exist_ok=True)
-    module.AutoModelForCausalLM.register(GrowlmConfig, GrowlmForCausalLM, exist_ok=True)
-
-
-_TABLES = {
-    "transformers.models.auto.configuration_auto": _register_config,
-    "transformers.models.auto.modeling_auto": _register_model,
-}
-
-
-def model_is_ready() -> None:
-    """Called at the end of `modeling.py`."""
-    if (module := sys.modules.get("transformers.models.auto.modeling_auto")) is not None:
-        _register_model(module)
+    AutoModel.register(GrowlmConfig, GrowlmModel, exist_ok=True)
+    AutoModelForCausalLM.register(GrowlmConfig, GrowlmForCausalLM, exist_ok=True)
 
 
 class _Watcher(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in _TABLES:
+        if fullname != _CONFIGS:
             return None
         for finder in sys.meta_path:
             if finder is not self and (spec := finder.find_spec(fullname, path, target)) is not None:
@@ -72,14 +65,13 @@ class _Registering(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        _TABLES[module.__name__](module)
+        _register_config(module)
 
 
 def install() -> None:
-    """Registers now what is read already, and the rest when it is read. Calling it again does nothing."""
+    """Registers the config now, or when its table is read. Calling it again does nothing."""
     if not any(isinstance(finder, _Watcher) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Watcher())
-    for name, register in _TABLES.items():
-        module = sys.modules.get(name)
-        if module is not None and not getattr(getattr(module, "__spec__", None), "_initializing", False):
-            register(module)
+    module = sys.modules.get(_CONFIGS)
+    if module is not None and not getattr(getattr(module, "__spec__", None), "_initializing", False):
+        _register_config(module)
