@@ -36,13 +36,13 @@ import growlm
 from baselines import Baseline
 from common import best_rate, machine
 from growlm import data as text_data
+from growlm.disk.files import write_atomic
+from growlm.disk.tensors import read_tensors, write_tensors
 from growlm.errors import GrowlmError, TrainingError
 from growlm.evaluation import plots
-from growlm.files import write_atomic
 from growlm.modules import ModuleSet
 from growlm.modules.scoring import continuation_scores
 from growlm.router import NONE, base_states, names_of
-from growlm.tensor_files import read_tensors, write_tensors
 from growlm.training.config import LearnConfig, PretrainConfig, TrainConfig
 
 METHODS = ["growlm", "finetune-sequence", "lora-sequence"]

@@ -22,8 +22,8 @@ from baselines import Baseline
 from common import machine, same_settings
 from growlm import data as text_data
 from growlm.base.checkpoint import fingerprint
+from growlm.disk.files import write_atomic
 from growlm.errors import TrainingError
-from growlm.files import write_atomic
 from growlm.modules import ModuleSet
 from growlm.modules.scoring import num_labels, passage_losses
 from growlm.training.config import LearnConfig

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
 from growlm.base.checkpoint import save_model
-from growlm.files import write_atomic
+from growlm.disk.files import write_atomic
 
 
 def qwen2(vocab_size: int = 32_000, hidden_size: int = 512, num_hidden_layers: int = 8) -> Qwen2Config:

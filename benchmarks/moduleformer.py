@@ -32,7 +32,7 @@ from common import best_rate, kept, machine, print_table, same_settings
 from growlm import data as text_data
 from growlm.base import Base
 from growlm.base.checkpoint import load_model
-from growlm.files import write_atomic
+from growlm.disk.files import write_atomic
 from growlm.model import GrowlmForCausalLM
 from growlm.modules import ModuleSet
 from growlm.modules.scoring import num_labels, passage_losses

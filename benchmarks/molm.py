@@ -33,7 +33,7 @@ from common import interleaved, machine, same_settings, show
 from growlm.base import Base
 from growlm.base.cache import cache_of
 from growlm.base.checkpoint import load_model
-from growlm.files import write_atomic
+from growlm.disk.files import write_atomic
 from growlm.layers.cross_entropy import linear_cross_entropy
 from growlm.model import GrowlmConfig, GrowlmForCausalLM
 from growlm.training.config import PretrainConfig

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from common import interleaved, show
+from growlm.disk.tensors import map_tensors, write_tensors
 from growlm.layers import PEER
 from growlm.layers.row_cache import CachedPool
-from growlm.tensor_files import map_tensors, write_tensors
 
 BATCHES = 64
 

@@ -34,13 +34,13 @@ from baselines import Baseline
 from common import best_rate, machine, same_settings
 from growlm import data as text_data
 from growlm.base.checkpoint import fingerprint
+from growlm.disk.files import write_atomic
+from growlm.disk.tensors import read_tensors, write_tensors
 from growlm.errors import TrainingError
 from growlm.evaluation import EvalConfig, evaluate
 from growlm.evaluation.continual import ForgettingMatrix
-from growlm.files import write_atomic
 from growlm.modules import ModuleSet
 from growlm.modules.scoring import num_labels, passage_losses
-from growlm.tensor_files import read_tensors, write_tensors
 from growlm.training.config import LearnConfig, PretrainConfig, TrainConfig
 from growlm.training.pretrain import new_model
 from growlm.units import parse_count

@@ -16,8 +16,7 @@ import torch
 
 from disk import largest_file
 from growlm import files
-from growlm.errors import StoreError
-from growlm.files import (
+from growlm.disk.files import (
     HashMemo,
     clear_scratch,
     locked,
@@ -27,7 +26,8 @@ from growlm.files import (
     sha256_file,
     write_atomic,
 )
-from growlm.tensor_files import write_tensors
+from growlm.disk.tensors import write_tensors
+from growlm.errors import StoreError
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:

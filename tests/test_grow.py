@@ -15,10 +15,10 @@ from torch import Tensor
 import growlm
 from disk import all_files, edit, flip, write_jsonl
 from growlm import cli, router
+from growlm.disk.files import locked
 from growlm.engine import Engine
 from growlm.errors import ConfigError, DataError, IntegrityError, Interrupted, StoreError, UnknownModuleError
 from growlm.evaluation.forgetting import forgetting
-from growlm.files import locked
 from growlm.layers.product_keys import retrievals
 from growlm.modules import ModuleSet
 from growlm.modules.peer import Peer, PeerConfig

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from growlm.base import Base
+from growlm.disk.tensors import read_tensors
 from growlm.errors import IntegrityError
 from growlm.modules.blocks import Blocks, BlocksConfig
 from growlm.router import (
@@ -31,7 +32,6 @@ from growlm.router import (
     write_general,
 )
 from growlm.store import Store, StoredModule
-from growlm.tensor_files import read_tensors
 from growlm.versions import TensorVersions
 from interruptions import in_new_process, kill_everywhere
 from tiny import make_base, random_ids, save_base

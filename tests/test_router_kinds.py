@@ -14,10 +14,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from growlm import cli
+from growlm.disk.files import sha256_file
 from growlm.engine import Engine
 from growlm.errors import BudgetError, ConfigError, IntegrityError, Interrupted, StoreError
 from growlm.evaluation import EvalConfig, evaluate
-from growlm.files import sha256_file
 from growlm.router import NONE, SAMPLES, base_states, load_router, pack_samples, read_samples, unpack_samples
 from growlm.store import ROUTERS, Store
 from growlm.training.config import LearnConfig, RouterConfig

@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 
 from disk import all_files, edit, flip, largest_file
 from growlm.base import Base
+from growlm.disk.tensors import read_tensors
 from growlm.errors import BaseModelError, GrowlmError, IntegrityError, StoreError, UnknownModuleError
 from growlm.modules import ModuleSet
 from growlm.modules.blocks import Blocks, BlocksConfig
 from growlm.store import Store, StoredModule, check_name
-from growlm.tensor_files import read_tensors
 from interruptions import exit_code, forked, in_new_process, kill_everywhere
 from tiny import make_model, make_tokenizer, perturb, random_ids, save_base
 

@@ -14,9 +14,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from growlm.disk.files import sha256_file
+from growlm.disk.tensors import map_tensors, outline, read_tensors, write_tensors
 from growlm.errors import IntegrityError, StoreError
-from growlm.files import sha256_file
-from growlm.tensor_files import map_tensors, outline, read_tensors, write_tensors
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 DTYPES = [*FLOATS, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]

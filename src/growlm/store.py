@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from growlm.base import checkpoint
-from growlm.errors import BaseModelError, ConfigError, GrowlmError, IntegrityError, StoreError, UnknownModuleError
-from growlm.files import (
+from growlm.disk.files import (
     HashMemo,
     clear_scratch,
     locked,
@@ -28,8 +27,9 @@ from growlm.files import (
     sha256_file,
     write_atomic,
 )
+from growlm.disk.tensors import map_tensors, outline, read_tensors, write_tensors
+from growlm.errors import BaseModelError, ConfigError, GrowlmError, IntegrityError, StoreError, UnknownModuleError
 from growlm.manifests import ModuleManifest, RouterManifest, StoreManifest, first_error, read_manifest
-from growlm.tensor_files import map_tensors, outline, read_tensors, write_tensors
 from growlm.units import parse_size
 from growlm.versions import ROUTER_MANIFEST, TensorVersions, complete_versions, now
 

@@ -12,10 +12,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from growlm.disk.files import new_folder, remove_folder
+from growlm.disk.tensors import read_tensors, write_tensors
 from growlm.errors import IntegrityError
-from growlm.files import new_folder, remove_folder
 from growlm.manifests import RouterManifest, read_manifest
-from growlm.tensor_files import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from growlm.base import tensor_bytes
 from growlm.base.anatomy import anatomy_of
+from growlm.disk.files import sha256_file
 from growlm.errors import BaseModelError
-from growlm.files import sha256_file
 
 if TYPE_CHECKING:
     import torch

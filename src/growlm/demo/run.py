@@ -17,11 +17,11 @@ from typing import Any
 from growlm import data as text_data
 from growlm.demo import corpora
 from growlm.demo.accounting import account, paper_config
+from growlm.disk.files import write_atomic
 from growlm.engine import Engine
 from growlm.errors import StoreError
 from growlm.evaluation import EvalConfig, evaluate
 from growlm.evaluation.report import write_report
-from growlm.files import write_atomic
 from growlm.router import NONE
 from growlm.store import Store
 from growlm.training.config import LearnConfig, PretrainConfig

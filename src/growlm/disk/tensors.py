@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from growlm.disk.files import raise_if_full, sha256_file, sync
 from growlm.errors import IntegrityError
-from growlm.files import raise_if_full, sha256_file, sync
 
 if TYPE_CHECKING:
     import torch

@@ -13,8 +13,8 @@ from torch import nn
 
 from growlm.base import Base
 from growlm.base.checkpoint import save_model
+from growlm.disk.files import checkpoint_folder, refuse_existing
 from growlm.errors import ConfigError
-from growlm.files import checkpoint_folder, refuse_existing
 from growlm.modules import KnowledgeModule, attach, kind_of
 from growlm.modules.vocabulary import InputRows
 

@@ -10,9 +10,9 @@ from typing import TypedDict
 
 import torch
 
+from growlm.disk.tensors import as_bytes
 from growlm.modules import ModuleSet
 from growlm.modules.scoring import num_labels, passage_losses
-from growlm.tensor_files import as_bytes
 
 _TOKENS = 64
 

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from growlm.disk.tensors import as_bytes, read_tensors
 from growlm.errors import GrowlmError, IntegrityError, StoreError
 from growlm.router.cells import squared_distances
 from growlm.router.interface import NONE, Route, Router
 from growlm.router.states import base_states, pool
 from growlm.store import GENERAL, MANIFEST, ROUTER_DERIVED, ROUTER_FITTED, ROUTER_SUMS
-from growlm.tensor_files import as_bytes, read_tensors
 
 if TYPE_CHECKING:
     from growlm.base import Base

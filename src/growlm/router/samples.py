@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from growlm.tensor_files import read_tensors
+from growlm.disk.tensors import read_tensors
 
 if TYPE_CHECKING:
     from growlm.store import StoredModule

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from growlm.base import tensor_bytes
 from growlm.base.checkpoint import resolve, weight_files
+from growlm.disk.files import checkpoint_folder, refuse_existing
+from growlm.disk.tensors import read_tensors, write_tensors
 from growlm.errors import BaseModelError, ConfigError
-from growlm.files import checkpoint_folder, refuse_existing
 from growlm.model import convert
 from growlm.model.configuration import GrowlmConfig
 from growlm.model.modeling import GrowlmForCausalLM
-from growlm.tensor_files import read_tensors, write_tensors
 
 LAYOUTS = ("growlm", "molm")
 _CARRIED = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "generation_config*")

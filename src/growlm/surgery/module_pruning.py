@@ -16,8 +16,9 @@ import torch
 
 from growlm import router
 from growlm.base import Base
+from growlm.disk.files import checkpoint_folder, refuse_existing
+from growlm.disk.tensors import read_tensors
 from growlm.errors import ConfigError, IntegrityError
-from growlm.files import checkpoint_folder, refuse_existing
 from growlm.layers.experts import SparseFeedForward, per_expert
 from growlm.layers.insertion import NewExperts
 from growlm.modules import KnowledgeModule, ModuleSet
@@ -29,7 +30,6 @@ from growlm.store import GENERAL, WEIGHTS, Store, StoredModule
 from growlm.surgery.choosing import Candidates, check_share, choose
 from growlm.surgery.pool_pruning import prune_pools
 from growlm.surgery.usage import Place, Usage, count_usage
-from growlm.tensor_files import read_tensors
 
 
 def prune_module(

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from growlm.base import Base, tensor_bytes
 from growlm.base.checkpoint import load_model, load_tokenizer, resolve, save_model, stored_dtype
+from growlm.disk.files import checkpoint_folder, refuse_existing
 from growlm.errors import BaseModelError, ConfigError
-from growlm.files import checkpoint_folder, refuse_existing
 from growlm.layers.experts import per_expert
 from growlm.model.configuration import GrowlmConfig
 from growlm.model.modeling import GrowlmForCausalLM

@@ -18,11 +18,11 @@ from torch import Tensor
 from growlm import data as text_data
 from growlm import router
 from growlm.base import Base
+from growlm.disk.tensors import read_tensors
 from growlm.errors import ConfigError, DataError, StoreError
 from growlm.modules import ModuleSet
 from growlm.modules.scoring import num_labels, passage_losses
 from growlm.store import LEAST_SAMPLES, WEIGHTS, Store, StoredModule
-from growlm.tensor_files import read_tensors
 from growlm.training.config import ModuleTrainConfig
 
 _HELDOUT_SAMPLES = 64  # passages from which the router learns how far its own text may be

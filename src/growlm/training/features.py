@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from growlm.tensor_files import as_bytes
+from growlm.disk.tensors import as_bytes
 
 
 class FeatureCache:

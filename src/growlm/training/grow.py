@@ -17,8 +17,8 @@ import torch
 
 from growlm import router
 from growlm.base import Base
+from growlm.disk.files import locked
 from growlm.errors import ConfigError, IntegrityError, StoreError
-from growlm.files import locked
 from growlm.modules import KnowledgeModule, ModuleSet
 from growlm.modules.peer import Peer, PeerConfig
 from growlm.modules.probe import probe

@@ -21,9 +21,9 @@ from types import FrameType
 import torch
 from torch import Tensor, nn
 
+from growlm.disk.files import write_atomic
+from growlm.disk.tensors import read_tensors, write_tensors
 from growlm.errors import IntegrityError, Interrupted, TrainingError
-from growlm.files import write_atomic
-from growlm.tensor_files import read_tensors, write_tensors
 from growlm.training.config import TrainConfig
 from growlm.training.memory import kept_pages
 from growlm.training.optim import RowAdamW, clip_gradients, make_optimizer

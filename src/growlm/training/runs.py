@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from growlm.disk.files import locked
 from growlm.errors import StoreError, TrainingError
-from growlm.files import locked
 from growlm.store import Store
 from growlm.training.config import ModuleTrainConfig
 from growlm.training.loop import saved_step

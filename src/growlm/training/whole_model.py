@@ -19,8 +19,8 @@ from torch import Tensor
 from growlm import data as text_data
 from growlm.base import Base
 from growlm.base.checkpoint import save_model
+from growlm.disk.files import refuse_existing, sync, write_atomic
 from growlm.errors import ConfigError, DataError
-from growlm.files import refuse_existing, sync, write_atomic
 from growlm.layers.cross_entropy import linear_cross_entropy
 from growlm.modules import ModuleSet
 from growlm.modules.scoring import num_labels, passage_losses
