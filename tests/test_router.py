@@ -32,7 +32,7 @@ from growlm.router import (
     write_general,
 )
 from growlm.store import Store, StoredModule
-from growlm.versions import TensorVersions
+from growlm.store.versions import TensorVersions
 from interruptions import in_new_process, kill_everywhere
 from tiny import make_base, random_ids, save_base
 

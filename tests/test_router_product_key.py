@@ -16,7 +16,7 @@ from growlm.router.cells import Cells
 from growlm.router.gaussian import GaussianRouter
 from growlm.router.product_key import ProductKeyRouter
 from growlm.store import Store
-from growlm.versions import TensorVersions
+from growlm.store.versions import TensorVersions
 from test_router import GENERAL, SEEDS, WIDTH, Domains, describe_general, same, states
 from tiny import make_base, save_base
 

@@ -706,12 +706,12 @@ def test_router_files_that_are_replaced_under_a_reader_are_still_there(store, mo
 
     def late(path):
         if str(path).endswith("router.json"):
-            monkeypatch.setattr("growlm.versions.os.path.exists", exists)
+            monkeypatch.setattr("growlm.store.versions.os.path.exists", exists)
             put_general(store, 7)
             put_general(store, 8)
         return exists(path)
 
-    monkeypatch.setattr("growlm.versions.os.path.exists", late)
+    monkeypatch.setattr("growlm.store.versions.os.path.exists", late)
     assert store.router_files("general").digest() is not None
     assert torch.equal(store.router_files("general").read()["vectors"], make_evidence(8)["vectors"])
 

@@ -23,8 +23,8 @@ from growlm.router.samples import SAMPLES
 from growlm.store import MANIFEST, ROUTER_TRAINED
 
 if TYPE_CHECKING:
-    from growlm.manifests import RouterManifest
     from growlm.store import Store, StoredModule
+    from growlm.store.manifests import RouterManifest
 
 # b batch, t tokens, d hidden size, c categories: the domains, and the last one for none of them
 

@@ -19,10 +19,10 @@ from torch import Tensor
 from growlm import data as text_data
 from growlm.base import Base
 from growlm.errors import IntegrityError, StoreError
-from growlm.manifests import RouterManifest
 from growlm.router import EVIDENCE, SAMPLES, read_samples
 from growlm.router.transformer import RouterLayers, compare, samples_of
 from growlm.store import ROUTER_TRAINED, Store, StoredModule
+from growlm.store.manifests import RouterManifest
 from growlm.training.config import RouterConfig
 from growlm.training.general import general_samples
 from growlm.training.loop import compute_dtype, module_rate, train

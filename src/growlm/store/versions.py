@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from growlm.disk.files import new_folder, remove_folder
 from growlm.disk.tensors import read_tensors, write_tensors
 from growlm.errors import IntegrityError
-from growlm.manifests import RouterManifest, read_manifest
+from growlm.store.manifests import RouterManifest, read_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

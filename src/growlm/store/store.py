@@ -6,32 +6,33 @@ A module is a folder that appears by one rename, its manifest written last. Noth
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
 from growlm.base import checkpoint
 from growlm.disk.files import (
-    HashMemo,
     clear_scratch,
     locked,
     make_folders,
     new_folder,
     remove_folder,
-    sha256_file,
     write_atomic,
 )
-from growlm.disk.tensors import map_tensors, outline, read_tensors, write_tensors
-from growlm.errors import BaseModelError, ConfigError, GrowlmError, IntegrityError, StoreError, UnknownModuleError
-from growlm.manifests import ModuleManifest, RouterManifest, StoreManifest, first_error, read_manifest
+from growlm.disk.tensors import map_tensors, read_tensors, write_tensors
+from growlm.errors import BaseModelError, ConfigError, IntegrityError, StoreError, UnknownModuleError
+from growlm.store.manifests import ModuleManifest, StoreManifest, read_manifest
+from growlm.store.router_files import (
+    ROUTER_DERIVED,
+    ROUTER_TRAINED,
+    ROUTERS,
+)
+from growlm.store.store_base import StoreBase
+from growlm.store.stored_module import MANIFEST, WEIGHTS, StoredModule, check_name, is_name
+from growlm.store.verify import verify
+from growlm.store.versions import TensorVersions, complete_versions, now
 from growlm.units import parse_size
-from growlm.versions import ROUTER_MANIFEST, TensorVersions, complete_versions, now
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,90 +40,12 @@ if TYPE_CHECKING:
     from growlm.base import Base
     from growlm.modules import KnowledgeModule
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-_RESERVED = ("auto", "base", "general", "none")
-WEIGHTS = "module.safetensors"
-MANIFEST = "module.json"
-# Under router/: what it was shown as none of the modules, and what is derived from the modules' own files.
-GENERAL, ROUTER_SUMS, ROUTER_FITTED = "general", "gaussian", "gaussian-fitted"
-ROUTER_INDEX = "product-key"
-ROUTER_DERIVED = (ROUTER_SUMS, ROUTER_FITTED, ROUTER_INDEX)
-ROUTER_TRAINED = "transformer"
-ROUTERS = ("gaussian", "product-key", "transformer")
 _FEW = 64  # names that are looked up one by one
 _KEPT = "2MB"  # of every domain's text, where a router is trained on it
 LEAST_SAMPLES = 8  # bytes that a single token of text takes, with its length: fewer keep nothing
 
 
-@dataclass(frozen=True)
-class StoredModule:
-    """One version of a module on disk. Its manifest is read when first asked for."""
-
-    name: str
-    version: int
-    folder: Path
-
-    @cached_property
-    def manifest(self) -> ModuleManifest:
-        """
-        Raises:
-            IntegrityError: the manifest is missing, malformed, has unknown keys, or belongs elsewhere.
-            StoreError: a newer format.
-        """
-        manifest = read_manifest(self.folder / MANIFEST, ModuleManifest)
-        if (manifest.name, manifest.version) != (self.name, self.version):
-            raise IntegrityError(
-                f"{self.folder / MANIFEST}: says {manifest.name}/{manifest.version}; folders were moved by hand"
-            )
-        return manifest
-
-    @property
-    def kind(self) -> str:
-        return self.manifest.kind
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of its weights once loaded."""
-        return self.manifest.bytes
-
-    def bytes_with(self, row_cache: int | None) -> int:
-        """Bytes that it takes in memory when it is loaded with such a `row_cache`.
-
-        Raises:
-            ConfigError: `row_cache` is too small for what one token reads.
-        """
-        if row_cache is None:
-            return self.bytes
-        kind, config = self.shape()
-        return kind.bytes_from_disk(config, outline(self.folder / WEIGHTS), row_cache)
-
-    def shape(self) -> tuple[type[KnowledgeModule], Any]:
-        """Its kind, and the kind's config as it was saved.
-
-        Raises:
-            IntegrityError: the config is not one of the kind.
-        """
-        from growlm.modules import kind_of
-
-        kind = kind_of(self.manifest.kind)
-        try:
-            return kind, kind.Config.model_validate(self.manifest.config)
-        except ValidationError as error:
-            raise IntegrityError(f"{self.folder / MANIFEST}: config: {first_error(error)}") from None
-
-    def about(self) -> str:
-        """What its shape says in a few words; empty where it cannot be understood."""
-        try:
-            return self.shape()[1].about()
-        except (ConfigError, IntegrityError):
-            return ""
-
-    @property
-    def parameters(self) -> int:
-        return self.manifest.parameters
-
-
-class Store:
+class Store(StoreBase):
     """A folder with a base's identity and its knowledge modules. Made by `create` or `open`.
 
     Attributes:
@@ -214,7 +137,14 @@ class Store:
     @property
     def modules(self) -> dict[str, StoredModule]:
         """The current version of every module, by name, in the names' order. Lists folders, opens no file."""
-        return {name: self._current(name, versions) for name, versions in self._versions()}
+        return {name: self._current(name, versions) for name, versions in self.versions()}
+
+    def versions(self) -> Iterator[tuple[str, list[int]]]:
+        """Every module's name and complete versions, in the names' order."""
+        folder = self.path / "modules"
+        for name in sorted(e.name for e in os.scandir(folder) if e.is_dir()) if folder.is_dir() else ():
+            if is_name(name) and (versions := complete_versions(folder / name, MANIFEST)):
+                yield name, versions
 
     def find(self, name: str) -> StoredModule | None:
         """The current version of `name`, None if there is none; in time that does not depend on how many there are."""
@@ -240,7 +170,7 @@ class Store:
             UnknownModuleError: the store does not hold it.
         """
         # A name that no module can have is not looked for on the disk.
-        versions = complete_versions(self.path / "modules" / name, MANIFEST) if _allowed(name) else []
+        versions = complete_versions(self.path / "modules" / name, MANIFEST) if is_name(name) else []
         if not versions:
             known = ", ".join(list(self.modules)[:20]) or "none yet"
             raise UnknownModuleError(f"{self.path}: no module {name!r}; modules are: {known}")
@@ -369,67 +299,6 @@ class Store:
         module.identity = f"{name}@{stored.version}:{digest}"
         return module
 
-    # The base
-
-    @property
-    def base_folder(self) -> Path:
-        """Where the base's files are.
-
-        Raises:
-            BaseModelError: it is not there any more.
-        """
-        recorded = self.manifest.base
-        local = self.path / recorded
-        if local.is_dir() or recorded.startswith((".", "/")):
-            if not local.is_dir():
-                raise BaseModelError(
-                    f'{local}: the base of {self.path} is not there; put it back, or change "base" in '
-                    f"{self.path / 'store.json'}"
-                )
-            return checkpoint.resolve(local)
-        return checkpoint.resolve(recorded, revision=self.manifest.base_revision)
-
-    def check_base(self) -> Path:
-        """The base's folder, once its config, weights and tokenizer are known to be those of this store.
-
-        Raises:
-            BaseModelError: it is missing or has changed.
-        """
-        folder = self.base_folder
-        memo = HashMemo(self.path / "cache" / "hashes.json")
-        found = checkpoint.fingerprint(folder, memo.sha256)
-        if found != self.manifest.base_fingerprint:
-            raise BaseModelError(
-                f"{folder}: not the base that {self.path} was made for (fingerprint {found[:12]}..., the store "
-                f"says {self.manifest.base_fingerprint[:12]}...); restore it, or make a new store"
-            )
-        if checkpoint.tokenizer_fingerprint(folder) != self.manifest.tokenizer_fingerprint:
-            raise BaseModelError(
-                f"{folder}: its tokenizer has changed since {self.path} was made; restore it, or make a new store"
-            )
-        return folder
-
-    def base_bytes(self) -> int:
-        """Bytes that the base takes once loaded, from its files' headers."""
-        return checkpoint.loaded_bytes(self.base_folder, self.manifest.dtype)
-
-    def load_base(self, *, device: str = "cpu") -> Base:
-        """The frozen base, checked.
-
-        Raises:
-            BaseModelError: it is missing, has changed, or cannot be loaded.
-        """
-        from growlm.base import Base
-
-        folder = self.check_base()
-        model = checkpoint.load_model(folder, self.manifest.dtype)
-        base = Base(model.to(device), str(folder))
-        base.fingerprint = self.manifest.base_fingerprint
-        return base
-
-    def load_tokenizer(self) -> Any:
-        return checkpoint.load_tokenizer(self.base_folder)
-
     # The router's files
 
     def set_router(self, kind: str, keep_samples: str | int | None = None) -> None:
@@ -506,40 +375,7 @@ class Store:
 
     def verify(self) -> list[str]:
         """Reads every file and names each that is not what its manifest says, a line each; empty when all is well."""
-        problems: list[str] = []
-        try:
-            folder = self.base_folder
-            if checkpoint.fingerprint(folder, sha256_file) != self.manifest.base_fingerprint:
-                problems.append(f"{folder}: not the base that this store was made for")
-            if checkpoint.tokenizer_fingerprint(folder) != self.manifest.tokenizer_fingerprint:
-                problems.append(f"{folder}: not the tokenizer that this store was made for")
-            checkpoint.check(folder)
-        except GrowlmError as error:
-            problems.append(str(error))
-        for folder in sorted(self.router_path.glob("*/*")):
-            try:
-                problems += _check_files(folder, read_manifest(folder / ROUTER_MANIFEST, RouterManifest).files)
-            except GrowlmError as error:
-                problems.append(str(error))
-        if self.modules and not self.router_files(GENERAL).versions():
-            problems.append(f"{self.router_path / GENERAL}: is missing; restore it, or make the store again")
-        for name, versions in self._versions():
-            for version in versions:
-                folder = self.path / "modules" / name / str(version)
-                try:
-                    manifest = StoredModule(name, version, folder).manifest
-                except GrowlmError as error:
-                    problems.append(str(error))
-                    continue
-                problems += _check_files(folder, manifest.files)
-                for field in ("base_fingerprint", "tokenizer_fingerprint", "dtype"):
-                    if getattr(manifest, field) != getattr(self.manifest, field):
-                        problems.append(f"{folder / MANIFEST}: {field} is not the store's")
-                known = {MANIFEST, *manifest.files}
-                problems += [
-                    f"{file}: not named in the manifest" for file in sorted(folder.iterdir()) if file.name not in known
-                ]
-        return problems
+        return verify(self)
 
     def _check_base(self, manifest: ModuleManifest, base: Base) -> None:
         wanted = (manifest.base_fingerprint, manifest.tokenizer_fingerprint, manifest.dtype)
@@ -552,28 +388,8 @@ class Store:
         if str(base.dtype).removeprefix("torch.") != manifest.dtype:
             raise BaseModelError(f"{where}: made for {manifest.dtype}, the base is held in {base.dtype}")
 
-    def _versions(self) -> Iterator[tuple[str, list[int]]]:
-        folder = self.path / "modules"
-        for name in sorted(e.name for e in os.scandir(folder) if e.is_dir()) if folder.is_dir() else ():
-            if _NAME.fullmatch(name) and (versions := complete_versions(folder / name, MANIFEST)):
-                yield name, versions
-
     def _current(self, name: str, versions: list[int]) -> StoredModule:
         return StoredModule(name, versions[-1], self.path / "modules" / name / str(versions[-1]))
-
-
-def check_name(name: str) -> None:
-    """
-    Raises:
-        StoreError: not a name that a module can have.
-    """
-    if name in _RESERVED:
-        raise StoreError(f"module name {name!r} is not allowed: it means something else to the engine; choose another")
-    if not _allowed(name):
-        raise StoreError(
-            f"module name {name!r} is not allowed: use 1 to 64 of a-z, 0-9, '.', '_', '-', beginning with a letter or "
-            "digit, without '..'"
-        )
 
 
 def _no_table(name: str) -> bool:
@@ -594,20 +410,3 @@ def _samples_for(router: str, keep_samples: str | int | None) -> int:
             "--router gaussian"
         )
     return size
-
-
-def _allowed(name: str) -> bool:
-    return _NAME.fullmatch(name) is not None and ".." not in name and name not in _RESERVED
-
-
-def _check_files(folder: Path, files: Mapping[str, str]) -> list[str]:
-    problems = []
-    for name, digest in files.items():
-        path = folder / name
-        if Path(name).name != name:
-            problems.append(f"{folder}: manifest names a file outside its folder: {name!r}")
-        elif not path.is_file():
-            problems.append(f"{path}: file is missing")
-        elif (found := sha256_file(path)) != digest:
-            problems.append(f"{path}: sha256 {found[:12]}..., manifest says {digest[:12]}...")
-    return problems

@@ -1,0 +1,18 @@
+"""Store: the base's identity, the modules on disk, and what is kept for the router. See `store.py`."""
+
+from growlm.store.router_files import (
+    GENERAL,
+    ROUTER_DERIVED,
+    ROUTER_FITTED,
+    ROUTER_INDEX,
+    ROUTER_SUMS,
+    ROUTER_TRAINED,
+    ROUTERS,
+)
+from growlm.store.store import LEAST_SAMPLES, Store
+from growlm.store.stored_module import MANIFEST, WEIGHTS, StoredModule, check_name
+
+__all__ = [
+    "GENERAL", "LEAST_SAMPLES", "MANIFEST", "ROUTERS", "ROUTER_DERIVED", "ROUTER_FITTED", "ROUTER_INDEX", "ROUTER_SUMS",
+    "ROUTER_TRAINED", "WEIGHTS", "Store", "StoredModule", "check_name",
+]  # fmt: skip

@@ -1,0 +1,113 @@
+"""Stored module: one version of a module on disk, and the names that modules can have.
+
+Reads a manifest when it is first asked for; knows nothing of the store around it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from growlm.disk.tensors import outline
+from growlm.errors import ConfigError, IntegrityError, StoreError
+from growlm.store.manifests import ModuleManifest, first_error, read_manifest
+
+if TYPE_CHECKING:
+    from growlm.modules import KnowledgeModule
+
+WEIGHTS = "module.safetensors"
+MANIFEST = "module.json"
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_RESERVED = ("auto", "base", "general", "none")
+
+
+@dataclass(frozen=True)
+class StoredModule:
+    """One version of a module on disk. Its manifest is read when first asked for."""
+
+    name: str
+    version: int
+    folder: Path
+
+    @cached_property
+    def manifest(self) -> ModuleManifest:
+        """
+        Raises:
+            IntegrityError: the manifest is missing, malformed, has unknown keys, or belongs elsewhere.
+            StoreError: a newer format.
+        """
+        manifest = read_manifest(self.folder / MANIFEST, ModuleManifest)
+        if (manifest.name, manifest.version) != (self.name, self.version):
+            raise IntegrityError(
+                f"{self.folder / MANIFEST}: says {manifest.name}/{manifest.version}; folders were moved by hand"
+            )
+        return manifest
+
+    @property
+    def kind(self) -> str:
+        return self.manifest.kind
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its weights once loaded."""
+        return self.manifest.bytes
+
+    def bytes_with(self, row_cache: int | None) -> int:
+        """Bytes that it takes in memory when it is loaded with such a `row_cache`.
+
+        Raises:
+            ConfigError: `row_cache` is too small for what one token reads.
+        """
+        if row_cache is None:
+            return self.bytes
+        kind, config = self.shape()
+        return kind.bytes_from_disk(config, outline(self.folder / WEIGHTS), row_cache)
+
+    def shape(self) -> tuple[type[KnowledgeModule], Any]:
+        """Its kind, and the kind's config as it was saved.
+
+        Raises:
+            IntegrityError: the config is not one of the kind.
+        """
+        from growlm.modules import kind_of
+
+        kind = kind_of(self.manifest.kind)
+        try:
+            return kind, kind.Config.model_validate(self.manifest.config)
+        except ValidationError as error:
+            raise IntegrityError(f"{self.folder / MANIFEST}: config: {first_error(error)}") from None
+
+    def about(self) -> str:
+        """What its shape says in a few words; empty where it cannot be understood."""
+        try:
+            return self.shape()[1].about()
+        except (ConfigError, IntegrityError):
+            return ""
+
+    @property
+    def parameters(self) -> int:
+        return self.manifest.parameters
+
+
+def check_name(name: str) -> None:
+    """
+    Raises:
+        StoreError: not a name that a module can have.
+    """
+    if name in _RESERVED:
+        raise StoreError(f"module name {name!r} is not allowed: it means something else to the engine; choose another")
+    if not is_name(name):
+        raise StoreError(
+            f"module name {name!r} is not allowed: use 1 to 64 of a-z, 0-9, '.', '_', '-', beginning with a letter or "
+            "digit, without '..'"
+        )
+
+
+def is_name(name: str) -> bool:
+    """Whether a module can have this name."""
+    return _NAME.fullmatch(name) is not None and ".." not in name and name not in _RESERVED

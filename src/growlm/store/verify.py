@@ -1,0 +1,69 @@
+"""Verify: every file of a store is read and compared with what the manifests say. Changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from growlm.base import checkpoint
+from growlm.disk.files import sha256_file
+from growlm.errors import GrowlmError
+from growlm.store.manifests import RouterManifest, read_manifest
+from growlm.store.router_files import GENERAL
+from growlm.store.stored_module import MANIFEST, StoredModule
+from growlm.store.versions import ROUTER_MANIFEST
+
+if TYPE_CHECKING:
+    from growlm.store.store import Store
+
+
+def verify(store: Store) -> list[str]:
+    """Names each file that is missing, changed or not named in a manifest, a line each; empty when all is well."""
+    problems: list[str] = []
+    try:
+        folder = store.base_folder
+        if checkpoint.fingerprint(folder, sha256_file) != store.manifest.base_fingerprint:
+            problems.append(f"{folder}: not the base that this store was made for")
+        if checkpoint.tokenizer_fingerprint(folder) != store.manifest.tokenizer_fingerprint:
+            problems.append(f"{folder}: not the tokenizer that this store was made for")
+        checkpoint.check(folder)
+    except GrowlmError as error:
+        problems.append(str(error))
+    for folder in sorted(store.router_path.glob("*/*")):
+        try:
+            problems += _check_files(folder, read_manifest(folder / ROUTER_MANIFEST, RouterManifest).files)
+        except GrowlmError as error:
+            problems.append(str(error))
+    if store.modules and not store.router_files(GENERAL).versions():
+        problems.append(f"{store.router_path / GENERAL}: is missing; restore it, or make the store again")
+    for name, versions in store.versions():
+        for version in versions:
+            folder = store.path / "modules" / name / str(version)
+            try:
+                manifest = StoredModule(name, version, folder).manifest
+            except GrowlmError as error:
+                problems.append(str(error))
+                continue
+            problems += _check_files(folder, manifest.files)
+            for field in ("base_fingerprint", "tokenizer_fingerprint", "dtype"):
+                if getattr(manifest, field) != getattr(store.manifest, field):
+                    problems.append(f"{folder / MANIFEST}: {field} is not the store's")
+            known = {MANIFEST, *manifest.files}
+            problems += [
+                f"{file}: not named in the manifest" for file in sorted(folder.iterdir()) if file.name not in known
+            ]
+    return problems
+
+
+def _check_files(folder: Path, files: Mapping[str, str]) -> list[str]:
+    problems = []
+    for name, digest in files.items():
+        path = folder / name
+        if Path(name).name != name:
+            problems.append(f"{folder}: manifest names a file outside its folder: {name!r}")
+        elif not path.is_file():
+            problems.append(f"{path}: file is missing")
+        elif (found := sha256_file(path)) != digest:
+            problems.append(f"{path}: sha256 {found[:12]}..., manifest says {digest[:12]}...")
+    return problems
