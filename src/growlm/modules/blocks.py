@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from growlm.base import Base, Step
 from growlm.base.anatomy import anatomy_of
 from growlm.errors import IntegrityError
-from growlm.modules import KnowledgeModule, ModuleConfig
+from growlm.modules.contract import KnowledgeModule, ModuleConfig
 from growlm.modules.vocabulary import VocabularyRows
 
 

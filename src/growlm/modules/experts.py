@@ -20,7 +20,7 @@ from growlm.errors import ConfigError
 from growlm.layers.experts import AttentionExperts, SparseFeedForward
 from growlm.layers.insertion import AttentionUnion, Beside, FeedForwardUnion, NewExperts
 from growlm.layers.losses import routing_regularisation
-from growlm.modules import KnowledgeModule, ModuleConfig
+from growlm.modules.contract import KnowledgeModule, ModuleConfig
 from growlm.modules.vocabulary import VocabularyRows
 
 _Number = Annotated[int, Field(ge=1, le=65_536)]

@@ -24,7 +24,7 @@ from growlm.layers.pools import WithPools
 from growlm.layers.product_keys import sub_key_counts
 from growlm.layers.row_cache import CachedPool, cache_bytes
 from growlm.layers.tables import require_room_for_rows
-from growlm.modules import KnowledgeModule, ModuleConfig
+from growlm.modules.contract import KnowledgeModule, ModuleConfig
 from growlm.modules.vocabulary import VocabularyRows
 
 # a rows of side a, b rows of side b; every row of side a has b experts

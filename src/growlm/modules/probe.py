@@ -11,7 +11,7 @@ from typing import TypedDict
 import torch
 
 from growlm.disk.tensors import as_bytes
-from growlm.modules import ModuleSet
+from growlm.modules.module_set import ModuleSet
 from growlm.modules.scoring import num_labels, passage_losses
 
 _TOKENS = 64

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from growlm.layers.cross_entropy import token_losses
-from growlm.modules import ModuleSet
+from growlm.modules.module_set import ModuleSet
 
 _BATCH_TOKENS = 4096
 _PROJECTED = 512  # tokens whose logits are held at a time

@@ -1,0 +1,70 @@
+"""Module set: the modules that are active for a request, as the layers and projections to run."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from growlm.base import Base
+from growlm.errors import BaseModelError, ConfigError
+from growlm.modules.contract import KnowledgeModule, base_shape
+from growlm.modules.kinds import check_together
+from growlm.modules.vocabulary import VocabularyRows
+
+
+class ModuleSet:
+    """The modules active for a request (none: the base itself), as the layers and projections to run.
+
+    Several run in the order of their identities, whatever order they are given in: sums of floating-point numbers
+    depend on it, and the digest says nothing of an order. What their vocabulary rows add is added up.
+
+    Raises:
+        ConfigError: modules that cannot be active together, or one that is given twice.
+        BaseModelError: a module that was made for a base of another shape.
+    """
+
+    def __init__(self, base: Base, modules: Sequence[KnowledgeModule] = ()) -> None:
+        modules = sorted(modules, key=lambda m: m.identity)
+        check_together([(_called(m), type(m)) for m in modules])
+        for one, next_one in itertools.pairwise(modules):
+            if one.identity == next_one.identity:
+                raise ConfigError(f"{_called(one)} is given twice; give it once")
+        for module in modules:
+            if module.shape != base_shape(base):
+                raise BaseModelError(f"a module made for a base of shape {module.shape} cannot run on {base.where}")
+        self.base = base
+        self.modules = tuple(modules)
+        self.fork = min((m.fork for m in modules), default=base.num_layers)
+        steps = base.steps()
+        for module in modules:
+            steps = module.extend(steps)
+        self.steps = steps
+        self.rows = VocabularyRows.joined([m.rows for m in modules])
+        self.cache_slots = max((m.cache_slots(base) for m in modules), default=base.num_layers)
+        names = "\n".join(m.identity for m in modules)
+        self.digest = hashlib.sha256(names.encode()).hexdigest() if modules else "base"
+
+    def embed(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
+        return self.rows.embed(self.base, hidden, input_ids)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Logits (b, t, v) from the last layer's output (b, t, d)."""
+        return self.rows.logits(self.base, self.base.norm(hidden))
+
+    def hidden(self, input_ids: Tensor, *, visible: Tensor | None = None) -> Tensor:
+        """The last layer's output (b, t, d), before the final norm, without a cache."""
+        hidden, shared = self.base.begin(input_ids, visible=visible)
+        hidden = self.base.embed_positions(self.embed(hidden, input_ids), shared.positions)
+        return self.base.run(hidden, self.steps, shared)
+
+    def logits(self, input_ids: Tensor, *, visible: Tensor | None = None) -> Tensor:
+        """Logits (b, t, v) of `input_ids` (b, t), without a cache."""
+        return self.project(self.hidden(input_ids, visible=visible))
+
+
+def _called(module: KnowledgeModule) -> str:
+    name, at, _ = module.identity.partition("@")
+    return name if at else "a module"
