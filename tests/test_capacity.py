@@ -21,9 +21,9 @@ from growlm.base import Base
 from growlm.modules import ModuleSet
 from tiny import VOCAB, make_model, make_tokenizer
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-bio = import_module("biographies")
-capacity = import_module("capacity")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+bio = import_module("benchmarks.lib.biographies")
+capacity = import_module("benchmarks.quality.capacity")
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # peft's

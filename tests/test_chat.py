@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from growlm.chat import Chat
 from growlm.engine import Engine, Generation
+from growlm.engine.chat import Chat
 from growlm.errors import UnknownModuleError
 from growlm.store import Store
 from stores import PLAIN, domain_text, make_store

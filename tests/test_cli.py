@@ -314,7 +314,7 @@ class TalkOnly:
 
 def test_a_stream_is_read_to_its_end(home, run, monkeypatch):
     """Only then has it finished: what it does after its result would be left undone."""
-    monkeypatch.setattr("growlm.chat.Chat", TalkOnly)
+    monkeypatch.setattr("growlm.engine.chat.Chat", TalkOnly)
     lines = iter(["abc", "def", "/quit"])
     monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
     code, out, err = run("chat", "store")

@@ -27,10 +27,10 @@ from growlm.engine.module_cache import Found, ModuleCache
 from growlm.engine.scheduler import plan
 from growlm.errors import BudgetError, ConfigError, DataError, GrowlmError, IntegrityError, UnknownModuleError
 from growlm.modules import ModuleSet
-from growlm.modules.export import export
 from growlm.modules.peer import Peer, PeerConfig
 from growlm.router import GaussianRouter, ProductKeyRouter, Route
 from growlm.store import Store
+from growlm.surgery.export import export
 from growlm.training.config import GrowConfig
 from growlm.training.grow import grow, take_back
 from stores import Watch, add_module, domain_ids, domain_text, greedy, make_store

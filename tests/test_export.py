@@ -15,8 +15,8 @@ from disk import all_files
 from growlm.base import Base
 from growlm.errors import StoreError, UnknownModuleError
 from growlm.modules import KnowledgeModule, ModuleSet, kind_of
-from growlm.modules.export import export, merge
 from growlm.store import Store
+from growlm.surgery.export import export, merge
 from tiny import FAMILIES, TEXT, VOCAB, WINDOW, make_base, make_tokenizer, perturb, random_ids, save_base
 
 PLACEMENTS = ["top", "interleaved"]

@@ -13,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from growlm.layers import PEER, ProductKeyMemory
 from growlm.model import GrowlmConfig, GrowlmForCausalLM
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-flops = import_module("flops")
-peer = import_module("peer")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+flops = import_module("benchmarks.lib.flops")
+peer = import_module("benchmarks.quality.peer")
 
 D, W, T, V = 32, 40, 16, 61
 SIZES = {

@@ -13,8 +13,8 @@ import torch
 import growlm
 from growlm.model import GrowlmConfig, GrowlmForCausalLM
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-formulation = import_module("formulation")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+formulation = import_module("benchmarks.lib.formulation")
 TINY = json.loads((Path(growlm.__file__).parent / "model" / "presets" / "molm-tiny.json").read_text())
 SIZES = {"vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 2, "head_dim": 8, "intermediate_size": 16}
 

@@ -25,12 +25,12 @@ from growlm.modules.peer import Peer, PeerConfig
 from growlm.router import base_states, load_router, names_of
 from growlm.store import Store
 from growlm.surgery.module_pruning import prune_module
-from growlm.surgery.usage import count_usage, open_modules
 from growlm.training.body import evidence_beside
 from growlm.training.config import GrowConfig, LearnConfig, RouterConfig
 from growlm.training.grow import GrowResult, grow, take_back
 from growlm.training.learn import learn
 from growlm.training.router import train_router
+from growlm.usage.usage import count_usage, open_modules
 from interruptions import at_step, exit_code, forked, in_new_process, interrupt, kill, steps_of
 from tiny import TEXT, random_ids, save_base
 

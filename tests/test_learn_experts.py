@@ -14,11 +14,11 @@ from growlm.errors import ConfigError, DataError, Interrupted
 from growlm.layers.experts import SparseFeedForward
 from growlm.layers.insertion import NewExperts
 from growlm.modules import ModuleSet
-from growlm.modules.export import export
 from growlm.store import Store
-from growlm.surgery.usage import count_usage, open_modules
+from growlm.surgery.export import export
 from growlm.training.config import LearnConfig
 from growlm.training.learn import learn
+from growlm.usage.usage import count_usage, open_modules
 from interruptions import at_step, interrupt
 from stores import store_with_texts
 from tiny import random_ids, save_base

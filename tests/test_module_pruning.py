@@ -21,7 +21,7 @@ from growlm.modules import ModuleSet, attached
 from growlm.modules.experts import Experts, ExpertsConfig
 from growlm.store import Store
 from growlm.surgery.module_pruning import choose_module_experts, prune_module
-from growlm.surgery.usage import Usage, count_usage, open_modules, places_of
+from growlm.usage.usage import Usage, count_usage, open_modules, places_of
 from stores import add_experts, add_module, commit_experts, domain_ids, save_lively_base
 from tiny import TEXT, make_model, make_tokenizer, perturb, random_ids
 

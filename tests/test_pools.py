@@ -16,10 +16,10 @@ from growlm.layers import retrievals
 from growlm.model import GrowlmConfig, GrowlmForCausalLM
 from growlm.modules import ModuleSet
 from growlm.modules.peer import Peer, PeerConfig
-from growlm.surgery.figures import usage_figure
-from growlm.surgery.pools import Pool, count_pools
 from growlm.surgery.pruning import choose_experts
-from growlm.surgery.usage import Usage, count_usage
+from growlm.usage.figures import usage_figure
+from growlm.usage.pools import Pool, count_pools
+from growlm.usage.usage import Usage, count_usage
 from tiny import TEXT, VOCAB, make_base, make_tokenizer, perturb
 
 SIZES = {

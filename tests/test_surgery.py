@@ -18,9 +18,9 @@ from growlm.modules import ModuleSet
 from growlm.modules.experts import Experts, ExpertsConfig
 from growlm.surgery.choosing import Candidates, choose
 from growlm.surgery.pruning import choose_experts, drop_layers, prune, without_experts
-from growlm.surgery.usage import Place, Usage, count_usage
 from growlm.training.config import FinetuneConfig
 from growlm.training.finetune import finetune
+from growlm.usage.usage import Place, Usage, count_usage
 from tiny import TEXT, VOCAB, make_base, make_tokenizer, perturb, random_ids
 
 

@@ -13,8 +13,9 @@ import pytest
 from disk import all_files
 from stores import domain_text, save_lively_base
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-ten_domains = import_module("ten_domains")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+ten_domains = import_module("benchmarks.quality.ten_domains")
+domains = import_module("benchmarks.lib.domains")
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # peft's
@@ -36,8 +37,8 @@ def made(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(home, monkeypatch, capsys):
-    monkeypatch.setattr(ten_domains, "LENGTH", 64)
-    monkeypatch.setattr(ten_domains, "RATES", (1e-3,))
+    monkeypatch.setattr(domains, "LENGTH", 64)
+    monkeypatch.setattr(domains, "RATES", (1e-3,))
 
     def call(*extra: str) -> str:
         arguments = f"--data {home}/data --out {home}/out --base {home}/base --general general --domains letters digits"

@@ -11,8 +11,8 @@ import torch
 
 import growlm.engine.engine
 from growlm import router
-from growlm.chat import Chat
 from growlm.engine import Engine, SamplingConfig
+from growlm.engine.chat import Chat
 from growlm.errors import BudgetError, ConfigError, UnknownModuleError
 from growlm.modules import ModuleSet
 from growlm.store import Store

@@ -25,7 +25,7 @@ _HOMES = {
     "attach": "growlm.modules",
     "detach": "growlm.modules",
     "evaluate": "growlm.evaluation",
-    "export": "growlm.modules.export",
+    "export": "growlm.surgery.export",
     "grow": "growlm.training.grow",
     "learn": "growlm.training.learn",
     "pretrain": "growlm.training.pretrain",

@@ -130,7 +130,7 @@ def chat(
 
         growlm chat brain --memory 2GB
     """
-    from growlm.chat import Chat
+    from growlm.engine.chat import Chat
 
     with _engine(store, memory, experts_on, row_cache) as engine:
         talk = Chat(engine, _modules(module), max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)

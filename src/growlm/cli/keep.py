@@ -120,8 +120,8 @@ def export(
 
         growlm export brain out/ --module medicine
     """
-    from growlm.modules.export import export as run
     from growlm.store import Store
+    from growlm.surgery.export import export as run
 
     path = run(Store.open(store), out, module, version=version)
     if as_json:

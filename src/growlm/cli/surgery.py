@@ -116,7 +116,7 @@ def usage(
 
         growlm usage brain --module german --data german=heldout.txt --json
     """
-    from growlm.surgery.usage import count_usage, open_modules
+    from growlm.usage.usage import count_usage, open_modules
 
     paths = named_paths(data)
     modules, tokenizer = open_modules(source, module or [])
@@ -132,7 +132,7 @@ def usage(
         separator=separator,
     )
     if figure is not None:
-        from growlm.surgery.figures import write_usage
+        from growlm.usage.figures import write_usage
 
         note(f"figure: {write_usage(found, figure)}")
     if as_json:

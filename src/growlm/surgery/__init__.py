@@ -1,1 +1,1 @@
-"""Surgery on finished checkpoints and modules: conversion, usage, pruning."""
+"""Surgery on finished checkpoints and modules: conversion, pruning, export."""

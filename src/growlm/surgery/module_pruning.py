@@ -29,7 +29,7 @@ from growlm.router.samples import GENERAL_SAMPLES
 from growlm.store import GENERAL, WEIGHTS, Store, StoredModule
 from growlm.surgery.choosing import Candidates, check_share, choose
 from growlm.surgery.pool_pruning import prune_pools
-from growlm.surgery.usage import Place, Usage, count_usage
+from growlm.usage.usage import Place, Usage, count_usage
 
 
 def prune_module(

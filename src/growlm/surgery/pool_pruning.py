@@ -17,7 +17,7 @@ from growlm.errors import ConfigError
 from growlm.layers.peer import PEER
 from growlm.modules.peer import Peer, PeerConfig
 from growlm.surgery.choosing import Candidates, choose
-from growlm.surgery.usage import Usage
+from growlm.usage.usage import Usage
 
 # a rows of side a, b experts of each
 

@@ -24,7 +24,7 @@ from growlm.model.configuration import GrowlmConfig
 from growlm.model.modeling import GrowlmForCausalLM
 from growlm.modules import ModuleSet
 from growlm.surgery.choosing import Candidates, check_share, choose
-from growlm.surgery.usage import Place, Usage, count_usage
+from growlm.usage.usage import Place, Usage, count_usage
 
 LAYER_ORDERS = ("top", "uniform")
 _PARTS = {"attention": "self_attn.experts", "feed_forward": "mlp.experts"}

@@ -24,13 +24,13 @@ from growlm.errors import ConfigError, DataError
 from growlm.layers.cross_entropy import linear_cross_entropy
 from growlm.modules import ModuleSet
 from growlm.modules.scoring import num_labels, passage_losses
-from growlm.surgery.pools import Pool, count_pools
 from growlm.training.config import WholeModelConfig
 from growlm.training.general import HELDOUT_FILE
 from growlm.training.loop import compute_dtype, require_finite, train
 from growlm.training.progress import say, training_bar
 from growlm.training.runs import run_folder
 from growlm.training.segments import check_segments, document_ids, final_states
+from growlm.usage.pools import Pool, count_pools
 
 _HELDOUT_DOCUMENTS = 256
 

@@ -1,6 +1,6 @@
 """engine.generate against transformers' generate on the exported checkpoint, and routing against the base's prefill.
 
-python benchmarks/generate.py
+python -m benchmarks.speed.generate
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import growlm
-from common import interleaved, qwen2, save_base, show
+from benchmarks.lib.common import interleaved, qwen2, save_base, show
 from growlm.engine.generation import prefill
 from growlm.modules.blocks import Blocks, BlocksConfig
 from growlm.router import GaussianRouter, evidence, files_of, write_general

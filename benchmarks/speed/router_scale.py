@@ -15,8 +15,8 @@ A query is a module's mean and noise, 0.4 to 1.4 units as short and long texts h
 a store's own fitted means for the first world. One run measures all sides in turns; every answer is compared with brute
 force.
 
-python benchmarks/router_scale.py
-python benchmarks/router_scale.py --modules 100 1000 10000 --width 512
+python -m benchmarks.speed.router_scale
+python -m benchmarks.speed.router_scale --modules 100 1000 10000 --width 512
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from common import interleaved, machine
+from benchmarks.lib.common import interleaved, machine
 from growlm.router import ProductKeyRouter, load_router
 from growlm.router.cells import Cells, squared_distances
 from growlm.router.gaussian import GaussianRouter

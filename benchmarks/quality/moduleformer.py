@@ -9,8 +9,8 @@ insert      tables 5 and 6: new experts with four weights of routing regularisat
 prune       figures 3 and 4: quality against share kept, both orders, with and without concentration; layer dropping
 longer      perplexity at lengths beyond the one trained at
 
-python benchmarks/moduleformer.py ablation domains longer --data DIR --out mf/
-python benchmarks/moduleformer.py insert prune --data DIR --out mf/ --seeds 0 1 2
+python -m benchmarks.quality.moduleformer ablation domains longer --data DIR --out mf/
+python -m benchmarks.quality.moduleformer insert prune --data DIR --out mf/ --seeds 0 1 2
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import growlm
-from baselines import Baseline
-from common import best_rate, kept, machine, print_table, same_settings
+from benchmarks.lib.baselines import Baseline
+from benchmarks.lib.common import best_rate, kept, machine, print_table, same_settings
 from growlm import data as text_data
 from growlm.base import Base
 from growlm.base.checkpoint import load_model
@@ -37,10 +37,10 @@ from growlm.model import GrowlmForCausalLM
 from growlm.modules import ModuleSet
 from growlm.modules.scoring import num_labels, passage_losses
 from growlm.surgery.pruning import choose_experts, drop_layers, without_experts
-from growlm.surgery.usage import Usage, count_usage
 from growlm.training.config import FinetuneConfig, LearnConfig, PretrainConfig, TrainConfig
 from growlm.training.finetune import finetune
 from growlm.units import parse_count
+from growlm.usage.usage import Usage, count_usage
 
 GENERAL, LANGUAGES, CODE = "general_novels_en", ("german_novels", "vietnamese_wiki"), "code_mbxp"
 DOMAINS = (GENERAL, "german_novels", "vietnamese_wiki", "medical_qa", "law_dc_code", CODE)

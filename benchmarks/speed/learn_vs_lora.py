@@ -3,7 +3,7 @@
 Each side is a process of its own, because `learn` changes how its process allocates memory. LoRA is measured twice: as
 its users run it, and with that same change.
 
-python benchmarks/learn_vs_lora.py [--rounds 9]
+python -m benchmarks.speed.learn_vs_lora [--rounds 9]
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from common import qwen2, show
+from benchmarks.lib.common import qwen2, show
 from growlm.base import Base
 from growlm.data import PackedTokens
 from growlm.modules.blocks import Blocks
@@ -106,7 +106,10 @@ def work(side: str) -> None:
 class Worker:
     def __init__(self, side: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--side", side], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", __spec__.name, "--side", side],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         self.parameters = int(self.line())
 

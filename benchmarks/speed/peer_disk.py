@@ -3,7 +3,7 @@
 The file is in the page cache (warm). `row cache` holds a share of all rows; in `rows read before` the same tokens come
 again, in `other rows` every pass has new ones.
 
-python benchmarks/peer_disk.py --out FOLDER
+python -m benchmarks.speed.peer_disk --out FOLDER
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from common import interleaved, show
+from benchmarks.lib.common import interleaved, show
 from growlm.disk.tensors import map_tensors, write_tensors
 from growlm.layers import PEER
 from growlm.layers.row_cache import CachedPool

@@ -7,8 +7,8 @@ so far are counted, and set beside the 2 bits a parameter of Allen-Zhu and Li ("
 arXiv:2404.05405). All text is made here. Results are kept as they come: a run that was stopped goes on where it was,
 and one of more modules takes over what is there.
 
-python benchmarks/capacity.py --out capacity/
-python benchmarks/capacity.py --out capacity/ --modules 8 --methods growlm
+python -m benchmarks.quality.capacity --out capacity/
+python -m benchmarks.quality.capacity --out capacity/ --modules 8 --methods growlm
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-import biographies as bio
 import growlm
-from baselines import Baseline
-from common import best_rate, machine
+from benchmarks.lib import biographies as bio
+from benchmarks.lib.baselines import Baseline
+from benchmarks.lib.common import best_rate, machine
 from growlm import data as text_data
 from growlm.disk.files import write_atomic
 from growlm.disk.tensors import read_tensors, write_tensors

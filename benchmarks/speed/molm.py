@@ -7,8 +7,8 @@ decode  milliseconds for one more token after texts of growing length, with a li
 dense   molm-tiny and a ladder of dense models (softmax, rotary positions) trained on the same text: held-out
         perplexity, and of each latency, throughput and memory, in turns within one run
 
-python benchmarks/molm.py train decode
-python benchmarks/molm.py dense --data TEXT.txt --out molm/ --tokens 1M
+python -m benchmarks.speed.molm train decode
+python -m benchmarks.speed.molm dense --data TEXT.txt --out molm/ --tokens 1M
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import formulation
 import growlm
-from common import interleaved, machine, same_settings, show
+from benchmarks.lib import formulation
+from benchmarks.lib.common import interleaved, machine, same_settings, show
 from growlm.base import Base
 from growlm.base.cache import cache_of
 from growlm.base.checkpoint import load_model
@@ -189,7 +189,7 @@ def dense(data: Path, out: Path, tokens: int, seeds: list[int], rounds: int) -> 
 def peak(folder: Path) -> float:
     """MB that a forward pass of 16 x 256 tokens takes above the weights, in a process of its own."""
     found = subprocess.run(
-        [sys.executable, __file__, "peak", "--out", str(folder)], check=True, capture_output=True, text=True
+        [sys.executable, "-m", __spec__.name, "peak", "--out", str(folder)], check=True, capture_output=True, text=True
     )
     return float(found.stdout.split()[-1])
 

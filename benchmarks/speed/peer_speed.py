@@ -8,8 +8,8 @@ training does, on both sides; `bfloat16` is `kept` with our rows in bfloat16. Me
 it had with all imports done. Warming up reads every batch of tokens once, so that the optimiser's state, which takes
 memory where rows are read, is there.
 
-python benchmarks/peer_speed.py
-python benchmarks/peer_speed.py --sub-keys 128 256 --tokens 256 --rounds 3
+python -m benchmarks.speed.peer_speed
+python -m benchmarks.speed.peer_speed --sub-keys 128 256 --tokens 256 --rounds 3
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from common import show
+from benchmarks.lib.common import show
 from growlm.layers import PEER, retrievals
 from growlm.layers.rows import Choices, products, table_gradient, weighted_sum
 from growlm.training.memory import kept_pages
@@ -121,7 +121,7 @@ class Worker:
         flags = [text for o in options for text in (f"--{o.replace('_', '-')}", str(getattr(a, o)))]
         flags += ["--unfused"] if a.unfused else []
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--side", side, "--settings", setting, "--sub-keys", str(n), *flags],
+            [sys.executable, "-m", __spec__.name, "--side", side, "--settings", setting, "--sub-keys", str(n), *flags],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         self.line()

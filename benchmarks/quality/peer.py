@@ -16,8 +16,8 @@ half of its 95 % interval (Student's t); used and KL are of the test text: the s
 the KL divergence of their accumulated gates from uniform, in nats. Results are kept as they come: a run that was
 stopped goes on. Both budgets may run at once, each in a process of its own, into the same folder.
 
-python benchmarks/peer.py quality --data DIR --out peer/ --tokens 1M
-python benchmarks/peer.py quality --data DIR --out peer/ --tokens 1M --tables kinds --budgets small --seeds 0
+python -m benchmarks.quality.peer quality --data DIR --out peer/ --tokens 1M
+python -m benchmarks.quality.peer quality --data DIR --out peer/ --tokens 1M --tables kinds --budgets small --seeds 0
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from typing import Any
 from transformers import AutoTokenizer
 
 import growlm
-from common import best_rate, kept, machine, print_table, same_settings, slug
-from flops import config_flops
+from benchmarks.lib.common import best_rate, kept, machine, print_table, same_settings, slug
+from benchmarks.lib.flops import config_flops
 from growlm import data as text_data
 from growlm.base import Base
 from growlm.base.checkpoint import load_model
 from growlm.model import GrowlmConfig
 from growlm.modules import ModuleSet
 from growlm.modules.scoring import num_labels, passage_losses
-from growlm.surgery.pools import count_pools
 from growlm.training.config import PretrainConfig
 from growlm.units import parse_count
+from growlm.usage.pools import count_pools
 
 LENGTH, VOCABULARY = 256, 4096
 NEAR = 0.02  # how far a model may be from its budget

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from growlm.errors import ConfigError
-from growlm.surgery.usage import Usage
+from growlm.usage.usage import Usage
 
 _LEAST_SCALE = 0.2  # nats that the darkest colour of a divergence stands for at least: noise is to look like noise
 

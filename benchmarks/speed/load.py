@@ -1,6 +1,6 @@
 """Loading a module that is in the page cache, against `safetensors.torch.load_file` and one copy of the same bytes.
 
-python benchmarks/load.py
+python -m benchmarks.speed.load
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from common import interleaved, qwen2, save_base, show
+from benchmarks.lib.common import interleaved, qwen2, save_base, show
 from growlm.modules.blocks import Blocks, BlocksConfig
 from growlm.store import WEIGHTS, Store
 

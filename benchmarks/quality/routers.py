@@ -4,8 +4,8 @@
 and evaluates all kinds. `growth` makes up domains (each writes its own share of the vocabulary more often) and asks
 how accuracy and the cost of one more domain change from 2 to 1,000.
 
-python benchmarks/routers.py real --data DIR --out routers/ --base checkpoint/
-python benchmarks/routers.py growth --out routers/ --base checkpoint/ --domains 2 10 100 1000
+python -m benchmarks.quality.routers real --data DIR --out routers/ --base checkpoint/
+python -m benchmarks.quality.routers growth --out routers/ --base checkpoint/ --domains 2 10 100 1000
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 import growlm
-from common import interleaved, machine
+from benchmarks.lib.common import interleaved, machine
+from benchmarks.lib.domains import DOMAINS, GENERAL, LENGTH, ROUTE, Bench
 from growlm import router
 from growlm.base import Base
 from growlm.evaluation import EvalConfig, evaluate
@@ -29,7 +30,6 @@ from growlm.store import ROUTERS, Store
 from growlm.training.config import LearnConfig, RouterConfig
 from growlm.training.router import train_router
 from growlm.units import parse_count
-from ten_domains import DOMAINS, GENERAL, LENGTH, ROUTE, Bench
 
 KEEP = "400kB"
 PROMPT = 200  # tokens of a prompt that is timed

@@ -3,7 +3,7 @@
 Ways: the base; the module routed from the first half's beginning, kept; routed again every N tokens; the K best modules
 mixed by Bayes' rule, with and without a share that returns to the prior; and, as a bound, each half by its own module.
 
-python benchmarks/joined.py brain --data medicine=test.txt law=test2.txt [--mix 2 3] [--reroute 32] [--half 128]
+python -m benchmarks.quality.joined brain --data medicine=test.txt law=test2.txt [--mix 2 3] [--reroute 32] [--half 128]
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import itertools
 import numpy as np
 import torch
 
-from common import show
+from benchmarks.lib.common import show
 from growlm import data as text_data
 from growlm.engine import Engine
 from growlm.engine.mixing import SHARE, mixture_losses

@@ -5,8 +5,8 @@ torch's scaled_dot_product_attention, on two kinds of logits: `short`, drawn at 
 some tens of keys so that the walk ends early, and `lasting`, shifted so that every key is reached. Experts: against one
 dense feed-forward with the same FLOPs.
 
-python benchmarks/stickbreaking.py
-python benchmarks/stickbreaking.py --lengths 2048 4096 --cubic-up-to 4096
+python -m benchmarks.speed.stickbreaking
+python -m benchmarks.speed.stickbreaking --lengths 2048 4096 --cubic-up-to 4096
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common import interleaved, show
-from formulation import attend
+from benchmarks.lib.common import interleaved, show
+from benchmarks.lib.formulation import attend
 from growlm.layers.experts import SparseFeedForward
 from growlm.layers.stickbreaking import stickbreaking_attention
 from growlm.training.memory import kept_pages

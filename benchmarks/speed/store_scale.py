@@ -1,6 +1,6 @@
 """A store with 10,000 tiny modules: opening it, and the bookkeeping of one more, against a store with ten.
 
-python benchmarks/store_scale.py [--modules 10000]
+python -m benchmarks.speed.store_scale [--modules 10000]
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from common import qwen2, save_base, show
+from benchmarks.lib.common import qwen2, save_base, show
 from growlm import router
 from growlm.modules.blocks import Blocks, BlocksConfig
 from growlm.store import MANIFEST, Store

@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from growlm.engine import AUTO, Engine, Generation, SamplingConfig, Wanted, select
+from growlm.engine.answers import Generation
+from growlm.engine.engine import Engine
+from growlm.engine.sampling import SamplingConfig
+from growlm.engine.selection import AUTO, Wanted, select
 
 _STOP = "\nUser:"
 

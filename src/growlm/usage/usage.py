@@ -23,7 +23,7 @@ from growlm.layers.experts import AttentionExperts, SparseFeedForward, watched
 from growlm.layers.insertion import AttentionUnion, Beside, FeedForwardUnion
 from growlm.modules import ModuleSet
 from growlm.store import Store
-from growlm.surgery.pools import Pool, PoolCounter, padded
+from growlm.usage.pools import Pool, PoolCounter, padded
 
 _BATCH = 8
 

@@ -4,7 +4,7 @@ A module of every shape (placement, depth, rows of the vocabulary, learning rate
 of one domain, beside LoRA and full finetuning; what is compared is held-out text that the ten-domain benchmark does not
 measure on. Results are kept as they come.
 
-python benchmarks/choices.py --data DIR --out choices/ --base checkpoint/ --domains medical_qa vietnamese_wiki
+python -m benchmarks.quality.choices --data DIR --out choices/ --base checkpoint/ --domains medical_qa vietnamese_wiki
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import growlm
-from baselines import Baseline
-from common import machine, same_settings
+from benchmarks.lib.baselines import Baseline
+from benchmarks.lib.common import machine, same_settings
+from benchmarks.lib.domains import GENERAL, LENGTH, Bench, cut
 from growlm import data as text_data
 from growlm.base.checkpoint import fingerprint
 from growlm.disk.files import write_atomic
@@ -28,7 +29,6 @@ from growlm.modules import ModuleSet
 from growlm.modules.scoring import num_labels, passage_losses
 from growlm.training.config import LearnConfig
 from growlm.units import parse_count
-from ten_domains import GENERAL, LENGTH, Bench, cut
 
 SHAPES: dict[str, dict[str, Any]] = {
     "top": {},

@@ -4,7 +4,7 @@ All read the same tokens once, none has vocabulary rows, and each takes the lear
 best on held-out text of the first domain with the first seed. What they gain is measured on other text. A cell is the
 mean over seeds with half of its 95 % interval; results are kept as they come.
 
-python benchmarks/knowledge.py --data DIR --out knowledge/ --base checkpoint/ --domains medical_qa vietnamese_wiki
+python -m benchmarks.quality.knowledge --data DIR --out out/ --base checkpoint/ --domains medical_qa vietnamese_wiki
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import growlm
-from baselines import Baseline
-from common import best_rate, kept, machine, print_table, same_settings, slug
+from benchmarks.lib.baselines import Baseline
+from benchmarks.lib.common import best_rate, kept, machine, print_table, same_settings, slug
 from growlm import data as text_data
 from growlm.base.checkpoint import fingerprint, load_model, load_tokenizer
 from growlm.modules import ModuleSet
