@@ -12,7 +12,7 @@ from growlm.evaluation import EvalConfig, evaluate
 from growlm.modules import ModuleSet
 from growlm.modules.scoring import continuation_scores, passage_losses
 from growlm.store import Store
-from growlm.surgery.pools import count_pools
+from growlm.usage.pools import count_pools
 from stores import PLAIN, domain_ids, domain_text, make_store
 from tiny import make_base
 
