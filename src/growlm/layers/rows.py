@@ -6,6 +6,8 @@ gradient of a table holds the rows that were read, no others.
 
 from __future__ import annotations
 
+import functools
+import warnings
 from typing import Any
 
 import torch
@@ -144,4 +146,13 @@ def table_gradient(weights: Tensor, tokens: Tensor, table: Tensor, choices: Choi
         if weights.shape[2] > 1 else _bags(tokens, chooser, starts, by_row[:, 0])  # fmt: skip
     if not sparse:
         return torch.zeros_like(table).index_copy_(0, rows, values)
+    _ask_once()
     return torch.sparse_coo_tensor(rows[None], values, table.shape, is_coalesced=True, check_invariants=False)
+
+
+@functools.cache
+def _ask_once() -> None:
+    """torch 2.11 warns when it first looks up whether sparse tensors are to be checked, though it was told not to."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse.check_sparse_tensor_invariants.is_enabled()
