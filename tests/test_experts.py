@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from growlm.layers.experts import AttentionExperts, ExpertRouter, SparseFeedForward
+from growlm.layers.experts import AttentionExperts, SparseFeedForward
 from growlm.layers.losses import (
     load_balance,
     load_concentration,
@@ -21,6 +21,7 @@ from growlm.layers.losses import (
     router_z,
     routing_regularisation,
 )
+from growlm.layers.routing import ExpertRouter
 
 KINDS = ("mlp", "linear", "cosine")
 

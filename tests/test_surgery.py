@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from disk import write_jsonl
 from growlm.base import Base
 from growlm.errors import BaseModelError, ConfigError, DataError, StoreError
-from growlm.layers.experts import watched
+from growlm.layers.routing import watched
 from growlm.model import GrowlmConfig, GrowlmForCausalLM
 from growlm.modules import ModuleSet
 from growlm.modules.experts import Experts, ExpertsConfig

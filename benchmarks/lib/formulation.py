@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from growlm.layers.experts import ExpertRouter
+from growlm.layers.routing import ExpertRouter
 from growlm.model import GrowlmForCausalLM
 
 # b batch, t tokens, d hidden size, e experts, k of a token, g heads of keys, w head width

@@ -10,15 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from growlm.layers.experts import (
-    AttentionExperts,
-    Dispatch,
-    ExpertRouter,
-    Routing,
-    SparseFeedForward,
-    grouped_product,
-)
+from growlm.layers.experts import AttentionExperts, SparseFeedForward
+from growlm.layers.grouped import Dispatch, grouped_product
 from growlm.layers.insertion import AttentionUnion, Beside, FeedForwardUnion, NewExperts
+from growlm.layers.routing import ExpertRouter, Routing
 
 pytestmark = pytest.mark.gpu
 

@@ -12,15 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from growlm.layers.experts import (
-    AttentionExperts,
-    Dispatch,
-    ExpertRouter,
-    GroupedLinear,
-    Routing,
-    SparseFeedForward,
-    grouped_product,
-)
+from growlm.layers.experts import AttentionExperts, SparseFeedForward
+from growlm.layers.grouped import Dispatch, GroupedLinear, grouped_product
+from growlm.layers.routing import ExpertRouter, Routing
 
 # n tokens, d hidden size, e experts, k of a token, f width of an expert, z width of the router
 

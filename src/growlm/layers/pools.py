@@ -6,27 +6,22 @@ frozen part and say how far the pool is from it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
-_imitating: ContextVar[list[Tensor] | None] = ContextVar("imitating", default=None)
+from growlm.layers.collecting import Collector
+
+_errors: Collector[Tensor] = Collector("imitation")
 
 
-@contextmanager
-def imitation() -> Iterator[list[Tensor]]:
+def imitation() -> AbstractContextManager[list[Tensor]]:
     """Within it, pools in place of a feed-forward are beside the forward pass: the frozen part's output goes on, and
     every pool adds to the list that this yields the mean square of its error, over the mean square of what it should
     have given."""
-    found: list[Tensor] = []
-    token = _imitating.set(found)
-    try:
-        yield found
-    finally:
-        _imitating.reset(token)
+    return _errors.open()
 
 
 class WithPools(nn.Module):
@@ -43,12 +38,12 @@ class WithPools(nn.Module):
         self._frozen, self._beside, self._instead = (frozen,), tuple(beside), tuple(instead)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        losses = _imitating.get()
-        if not self._instead or losses is not None:
+        imitating = _errors.is_open
+        if not self._instead or imitating:
             out = self._frozen[0](hidden)
             out = out[0] if isinstance(out, tuple) else out  # routed experts give their routing as well
-            if losses is not None:
-                losses += [_error(pool(hidden.detach()), out.detach()) for pool in self._instead]
+            for pool in self._instead if imitating else ():
+                _errors.add(_error(pool(hidden.detach()), out.detach()))
         else:
             out = self._instead[0](hidden)
             if len(self._instead) > 1:

@@ -7,9 +7,7 @@ never kept on a module.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from growlm.layers.collecting import Collector
 from growlm.layers.rows import Choices, table_gradient, weighted_sum
 from growlm.layers.tables import require_room
 
@@ -38,26 +37,18 @@ class Retrieval:
     gates: Tensor  # (n, h, k) float32
 
 
-_watching: ContextVar[list[Retrieval] | None] = ContextVar("watching_retrievals", default=None)
+_found: Collector[Retrieval] = Collector("retrievals")
 
 
-@contextmanager
-def retrievals() -> Iterator[list[Retrieval]]:
+def retrievals() -> AbstractContextManager[list[Retrieval]]:
     """Within it, what every layer of product keys finds is added to the list that this yields, in the order of the
-    forward pass: as `growlm.layers.experts.watched` does for routers."""
-    found: list[Retrieval] = []
-    token = _watching.set(found)
-    try:
-        yield found
-    finally:
-        _watching.reset(token)
+    forward pass."""
+    return _found.open()
 
 
 def note(retrieval: Retrieval) -> Retrieval:
     """Adds it to the list of `retrievals`, if that is open."""
-    if (found := _watching.get()) is not None:
-        found.append(retrieval)
-    return retrieval
+    return _found.add(retrieval)
 
 
 def sub_key_counts(num_experts: int) -> tuple[int, int]:

@@ -18,10 +18,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from growlm.base.cache import CACHE_NAME, cache_of
 from growlm.base.parts import LlamaRotaryEmbedding, can_return_tuple
-from growlm.layers.experts import AttentionExperts, ExpertRouter, GroupedLinear, SparseFeedForward
+from growlm.layers.experts import AttentionExperts, SparseFeedForward
+from growlm.layers.grouped import GroupedLinear
 from growlm.layers.losses import load_balance, load_concentration, mutual_information, router_z
 from growlm.layers.peer import PEER, ProductKeyMemory
 from growlm.layers.product_keys import ProductKeys
+from growlm.layers.routing import ExpertRouter
 from growlm.model.configuration import GrowlmConfig
 from growlm.model.decoder import Decision, GrowlmDecoderLayer, new_norm
 

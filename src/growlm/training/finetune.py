@@ -16,8 +16,8 @@ from torch import Tensor
 from growlm import data as text_data
 from growlm.base.checkpoint import fingerprint, load_model, load_tokenizer, resolve, tokenizer_fingerprint
 from growlm.errors import ConfigError
-from growlm.layers.experts import ExpertRouter
 from growlm.layers.losses import load_concentration
+from growlm.layers.routing import ExpertRouter
 from growlm.training.config import FinetuneConfig
 from growlm.training.pretrain import default_rate
 from growlm.training.whole_model import TrainedModel, train_whole

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from growlm import data as text_data
 from growlm.base import Base
 from growlm.layers.cross_entropy import linear_cross_entropy
-from growlm.layers.experts import watched
 from growlm.layers.losses import load_concentration
 from growlm.layers.pools import imitation
+from growlm.layers.routing import watched
 from growlm.modules import KnowledgeModule, ModuleSet
 from growlm.modules.scoring import passage_losses
 from growlm.modules.vocabulary import choose_rows

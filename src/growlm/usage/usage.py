@@ -19,8 +19,9 @@ from growlm import data as text_data
 from growlm.base import Base
 from growlm.base.checkpoint import load_model, load_tokenizer, resolve, stored_dtype
 from growlm.errors import ConfigError, DataError
-from growlm.layers.experts import AttentionExperts, SparseFeedForward, watched
+from growlm.layers.experts import AttentionExperts, SparseFeedForward
 from growlm.layers.insertion import AttentionUnion, Beside, FeedForwardUnion
+from growlm.layers.routing import watched
 from growlm.modules import ModuleSet
 from growlm.store import Store
 from growlm.usage.pools import Pool, PoolCounter, padded
