@@ -86,7 +86,7 @@ def perturb(module: torch.nn.Module, seed: int, *, strength: float = 0.1):
     """Makes of a new module one that has learned something."""
     generator = torch.Generator().manual_seed(seed)
     for p in module.parameters():
-        p.add_(torch.randn(p.shape, generator=generator) * strength)
+        p.add_((torch.randn(p.shape, generator=generator) * strength).to(p.device))
     return module
 
 

@@ -1,8 +1,10 @@
 """Tests on a GPU: what is computed there against the processor's float32, and how far apart the two are.
 
 The one measure: the largest difference between two tensors, divided by the largest magnitude in the processor's. What
-was compared is listed at the end of the run. `GROWLM_TEST_DEVICE=cpu` runs these tests without a GPU: hardly anything
-differs then, but a mistake in a test itself shows.
+was compared is listed at the end of the run.
+
+Without a GPU, `GROWLM_TEST_DEVICE=pretended` runs them on one that is pretended (`elsewhere.py`): hardly a number
+differs then, but tensors that are in the wrong place show, and mistakes in the tests themselves.
 """
 
 from __future__ import annotations
@@ -36,17 +38,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def device() -> str:
+def device() -> Iterator[str]:
     # Products in float32 are what they are compared with: no TF32, which keeps 10 bits of 23.
     torch.set_float32_matmul_precision("highest")
-    return DEVICE
+    if DEVICE == "pretended":
+        from elsewhere import pretended
+
+        with pretended():
+            yield "cuda"
+    else:
+        yield DEVICE
 
 
 @pytest.fixture(autouse=True)
 def _alive(device: str) -> Iterator[None]:
     """Ends the run where a kernel has failed: every later test of the process would only repeat its error."""
     yield
-    if device == "cuda":
+    if DEVICE == "cuda":
         try:
             torch.cuda.synchronize()
         except RuntimeError as error:
