@@ -15,11 +15,12 @@ from peft import LoraConfig, get_peft_model
 
 from growlm import data as text_data
 from growlm.base import Base
+from growlm.base.placement import Placement
 from growlm.layers.cross_entropy import linear_cross_entropy
 from growlm.modules import ModuleSet
 from growlm.modules.scoring import num_labels, passage_losses
 from growlm.training.config import TrainConfig
-from growlm.training.loop import compute_dtype, train
+from growlm.training.loop import train
 from growlm.training.progress import training_bar
 
 
@@ -64,7 +65,7 @@ class Baseline:
         packed = text_data.pack(documents, self.tokenizer, config.sequence_length, max_tokens=config.max_tokens)
         wanted = config.rows_wanted(len(packed))
         order = text_data.schedule(len(packed), config.batch_size, wanted=wanted, seed=config.seed)
-        dtype = compute_dtype(config.precision)
+        dtype = Placement.of("cpu", config.precision).dtype
 
         def loss_of_step(step: int) -> torch.Tensor:
             batch = packed[order[step]]

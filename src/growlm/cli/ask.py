@@ -10,6 +10,7 @@ import typer
 
 from growlm.cli.app import app
 from growlm.cli.options import (
+    Device,
     ExpertsOn,
     Json,
     MaxNewTokens,
@@ -32,6 +33,7 @@ def route(
     store: StorePath,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", show_default=False)],
     memory: Memory = None,
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Say which module the router would choose for a prompt.
@@ -40,7 +42,7 @@ def route(
 
         growlm route brain "What does aspirin inhibit?"
     """
-    with _engine(store, memory) as engine:
+    with _engine(store, memory, device) as engine:
         answer = engine.route(prompt)
     if as_json:
         return print_json({"module": answer.module, "scores": answer.scores})
@@ -56,6 +58,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", show_default=False)],
     module: ModuleChoice = None,
     memory: Memory = None,
+    device: Device = "auto",
     experts_on: ExpertsOn = "memory",
     row_cache: RowCache = None,
     max_new_tokens: MaxNewTokens = 128,
@@ -95,7 +98,7 @@ def generate(
         "stop": tuple(stop or ()),
     }
     wanted = _modules(module)
-    with _engine(store, memory, experts_on, row_cache) as engine:
+    with _engine(store, memory, device, experts_on, row_cache) as engine:
         if as_json:
             answer = engine.generate(prompt, module=wanted, mix=mix, reroute=reroute, **sampling)
             return print_json(answer.to_json())
@@ -117,6 +120,7 @@ def chat(
     store: StorePath,
     module: ModuleChoice = None,
     memory: Memory = None,
+    device: Device = "auto",
     experts_on: ExpertsOn = "memory",
     row_cache: RowCache = None,
     max_new_tokens: MaxNewTokens = 256,
@@ -132,7 +136,7 @@ def chat(
     """
     from growlm.engine.chat import Chat
 
-    with _engine(store, memory, experts_on, row_cache) as engine:
+    with _engine(store, memory, device, experts_on, row_cache) as engine:
         talk = Chat(engine, _modules(module), max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
         note(_CHAT_HELP)
         turn, failed = 0, False
@@ -165,11 +169,13 @@ def chat(
                 note(f"error: {error}")
 
 
-def _engine(store: Path, memory: str | None, experts_on: str = "memory", row_cache: str | None = None) -> Any:
+def _engine(
+    store: Path, memory: str | None, device: str, experts_on: str = "memory", row_cache: str | None = None
+) -> Any:
     from growlm.engine import Engine
     from growlm.store import Store
 
-    return Engine(Store.open(store), memory=memory, experts_on=experts_on, row_cache=row_cache)
+    return Engine(Store.open(store), memory=memory, device=device, experts_on=experts_on, row_cache=row_cache)
 
 
 def _modules(names: list[str] | None) -> list[str | None] | str:

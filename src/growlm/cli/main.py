@@ -50,6 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except GrowlmError as error:
         note(f"growlm: {error}")
         sys.exit(1)
+    except RuntimeError as error:
+        from growlm.base.placement import out_of_memory
+
+        told = out_of_memory(error)
+        if told is None:
+            raise
+        note(f"growlm: {told}")
+        sys.exit(1)
     except OSError as error:
         where = Path(str(error.filename or "a file"))
         if where.name.startswith("."):  # one of ours, written beside what was asked for

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from growlm.cli.app import app
-from growlm.cli.options import DataPaths, Json, OutPath, Restart, SomeDataPaths, StorePath, from_config
+from growlm.cli.options import DataPaths, Device, Json, OutPath, Restart, SomeDataPaths, StorePath, from_config
 from growlm.cli.output import note, plural, print_json
 from growlm.errors import ConfigError
 from growlm.training.config import GrowConfig, LearnConfig, PretrainConfig, RouterConfig
@@ -81,6 +81,9 @@ def new(
             "in the store. By default the held-out text beside the base, or else text that the base writes.",
         ),
     ] = None,
+    device: Annotated[
+        str, typer.Option("--device", metavar="DEVICE", help="Where --general is read: cpu, cuda, cuda:N, mps or auto.")
+    ] = "auto",
     as_json: Json = False,
 ) -> None:
     """Make a store for a base model.
@@ -95,13 +98,19 @@ def new(
     """
     from growlm.store import Store
 
+    if general:
+        from growlm.base.placement import find_device
+
+        find_device(device)  # before anything is made
+    elif device != "auto":
+        raise ConfigError("--device is where --general is read; give general text, or leave it out")
     missing = [path for path in (store.expanduser(), *store.expanduser().parents) if not path.exists()]
     made = Store.create(store, base, dtype=dtype, router=router, keep_samples=keep_samples)
     if general:
         from growlm.training.general import describe_general
 
         with _undone_on_failure(made.path, missing):
-            describe_general(made, made.load_base(), made.load_tokenizer(), general)
+            describe_general(made, made.load_base(device=device), made.load_tokenizer(), general)
     if as_json:
         return print_json(made.manifest.model_dump())
     print(f"{store}: made for {base} ({made.manifest.dtype}, {format_size(made.base_bytes())})")
@@ -181,11 +190,12 @@ def grow(
     from growlm.training import grow as growth
 
     given = _given(context, config).items()
-    trains = [f"--{field.replace('_', '-')}" for field, value in given if field != "seed" and value is not None]
+    used = ("seed", "device")  # without training too
+    trains = [f"--{field.replace('_', '-')}" for field, value in given if field not in used and value is not None]
     if undo:
         asked = {"--experts": experts, "--data": data, "--restart": restart}
         _refuse_beside("--undo", *(option for option, value in asked.items() if value), *trains)
-        result = growth.take_back(Store.open(store), name)
+        result = growth.take_back(Store.open(store), name, device=config.device)
     else:
         if experts is not None and not data:
             _refuse_beside("--experts without --data", *trains, *(["--restart"] if restart else []))
@@ -283,6 +293,10 @@ def router(
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder for base, store and report.")] = Path("demo-out"),
     fast: Annotated[bool, typer.Option("--fast", help="A smaller base and less text: under two minutes.")] = False,
+    device: Device = "auto",
+    precision: Annotated[
+        str, typer.Option("--precision", help="Of matrix products in training: bfloat16, float32 or auto.")
+    ] = "auto",
     as_json: Json = False,
 ) -> None:
     """Grow a model from text that is already on this machine: pretrain, learn three domains, evaluate, report.
@@ -293,7 +307,7 @@ def demo(
     """
     from growlm.demo.run import demo as run
 
-    result = run(out, fast=fast)
+    result = run(out, fast=fast, device=device, precision=precision)
     if as_json:
         return print_json(result.to_json())
     print("\n".join(result.lines()))

@@ -39,9 +39,11 @@ def evaluate(
 
         growlm eval brain --data law=heldout2.txt none=news.txt --json
     """
+    from growlm.base.placement import find_device
     from growlm.evaluation import evaluate as run
     from growlm.store import Store
 
+    find_device(config.device)  # before a folder is made
     if report is not None:
         from growlm.evaluation.report import check_folder, write_report
 

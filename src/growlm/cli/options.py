@@ -23,6 +23,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Memory = Annotated[
     str | None, typer.Option("--memory", metavar="SIZE", help="Budget for all weights in memory, e.g. 2GB.")
 ]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="DEVICE",
+        help="Where to compute: cpu, cuda, cuda:N, mps, or auto: a CUDA GPU where there is one, else the processor.",
+    ),
+]
 ModuleChoice = Annotated[
     list[str] | None,
     typer.Option(

@@ -10,6 +10,7 @@ import typer
 from growlm.cli.app import app
 from growlm.cli.options import (
     DataPaths,
+    Device,
     Json,
     NamedData,
     OutPath,
@@ -103,6 +104,7 @@ def usage(
     sequence_length: Annotated[int, typer.Option("--sequence-length", help="Tokens read at once.")] = 512,
     text_key: TextKey = "text",
     separator: Separator = None,
+    device: Device = "auto",
     figure: Annotated[
         Path | None, typer.Option("--figure", help="Write heat maps to this file (.svg or .png).", show_default=False)
     ] = None,
@@ -119,7 +121,7 @@ def usage(
     from growlm.usage.usage import count_usage, open_modules
 
     paths = named_paths(data)
-    modules, tokenizer = open_modules(source, module or [])
+    modules, tokenizer = open_modules(source, module or [], device=device)
     if figure is not None and figure.suffix not in (".svg", ".png"):
         raise ConfigError(f"--figure {figure}: its name must end in .svg or .png")
     found = count_usage(
@@ -179,6 +181,7 @@ def prune(
     ] = None,
     text_key: TextKey = "text",
     separator: Separator = None,
+    device: Device = "auto",
     drop_layers: Annotated[
         str | None,
         typer.Option(
@@ -211,7 +214,7 @@ def prune(
 
     settings: dict[str, Any] = {
         "keep": keep, "normalise": normalise or "max", "tokens": _count(tokens), "text_key": text_key,
-        "separator": separator,
+        "separator": separator, "device": device,
     }  # fmt: skip
     if (Path(source).expanduser() / "store.json").exists():
         from growlm.store import Store
@@ -226,7 +229,8 @@ def prune(
     elif drop_layers is None:
         result = pruning.prune(source, out, _required(data), **settings)
     else:
-        asked = {"--data": data, "--normalise": normalise, "--tokens": tokens, "--separator": separator}
+        asked: dict[str, Any] = {"--data": data, "--normalise": normalise, "--tokens": tokens, "--separator": separator}
+        asked["--device"] = device != "auto"
         for option, value in asked.items():
             if value:
                 raise ConfigError(f"--drop-layers reads no text; leave out {option}, or --drop-layers")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from growlm import data as text_data
+from growlm.base.placement import find_device
 from growlm.demo import corpora
 from growlm.demo.accounting import account, paper_config
 from growlm.disk.files import write_atomic
@@ -111,15 +112,34 @@ class DemoResult:
         return [*lines, f"took {sum(self.seconds.values()):.0f} s: {took}", f"report: {self.report}"]
 
 
-def demo(out: str | Path, *, fast: bool = False, progress: bool | None = None) -> DemoResult:
+def demo(
+    out: str | Path,
+    *,
+    fast: bool = False,
+    device: str = "auto",
+    precision: str = "auto",
+    progress: bool | None = None,
+) -> DemoResult:
     """Runs the demo in the folder `out`: text, base, store and report.
 
+    Args:
+        device, precision: as in `LearnConfig`.
+
     Raises:
+        ConfigError: no such device or precision.
         StoreError: `out` holds something else, or a demo of the other size.
         DataError: this install lacks the text.
     """
     out = Path(out).expanduser()
     size = FAST if fast else FULL
+    settings = LearnConfig(
+        tokens=size.learn_tokens,
+        sequence_length=256,
+        num_layers=size.num_layers,
+        device=device,
+        precision=precision,
+    )
+    find_device(device)
     _claim(out, size)
     seconds: dict[str, float] = {}
 
@@ -135,34 +155,34 @@ def demo(out: str | Path, *, fast: bool = False, progress: bool | None = None) -
     with step("pretrain", "1. a base, pretrained on English"):
         if not (out / "base").exists():
             first = PretrainConfig(
-                preset=size.preset, vocab_size=size.vocab_size, tokens=size.pretrain_tokens, sequence_length=256
+                preset=size.preset,
+                vocab_size=size.vocab_size,
+                tokens=size.pretrain_tokens,
+                sequence_length=256,
+                device=device,
+                precision=precision,
             )
             pretrain(out / "base", [files["english"][0]], first, progress=progress)
     store = Store.open(out / "brain") if (out / "brain").exists() else Store.create(out / "brain", base=out / "base")
     with step("learn", "2. three domains, one after another, each on its own text alone"):
-        settings = LearnConfig(
-            tokens=size.learn_tokens,
-            sequence_length=256,
-            num_layers=size.num_layers,
-        )
         for name in DOMAINS:
             if name not in store.modules:
                 learn(store, name, [files[name][0]], settings, progress=progress)
     with step("evaluate", "3. held-out files: does it know more, is the right module found, is anything forgotten?"):
         heldout = {name: [files[name][1]] for name in DOMAINS} | {NONE: [files["english"][1]]}
-        scope = EvalConfig(sequence_length=256, max_documents=size.max_documents)
+        scope = EvalConfig(sequence_length=256, max_documents=size.max_documents, device=device)
         evaluation = evaluate(store, heldout, scope, progress=progress).to_json()
     with step("generate", "4. a sample of each"):
-        evaluation["samples"] = _samples(store, {name: files[name][1] for name in DOMAINS})
+        evaluation["samples"] = _samples(store, {name: files[name][1] for name in DOMAINS}, device)
     page = write_report(evaluation, out / "report")
     accounting = account(paper_config()).lines()
     return DemoResult(evaluation, store.status(), seconds, str(page), accounting)
 
 
-def _samples(store: Store, heldout: dict[str, Path]) -> list[dict[str, Any]]:
+def _samples(store: Store, heldout: dict[str, Path], device: str) -> list[dict[str, Any]]:
     """A continuation of the beginning of a held-out document of each domain."""
     prompts = {n: text_data.read([path]).documents[0].text[:_PROMPT_CHARACTERS] for n, path in heldout.items()}
-    with Engine(store) as engine:
+    with Engine(store, device=device) as engine:
         answers = engine.generate_many(list(prompts.values()), max_new_tokens=48, temperature=0.7, top_p=0.9)
     return [
         {"domain": name, "prompt": prompt, "text": answer.text, "module": answer.module}

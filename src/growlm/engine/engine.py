@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from growlm.base.placement import find_device
 from growlm.data import start_tokens
 from growlm.engine.answers import Answer, Generation
 from growlm.engine.generation import Group, Prefilled, decode, prefill
@@ -40,15 +41,18 @@ class Engine:
 
     Args:
         store: what to serve.
-        memory: budget for all weights in memory, e.g. "2GB"; None for no bound. Keys and values are not counted.
+        memory: budget for all weights in memory, e.g. "2GB"; None for no bound. Keys and values are not counted. On a
+            GPU it is the GPU's memory.
         max_batch: prompts that are run together.
+        device: where to compute: cpu, cuda, cuda:N, mps, or auto: a CUDA GPU where there is one, else the processor.
+            The dtype is the store's.
         router: kind of router, gaussian, product-key or transformer; by default the store's own.
         experts_on: where the tables of `peer` modules are: memory, or disk: only the rows that a text reads are read.
         row_cache: of each such module on the disk, memory for the rows that were read last; by default 64MB.
 
     Raises:
         BudgetError: base and router do not fit the budget.
-        ConfigError: a setting that cannot be.
+        ConfigError: a setting that cannot be, or a device that is not there.
         BaseModelError: the base is missing or has changed.
         StoreError: a store of modules whose transformer router was never trained.
     """
@@ -59,7 +63,7 @@ class Engine:
         *,
         memory: str | int | None = None,
         max_batch: int = 32,
-        device: str | None = None,
+        device: str | torch.device | None = "auto",
         prefix_bytes: str | int = "256MB",
         router: str | None = None,
         experts_on: str = "memory",
@@ -72,12 +76,13 @@ class Engine:
         self._row_cache = parse_size(_ROW_CACHE if row_cache is None else row_cache) if experts_on == "disk" else None
         if max_batch < 1:
             raise ConfigError(f"max_batch is {max_batch}; it must be at least 1")
+        found = find_device(device)
         self.store = store
         self.memory = None if memory is None else parse_size(memory)
         self.max_batch = max_batch
         self.router = load_router(store, kind=router)
         self._check_budget(store.base_bytes())
-        self.base = store.load_base(device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.base = store.load_base(device=found)
         self.router = self.router.bind(self.base)
         self.base_bytes = self.base.num_bytes()
         self._check_budget(self.base_bytes)

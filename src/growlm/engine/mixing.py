@@ -31,7 +31,8 @@ class Posterior:
     """
 
     def __init__(self, prior: Tensor, share: float = SHARE) -> None:
-        self._prior = prior.double() / prior.double().sum()
+        self._wide = torch.float32 if prior.device.type == "mps" else torch.float64  # which Metal does not have
+        self._prior = prior.to(self._wide) / prior.to(self._wide).sum()
         self._log_weights = self._prior.log()
         self._share = share
 
@@ -42,11 +43,11 @@ class Posterior:
 
     def mix(self, log_probabilities: Tensor) -> Tensor:
         """The mixture's log-probabilities (v,) from each module's (k, v)."""
-        return torch.logsumexp(log_probabilities.double() + self._log_weights[:, None], dim=0)
+        return torch.logsumexp(log_probabilities.to(self._wide) + self._log_weights[:, None], dim=0)
 
     def update(self, log_probabilities: Tensor) -> float:
         """Takes in a token that each module gave a log-probability, (k,). Returns the mixture's own."""
-        joint = self._log_weights + log_probabilities.double()
+        joint = self._log_weights + log_probabilities.to(self._wide)
         total = torch.logsumexp(joint, dim=0)
         self._log_weights = ((1 - self._share) * (joint - total).exp() + self._share * self._prior).log()
         return float(total)

@@ -20,6 +20,7 @@ class EvalConfig:
         router: kind of router, gaussian, product-key or transformer; by default the store's own.
         experts_on: where the tables of peer modules are: memory, or disk: only the rows that a text reads are read.
         row_cache: of each such module on the disk, memory for rows read last; 64MB by default.
+        device: where to compute: cpu, cuda, cuda:N, mps, or auto: a CUDA GPU where there is one, else the processor.
         matrix: replay the order of learning: what the router knew after each domain, and what that cost the others.
         text_key: key of the text in JSONL, column in Parquet.
         separator: cuts text files into documents, e.g. a blank line; by default a file is one document.
@@ -32,6 +33,7 @@ class EvalConfig:
     router: str | None = None
     experts_on: str = "memory"
     row_cache: str | None = None
+    device: str = "auto"
     matrix: bool = True
     text_key: str = "text"
     separator: str | None = None

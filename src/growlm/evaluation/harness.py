@@ -14,12 +14,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from growlm.base.placement import find_device, out_of_memory
 from growlm.data import start_tokens
 from growlm.engine import AUTO, Engine
 from growlm.errors import ConfigError, GrowlmError
@@ -43,7 +43,8 @@ class HarnessModel(TemplateLM):
         memory: budget for all weights, as in `growlm generate`.
         module: "auto" (each context is routed), "base", or a module's name for everything.
         max_length: longest text in tokens; by default what the base's config says.
-        batch_size, device: the harness's own; requests are batched by length, whatever batch_size says.
+        batch_size: the harness's own; requests are batched by length, whatever it says.
+        device: as in `growlm generate`.
 
     Raises:
         StoreError, BudgetError, UnknownModuleError: as `Engine` does.
@@ -253,9 +254,12 @@ def main() -> None:
         given = arguments.include_path or written.get("include_path")
         arguments.include_path = [str(FOLDER), *([given] if given else [])]
     if "device" in arguments and not arguments.device and not written.get("device"):
-        arguments.device = "cuda" if torch.cuda.is_available() else "cpu"  # the harness's default is cuda:0 anywhere
+        arguments.device = str(find_device())  # the harness's default is cuda:0 anywhere
     try:
         line.execute(arguments)
-    except GrowlmError as error:
-        print(f"growlm: {error}", file=sys.stderr)
+    except (GrowlmError, RuntimeError) as error:
+        told = str(error) if isinstance(error, GrowlmError) else out_of_memory(error)
+        if told is None:
+            raise
+        print(f"growlm: {told}", file=sys.stderr)
         sys.exit(1)

@@ -128,7 +128,7 @@ def evaluate(
         UnknownModuleError: a domain that is no module.
         DataError: data that is missing, malformed or too short.
         BudgetError: what is measured does not fit `memory`.
-        ConfigError, StoreError: a router that was not trained for any of the modules.
+        ConfigError, StoreError: a router that was not trained for any of the modules, or no such device.
     """
     config = config or EvalConfig()
     if not data:
@@ -145,7 +145,12 @@ def evaluate(
     replayed = config.matrix and len(learned) > 1
     stages = earlier_stages([m.name for m in order], learned) if replayed else []
     with Engine(
-        store, memory=memory, router=config.router, experts_on=config.experts_on, row_cache=config.row_cache
+        store,
+        memory=memory,
+        device=config.device,
+        router=config.router,
+        experts_on=config.experts_on,
+        row_cache=config.row_cache,
     ) as engine:
         _check_router(engine)
         domains = [_read(engine, name, documents, config) for name, documents in corpora.items()]

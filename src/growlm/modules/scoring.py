@@ -56,7 +56,8 @@ def passage_losses(
         )
         if per_token is not None:
             per_token(labels, losses)
-        totals[chosen] = torch.stack([part.double().sum() for part in losses.split(counted.sum(-1).tolist())]).cpu()
+        parts = losses.cpu().double().split(counted.sum(-1).tolist())  # not every device has float64
+        totals[chosen] = torch.stack([part.sum() for part in parts])
         if progress is not None:
             progress(done)
     return totals
@@ -107,7 +108,7 @@ def continuation_scores(
             found.append(logits.log_softmax(-1).gather(-1, wanted[:, None])[:, 0])
             greedy.append(logits.argmax(-1) == wanted)
         sizes = scored.sum(-1).tolist()
-        each = zip(some, torch.cat(found).double().split(sizes), torch.cat(greedy).split(sizes), strict=True)
+        each = zip(some, torch.cat(found).cpu().double().split(sizes), torch.cat(greedy).split(sizes), strict=True)
         for i, values, right in each:
             scores[i] = (float(values.sum()), bool(right.all()))
         if progress is not None:

@@ -11,6 +11,8 @@ from growlm.errors import BaseModelError
 from growlm.store.manifests import StoreManifest
 
 if TYPE_CHECKING:
+    import torch
+
     from growlm.base import Base
 
 
@@ -67,17 +69,23 @@ class StoreBase:
         """Bytes that the base takes once loaded, from its files' headers."""
         return checkpoint.loaded_bytes(self.base_folder, self.manifest.dtype)
 
-    def load_base(self, *, device: str = "cpu") -> Base:
+    def load_base(self, *, device: str | torch.device = "cpu") -> Base:
         """The frozen base, checked.
+
+        Args:
+            device: where its weights go, as `Engine` takes it.
 
         Raises:
             BaseModelError: it is missing, has changed, or cannot be loaded.
+            ConfigError: no such device.
         """
         from growlm.base import Base
+        from growlm.base.placement import find_device
 
+        found = find_device(device)
         folder = self.check_base()
         model = checkpoint.load_model(folder, self.manifest.dtype)
-        base = Base(model.to(device), str(folder))
+        base = Base(model.to(found), str(folder))
         base.fingerprint = self.manifest.base_fingerprint
         return base
 

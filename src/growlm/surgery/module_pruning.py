@@ -16,6 +16,7 @@ import torch
 
 from growlm import router
 from growlm.base import Base
+from growlm.base.placement import find_device
 from growlm.disk.files import checkpoint_folder, refuse_existing
 from growlm.disk.tensors import read_tensors
 from growlm.errors import ConfigError, IntegrityError
@@ -43,6 +44,7 @@ def prune_module(
     tokens: int | None = None,
     separator: str | None = None,
     text_key: str = "text",
+    device: str | torch.device = "auto",
 ) -> dict[str, Any]:
     """Saves a module without its least used experts on a text, and returns what was kept.
 
@@ -58,18 +60,20 @@ def prune_module(
         normalise: as `prune` of a model; where the module's experts joined others, all that the router chose count.
         out: folder of the new store; None for the next version in this one.
         tokens: of the text at most.
+        device: where the text is read.
 
     Raises:
         UnknownModuleError: no such module.
-        ConfigError: no module is named, it is of another kind, or a share that would empty a layer.
+        ConfigError: no module is named, it is of another kind, a share that would empty a layer, or no such device.
         StoreError: `out` exists, the module changed meanwhile, or the disk is full.
     """
     check_share(keep, normalise)
+    found = find_device(device)
     out = None if out is None else Path(out).expanduser()
     if out is not None:
         refuse_existing(out)
     stored, pruner = _prunable(store, name)
-    base = store.load_base()
+    base = store.load_base(device=found)
     module = store.load(stored.name, base, version=stored.version)
     alone, whole = ModuleSet(base), ModuleSet(base, [module])
     tokenizer = store.load_tokenizer()

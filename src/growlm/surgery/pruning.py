@@ -17,6 +17,7 @@ from torch import Tensor
 
 from growlm.base import Base, tensor_bytes
 from growlm.base.checkpoint import load_model, load_tokenizer, resolve, save_model, stored_dtype
+from growlm.base.placement import find_device
 from growlm.disk.files import checkpoint_folder, refuse_existing
 from growlm.errors import BaseModelError, ConfigError
 from growlm.layers.experts import per_expert
@@ -40,6 +41,7 @@ def prune(
     tokens: int | None = None,
     separator: str | None = None,
     text_key: str = "text",
+    device: str | torch.device = "auto",
 ) -> dict[str, Any]:
     """Writes a growlm model without its least used experts on a text, and returns what was kept.
 
@@ -52,19 +54,22 @@ def prune(
         data: text of the domain.
         keep: share of all parameters that stays.
         tokens: of the text at most.
+        device: where the text is read.
 
     Raises:
         BaseModelError: not a growlm model with experts.
-        ConfigError: a share that cannot be reached without emptying a layer; says which is possible.
+        ConfigError: a share that cannot be reached without emptying a layer; says which is possible. Or no such device.
         StoreError: `out` exists and is not empty, or the disk is full.
     """
     out = Path(out).expanduser()
     refuse_existing(out)
     check_share(keep, normalise)
+    found = find_device(device)
     folder = resolve(source)
     model = load_growlm(folder)
     tokenizer = load_tokenizer(folder)
     base = Base(model, str(folder))
+    base.model.to(found)
     usage = count_usage(
         ModuleSet(base), tokenizer, {"text": data}, tokens=tokens, separator=separator, text_key=text_key
     )
@@ -73,6 +78,7 @@ def prune(
             f"{folder}: its experts are found by product keys; pools can be pruned in a store's module (--module), "
             "not in a model"
         )
+    base.model.to("cpu")
     kept = choose_experts(model, usage, "text", keep=keep, normalise=normalise)
     smaller = without_experts(model, usage.places, kept)
     experts = [{"place": p.name, "kept": k, "of": p.num_experts} for p, k in zip(usage.places, kept, strict=True)]

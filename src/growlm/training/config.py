@@ -39,7 +39,8 @@ class TrainConfig:
         clip: largest norm of the gradient; 0 does not clip.
         seed: of everything random.
         text_key: key of the text in JSONL, column in Parquet.
-        precision: of matrix products: bfloat16, float32, or auto: bfloat16 where the processor has instructions for it.
+        device: where to compute: cpu, cuda, cuda:N, mps, or auto: a CUDA GPU where there is one, else the processor.
+        precision: of matrix products: bfloat16, float32, or auto: bfloat16 where the device multiplies it faster.
         separator: cuts text files into documents, e.g. a blank line; by default a file is one document.
         checkpoint_seconds: how often progress is saved; a run that is killed goes on from there.
     """
@@ -53,6 +54,7 @@ class TrainConfig:
     weight_decay: float = 0.01
     clip: float = 1.0
     seed: int = 0
+    device: str = "auto"
     precision: str = "auto"
     text_key: str = "text"
     separator: str | None = None
@@ -90,7 +92,11 @@ class TrainConfig:
         return self.max_tokens // self.sequence_length
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """What is recorded: all but the device, which another machine may not have. What it came to is recorded by
+        itself."""
+        settings = asdict(self)
+        del settings["device"]
+        return settings
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import torch
 
 from growlm import router
 from growlm.base import Base
+from growlm.base.placement import Placement, find_device
 from growlm.disk.files import locked
 from growlm.errors import ConfigError, IntegrityError, StoreError
 from growlm.modules import KnowledgeModule, ModuleSet
@@ -26,10 +27,10 @@ from growlm.store import WEIGHTS, Store, StoredModule
 from growlm.training.body import Body, Files, bytes_to_keep, evidence_beside, joined, parted, require_positions
 from growlm.training.config import GrowConfig
 from growlm.training.general import ensure_general
-from growlm.training.loop import compute_dtype, require_finite
+from growlm.training.loop import require_finite
 from growlm.training.module_training import ModuleTraining, as_served
 from growlm.training.progress import say, training_bar
-from growlm.training.router import require_samples, train_router
+from growlm.training.router import last_config, require_samples, train_router
 from growlm.training.runs import empty, folder_of, module_run, run_folder
 from growlm.units import parse_count
 
@@ -78,7 +79,8 @@ def grow(
 
     Raises:
         UnknownModuleError: no such module.
-        ConfigError: it is of another kind, `experts` is no number by which it can grow, or nothing is to be done.
+        ConfigError: it is of another kind, `experts` is no number by which it can grow, nothing is to be done, or there
+            is no such device.
         StoreError: the module is being grown by another process or was changed meanwhile, or the disk is full.
         DataError: data that is missing, malformed or too little.
         TrainingError: the loss is no number any more; nothing is saved.
@@ -88,32 +90,37 @@ def grow(
     number = None if experts is None else _number(experts)
     if number is None and not data:
         raise ConfigError("nothing to do: give a number of experts to append, text to train new ones on, or both")
+    placement = Placement.of(config.device, config.precision)
     _peer(store, name)
     with _alone(store, name):
         stored, shape = _peer(store, name)
         if data:
-            return _train(store, stored, shape, number, data, config, restart=restart, progress=progress)
+            return _train(store, stored, shape, number, data, config, placement, restart=restart, progress=progress)
         assert number is not None
-        return _append(store, stored, shape, number, config.seed)
+        return _append(store, stored, shape, number, config.seed, placement.device)
 
 
-def take_back(store: Store, name: str) -> GrowResult:
+def take_back(store: Store, name: str, *, device: str | torch.device = "auto") -> GrowResult:
     """Takes the last step of a module's growth back: its next version has neither the step's experts nor its text in
     the router's evidence, and everything else to the bit as it was before that step. The version with them stays.
 
+    Args:
+        device: where its answer to a fixed text is computed, which is kept beside it.
+
     Raises:
         UnknownModuleError: no such module.
-        ConfigError: it is of another kind, or there is no step to take back.
+        ConfigError: it is of another kind, there is no step to take back, or no such device.
         IntegrityError: its manifest does not say how it has grown.
         StoreError: the module is being grown by another process or was changed meanwhile, or the disk is full.
     """
+    found = find_device(device)
     _peer(store, name)
     with _alone(store, name):
         stored, shape = _peer(store, name)
         steps = _steps(stored, shape)
         if not steps:
             raise ConfigError(f"{stored.folder}: its pools are as they were learned; there is no step to take back")
-        base, module = _load(store, stored)
+        base, module = _load(store, stored, found)
         files = evidence_beside(stored)
         try:
             files = parted(files, steps[-1]["evidence"])
@@ -122,10 +129,12 @@ def take_back(store: Store, name: str) -> GrowResult:
         return _commit(store, stored, base, module.taken_back(base), steps[:-1], files)
 
 
-def _append(store: Store, stored: StoredModule, shape: PeerConfig, number: int, seed: int) -> GrowResult:
+def _append(
+    store: Store, stored: StoredModule, shape: PeerConfig, number: int, seed: int, device: torch.device
+) -> GrowResult:
     grown = shape.grown(number)  # before anything is read
     steps = _steps(stored, shape)
-    base, module = _load(store, stored)
+    base, module = _load(store, stored, device)
     step = {**_numbers(shape, grown), **_from(stored), "seed": seed, "tokens": 0, "sources": [], "evidence": {}}
     step["evidence"] = dict.fromkeys(("vectors", "heldout", "samples"), 0)
     return _commit(store, stored, base, module.grown(base, number, seed), [*steps, step], evidence_beside(stored))
@@ -138,6 +147,7 @@ def _train(
     number: int | None,
     data: Sequence[str | Path],
     config: GrowConfig,
+    placement: Placement,
     *,
     restart: bool,
     progress: bool | None,
@@ -147,18 +157,19 @@ def _train(
     trains_router = store.manifest.router == "transformer"
     if trains_router:
         require_samples(store, list(store.modules.values()))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     body = Body.read(data, config)
-    dtype = compute_dtype(config.precision, device)
     busy = f"{store.path}: the same growth of {name!r} is running already"
 
     def run_from(origin: Any) -> str:
-        return module_run(store, ["grow", name, origin, number, body.digest], config, device, dtype)
+        return module_run(store, ["grow", name, origin, number, body.digest], config, placement)
 
     if steps and _unfinished(store, stored, steps[-1]) and steps[-1]["run"] == run_from(steps[-1].get("from")):
         with run_folder(folder_of(store, name, steps[-1]["run"]), name, busy, restart=True, progress=progress):
             say(f"{name}: version {stored.version} is saved already", progress)
-            version = train_router(store, restart=restart, progress=progress).version if trains_router else None
+            version = None
+            if trains_router:
+                asked = last_config(store, config.device)
+                version = train_router(store, asked, restart=restart, progress=progress).version
         return _result(stored, shape, steps[-1], version)
     if number is not None:
         grown = shape.grown(number)
@@ -180,7 +191,7 @@ def _train(
     tokens = body.tokenized(tokenizer, config)
     run = run_from(step["from"])
     with run_folder(folder_of(store, name, run), name, busy, restart=restart, progress=progress) as work:
-        base, module = _load(store, stored, device)
+        base, module = _load(store, stored, placement.device)
         require_positions(base, config)
         served = base.dtype
         if not router.has_general(store):
@@ -194,9 +205,9 @@ def _train(
             seconds = learning.run(report, decay=lambda parameter, _: module.is_table(parameter))
         num_tokens = learning.num_tokens
         del learning
-        if dtype != served:
+        if placement.dtype != served:
             del base
-            base = store.load_base(device=device)
+            base = store.load_base(device=placement.device)
         before = tokens.loss(ModuleSet(base, [store.load(name, base, version=stored.version)]))
         trained = as_served(base, module, name)
         after = tokens.loss(ModuleSet(base, [trained]))
@@ -207,6 +218,7 @@ def _train(
             "tokens": num_tokens,
             "seed": config.seed,
             "settings": config.to_json(),
+            **placement.record(),
             "run": run,
             "loss_before": before,
             "loss_after": after,
@@ -300,8 +312,8 @@ def _alone(store: Store, name: str) -> Iterator[None]:
         yield
 
 
-def _load(store: Store, stored: StoredModule, device: str | None = None) -> tuple[Base, Peer]:
-    base = store.load_base(device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
+def _load(store: Store, stored: StoredModule, device: torch.device) -> tuple[Base, Peer]:
+    base = store.load_base(device=device)
     module = store.load(stored.name, base, version=stored.version)
     assert isinstance(module, Peer)
     return base, module

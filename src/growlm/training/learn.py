@@ -11,9 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from growlm import router
+from growlm.base.placement import Placement
 from growlm.errors import StoreError
 from growlm.modules import ModuleSet, kind_of
 from growlm.modules.probe import probe
@@ -21,10 +20,10 @@ from growlm.store import Store, StoredModule
 from growlm.training.body import Body, bytes_to_keep, require_positions
 from growlm.training.config import LearnConfig
 from growlm.training.general import ensure_general
-from growlm.training.loop import compute_dtype, require_finite
+from growlm.training.loop import require_finite
 from growlm.training.module_training import ModuleTraining, as_served
 from growlm.training.progress import say, training_bar
-from growlm.training.router import require_samples, train_router
+from growlm.training.router import last_config, require_samples, train_router
 from growlm.training.runs import empty, folder_of, module_run, run_folder
 
 
@@ -71,9 +70,11 @@ def learn(
         DataError: data that is missing, malformed or too little.
         TrainingError: the loss is no number any more; nothing is saved.
         BaseModelError: the store's base is missing or has changed.
+        ConfigError: there is no such device.
         Interrupted: stopped by the user; progress is saved.
     """
     config = config or LearnConfig()
+    placement = Placement.of(config.device, config.precision)
     old = store.find(name)
     unfinished = _unfinished(store, old)
     if unfinished is None and not update:
@@ -83,19 +84,20 @@ def learn(
     trains_router = store.manifest.router == "transformer"
     if trains_router:
         require_samples(store, [m for m in store.modules.values() if m.name != name])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
 
     body = Body.read(data, config)
-    dtype = compute_dtype(config.precision, device)
     busy = f"{store.path}: the same learning of {name!r} is running already"
     if old is not None and unfinished is not None:
         # Whichever version was current when it began.
-        runs = (_run_id(store, name, before, body, config, device, dtype) for before in range(old.version))
+        runs = (_run_id(store, name, before, body, config, placement) for before in range(old.version))
         if unfinished in runs:
             folder = folder_of(store, name, unfinished)
             with run_folder(folder, name, busy, restart=True, progress=progress):  # its checkpoints are of no use now
                 say(f"{name}: version {old.version} is saved already", progress)
-                version = train_router(store, restart=restart, progress=progress).version if trains_router else None
+                version = None
+                if trains_router:
+                    asked = last_config(store, config.device)
+                    version = train_router(store, asked, restart=restart, progress=progress).version
             return _result(old, version)
         if not update:
             _require_free(store, old)
@@ -104,9 +106,9 @@ def learn(
     say(f"{name}: {len(body.text.documents):,} documents; tokenizing", progress)
     tokens = body.tokenized(tokenizer, config)
 
-    run = _run_id(store, name, old.version if old else 0, body, config, device, dtype)
+    run = _run_id(store, name, old.version if old else 0, body, config, placement)
     with run_folder(folder_of(store, name, run), name, busy, restart=restart, progress=progress) as work:
-        base = store.load_base(device=device)
+        base = store.load_base(device=placement.device)
         require_positions(base, config)
         # The router is only shown what the engine will show it: the base in the store's dtype.
         served = base.dtype
@@ -117,9 +119,9 @@ def learn(
             seconds = learning.run(report)
         trained, num_tokens = learning.module, learning.num_tokens
         del learning
-        if dtype != served:
+        if placement.dtype != served:
             del base
-            base = store.load_base(device=device)
+            base = store.load_base(device=placement.device)
         module = as_served(base, trained, name)
         alone, together = ModuleSet(base), ModuleSet(base, [module])
         before, after = tokens.loss(alone), tokens.loss(together)
@@ -130,6 +132,7 @@ def learn(
             "tokens": num_tokens,
             "seed": config.seed,
             "settings": config.to_json(),
+            **placement.record(),
             "run": run,
             "loss_before": before,
             "loss_after": after,
@@ -174,11 +177,9 @@ def _result(stored: StoredModule, trained_router: int | None) -> LearnResult:
     )
 
 
-def _run_id(
-    store: Store, name: str, before: int, body: Body, config: LearnConfig, device: str, dtype: torch.dtype
-) -> str:
+def _run_id(store: Store, name: str, before: int, body: Body, config: LearnConfig, placement: Placement) -> str:
     """
     Args:
         before: the version that was current when it began; 0 for none.
     """
-    return module_run(store, [name, before, body.digest], config, device, dtype)
+    return module_run(store, [name, before, body.digest], config, placement)

@@ -185,8 +185,8 @@ def _save(
     seconds: float,
 ) -> None:
     tensors: dict[str, Tensor] = {"random": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    if (cuda := _on_cuda(parameters)) is not None:
+        tensors["random.cuda"] = torch.cuda.get_rng_state(cuda)
     for name, p in parameters.items():
         tensors[f"parameter.{name}"] = p
         for key, value in optimizer.state[p].items():
@@ -215,8 +215,8 @@ def _restore(
         tensors = read_tensors(path, sha256=pointer.sha256)
         torch.set_rng_state(tensors.pop("random").clone())
         of_gpu = tensors.pop("random.cuda", None)
-        if of_gpu is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(of_gpu.clone())
+        if of_gpu is not None and (cuda := _on_cuda(parameters)) is not None:
+            torch.cuda.set_rng_state(of_gpu.clone(), cuda)
         states: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
         for full, tensor in tensors.items():
             key, name = full.split(".", 1)
@@ -231,6 +231,12 @@ def _restore(
     except (IntegrityError, KeyError, RuntimeError, ValueError) as error:
         raise _damaged(path) from error
     return pointer.step, pointer.seconds
+
+
+def _on_cuda(parameters: Mapping[str, nn.Parameter]) -> torch.device | None:
+    """The GPU that is trained on, whose draws are then its own."""
+    device = next(iter(parameters.values())).device
+    return device if device.type == "cuda" else None
 
 
 @contextmanager
@@ -252,13 +258,3 @@ def _signals() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def compute_dtype(precision: str, device: str = "cpu") -> torch.dtype:
-    """The dtype of matrix products: float32, or bfloat16 where asked for or where the processor is made for it."""
-    if precision != "auto":
-        return getattr(torch, precision)
-    if device != "cpu":
-        return torch.bfloat16
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if native else torch.float32

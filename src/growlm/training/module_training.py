@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from growlm import data as text_data
 from growlm.base import Base
+from growlm.base.placement import Placement
 from growlm.layers.cross_entropy import linear_cross_entropy
 from growlm.layers.losses import load_concentration
 from growlm.layers.pools import imitation
@@ -25,7 +26,7 @@ from growlm.modules.vocabulary import choose_rows
 from growlm.training.body import sample_passages
 from growlm.training.config import LearnConfig, ModuleTrainConfig
 from growlm.training.features import FeatureCache
-from growlm.training.loop import compute_dtype, matrices, module_rate, train
+from growlm.training.loop import matrices, module_rate, train
 
 _SAMPLE_ROWS = 64  # rows of training text on which the base is asked what it knows
 _CHECKPOINTS = 3  # that the feature cache leaves room for: the last one, the next one, and what is learned
@@ -52,7 +53,7 @@ class ModuleTraining:
         replay: text_data.PackedTokens | None = None,
     ) -> None:
         self.base, self.config, self.text, self.work = base, config, packed, work
-        self.dtype = compute_dtype(config.precision, base.device.type)
+        self.dtype = Placement.of(base.device, config.precision).dtype
         torch.manual_seed(config.seed)
         # Parameters alone change their dtype: buffers, the frequencies of rotary positions among them, stay as exact as
         # they are served. A tied weight is one parameter.
@@ -134,7 +135,7 @@ class ModuleTraining:
         lost = torch.zeros(vocab, dtype=torch.float64)
 
         def per_token(labels: Tensor, losses: Tensor) -> None:
-            lost.index_add_(0, labels.cpu(), losses.double().cpu())
+            lost.index_add_(0, labels.cpu(), losses.cpu().double())
 
         sample = sample_passages(self.text, _SAMPLE_ROWS, config.seed, begin)
         passage_losses(ModuleSet(self.base), sample, per_token=per_token)

@@ -237,7 +237,8 @@ def _update(p: Tensor, rows: Tensor, gradient: Tensor, state: dict[str, Tensor],
 
 def _bias(beta: float, steps: Tensor) -> Tensor:
     """1 - beta^steps, float32."""
-    return -torch.expm1(steps.double() * (math.log(beta) if beta else -math.inf)).float()
+    wide = torch.float32 if steps.device.type == "mps" else torch.float64  # which Metal does not have
+    return -torch.expm1(steps.to(wide) * (math.log(beta) if beta else -math.inf)).float()
 
 
 def _rows_at_a_time(table: Tensor) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from growlm import data as text_data
 from growlm.base import Base
+from growlm.base.placement import Placement
 from growlm.errors import IntegrityError, StoreError
 from growlm.router import EVIDENCE, SAMPLES, read_samples
 from growlm.router.transformer import RouterLayers, compare, samples_of
@@ -25,7 +26,7 @@ from growlm.store import ROUTER_TRAINED, Store, StoredModule
 from growlm.store.manifests import RouterManifest
 from growlm.training.config import RouterConfig
 from growlm.training.general import general_samples
-from growlm.training.loop import compute_dtype, module_rate, train
+from growlm.training.loop import module_rate, train
 from growlm.training.progress import say, training_bar
 from growlm.training.runs import run_folder
 
@@ -65,7 +66,7 @@ def train_router(
 
     Args:
         config: by default that of the newest version.
-        base: the store's base as it is served, where it is loaded already.
+        base: the store's base as it is served, where it is loaded already; its device is then the config's.
         restart: forget what a stopped run had done.
 
     Raises:
@@ -74,11 +75,12 @@ def train_router(
         Interrupted: stopped by the user; progress is saved.
     """
     config = config or last_config(store)
+    placement = Placement.of(config.device if base is None else base.device, config.precision)
     modules = list(store.modules.values())
     if not modules:
         raise StoreError(f"{store.path}: holds no modules; learn one before its router is trained")
     require_samples(store, modules)
-    base = base or store.load_base(device="cuda" if torch.cuda.is_available() else "cpu")
+    base = base or store.load_base(device=placement.device)
     tokenizer = store.load_tokenizer()
     samples = {m.name: m.manifest.files[SAMPLES] for m in modules}
     kept = [read_samples(m) for m in modules]
@@ -88,8 +90,7 @@ def train_router(
     length = min(config.sequence_length, base.max_positions or config.sequence_length)
     rows = _Rows(kept, config, begin, length)
 
-    dtype = compute_dtype(config.precision, base.device.type)
-    run = _run_id(store, modules, kept[-1], config, base, dtype)
+    run = _run_id(store, modules, kept[-1], config, placement)
     folder = store.path / "work" / f"router-{run[:16]}"
     busy = f"{store.path}: the same training of its router is running already"
     with run_folder(folder, "router", busy, restart=restart, progress=progress) as work:
@@ -101,7 +102,7 @@ def train_router(
         def loss_of_step(step: int) -> Tensor:
             ids, lengths, targets = rows.batch(order[step])
             hidden = _states(base, ids)
-            with torch.autocast(base.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            with placement.autocast():
                 logits = layers(hidden).float()
             asked = (torch.arange(ids.shape[1]) >= torch.clamp(lengths - 1, max=_FIRST)[:, None]) & (
                 torch.arange(ids.shape[1]) < lengths[:, None]
@@ -130,6 +131,7 @@ def train_router(
         training = {
             "samples": samples,
             "settings": config.to_json(),
+            **placement.record(),
             "tokens": tokens,
             "seconds": seconds,
             "accuracy": accuracy,
@@ -172,8 +174,8 @@ def _require_kept(store: Store, without: Sequence[str]) -> None:
         )
 
 
-def last_config(store: Store) -> RouterConfig:
-    """The settings of the newest version; the defaults where none was trained.
+def last_config(store: Store, device: str = "auto") -> RouterConfig:
+    """The settings of the newest version, which do not say where; the defaults where none was trained.
 
     Raises:
         IntegrityError: the newest version does not say how it was trained.
@@ -181,7 +183,8 @@ def last_config(store: Store) -> RouterConfig:
     files = store.router_files(ROUTER_TRAINED)
     newest = files.manifest()
     try:
-        return RouterConfig(**newest.training["settings"]) if newest else RouterConfig()
+        settings = newest.training["settings"] if newest else {}
+        return RouterConfig(**{**settings, "device": device})
     except (KeyError, TypeError):
         raise IntegrityError(
             f"{files.folder}: its newest version does not say how it was trained; take it away with growlm router "
@@ -311,8 +314,7 @@ def _run_id(
     modules: Sequence[StoredModule],
     general: list[list[int]],
     config: RouterConfig,
-    base: Base,
-    dtype: torch.dtype,
+    placement: Placement,
 ) -> str:
     """Tells a run from every other: what decides its result, and nothing else."""
     settings = config.to_json()
@@ -323,8 +325,8 @@ def _run_id(
         general,
         settings,
         store.manifest.base_fingerprint,
-        base.device.type,
-        str(dtype),
+        placement.device.type,
+        str(placement.dtype),
         torch.get_num_threads(),
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

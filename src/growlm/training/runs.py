@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from growlm.base.placement import Placement
 from growlm.disk.files import locked
 from growlm.errors import StoreError, TrainingError
 from growlm.store import Store
@@ -62,15 +63,16 @@ def folder_of(store: Store, name: str, run: str) -> Path:
     return store.path / "work" / f"{name}-{run[:16]}"
 
 
-def module_run(store: Store, what: Sequence[Any], config: ModuleTrainConfig, device: str, dtype: torch.dtype) -> str:
+def module_run(store: Store, what: Sequence[Any], config: ModuleTrainConfig, placement: Placement) -> str:
     """Tells a module's training from every other: what decides its result, and nothing else.
 
     Args:
         what: begins from which state, on which text.
-        dtype: of the matrix products, whatever the config calls it.
+        placement: what the config's device and precision have come to.
     """
     settings = config.to_json()
     for key in ("checkpoint_seconds", "feature_cache", "keep_samples", "precision"):
         settings.pop(key)
-    parts = [*what, settings, store.manifest.base_fingerprint, device, str(dtype), torch.get_num_threads()]
+    where = [placement.device.type, str(placement.dtype), torch.get_num_threads()]
+    parts = [*what, settings, store.manifest.base_fingerprint, *where]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

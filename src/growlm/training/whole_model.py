@@ -19,6 +19,7 @@ from torch import Tensor
 from growlm import data as text_data
 from growlm.base import Base
 from growlm.base.checkpoint import save_model
+from growlm.base.placement import Placement
 from growlm.disk.files import refuse_existing, sync, write_atomic
 from growlm.errors import ConfigError, DataError
 from growlm.layers.cross_entropy import linear_cross_entropy
@@ -26,7 +27,7 @@ from growlm.modules import ModuleSet
 from growlm.modules.scoring import num_labels, passage_losses
 from growlm.training.config import WholeModelConfig
 from growlm.training.general import HELDOUT_FILE
-from growlm.training.loop import compute_dtype, require_finite, train
+from growlm.training.loop import require_finite, train
 from growlm.training.progress import say, training_bar
 from growlm.training.runs import run_folder
 from growlm.training.segments import check_segments, document_ids, final_states
@@ -109,17 +110,17 @@ def train_whole(
     Raises:
         StoreError: `out` exists and holds something else, or the disk is full.
         DataError: data that is missing, malformed or too little.
-        ConfigError: settings that contradict each other.
+        ConfigError: settings that contradict each other, or a device that is not there.
         TrainingError: the loss is no number any more; nothing is saved.
         Interrupted: stopped by the user; progress is saved.
     """
     refuse_existing(out)
+    placement = Placement.of(config.device, config.precision)
     corpus = text_data.read(data, text_key=config.text_key, separator=config.separator)
     train_documents, heldout_documents = text_data.split(corpus, at_most=_HELDOUT_DOCUMENTS, seed=config.seed)
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    settings = config.to_json() | {"threads": torch.get_num_threads(), "device": device}
-    settings |= {"precision": str(compute_dtype(config.precision, device))}
+    settings = config.to_json() | {"threads": torch.get_num_threads(), "device": placement.device.type}
+    settings |= {"precision": str(placement.dtype)}
     settings.pop("checkpoint_seconds")
     told = [corpus.digest, settings, *([identity] if identity else [])]
     run = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
@@ -129,8 +130,8 @@ def train_whole(
         model, tokenizer = make(train_documents)
         work.mkdir(parents=True, exist_ok=True)
         return _run(
-            out, work, corpus, train_documents, heldout_documents, config, model.to(device), tokenizer, device, verb,
-            rate, progress,
+            out, work, corpus, train_documents, heldout_documents, config, model.to(placement.device), tokenizer,
+            placement, verb, rate, progress,
         )  # fmt: skip
 
 
@@ -143,7 +144,7 @@ def _run(
     config: WholeModelConfig,
     model: Any,
     tokenizer: Any,
-    device: str,
+    placement: Placement,
     verb: str,
     rate: Callable[[int], float],
     progress: bool | None,
@@ -168,8 +169,7 @@ def _run(
         separate_documents=config.separate_documents,
         segment_length=config.segment_length,
     )
-    dtype = compute_dtype(config.precision, device)
-    autocast = torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32)
+    autocast = placement.autocast()
 
     def measure() -> tuple[float, list[Pool]]:
         """Loss on held-out text, and what of large pools it uses."""
@@ -182,13 +182,13 @@ def _run(
     order = text_data.schedule(len(packed), config.batch_size, wanted=wanted, seed=config.seed)
 
     def loss_of_step(step: int) -> Tensor:
-        batch = packed[order[step]].to(device)
+        batch = packed[order[step]].to(placement.device)
         inputs = batch[:, :-1]
         documents = document_ids(inputs, tokenizer.eos_token_id) if config.separate_documents else None
         with autocast:
             hidden, auxiliary = final_states(base, inputs, documents=documents, segment_length=config.segment_length)
         loss = linear_cross_entropy(
-            hidden.to(dtype).flatten(0, 1), base.head_weight, batch[:, 1:].flatten(), softcap=base.softcap
+            hidden.to(placement.dtype).flatten(0, 1), base.head_weight, batch[:, 1:].flatten(), softcap=base.softcap
         )
         return loss if auxiliary is None else loss + auxiliary
 
@@ -224,7 +224,7 @@ def _run(
     )
     for pool in result.pools:
         say(pool.line(), progress is not False)  # in a log too: it is a result
-    record = {**result.to_json(), "settings": config.to_json()}
+    record = {**result.to_json(), "settings": config.to_json(), **placement.record()}
     _save(out, work, model, tokenizer, heldout_documents, record, corpus, verb)
     return result
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from growlm import data as text_data
 from growlm.base import Base
 from growlm.base.checkpoint import load_model, load_tokenizer, resolve, stored_dtype
+from growlm.base.placement import find_device
 from growlm.errors import ConfigError, DataError
 from growlm.layers.experts import AttentionExperts, SparseFeedForward
 from growlm.layers.insertion import AttentionUnion, Beside, FeedForwardUnion
@@ -148,22 +149,26 @@ def _sizes(layer: AttentionExperts | SparseFeedForward | AttentionUnion | FeedFo
     return layer.router.num_experts, 0
 
 
-def open_modules(source: str | Path, names: Sequence[str] = ()) -> tuple[ModuleSet, Any]:
+def open_modules(
+    source: str | Path, names: Sequence[str] = (), *, device: str | torch.device = "auto"
+) -> tuple[ModuleSet, Any]:
     """A store's base with some of its modules, or a checkpoint by itself; and the tokenizer.
 
     Raises:
-        ConfigError: modules of a checkpoint were asked for.
+        ConfigError: modules of a checkpoint were asked for, or there is no such device.
         UnknownModuleError: no such module in the store.
         BaseModelError: neither a store nor a checkpoint.
     """
+    found = find_device(device)
     if (Path(source).expanduser() / "store.json").exists():
         store = Store.open(source)
-        base = store.load_base()
+        base = store.load_base(device=found)
         return ModuleSet(base, [store.load(name, base) for name in names]), store.load_tokenizer()
     if names:
         raise ConfigError(f"{source}: is no store; --module {names[0]} is for the modules of one")
     folder = resolve(source)
-    return ModuleSet(Base(load_model(folder, stored_dtype(folder)), str(folder))), load_tokenizer(folder)
+    model = load_model(folder, stored_dtype(folder)).to(found)
+    return ModuleSet(Base(model, str(folder))), load_tokenizer(folder)
 
 
 @torch.no_grad()
