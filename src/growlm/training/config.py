@@ -40,7 +40,8 @@ class TrainConfig:
         seed: of everything random.
         text_key: key of the text in JSONL, column in Parquet.
         device: where to compute: cpu, cuda, cuda:N, mps, or auto: a CUDA GPU where there is one, else the processor.
-        precision: of matrix products: bfloat16, float32, or auto: bfloat16 where the device multiplies it faster.
+        precision: of matrix products: bfloat16, float32, or auto: bfloat16 on a CUDA GPU or a processor that is made
+            for it, else float32.
         separator: cuts text files into documents, e.g. a blank line; by default a file is one document.
         checkpoint_seconds: how often progress is saved; a run that is killed goes on from there.
     """
