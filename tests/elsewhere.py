@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_leaves
 
 THERE = torch.device("cuda", 0)
-_aten = torch.ops.aten
+_generator = torch.Generator
 # What takes tensors of both: copies, and indices of the processor into tensors elsewhere.
 _BRIDGES = {"aten::copy_"}
 _INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index"}
@@ -160,7 +160,7 @@ def pretended() -> Iterator[None]:
         stack.enter_context(_Calls(places))
         return stack
 
-    generator, run = torch.Generator, threading.Thread.run
+    run = threading.Thread.run
 
     def run_in_it(thread: threading.Thread) -> None:
         with modes():
@@ -171,11 +171,18 @@ def pretended() -> Iterator[None]:
         patch.setattr(torch.cuda, "is_initialized", lambda: False)
         patch.setattr(torch.cuda, "synchronize", lambda *_: None)
         patch.setattr(torch.cuda, "mem_get_info", lambda *_: (1 << 34, 1 << 35))
-        patch.setattr(torch, "Generator", lambda device="cpu": generator())
+        patch.setattr(torch, "Generator", _Generator)
         for name in ("autocast", "is_autocast_enabled", "get_autocast_dtype"):
             patch.setattr(torch, name, _of_the_processor(getattr(torch, name)))
         patch.setattr(threading.Thread, "run", run_in_it)
         yield
+
+
+class _Generator(torch.Generator):
+    """A class, since files that are read meanwhile may name it in a type."""
+
+    def __new__(cls, device: Any = "cpu") -> Any:
+        return _generator()
 
 
 def _of_the_processor(call: Callable[..., Any]) -> Callable[..., Any]:
