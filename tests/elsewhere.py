@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -22,6 +22,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_leaves
 
 THERE = torch.device("cuda", 0)
+_ANSWERS: dict[str, Callable[..., Any]] = {
+    "is_available": lambda: True,
+    "is_initialized": lambda: False,
+    "device_count": lambda: 1,
+    "device": lambda *_: nullcontext(),
+    "is_bf16_supported": lambda **_: True,
+    "mem_get_info": lambda *_: (1 << 34, 1 << 35),
+    "synchronize": lambda *_: None,
+    "get_rng_state": lambda *_: torch.get_rng_state(),  # it draws by the processor's generator
+    "set_rng_state": lambda *_: None,
+}
 _generator = torch.Generator
 # What takes tensors of both: copies, and indices of the processor into tensors elsewhere.
 _BRIDGES = {"aten::copy_"}
@@ -167,10 +178,9 @@ def pretended() -> Iterator[None]:
             run(thread)
 
     with pytest.MonkeyPatch.context() as patch, modes():
-        patch.setattr(torch.cuda, "is_available", lambda: True)
-        patch.setattr(torch.cuda, "is_initialized", lambda: False)
-        patch.setattr(torch.cuda, "synchronize", lambda *_: None)
-        patch.setattr(torch.cuda, "mem_get_info", lambda *_: (1 << 34, 1 << 35))
+        patch.setattr(torch.backends.cuda, "is_built", lambda: True)
+        for name, answer in _ANSWERS.items():
+            patch.setattr(torch.cuda, name, answer)
         patch.setattr(torch, "Generator", _Generator)
         for name in ("autocast", "is_autocast_enabled", "get_autocast_dtype"):
             patch.setattr(torch, name, _of_the_processor(getattr(torch, name)))
