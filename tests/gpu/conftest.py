@@ -38,8 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    os.environ.setdefault("PYTORCH_KERNEL_CACHE_PATH", str(tmp_path_factory.mktemp("kernels")))
+def device() -> Iterator[str]:
     # Products in float32 are what they are compared with: no TF32, which keeps 10 bits of 23.
     torch.set_float32_matmul_precision("highest")
     if DEVICE == "pretended":

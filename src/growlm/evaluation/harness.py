@@ -26,7 +26,6 @@ from growlm.errors import ConfigError, GrowlmError
 from growlm.evaluation.tasks import FOLDER
 from growlm.modules import ModuleSet
 from growlm.modules.scoring import continuation_scores
-from growlm.requirements import remarks
 from growlm.router import base_states
 from growlm.store import Store
 
@@ -247,8 +246,6 @@ def main() -> None:
     from lm_eval.config.evaluate_config import EvaluatorConfig
     from lm_eval.utils import setup_logging
 
-    for remark in remarks():
-        print(f"growlm: {remark}", file=sys.stderr)
     setup_logging()
     line = HarnessCLI()
     arguments = line.parse_args()
