@@ -1,121 +1,42 @@
 """Demo: the main job on text that is already there. Pretrain, learn three domains one after another, evaluate, report.
 
-Knows the order of the verbs and how to print what they gave; every number it prints was measured by them.
-A demo that was stopped goes on where it was.
+Measures the machine, sizes itself to the minutes that it is given, and does less where time runs short. Knows the
+order of the stages and their time; what each of them does is in `stages.py`. A demo that was stopped goes on where it
+was, and what it prints in the end comes from the files of its stages.
 """
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from growlm import data as text_data
-from growlm.base.placement import find_device
-from growlm.demo import corpora
-from growlm.demo.accounting import account, paper_config
-from growlm.disk.files import write_atomic
-from growlm.engine import Engine
-from growlm.errors import StoreError
-from growlm.evaluation import EvalConfig, evaluate
-from growlm.evaluation.report import write_report
-from growlm.router import NONE
-from growlm.store import Store
-from growlm.training.config import LearnConfig, PretrainConfig
-from growlm.training.learn import learn
-from growlm.training.pretrain import pretrain
+from growlm.demo import sizing
+from growlm.demo.record import Record, Request, record_of
+from growlm.demo.result import DemoResult
+from growlm.demo.sizing import DemoSize, Speeds
+from growlm.errors import ConfigError
 from growlm.training.progress import say
-from growlm.units import format_count, format_size
 
-DOMAINS = ("python", "cpp", "maths")
-_PROMPT_CHARACTERS = 300  # of a held-out document, for the samples
-
-
-@dataclass(frozen=True)
-class DemoSize:
-    """How much the demo does: base, tokens, and bytes of text."""
-
-    preset: str
-    vocab_size: int
-    pretrain_tokens: int
-    learn_tokens: int
-    num_layers: int
-    max_documents: int
-    text_bytes: dict[str, int]
-
-
-FULL = DemoSize(
-    preset="small",
-    vocab_size=4096,
-    pretrain_tokens=1_800_000,
-    learn_tokens=300_000,
-    num_layers=4,
-    max_documents=60,
-    text_bytes={"english": 9_000_000, "python": 2_000_000, "cpp": 2_000_000, "maths": 2_000_000},
-)
-FAST = DemoSize(
-    preset="tiny",
-    vocab_size=2048,
-    pretrain_tokens=500_000,
-    learn_tokens=120_000,
-    num_layers=2,
-    max_documents=40,
-    text_bytes={"english": 3_000_000, "python": 1_000_000, "cpp": 1_000_000, "maths": 1_000_000},
-)
-
-
-@dataclass(frozen=True)
-class DemoResult:
-    """What the demo measured: an evaluation, samples, seconds by step, and the paper's accounting."""
-
-    evaluation: dict[str, Any]
-    status: dict[str, Any]
-    seconds: dict[str, float]
-    report: str
-    accounting: list[str]
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def lines(self) -> list[str]:
-        """The result as a person reads it."""
-        result = self.evaluation
-        lines = [
-            f"{'domain':<8}  {'base':>8}  {'module':>8}  {'lower by':>8}  {'routed':>8}   (perplexity, held-out files)"
-        ]
-        for name, row in result["perplexity"].items():
-            lower = "" if name == NONE else f"{1 - row['module'] / row['base']:.0%}"
-            label = "english" if name == NONE else name
-            lines.append(f"{label:<8}  {row['base']:8.1f}  {row['module']:8.1f}  {lower:>8}  {row['routed']:8.1f}")
-        routing, memory = result["routing"], result["memory"]
-        lines += [
-            f"retained gain {routing['retained_gain']:.1%}, router accuracy {routing['accuracy']:.1%} "
-            "(english belongs to no module)",
-            f"forgetting {result['forgetting']:g}: base and earlier modules answer "
-            + ("bit for bit as before" if not result["forgetting_detail"]["changed"] else "differently"),
-            f"parameters: {format_count(self.status['total_parameters'])} in all, at most "
-            f"{format_count(self.status['active_parameters'])} active",
-            f"memory: {format_size(memory['resident_bytes'])} resident (base, router, one module) of "
-            f"{format_size(memory['total_bytes'])}",
-            "",
-            "A sample from each, the module chosen by the router:",
-        ]
-        for sample in result["samples"]:
-            text = " ".join(sample["text"].split())[:90]
-            lines.append(f"  {sample['domain']:<7} -> {sample['module'] or 'base':<7} ...{text}")
-        lines += ["", *self.accounting, ""]
-        took = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.seconds.items())
-        return [*lines, f"took {sum(self.seconds.values()):.0f} s: {took}", f"report: {self.report}"]
+_MEASURE = "measure"
+_LEFT = 0.92  # of what is left, the part that is planned with
+_NOTES = {
+    "text": "collecting text from this install",
+    "pretrain": "1. a base, pretrained on {pretrain} tokens of English",
+    "learn": "2. {domain}, learned from {learn} tokens of its own text alone",
+    "evaluate": "3. held-out files: does it know more, is the right module found, is anything forgotten?",
+    "generate": "4. a sample of each",
+    "report": "5. the report",
+}
 
 
 def demo(
     out: str | Path,
     *,
     fast: bool = False,
+    minutes: float = 10.0,
     device: str = "auto",
     precision: str = "auto",
     progress: bool | None = None,
@@ -123,77 +44,147 @@ def demo(
     """Runs the demo in the folder `out`: text, base, store and report.
 
     Args:
-        device, precision: as in `LearnConfig`.
+        fast: of one small size on any machine.
+        minutes: in which it should end.
+        device: where it computes, as in `LearnConfig`.
+        precision: of training's matrix products, as in `TrainConfig`.
+        progress: show bars; by default where stderr is a terminal. False says nothing of what is done, either.
 
     Raises:
-        ConfigError: no such device or precision.
-        StoreError: `out` holds something else, or a demo of the other size.
+        ConfigError: minutes that are too few on this machine for any demo, or a setting out of range.
+        StoreError: `out` holds something else, or another demo.
+        IntegrityError: a file of the record is damaged.
         DataError: this install lacks the text.
     """
-    out = Path(out).expanduser()
-    size = FAST if fast else FULL
-    settings = LearnConfig(
-        tokens=size.learn_tokens,
-        sequence_length=256,
-        num_layers=size.num_layers,
-        device=device,
-        precision=precision,
-    )
-    find_device(device)
-    _claim(out, size)
-    seconds: dict[str, float] = {}
+    request = Request(fast, minutes, device, precision)
+    with record_of(Path(out).expanduser(), request) as record:
+        return _Run(record, request, progress).result()
 
-    @contextmanager
-    def step(name: str, note: str) -> Iterator[None]:
-        say(note, progress)
-        started = time.monotonic()
-        yield
-        seconds[name] = time.monotonic() - started
 
-    with step("text", "collecting text from this install"):
-        files = corpora.write(out / "text", max_bytes=size.text_bytes)
-    with step("pretrain", "1. a base, pretrained on English"):
-        if not (out / "base").exists():
-            first = PretrainConfig(
-                preset=size.preset,
-                vocab_size=size.vocab_size,
-                tokens=size.pretrain_tokens,
-                sequence_length=256,
-                device=device,
-                precision=precision,
+class _Run:
+    """One process's work on a demo."""
+
+    def __init__(self, record: Record, request: Request, progress: bool | None) -> None:
+        self.record, self.request, self.progress = record, request, progress
+        self.speeds: dict[str, Speeds] = {}
+
+    def result(self) -> DemoResult:
+        size = self.record.size or self._planned()
+        if (measured := self.record.result(_MEASURE)) is not None:
+            self.speeds = {preset: Speeds(**found) for preset, found in measured["speeds"].items()}
+        results: dict[str, dict[str, Any]] = {}
+        for stage in size.stages:
+            result = self.record.result(stage)
+            if result is None:
+                size = self._fitted(size, stage)
+                result = self._run(stage, size, results)
+            results[stage] = result
+        return self._told(size, results)
+
+    def _planned(self) -> DemoSize:
+        """The size for this machine and these minutes."""
+        if self.request.fast:
+            self.record.settle(sizing.FAST, *sizing.FAST.stages)
+            return sizing.FAST
+        self._say("measuring this machine with a demo in small")
+        with self.record.stage(_MEASURE) as done:
+            from growlm.demo.machine import measure
+
+            speeds = measure(self._seconds_left(), self.request.device, self.request.precision)
+            done({"speeds": {preset: asdict(found) for preset, found in speeds.items()}})
+        measuring = self.record.seconds(_MEASURE)
+        half = _minutes(measuring + sizing.seconds_for_half(speeds))
+        size = sizing.plan(speeds, self._seconds_left())
+        if size is None:
+            least = _minutes(measuring + sizing.seconds_for_least(speeds))
+            self.record.forget(_MEASURE)  # nothing was made: the next try begins anew
+            raise ConfigError(
+                f"--minutes {self.request.minutes:g} is too few for a demo on this machine: the least takes about "
+                f"{least}, and every module halves its domain's perplexity from about {half} on"
             )
-            pretrain(out / "base", [files["english"][0]], first, progress=progress)
-    store = Store.open(out / "brain") if (out / "brain").exists() else Store.create(out / "brain", base=out / "base")
-    with step("learn", "2. three domains, one after another, each on its own text alone"):
-        for name in DOMAINS:
-            if name not in store.modules:
-                learn(store, name, [files[name][0]], settings, progress=progress)
-    with step("evaluate", "3. held-out files: does it know more, is the right module found, is anything forgotten?"):
-        heldout = {name: [files[name][1]] for name in DOMAINS} | {NONE: [files["english"][1]]}
-        scope = EvalConfig(sequence_length=256, max_documents=size.max_documents, device=device)
-        evaluation = evaluate(store, heldout, scope, progress=progress).to_json()
-    with step("generate", "4. a sample of each"):
-        evaluation["samples"] = _samples(store, {name: files[name][1] for name in DOMAINS}, device)
-    page = write_report(evaluation, out / "report")
-    accounting = account(paper_config()).lines()
-    return DemoResult(evaluation, store.status(), seconds, str(page), accounting)
+        seconds = measuring + sizing.total(size, speeds[size.preset])
+        self._say(f"in {self.request.minutes:g} minutes: {_described(size)}; about {seconds / 60:.1f} minutes in all")
+        if not sizing.enough(size):
+            self._say(f"too few minutes for every module to halve its domain's perplexity: about {half} would do")
+        self.record.settle(size)
+        return size
+
+    def _fitted(self, size: DemoSize, stage: str) -> DemoSize:
+        """The size, with less of what has not begun if time runs short; from now on it holds for this stage."""
+        speeds = self.speeds.get(size.preset)
+        if speeds is not None and not self.record.settled(stage):
+            waiting = [s for s in size.stages if not self.record.settled(s)]
+            pace = self._pace(size)
+            fitted = sizing.less(size, speeds, waiting, _LEFT * self._seconds_left(), pace)
+            if fitted != size:
+                self._say(f"short of time, so that less is left to do: {_described(fitted)}")
+                if sizing.enough(size) and not sizing.enough(fitted):
+                    half = _minutes(self.record.seconds(_MEASURE) + pace * sizing.seconds_for_half(self.speeds))
+                    self._say(f"too little for every module to halve its domain's perplexity: {half} would do")
+            size = fitted
+        self.record.settle(size, stage)
+        return size
+
+    def _run(self, stage: str, size: DemoSize, results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+        speeds = self.speeds.get(size.preset)
+        expected = sizing.seconds_of(size, speeds)[stage] if speeds else None
+        verb, _, domain = stage.partition("-")
+        counts = {"pretrain": size.pretrain_tokens, "learn": size.learn_tokens.get(domain, 0)}
+        note = _NOTES[verb].format(domain=domain, **{verb: f"{n:,}" for verb, n in counts.items()})
+        self._say(note if expected is None else f"{note} (about {expected:.0f} s)")
+        with self.record.stage(stage, expected) as done:
+            from growlm.demo.stages import Stages
+
+            asked = self.request
+            stages = Stages(self.record.out, size, asked.device, asked.precision, self.progress)
+            done(stages.run(stage, results))
+        result = self.record.result(stage)
+        assert result is not None
+        return result
+
+    def _told(self, size: DemoSize, results: Mapping[str, dict[str, Any]]) -> DemoResult:
+        seconds = {stage: self.record.seconds(stage) for stage in (_MEASURE, *size.stages)}
+        found = DemoResult(
+            evaluation={**results["evaluate"]["evaluation"], "samples": results["generate"]["samples"]},
+            status=results["evaluate"]["status"],
+            size=asdict(size),
+            seconds={stage: spent for stage, spent in seconds.items() if spent},
+            minutes=None if self.request.fast else self.request.minutes,
+            minutes_to_halve=None,
+            report=str(self.record.out / "report" / "index.html"),
+            accounting=results["report"]["accounting"],
+        )
+        if not found.not_halved or not self.speeds:
+            return found
+        times = sizing.tokens_missed(size, found.gains())
+        needed = self.record.seconds(_MEASURE) + self._pace(size) * sizing.seconds_for_half(self.speeds, times)
+        return replace(found, minutes_to_halve=max(math.ceil(needed / 60), math.floor(self.request.minutes) + 1))
+
+    def _pace(self, size: DemoSize) -> float:
+        """What the last long stage took, for a second that it should have taken; not below 1."""
+        for stage in reversed(size.stages):
+            expected = self.record.expected(stage) if stage.startswith(("pretrain", "learn")) else None
+            if expected and self.record.result(stage) is not None:
+                return max(self.record.seconds(stage) / expected, 1.0)
+        return 1.0
+
+    def _seconds_left(self) -> float:
+        stages = (_MEASURE, *(self.record.size.stages if self.record.size else ()))
+        return 60 * self.request.minutes - sum(map(self.record.seconds, stages))
+
+    def _say(self, line: str) -> None:
+        say(line, self.progress is not False)  # in a log too
 
 
-def _samples(store: Store, heldout: dict[str, Path], device: str) -> list[dict[str, Any]]:
-    """A continuation of the beginning of a held-out document of each domain."""
-    prompts = {n: text_data.read([path]).documents[0].text[:_PROMPT_CHARACTERS] for n, path in heldout.items()}
-    with Engine(store, device=device) as engine:
-        answers = engine.generate_many(list(prompts.values()), max_new_tokens=48, temperature=0.7, top_p=0.9)
-    return [
-        {"domain": name, "prompt": prompt, "text": answer.text, "module": answer.module}
-        for (name, prompt), answer in zip(prompts.items(), answers, strict=True)
-    ]
+def _described(size: DemoSize) -> str:
+    tokens = set(size.learn_tokens.values())
+    learned = " and ".join(f"{n:,}" for n in sorted(tokens))
+    return (
+        f"a {size.preset} base on {size.pretrain_tokens:,} tokens of English, {size.num_layers} layers on "
+        f"{learned} tokens of each of {', '.join(size.learn_tokens)}, {size.max_documents} held-out documents of each"
+    )
 
 
-def _claim(out: Path, size: DemoSize) -> None:
-    marker, content = out / "demo.json", json.dumps(asdict(size), indent=2)
-    if marker.is_file() and marker.read_text() == content:
-        return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise StoreError(f"{out}: holds something else, or a demo of another size; choose another --out or remove it")
-    write_atomic(marker, content.encode())
+def _minutes(seconds: float) -> str:
+    minutes = math.ceil(2 * seconds / 60) / 2
+    return f"{minutes:g} minute" + "s" * (minutes != 1)

@@ -1,0 +1,53 @@
+"""Machine: what it takes for a token with a base of each preset, measured by a demo in small.
+
+Every verb runs as it does in the demo, on a little text, in a folder that goes when it has been measured. What a verb
+takes beside its tokens is measured with it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+
+from growlm.demo.sizing import Speeds, presets, rehearsal, text_cost, with_fixed, worth_measuring
+from growlm.demo.stages import Stages
+
+
+def measure(seconds: float, device: str, precision: str) -> dict[str, Speeds]:
+    """Speeds by preset, of the presets that could do in so many seconds.
+
+    Raises:
+        DataError: this install lacks the text.
+    """
+    ended = time.monotonic() + seconds
+    smallest, *larger = presets()
+    speeds = {smallest: _speeds(smallest, device, precision)}
+    for preset in larger:
+        if worth_measuring(preset, speeds[smallest], ended - time.monotonic()):
+            speeds[preset] = _speeds(preset, device, precision)
+    return speeds
+
+
+def _speeds(preset: str, device: str, precision: str) -> Speeds:
+    size = rehearsal(preset)
+    took: dict[str, float] = {}
+    done: dict[str, dict] = {}
+    with tempfile.TemporaryDirectory(prefix="growlm-demo-") as folder:
+        stages = Stages(Path(folder), size, device, precision, progress=False)
+        for stage in size.stages:
+            started = time.monotonic()
+            done[stage] = stages.run(stage, done)
+            took[stage] = time.monotonic() - started
+    (domain,) = size.learn_tokens
+    scored = done["evaluate"]["evaluation"]["compute"]["tokens_per_second"]
+    pretrained, learned = done["pretrain"], done[f"learn-{domain}"]
+    speeds = Speeds(
+        byte=took["text"] / text_cost(size),
+        pretrain=pretrained["seconds"] / pretrained["tokens"],
+        learn=learned["seconds"] / learned["tokens"],
+        read=1 / scored["base"],
+        score=1 / scored["module"],
+        fixed={},
+    )
+    return with_fixed(speeds, size, took)
