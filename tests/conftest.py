@@ -24,6 +24,14 @@ def _own_home(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(home / "hf"))
 
 
+@pytest.fixture(autouse=True)
+def _no_lines_of_progress(monkeypatch):
+    """What a test hears does not depend on how busy the machine is; `test_progress.py` listens."""
+    from growlm import progress
+
+    monkeypatch.setattr(progress, "_LOG_SECONDS", 86_400.0)
+
+
 @pytest.fixture
 def one_thread():
     """For files whose models are so small that more threads only cost time, whatever OMP_NUM_THREADS says."""

@@ -710,7 +710,8 @@ def test_the_script_as_a_process(home):
     """The whole way: real streams, real exit status."""
     main = ("-c", "from growlm.cli import main; main()")
     done = command(*main, "generate", "store", "abc", "--module", "digits", "--max-new-tokens", "4", "--json", cwd=home)
-    assert (done.returncode, done.stderr) == (0, "")
+    told = [line for line in done.stderr.splitlines() if not line.startswith("store: ")]  # a slow machine's progress
+    assert (done.returncode, told) == (0, [])
     assert json.loads(done.stdout)["module"] == "digits"
     done = command(*main, "remove", "store", "digits", cwd=home, stdin=subprocess.DEVNULL)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)

@@ -469,9 +469,7 @@ def test_long_documents_are_tokenized_in_pieces_without_a_word(
     monkeypatch.setattr("growlm.data.packing.TOKENIZE_TEXTS", 3)
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     documents = as_data([f"{n} " * 200 for n in range(5)]).documents
-    seen: list[int] = []
-    packed = pack(documents, build_tokenizer(), 10, progress=seen.append)  # a new one: it warns but once
-    assert seen == [1, 2, 3, 4, 5]
+    packed = pack(documents, build_tokenizer(), 10)  # a new one: it warns but once
     text = TOKENIZER.decode(np.append(packed.tokens[:, :-1].ravel(), packed.tokens[-1, -1]))
     assert EOS.join(texts_of(documents)).startswith(text)
     assert len(text) > 1900

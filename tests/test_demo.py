@@ -110,7 +110,7 @@ def test_it_does_what_fits_and_says_so_before(played, tmp_path, capsys):
     assert result.size == asdict(played.sizes["report"])
     err = capsys.readouterr().err
     first = err.splitlines()[1]
-    assert first.startswith("in 10 minutes: a tiny base on ")
+    assert first.startswith("demo: in 10 minutes: a tiny base on ")
     assert f"about {played.now / 60:.1f} minutes in all" in first
     assert "too few" not in err
     assert any(line.startswith(f"took {played.now:.0f} of 600 s: measure 20 s, text ") for line in result.lines())

@@ -89,7 +89,7 @@ def test_a_rolled_text_is_its_whole_log_probability(model, home):
 def test_long_contexts_are_cut_on_the_left(model):
     model.max_length = 20
     long = model.tok_encode(CONTEXTS[1] * 3)
-    cut, whole = model._score([(long[-18:], [5, 6, 7]), (long, [5, 6, 7])], ["digits", "digits"], True)
+    cut, whole = model._score([(long[-18:], [5, 6, 7]), (long, [5, 6, 7])], ["digits", "digits"])
     assert cut == whole
 
 
@@ -219,3 +219,13 @@ def test_the_harness_runs_choices_and_majorities_over_a_store(home, monkeypatch)
     assert 0 <= found["local_majority"]["exact_match,maj@8"] <= 1
     alone = evaluated(home, monkeypatch, choices(home), module="base")
     assert alone["local_choices"]["acc,none"] < 1.0
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_it_says_how_far_it_is_unless_the_harness_says_nothing(model, monkeypatch, capsys, silent):
+    monkeypatch.setattr("growlm.progress._LOG_SECONDS", 0.0)
+    model.loglikelihood(requests("loglikelihood", (CONTEXTS[0], " abc")), disable_tqdm=silent)
+    model.generate_until(requests("generate_until", (CONTEXTS[1], {"max_gen_toks": 2})), disable_tqdm=silent)
+    told = capsys.readouterr().err
+    for line in ("growlm: routing: 1 batches", "growlm: scoring: 1 texts", "growlm: answering: 1 prompts"):
+        assert (line in told) != silent

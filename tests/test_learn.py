@@ -35,10 +35,12 @@ from growlm.errors import (
 from growlm.layers.cross_entropy import linear_cross_entropy
 from growlm.modules import ModuleSet
 from growlm.modules.scoring import num_labels, passage_losses
-from growlm.router import base_states, load_router, names_of
+from growlm.router import base_states, load_router, names_of, unpack_samples
+from growlm.router.samples import GENERAL_SAMPLES
 from growlm.store import Store
 from growlm.training.config import LearnConfig
 from growlm.training.features import FeatureCache
+from growlm.training.general import ensure_general
 from growlm.training.learn import LearnResult, learn
 from growlm.training.loop import train
 from interruptions import at_step, each_step, exit_code, forked, in_new_process, interrupt, kill, steps_of
@@ -815,13 +817,18 @@ def test_a_base_without_general_text_writes_its_own(home):
     assert load_router(store).names == ["law"]
 
 
-def test_progress_is_a_bar_on_stderr_and_nothing_on_stdout(home, store, capfd):
-    learn(store, "law", [home / "leases.jsonl"], config(), progress=True)
-    shown = capfd.readouterr()
-    assert shown.out == ""
-    assert "80 documents" in shown.err
-    learn(store, "law", [home / "leases.jsonl"], config(seed=1), update=True, progress=False)
-    assert capfd.readouterr() == ("", "")
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "growlm"])
+def test_what_a_base_writes_is_drawn_from_what_it_predicts(tmp_path, family):
+    store = Store.create(tmp_path / "store", save_base(tmp_path / "base", family))
+    base, tokenizer = store.load_base(), store.load_tokenizer()
+    ensure_general(store, base, tokenizer)
+    ids, generator = torch.full((96, 1), tokenizer.eos_token_id), torch.Generator().manual_seed(0)
+    for _ in range(64):
+        with torch.no_grad():
+            chances = base.logits(ids)[:, -1].softmax(-1)
+        ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator)], dim=-1)
+    texts = ids[:, 1:].tolist()
+    assert unpack_samples(store.router_files(GENERAL_SAMPLES).read()) == [*texts[::2], *texts[1::2]]
 
 
 def test_a_full_disk_stops_the_run_with_the_number_of_bytes(home, store):

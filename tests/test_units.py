@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from growlm.errors import ConfigError, GrowlmError
-from growlm.units import format_count, format_size, parse_count, parse_size
+from growlm.units import format_count, format_seconds, format_size, parse_count, parse_size
 
 
 @pytest.mark.parametrize(
@@ -120,6 +120,21 @@ def test_format_size(num_bytes, text):
 )
 def test_format_count(count, text):
     assert format_count(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 0 s"),
+        (200, "3 min 20 s"),
+        (3599.6, "1 h 0 min"),
+        (86_400, "24 h 0 min"),
+    ],
+)
+def test_format_seconds(seconds, text):
+    assert format_seconds(seconds) == text
 
 
 @given(st.integers(0, 10**15))

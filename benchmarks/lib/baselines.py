@@ -19,9 +19,9 @@ from growlm.base.placement import Placement
 from growlm.layers.cross_entropy import linear_cross_entropy
 from growlm.modules import ModuleSet
 from growlm.modules.scoring import num_labels, passage_losses
+from growlm.progress import reporting
 from growlm.training.config import TrainConfig
 from growlm.training.loop import train
-from growlm.training.progress import training_bar
 
 
 class Baseline:
@@ -75,7 +75,7 @@ class Baseline:
 
         self.model.train()
         assert config.learning_rate is not None
-        with training_bar(title) as report:
+        with reporting(title):
             seconds = train(
                 self.parameters,
                 loss_of_step,
@@ -85,7 +85,6 @@ class Baseline:
                 config.learning_rate,
                 folder=folder,
                 resume_hint="run the same command again to go on",
-                report=report,
             )
         self.model.eval()
         return seconds

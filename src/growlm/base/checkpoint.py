@@ -18,6 +18,7 @@ from growlm.base import tensor_bytes
 from growlm.base.anatomy import anatomy_of
 from growlm.disk.files import sha256_file
 from growlm.errors import BaseModelError
+from growlm.progress import phase
 
 if TYPE_CHECKING:
     import torch
@@ -209,6 +210,11 @@ def check(folder: Path) -> None:
 
 def _outline(folder: Path, dtype: str) -> Any:
     """The model that `load_model` makes, with shapes and dtypes but without values or memory for them."""
+    with phase("looking at the base"):
+        return _made_empty(folder, dtype)
+
+
+def _made_empty(folder: Path, dtype: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -296,14 +302,15 @@ def load_model(folder: Path, dtype: str) -> Any:
     weight_files(folder)
     logging.disable_progress_bar()
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=getattr(torch, dtype),
-            use_safetensors=True,
-            output_loading_info=True,
-            local_files_only=True,
-        )
+        with phase("loading the base"):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=getattr(torch, dtype),
+                use_safetensors=True,
+                output_loading_info=True,
+                local_files_only=True,
+            )
     except Exception as error:
         raise BaseModelError(f"{folder}: cannot be loaded ({str(error).strip().splitlines()[0]})") from None
     model, report = loaded
@@ -319,7 +326,8 @@ def save_model(model: Any, folder: Path) -> None:
 
     logging.disable_progress_bar()
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
+    with phase("writing the checkpoint"):
+        model.save_pretrained(folder)
     for weights in folder.glob("*.safetensors"):
         # safetensors lets their owner alone read them; they are as public as the folder that they are in.
         weights.chmod(0o666 & (folder.stat().st_mode | 0o600))
@@ -331,10 +339,11 @@ def load_tokenizer(folder: Path) -> Any:
     Raises:
         BaseModelError: there is none that can be read.
     """
-    from transformers import AutoTokenizer
-
     tokenizer_fingerprint(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        with phase("loading the tokenizer"):
+            from transformers import AutoTokenizer
+
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         raise BaseModelError(f"{folder}: its tokenizer cannot be read ({str(error).splitlines()[0]})") from None

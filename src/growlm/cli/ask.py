@@ -21,14 +21,16 @@ from growlm.cli.options import (
     StorePath,
     TopP,
 )
-from growlm.cli.output import note, print_json, print_stream
+from growlm.cli.output import name_of, note, print_json, print_stream, reports
 from growlm.errors import GrowlmError
+from growlm.progress import phase, reporting
 from growlm.units import format_size
 
 _CHAT_HELP = "/module NAME (or several), /module base, /module auto, /new, /quit"
 
 
 @app.command()
+@reports("store")
 def route(
     store: StorePath,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", show_default=False)],
@@ -100,9 +102,11 @@ def generate(
     wanted = _modules(module)
     with _engine(store, memory, device, experts_on, row_cache) as engine:
         if as_json:
-            answer = engine.generate(prompt, module=wanted, mix=mix, reroute=reroute, **sampling)
+            with reporting(name_of(store)), phase("answering"):
+                answer = engine.generate(prompt, module=wanted, mix=mix, reroute=reroute, **sampling)
             return print_json(answer.to_json())
-        result = print_stream(engine.stream(prompt, module=wanted, mix=mix, reroute=reroute, **sampling))
+        pieces = engine.stream(prompt, module=wanted, mix=mix, reroute=reroute, **sampling)
+        result = print_stream(pieces, name_of(store))
     writers = result.module or "base"
     if result.mixture:
         writers = ", ".join(f"{name} {share:.0%}" for name, share in result.mixture.items())
@@ -158,7 +162,7 @@ def chat(
                     note(_CHAT_HELP)
                 elif line:
                     turn += 1
-                    result = print_stream(talk.say(line, seed=seed + turn))
+                    result = print_stream(talk.say(line, seed=seed + turn), name_of(store))
                     note(f"[{result.module or 'base'}]")
             except KeyboardInterrupt:
                 if not sys.stdin.isatty():
@@ -172,10 +176,11 @@ def chat(
 def _engine(
     store: Path, memory: str | None, device: str, experts_on: str = "memory", row_cache: str | None = None
 ) -> Any:
-    from growlm.engine import Engine
-    from growlm.store import Store
+    with reporting(name_of(store)):
+        from growlm.engine import Engine
+        from growlm.store import Store
 
-    return Engine(Store.open(store), memory=memory, device=device, experts_on=experts_on, row_cache=row_cache)
+        return Engine(Store.open(store), memory=memory, device=device, experts_on=experts_on, row_cache=row_cache)
 
 
 def _modules(names: list[str] | None) -> list[str | None] | str:

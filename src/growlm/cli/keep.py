@@ -10,12 +10,13 @@ import typer
 from growlm import __version__
 from growlm.cli.app import app
 from growlm.cli.options import Json, OutPath, StorePath, Yes
-from growlm.cli.output import note, plural, print_json
+from growlm.cli.output import note, plural, print_json, reports
 from growlm.errors import ConfigError
 from growlm.units import format_count, format_size
 
 
 @app.command()
+@reports("store")
 def status(store: StorePath, as_json: Json = False) -> None:
     """List a store's modules, their sizes, and what is active for a prompt.
 
@@ -43,6 +44,7 @@ def status(store: StorePath, as_json: Json = False) -> None:
 
 
 @app.command()
+@reports("store")
 def verify(store: StorePath, as_json: Json = False) -> None:
     """Read every file of a store and name each that is not what it should be.
 
@@ -107,6 +109,7 @@ def remove(
 
 
 @app.command()
+@reports("module")
 def export(
     store: StorePath,
     out: OutPath,

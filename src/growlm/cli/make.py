@@ -13,13 +13,14 @@ import typer
 
 from growlm.cli.app import app
 from growlm.cli.options import DataPaths, Device, Json, OutPath, Restart, SomeDataPaths, StorePath, from_config
-from growlm.cli.output import note, plural, print_json
+from growlm.cli.output import note, plural, print_json, reports
 from growlm.errors import ConfigError
 from growlm.training.config import GrowConfig, LearnConfig, PretrainConfig, RouterConfig
 from growlm.units import format_count, format_size
 
 
 @app.command()
+@reports("out")
 @from_config(PretrainConfig)
 def pretrain(
     out: OutPath,
@@ -52,6 +53,7 @@ def pretrain(
 
 
 @app.command()
+@reports("store")
 def new(
     store: StorePath,
     base: Annotated[str, typer.Option("--base", help="Checkpoint folder, or a hub id.", show_default=False)],
@@ -118,6 +120,7 @@ def new(
 
 
 @app.command()
+@reports("name")
 @from_config(LearnConfig)
 def learn(
     store: StorePath,
@@ -155,6 +158,7 @@ def learn(
 
 
 @app.command()
+@reports("name")
 @from_config(GrowConfig)
 def grow(
     context: typer.Context,
@@ -218,6 +222,7 @@ def grow(
 
 
 @app.command()
+@reports("store")
 @from_config(RouterConfig)
 def router(
     context: typer.Context,
@@ -290,6 +295,7 @@ def router(
 
 
 @app.command()
+@reports("out")
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder for base, store and report.")] = Path("demo-out"),
     minutes: Annotated[

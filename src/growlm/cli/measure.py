@@ -9,11 +9,12 @@ import typer
 
 from growlm.cli.app import app
 from growlm.cli.options import Json, Memory, StorePath, from_config, named_paths
-from growlm.cli.output import note, print_json
+from growlm.cli.output import note, print_json, reports
 from growlm.evaluation.config import EvalConfig
 
 
 @app.command(name="eval")
+@reports("store")
 @from_config(EvalConfig)
 def evaluate(
     store: StorePath,

@@ -1,20 +1,51 @@
-"""What commands print: results to stdout, remarks to stderr."""
+"""What commands print: results to stdout, remarks and progress to stderr."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from functools import wraps
+from itertools import chain
+from pathlib import Path
 from typing import Any
+
+from growlm.progress import phase, reporting
 
 
 def plural(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
-def print_stream(pieces: Any) -> Any:
-    """Prints the texts as they come; returns what comes last. Reads to the end: only then has the stream finished."""
-    result = None
-    for piece in pieces:
+def reports(subject: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Shows the progress of a command, under the name in its argument `subject`, from before its imports on."""
+
+    def wrap(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def run(**arguments: Any) -> None:
+            with reporting(name_of(arguments[subject])):
+                command(**arguments)
+
+        return run
+
+    return wrap
+
+
+def name_of(path: str | Path) -> str:
+    """What to call a store, a checkpoint or a module for short."""
+    return Path(path).name or Path(path).resolve().name
+
+
+def print_stream(pieces: Any, subject: str) -> Any:
+    """Prints the texts as they come; returns what comes last. Reads to the end: only then has the stream finished.
+
+    Args:
+        subject: what answers, for the time until it does.
+    """
+    pieces, result = iter(pieces), None
+    with reporting(subject), phase("reading the prompt"):
+        first = next(pieces)
+    for piece in chain([first], pieces):
         if isinstance(piece, str):
             print(piece, end="", flush=True)
         else:

@@ -21,13 +21,14 @@ from growlm.cli.options import (
     from_config,
     named_paths,
 )
-from growlm.cli.output import note, print_json
+from growlm.cli.output import note, print_json, reports
 from growlm.errors import ConfigError
 from growlm.training.config import FinetuneConfig
 from growlm.units import format_count, parse_count
 
 
 @app.command()
+@reports("source")
 def convert(
     source: Annotated[str, typer.Argument(metavar="IN", help="Checkpoint folder, or a hub id.", show_default=False)],
     out: OutPath,
@@ -57,6 +58,7 @@ def convert(
 
 
 @app.command()
+@reports("out")
 @from_config(FinetuneConfig)
 def finetune(
     source: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder, or a hub id.", show_default=False)],
@@ -89,6 +91,7 @@ def finetune(
 
 
 @app.command()
+@reports("source")
 def usage(
     source: Annotated[
         str, typer.Argument(metavar="STORE_OR_MODEL", help="A store, or a growlm checkpoint.", show_default=False)
@@ -144,6 +147,7 @@ def usage(
 
 
 @app.command()
+@reports("source")
 def prune(
     source: Annotated[
         str, typer.Argument(metavar="STORE_OR_MODEL", help="A store, or folder of a growlm model.", show_default=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from growlm.data.cutting import cut_text, require
 from growlm.data.reading import Document
 from growlm.errors import ConfigError, DataError
+from growlm.progress import phase, track
 
 if TYPE_CHECKING:
     import torch
@@ -62,14 +63,12 @@ def pack(
     sequence_length: int,
     *,
     max_tokens: int | None = None,
-    progress: Callable[[int], None] | None = None,
 ) -> PackedTokens:
     """Windows of `sequence_length` labels over all documents, each between `start_tokens` and end-of-text.
 
     `tokenizer` is a `PreTrainedTokenizerFast`; special tokens written out in a text become those tokens.
     Texts of more than about thirty thousand characters are tokenized in pieces. At most `max_tokens`
-    labels are kept, and an incomplete last window is dropped. `progress` is told the number of documents
-    done.
+    labels are kept, and an incomplete last window is dropped.
 
     Raises `DataError` for less than one window, `ConfigError` for a tokenizer without an end-of-text token.
     """
@@ -82,13 +81,15 @@ def pack(
     end = np.array([tokenizer.eos_token_id], dtype=np.int32)
     parts: list[np.ndarray] = []
     total = 0
-    for done, ids in enumerate(_token_ids(documents, tokenizer), 1):
-        parts += [begin, ids, end]
-        total += len(begin) + len(ids) + 1
-        if progress is not None:
-            progress(done)
-        if max_tokens is not None and total > max_tokens:
-            break
+    known = (_number(documents), "documents") if max_tokens is None else (max_tokens, "tokens")
+    with phase("tokenizing", *known) as tokenizing:
+        for ids in _token_ids(documents, tokenizer):
+            parts += [begin, ids, end]
+            more = len(begin) + len(ids) + 1
+            total += more
+            tokenizing.advance(1 if max_tokens is None else more)
+            if max_tokens is not None and total > max_tokens:
+                break
     if total <= sequence_length:
         found = f"{total} tokens, sequence length {sequence_length}"
         raise DataError(f"less than one sequence: {found}; give more text or a smaller --sequence-length")
@@ -116,12 +117,17 @@ def passages(
     require("sequence_length", sequence_length, 2)
     begin = start_tokens(tokenizer)
     room = sequence_length - len(begin)
+    tokenized = track(_token_ids(documents, tokenizer), "tokenizing", "documents", total=_number(documents))
     found = (
         Passage(begin + ids[at : at + room].tolist(), index)
-        for index, ids in enumerate(_token_ids(documents, tokenizer))
+        for index, ids in enumerate(tokenized)
         for at in range(0, len(begin) + len(ids) - 1, room)  # without a start token, not from the last token alone
     )
     return list(itertools.islice(found, limit))
+
+
+def _number(documents: Iterable[Document]) -> int | None:
+    return len(documents) if isinstance(documents, Sized) else None
 
 
 def _token_ids(documents: Iterable[Document], tokenizer: Any) -> Iterator[np.ndarray]:

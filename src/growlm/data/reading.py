@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 from growlm.errors import ConfigError, DataError
+from growlm.progress import phase, track
 
 # What is read from a folder. No .json: it is settings and data more often than text.
 PROSE = ".txt .md .rst .tex .html"
@@ -22,6 +23,8 @@ CODE = (
 SUFFIXES = frozenset(f"{PROSE} {CODE} .jsonl .parquet".split())
 
 FILES_LISTED = 1000  # a folder with more files than this is recorded as one source
+_TOLD = 1 << 20  # bytes of a file after which it is told how far it is read
+_ROWS = 1000  # of a hub dataset that are read at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +112,13 @@ def _read_spec(spec: str | Path, text_key: str, separator: str | None) -> tuple[
             f"{name}: no file to read in this folder; name its files themselves, or give a folder with any of {kinds}"
         )
     documents, sources = [], []
-    for file in files:
-        found, sha256, size = _read_file(file, _name(file), text_key, separator)
-        documents.extend(found)
-        sources.append(Source(_name(file), sha256, size, len(found)))
+    with phase(f"reading {path.name or name}", sum(file.stat().st_size for file in files), "bytes") as reading:
+        for file in files:
+            before = reading.done
+            found, sha256, size = _read_file(file, _name(file), text_key, separator)
+            reading.advance(before + size - reading.done)  # what was not counted on the way
+            documents.extend(found)
+            sources.append(Source(_name(file), sha256, size, len(found)))
     if len(files) > FILES_LISTED:
         lines = (f"{s.sha256}  {_name(f.relative_to(path))}\n" for f, s in zip(files, sources, strict=True))
         sha256 = hashlib.sha256("".join(lines).encode()).hexdigest()
@@ -165,12 +171,15 @@ def _read_file(path: Path, name: str, key: str, separator: str | None) -> tuple[
 
 def _read_jsonl(path: Path, name: str, text_key: str) -> tuple[list[Document], str, int]:
     documents: list[Document] = []
-    sha256, offset = hashlib.sha256(), 0
-    with path.open("rb") as file:
+    sha256, offset, told = hashlib.sha256(), 0, 0
+    with path.open("rb") as file, phase("reading", unit="bytes") as reading:
         for number, line in enumerate(file, 1):
             sha256.update(line)
             text, where = _decode(line, name, offset), f"{name}:{number}"
             offset += len(line)
+            if offset - told >= _TOLD:
+                reading.advance(offset - told)
+                told = offset
             if not text.strip():
                 continue
             try:
@@ -196,9 +205,12 @@ def _read_parquet(path: Path, name: str, text_key: str) -> tuple[list[Document],
         with pyarrow.parquet.ParquetFile(path) as table:
             if text_key not in table.schema_arrow.names:
                 raise DataError(f"{name}: {_lacks('column', text_key, table.schema_arrow.names)}")
-            groups = table.iter_batches(columns=[text_key])
+            size, rows = path.stat().st_size, max(table.metadata.num_rows, 1)
+            groups = track(
+                table.iter_batches(columns=[text_key]), "reading", "bytes", count=lambda g: size * g.num_rows // rows
+            )
             values = (value for group in groups for value in group.column(0).to_pylist())
-            return _rows(values, text_key, name), sha256, path.stat().st_size
+            return _rows(values, text_key, name), sha256, size
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{name}: not a Parquet file ({_one_line(error)}); write it again") from error
 
@@ -213,8 +225,9 @@ def _read_hub(name: str, dataset: str, split: str, text_key: str) -> list[Docume
         raise DataError(f"{name}: the dataset cannot be loaded ({_one_line(error)}); {advice}") from error
     if text_key not in table.column_names:
         raise DataError(f"{name}: {_lacks('column', text_key, table.column_names)}")
-    groups = table.select_columns([text_key]).iter(batch_size=1000)
-    return _rows((value for group in groups for value in group[text_key]), text_key, name)
+    groups = table.select_columns([text_key]).iter(batch_size=_ROWS)
+    told = track(groups, f"reading {name}", "batches", total=-(-len(table) // _ROWS))
+    return _rows((value for group in told for value in group[text_key]), text_key, name)
 
 
 def _rows(values: Iterable[object], text_key: str, name: str) -> list[Document]:
@@ -249,7 +262,7 @@ def _not_blank(documents: list[Document]) -> list[Document]:
 def _digest_of(documents: Iterable[Document]) -> tuple[str, int]:
     """(sha256, bytes) of the texts in order; each length goes first, so that where one ends counts too."""
     sha256, size = hashlib.sha256(), 0
-    for document in documents:
+    for document in track(documents, "hashing the text", "documents"):
         content = document.text.encode()
         sha256.update(len(content).to_bytes(8, "little") + content)
         size += len(content)

@@ -9,6 +9,7 @@ from bisect import bisect_left
 from growlm.data.cutting import cut_text, require
 from growlm.data.reading import Document, TextData
 from growlm.errors import DataError
+from growlm.progress import track
 
 HELD_OUT_PASSAGES = 4  # a long held-out document is truncated to so many passages
 
@@ -43,7 +44,7 @@ def split(
     units = [[document.text] for document in data.documents]
     if len({document.text.strip() for document in data.documents}) < 4 * at_least:
         units = [list(cut_text(document.text, passage_chars)) for document in data.documents]
-    ranks = [[_rank(text, seed) for text in unit] for unit in units]
+    ranks = [[_rank(text, seed) for text in unit] for unit in track(units, "holding text out", "documents")]
     candidates = sorted(set(itertools.chain.from_iterable(ranks)) - {_rank("", seed)})
     below = bisect_left(candidates, int(fraction * 2**64).to_bytes(8, "big"))
     count = min(max(below, at_least), at_most, len(candidates) // 4)

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 from growlm.demo import prose
 from growlm.errors import ConfigError, DataError
+from growlm.progress import track
 
 PASSAGE_BYTES = 4096
 DEFAULT_MAX_BYTES: Mapping[str, int] = {
@@ -104,7 +105,8 @@ def corpus(name: str, *, max_bytes: int, seed: int = 0) -> Corpus:
     found: list[tuple[str, str, str]] = []  # digest, origin, passage
     seen: set[str] = set()
     size = 0
-    for origin in sorted(origins(), key=lambda origin: _digest(seed, origin.name)):
+    ordered = sorted(origins(), key=lambda origin: _digest(seed, origin.name))
+    for origin in track(ordered, f"collecting {name}", "files"):
         blocks = origin.blocks()
         if name == "english":  # docstrings repeat a sentence in hundreds of files; code repeats only whole files
             blocks = _unseen(blocks, seen)

@@ -18,7 +18,7 @@ from growlm.demo.record import Record, Request, record_of
 from growlm.demo.result import DemoResult
 from growlm.demo.sizing import DemoSize, Speeds
 from growlm.errors import ConfigError
-from growlm.training.progress import say
+from growlm.progress import reporting, say
 
 _MEASURE = "measure"
 _LEFT = 0.92  # of what is left, the part that is planned with
@@ -48,7 +48,8 @@ def demo(
         minutes: in which it should end.
         device: where it computes, as in `LearnConfig`.
         precision: of training's matrix products, as in `TrainConfig`.
-        progress: show bars; by default where stderr is a terminal. False says nothing of what is done, either.
+        progress: False is silent; by default there are bars on stderr, or where it is no terminal, lines, one in ten
+            seconds at most.
 
     Raises:
         ConfigError: minutes that are too few on this machine for any demo, or a setting out of range.
@@ -57,7 +58,7 @@ def demo(
         DataError: this install lacks the text.
     """
     request = Request(fast, minutes, device, precision)
-    with record_of(Path(out).expanduser(), request) as record:
+    with record_of(Path(out).expanduser(), request) as record, reporting("demo", progress):
         return _Run(record, request, progress).result()
 
 
@@ -86,7 +87,7 @@ class _Run:
         if self.request.fast:
             self.record.settle(sizing.FAST, *sizing.FAST.stages)
             return sizing.FAST
-        self._say("measuring this machine with a demo in small")
+        say("measuring this machine with a demo in small")
         with self.record.stage(_MEASURE) as done:
             from growlm.demo.machine import measure
 
@@ -103,9 +104,9 @@ class _Run:
                 f"{least}, and every module halves its domain's perplexity from about {half} on"
             )
         seconds = measuring + sizing.total(size, speeds[size.preset])
-        self._say(f"in {self.request.minutes:g} minutes: {_described(size)}; about {seconds / 60:.1f} minutes in all")
+        say(f"in {self.request.minutes:g} minutes: {_described(size)}; about {seconds / 60:.1f} minutes in all")
         if not sizing.enough(size):
-            self._say(f"too few minutes for every module to halve its domain's perplexity: about {half} would do")
+            say(f"too few minutes for every module to halve its domain's perplexity: about {half} would do")
         self.record.settle(size)
         return size
 
@@ -117,10 +118,10 @@ class _Run:
             pace = self._pace(size)
             fitted = sizing.less(size, speeds, waiting, _LEFT * self._seconds_left(), pace)
             if fitted != size:
-                self._say(f"short of time, so that less is left to do: {_described(fitted)}")
+                say(f"short of time, so that less is left to do: {_described(fitted)}")
                 if sizing.enough(size) and not sizing.enough(fitted):
                     half = _minutes(self.record.seconds(_MEASURE) + pace * sizing.seconds_for_half(self.speeds))
-                    self._say(f"too little for every module to halve its domain's perplexity: {half} would do")
+                    say(f"too little for every module to halve its domain's perplexity: {half} would do")
             size = fitted
         self.record.settle(size, stage)
         return size
@@ -131,7 +132,7 @@ class _Run:
         verb, _, domain = stage.partition("-")
         counts = {"pretrain": size.pretrain_tokens, "learn": size.learn_tokens.get(domain, 0)}
         note = _NOTES[verb].format(domain=domain, **{verb: f"{n:,}" for verb, n in counts.items()})
-        self._say(note if expected is None else f"{note} (about {expected:.0f} s)")
+        say(note if expected is None else f"{note} (about {expected:.0f} s)")
         with self.record.stage(stage, expected) as done:
             from growlm.demo.stages import Stages
 
@@ -171,9 +172,6 @@ class _Run:
     def _seconds_left(self) -> float:
         stages = (_MEASURE, *(self.record.size.stages if self.record.size else ()))
         return 60 * self.request.minutes - sum(map(self.record.seconds, stages))
-
-    def _say(self, line: str) -> None:
-        say(line, self.progress is not False)  # in a log too
 
 
 def _described(size: DemoSize) -> str:

@@ -16,12 +16,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, BinaryIO
 
 from growlm.errors import StoreError
-
-if TYPE_CHECKING:
-    pass
+from growlm.progress import phase
 
 _BLOCK = 1 << 20
 _LOCK = ".lock"
@@ -29,10 +27,17 @@ _LOCK = ".lock"
 
 def sha256_file(path: Path) -> str:
     """Hash of a file's bytes, read in blocks."""
-    digest = hashlib.sha256()
     with open(path, "rb") as f:
-        while block := f.read(_BLOCK):
+        return sha256_open(f, path.name)
+
+
+def sha256_open(file: BinaryIO, name: str) -> str:
+    """Hash of what is left of an open file, read in blocks."""
+    digest = hashlib.sha256()
+    with phase(f"hashing {name}", os.fstat(file.fileno()).st_size, "bytes") as hashing:
+        while block := file.read(_BLOCK):
             digest.update(block)
+            hashing.advance(len(block))
     return digest.hexdigest()
 
 

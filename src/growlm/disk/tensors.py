@@ -14,14 +14,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from growlm.disk.files import raise_if_full, sha256_file, sync
+from growlm.disk.files import raise_if_full, sha256_file, sha256_open, sync
 from growlm.errors import IntegrityError
+from growlm.progress import phase
+from growlm.units import format_size
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 _TWO_THREADS = 16 << 20  # bytes from which a second reader pays for its thread
+_HASHED = 16 << 20  # bytes that are hashed at a time
 _MAX_HEADER = 100_000_000  # the format's own limit
 
 
@@ -38,9 +41,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     try:
         with open(path, "ab") as f:
             plain = stat.S_IMODE(os.fstat(f.fileno()).st_mode)
-        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, path)
-        os.chmod(path, plain)  # safetensors replaces the file by one that its owner alone can read
-        sync(path)
+        with phase(f"writing {path.name}", note=format_size(num_bytes)):
+            save_file({k: v.detach().contiguous() for k, v in tensors.items()}, path)
+            os.chmod(path, plain)  # safetensors replaces the file by one that its owner alone can read
+            sync(path)
     except (OSError, SafetensorError) as error:
         raise_if_full(error, path, num_bytes)
         raise
@@ -74,7 +78,7 @@ def map_tensors(path: Path, mapped: Callable[[str], bool], *, sha256: str | None
     with _opened(path) as (handle, size):
         if sha256 is not None:
             with os.fdopen(os.dup(handle), "rb") as whole:
-                _compare(path, hashlib.file_digest(whole, "sha256").hexdigest(), sha256)
+                _compare(path, sha256_open(whole, path.name), sha256)
         prefix, described = _header(path, handle, size)
         entries = _checked(path, described, size - len(prefix))
         if len(prefix) % 8:
@@ -105,11 +109,16 @@ def read_tensors(path: Path, *, sha256: str | None = None) -> dict[str, Tensor]:
         # On huge pages: a fault per 4 KB costs more than the copy.
         data = new_table(1, size - len(prefix), device="cpu", dtype=torch.uint8)[0]
         view = as_bytes(data)
-        if not _read_into(view, handle, len(prefix)):
+        with phase(f"reading {path.name}", note=format_size(size)):
+            whole = _read_into(view, handle, len(prefix))
+        if not whole:
             raise IntegrityError(f"{path}: truncated while it was read")
     if sha256 is not None:
         digest = hashlib.sha256(prefix)
-        digest.update(view)
+        with phase(f"hashing {path.name}", len(view), "bytes") as hashing:
+            for at in range(0, len(view), _HASHED):
+                digest.update(view[at : at + _HASHED])
+                hashing.advance(min(_HASHED, len(view) - at))
         _compare(path, digest.hexdigest(), sha256)
     return {name: entry.view(data) for name, entry in _checked(path, described, len(data)).items()}
 

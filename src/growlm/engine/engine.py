@@ -27,6 +27,7 @@ from growlm.engine.scheduler import Names, Wave, plan
 from growlm.engine.selection import AUTO, Wanted, require_one_way, select
 from growlm.errors import BudgetError, ConfigError, DataError, IntegrityError
 from growlm.modules import KnowledgeModule, ModuleSet
+from growlm.progress import phase
 from growlm.router import NONE, Route, load_router
 from growlm.store import MANIFEST, WEIGHTS, Store, StoredModule
 from growlm.units import format_size, parse_size
@@ -213,10 +214,12 @@ class Engine:
         # Prompts of like length share a batch, so that little of it is padding.
         order = sorted(range(len(prompts)), key=lambda i: len(tokens[i]))
         by_index: dict[int, Generation] = {}
-        for at in range(0, len(order), self.max_batch):
-            chosen = order[at : at + self.max_batch]
-            results = self._answer_batch([tokens[i] for i in chosen], [choices[i] for i in chosen], config, None)
-            by_index.update(zip(chosen, results, strict=True))
+        with phase("answering", len(order), "prompts") as answering:
+            for at in range(0, len(order), self.max_batch):
+                chosen = order[at : at + self.max_batch]
+                results = self._answer_batch([tokens[i] for i in chosen], [choices[i] for i in chosen], config, None)
+                by_index.update(zip(chosen, results, strict=True))
+                answering.advance(len(chosen))
         return [by_index[i] for i in range(len(prompts))]
 
     def route(self, prompt: Prompt) -> Route:

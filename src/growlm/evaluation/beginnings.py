@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from growlm.base import Base
+from growlm.progress import phase
 from growlm.router import NONE, Route, Router, base_states
 
 _BATCH = 16
@@ -33,9 +34,11 @@ class Beginnings:
     def routes(self, router: Router) -> list[Route]:
         """The router's answer for each text."""
         found = [Route(None, {NONE: 1.0})] * len(self._texts)
-        for number, some in enumerate(self._batches):
-            for i, route in zip(some, router.route(*self._states(number)), strict=True):
-                found[i] = route
+        with phase("routing", len(self._texts), "documents") as routing:
+            for number, some in enumerate(self._batches):
+                for i, route in zip(some, router.route(*self._states(number)), strict=True):
+                    found[i] = route
+                routing.advance(len(some))
         return found
 
     def _states(self, number: int) -> tuple[Tensor, Tensor | None]:

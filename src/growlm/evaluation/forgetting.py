@@ -10,6 +10,7 @@ import math
 from growlm.engine import Engine
 from growlm.modules import ModuleSet
 from growlm.modules.probe import probe
+from growlm.progress import track
 
 _BASE = "base"  # no module can have this name
 
@@ -29,7 +30,7 @@ def forgetting(engine: Engine) -> tuple[float | None, dict[str, list[str]]]:
     not_comparable: set[str] = set()
     increases: dict[str, float] = {}  # by part; of the base, the largest over its records
     base_now = probe(ModuleSet(engine.base))
-    for name, stored in engine.store.modules.items():
+    for name, stored in track(engine.store.modules.items(), "looking for forgetting", "modules"):
         record = stored.manifest.training.get("probe")
         if not isinstance(record, dict):
             continue

@@ -17,7 +17,6 @@ from typing import Any
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tqdm import tqdm
 
 from growlm.base.placement import find_device, out_of_memory
 from growlm.data import start_tokens
@@ -26,10 +25,12 @@ from growlm.errors import ConfigError, GrowlmError
 from growlm.evaluation.tasks import FOLDER
 from growlm.modules import ModuleSet
 from growlm.modules.scoring import continuation_scores
+from growlm.progress import phase, reporting, track
 from growlm.router import base_states
 from growlm.store import Store
 
 _log = logging.getLogger(__name__)
+_SUBJECT = "growlm"  # what its progress goes under
 _ROUTED = 256  # tokens of a context, the newest, that the router sees at most
 _NEW_TOKENS = 256  # where a task does not say how many to write
 
@@ -69,7 +70,8 @@ class HarnessModel(TemplateLM):
         self._module = None if module == "base" else module
         if self._module not in (None, AUTO):
             opened.module(str(self._module))
-        self.engine = Engine(opened, memory=memory, device=device)
+        with reporting(_SUBJECT):
+            self.engine = Engine(opened, memory=memory, device=device)
         self.tokenizer = self.engine.tokenizer
         self._start = start_tokens(self.tokenizer)
         positions: int = getattr(self.engine.base.config, "max_position_embeddings", None) or 2048
@@ -113,15 +115,16 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        names = self._modules_of([context[-self._routed :] for _, context, _ in requests])
-        scores = self._score([(context, continuation) for _, context, continuation in requests], names, disable_tqdm)
+        with reporting(_SUBJECT, not disable_tqdm):
+            names = self._modules_of([context[-self._routed :] for _, context, _ in requests])
+            scores = self._score([(context, continuation) for _, context, continuation in requests], names)
         for (key, _, _), score in zip(requests, scores, strict=True):
             self.cache_hook.add_partial("loglikelihood", key, score)
         return scores
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         texts = [self.tok_encode(request.args[0], add_special_tokens=False) for request in requests]
-        chosen = self._modules_of([[*self._start, *text][: self._routed] or [self.prefix_token_id] for text in texts])
+        beginnings = [[*self._start, *text][: self._routed] or [self.prefix_token_id] for text in texts]
         pairs: list[tuple[list[int], list[int]]] = []
         owner: list[int] = []
         for number, text in enumerate(texts):
@@ -130,7 +133,10 @@ class HarnessModel(TemplateLM):
                 pairs.append(make_disjoint_window(window))
                 owner.append(number)
         totals = [0.0] * len(requests)
-        for number, (value, _) in zip(owner, self._score(pairs, [chosen[i] for i in owner], disable_tqdm), strict=True):
+        with reporting(_SUBJECT, not disable_tqdm):
+            chosen = self._modules_of(beginnings)
+            scores = self._score(pairs, [chosen[i] for i in owner])
+        for number, (value, _) in zip(owner, scores, strict=True):
             totals[number] += value
         return totals
 
@@ -146,7 +152,7 @@ class HarnessModel(TemplateLM):
             groups[*sampling, seed if sampling[2] > 0 else 0].append(number)
         answers = [""] * len(requests)
         cut = 0
-        with tqdm(total=len(requests), desc="Generating", disable=disable_tqdm) as bar:
+        with reporting(_SUBJECT, not disable_tqdm), phase("answering", len(requests), "prompts"):
             for (stop, tokens, temperature, top_p, seed), places in groups.items():
                 room = self.max_length - tokens
                 if room < 1:
@@ -164,7 +170,6 @@ class HarnessModel(TemplateLM):
                 for place, answer in zip(places, found, strict=True):
                     answers[place] = answer.text
                     self.cache_hook.add_partial("generate_until", requests[place].args, answer.text)
-                bar.update(len(places))
         self._note_cuts(cut, len(requests))
         return answers
 
@@ -178,7 +183,7 @@ class HarnessModel(TemplateLM):
     # Modules
 
     def _score(
-        self, pairs: Sequence[tuple[list[int], list[int]]], names: Sequence[str | None], disable_tqdm: bool
+        self, pairs: Sequence[tuple[list[int], list[int]]], names: Sequence[str | None]
     ) -> list[tuple[float, bool]]:
         """Each (context, continuation) under its module; a module is read once for all that want it."""
         cut = []
@@ -190,12 +195,12 @@ class HarnessModel(TemplateLM):
             cut.append((context[-room:], continuation))
         self._note_cuts(shortened, len(pairs))
         scores: list[tuple[float, bool]] = [(0.0, False)] * len(cut)
-        with tqdm(total=len(cut), desc="Scoring", disable=disable_tqdm) as bar:
+        with phase("scoring", len(cut), "texts"):
             for name in dict.fromkeys(names):
                 places = [place for place, wanted in enumerate(names) if wanted == name]
                 with self.engine.modules.using([] if name is None else [name]) as held:
                     modules = ModuleSet(self.engine.base, list(held.values()))
-                    found = continuation_scores(modules, [cut[i] for i in places], progress=bar.update)
+                    found = continuation_scores(modules, [cut[i] for i in places])
                     del modules
                 for place, score in zip(places, found, strict=True):
                     scores[place] = score
@@ -209,7 +214,7 @@ class HarnessModel(TemplateLM):
         gone = self._gone(self._chosen.values())
         self._chosen = {text: name for text, name in self._chosen.items() if name not in gone}
         new = sorted({text for text in seen if text not in self._chosen}, key=len)
-        for at in range(0, len(new), 16):
+        for at in track(range(0, len(new), 16), "routing", "batches"):
             some = new[at : at + 16]
             self._chosen |= dict(zip(some, self._route(some), strict=True))
         return [self._chosen[text] for text in seen]

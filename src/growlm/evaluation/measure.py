@@ -9,10 +9,9 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +30,9 @@ from growlm.evaluation.replay import earlier_stages, in_order, routers
 from growlm.evaluation.statistics import Bootstrap, calibration
 from growlm.modules import ModuleSet
 from growlm.modules.scoring import passage_losses
+from growlm.progress import phase, reporting
 from growlm.router import NONE, names_of
 from growlm.store import Store, StoredModule
-from growlm.training.progress import counting_bar
 
 _STATES = 512_000_000  # bytes of the base's states that are kept from one router of the replay to the next
 
@@ -123,6 +122,8 @@ def evaluate(
     Args:
         data: files or folders by domain, a module's name each; under `"none"`, text that belongs to no module.
         memory: budget of the engine that answers, as in `Engine`.
+        progress: False is silent; by default there are bars on stderr, or where it is no terminal, lines, one in ten
+            seconds at most.
 
     Raises:
         UnknownModuleError: a domain that is no module.
@@ -130,7 +131,13 @@ def evaluate(
         BudgetError: what is measured does not fit `memory`.
         ConfigError, StoreError: a router that was not trained for any of the modules, or no such device.
     """
-    config = config or EvalConfig()
+    with reporting(store.path.name or store.path.resolve().name, progress):
+        return _evaluate(store, data, config or EvalConfig(), memory)
+
+
+def _evaluate(
+    store: Store, data: Mapping[str, Sequence[str | Path]], config: EvalConfig, memory: str | int | None
+) -> EvalResult:
     if not data:
         raise DataError("no evaluation data; give some as domain=path, e.g. medicine=heldout.txt")
     for name in data:
@@ -155,19 +162,22 @@ def evaluate(
         _check_router(engine)
         domains = [_read(engine, name, documents, config) for name, documents in corpora.items()]
         _route(engine, domains, stages)
-        speed = _score(engine, domains, progress)
+        speed = _score(engine, domains)
         largest_increase, forgetting_detail = forgetting(engine)
         memory_use = _memory(engine, order)
     draws = Bootstrap([len(d.labels) for d in domains])
+    with phase("drawing intervals"):
+        perplexity = {d.name: _perplexities(d, draws, i) for i, d in enumerate(domains)}
+        routing = _routing(domains, draws)
     status = store.status()
     return EvalResult(
         store=str(store.path),
         base=store.manifest.base,
-        perplexity={d.name: _perplexities(d, draws, i) for i, d in enumerate(domains)},
+        perplexity=perplexity,
         forgetting=largest_increase,
         forgetting_detail=forgetting_detail,
         matrix=_matrix(domains, order) if replayed else None,
-        routing=_routing(domains, draws),
+        routing=routing,
         memory=memory_use,
         compute={
             "base_parameters": status["base_parameters"],
@@ -218,35 +228,37 @@ def _route(engine: Engine, domains: Sequence[_Domain], stages: Sequence[Sequence
     """Fills in the choices of the store's router, and of the router of each stage."""
     room = _STATES // len(domains) if stages else 0
     texts = [Beginnings(engine.base, domain.beginnings, room) for domain in domains]
-    for domain, beginnings in zip(domains, texts, strict=True):
-        routes = beginnings.routes(engine.router)
-        domain.choices.append(names_of(routes))
-        domain.confidence = torch.tensor([max(r.scores.values(), default=1.0) for r in routes])
-    for router in routers(engine, stages):
+    documents = sum(len(domain.beginnings) for domain in domains)
+    with phase("routing", documents, "documents"):
         for domain, beginnings in zip(domains, texts, strict=True):
-            domain.choices.append(names_of(beginnings.routes(router)))
-        del router  # before the next one is read
+            routes = beginnings.routes(engine.router)
+            domain.choices.append(names_of(routes))
+            domain.confidence = torch.tensor([max(r.scores.values(), default=1.0) for r in routes])
+    if not stages:
+        return
+    with phase("replaying the order of learning", documents * len(stages), "documents"):
+        for router in routers(engine, stages):
+            for domain, beginnings in zip(domains, texts, strict=True):
+                domain.choices.append(names_of(beginnings.routes(router)))
+            del router  # before the next one is read
 
 
-def _score(engine: Engine, domains: Sequence[_Domain], progress: bool | None) -> dict[str, float]:
+def _score(engine: Engine, domains: Sequence[_Domain]) -> dict[str, float]:
     """Fills in the losses, module by module, so that each is read once. Returns tokens a second, base and modules."""
     modules = [NONE, *dict.fromkeys(m for d in domains for m in (d.name, *(c for cs in d.choices for c in cs)))]
     work = [(m, d, d.wanted(m)) for m in dict.fromkeys(modules) for d in domains]
     work = [(m, d, documents) for m, d, documents in work if documents]
     tokens, seconds = {"base": 0, "module": 0}, {"base": 0.0, "module": 0.0}
     owners = [int(torch.isin(d.owner, torch.tensor(documents)).sum()) for _, d, documents in work]
-    with counting_bar("evaluating", sum(owners), progress) as report:
-        for at, (module, domain, documents) in enumerate(work):
-            done = sum(owners[:at])
+    with phase("scoring", sum(owners), "passages"):
+        for module, domain, documents in work:
             mine = torch.zeros(len(domain.labels), dtype=torch.bool)
             mine[documents] = True
             which = mine[domain.owner].nonzero()[:, 0]
             with engine.modules.using([] if module == NONE else [module]) as held:
                 started = time.perf_counter()
                 scored = passage_losses(
-                    ModuleSet(engine.base, list(held.values())),
-                    [domain.passages[i] for i in which.tolist()],
-                    progress=partial(_later, report, done),
+                    ModuleSet(engine.base, list(held.values())), [domain.passages[i] for i in which.tolist()]
                 )
                 side = "base" if module == NONE else "module"
                 seconds[side] += time.perf_counter() - started
@@ -254,10 +266,6 @@ def _score(engine: Engine, domains: Sequence[_Domain], progress: bool | None) ->
             losses = torch.zeros(len(domain.labels), dtype=torch.float64).index_add_(0, domain.owner[which], scored)
             domain.losses[module] = losses.masked_fill(~mine, math.nan)
     return {side: tokens[side] / seconds[side] for side in tokens if seconds[side] > 0}
-
-
-def _later(report: Callable[[int], None], before: int, done: int) -> None:
-    report(before + done)
 
 
 def _matrix(domains: Sequence[_Domain], order: Sequence[StoredModule]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from growlm.evaluation import plots
 from growlm.evaluation.continual import row_names
 from growlm.evaluation.plots import human_bytes, number
 from growlm.evaluation.summary import NONE_SHARES
+from growlm.progress import phase
 
 # What a kill may leave of `_replace` and `check_folder`.
 _LEFTOVER = re.compile(r"\.writable|\.(?:\.writable|eval\.json|index\.html)\.\d+\.tmp")
@@ -55,7 +56,8 @@ def write_report(result: dict[str, Any], out_dir: Path) -> Path:
         raise DataError('report: the result holds no "perplexity"; give it what `growlm eval --json` prints')
     out_dir = Path(out_dir)
     numbers = json.dumps(result, indent=2) + "\n"
-    page = _page(result)
+    with phase("drawing the report"):
+        page = _page(result)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         _replace(out_dir / "eval.json", numbers)

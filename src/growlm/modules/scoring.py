@@ -8,6 +8,7 @@ import torch
 
 from growlm.layers.cross_entropy import token_losses
 from growlm.modules.module_set import ModuleSet
+from growlm.progress import track
 
 _BATCH_TOKENS = 4096
 _PROJECTED = 512  # tokens whose logits are held at a time
@@ -19,22 +20,19 @@ def passage_losses(
     passages: Sequence[Sequence[int]],
     *,
     per_token: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
-    progress: Callable[[int], None] | None = None,
 ) -> torch.Tensor:
     """Summed log-loss in nats of each passage's tokens but the first, float64 (number of passages,).
 
     Args:
         passages: token ids, at least two each.
         per_token: called with labels (n,) and their losses (n,) as they are computed.
-        progress: called with the number of passages done.
     """
     base = modules.base
     order = sorted(range(len(passages)), key=lambda i: len(passages[i]))
     totals = torch.zeros(len(passages), dtype=torch.float64)
-    done = 0
-    for batch in _batches([len(passages[i]) for i in order]):
+    batches = _batches([len(passages[i]) for i in order])
+    for batch in track(batches, "scoring", "passages", total=len(passages), count=len):
         chosen = [order[i] for i in batch]
-        done += len(chosen)
         longest = max(len(passages[i]) for i in chosen)
         # Padding on the right needs no mask: attention is causal, and padded positions are not counted.
         rows = torch.zeros(len(chosen), longest, dtype=torch.long)
@@ -58,8 +56,6 @@ def passage_losses(
             per_token(labels, losses)
         parts = losses.cpu().double().split(counted.sum(-1).tolist())  # not every device has float64
         totals[chosen] = torch.stack([part.sum() for part in parts])
-        if progress is not None:
-            progress(done)
     return totals
 
 
@@ -84,15 +80,14 @@ def num_labels(passages: Sequence[Sequence[int]]) -> int:
 def continuation_scores(
     modules: ModuleSet,
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
-    *,
-    progress: Callable[[int], None] | None = None,
 ) -> list[tuple[float, bool]]:
     """Of each (context, continuation), at least one token each: the continuation's log-probability in nats, and whether
     greedy decoding would have written it."""
     base = modules.base
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
     scores: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
-    for batch in _batches([len(pairs[i][0]) + len(pairs[i][1]) for i in order]):
+    batches = _batches([len(pairs[i][0]) + len(pairs[i][1]) for i in order])
+    for batch in track(batches, "scoring", "texts", total=len(pairs), count=len):
         some = [order[i] for i in batch]
         texts = [[*pairs[i][0], *pairs[i][1]] for i in some]
         rows = torch.zeros(len(some), max(map(len, texts)), dtype=torch.long)
@@ -111,6 +106,4 @@ def continuation_scores(
         each = zip(some, torch.cat(found).cpu().double().split(sizes), torch.cat(greedy).split(sizes), strict=True)
         for i, values, right in each:
             scores[i] = (float(values.sum()), bool(right.all()))
-        if progress is not None:
-            progress(len(some))
     return scores

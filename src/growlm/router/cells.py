@@ -17,6 +17,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from growlm.progress import track
+
 # n points, d width, s sub-keys a side, c cells that hold a point, r rows: points in the order of their cells
 
 _PER_ROOT = (
@@ -97,7 +99,7 @@ class Cells:
 
         codes = torch.empty(n, d, dtype=torch.int8)
         steps, errors, squares = torch.empty(n), torch.empty(n), torch.empty(n)
-        for at in range(0, n, _AT_ONCE):
+        for at in track(range(0, n, _AT_ONCE), "codes", "parts"):
             part = slice(at, at + _AT_ONCE)
             away = (points[order[part]] - origin).double()
             step = (away.abs().amax(-1) / _STEPS).clamp(min=1e-30).float()
@@ -278,7 +280,7 @@ def _sub_keys(half: Tensor, count: int) -> Tensor:
     """k-means from evenly spaced points: (n, w) -> (s, w)."""
     sample = half[:: math.ceil(len(half) / _SAMPLE)].contiguous()
     keys = sample[torch.linspace(0, len(sample) - 1, count).round().long()].clone()
-    for _ in range(_ROUNDS):
+    for _ in track(range(_ROUNDS), "sub-keys", "rounds"):
         at = _nearest_keys(sample, keys)
         sums = torch.zeros_like(keys).index_add_(0, at, sample)
         members = torch.bincount(at, minlength=count)[:, None]
@@ -289,4 +291,5 @@ def _sub_keys(half: Tensor, count: int) -> Tensor:
 def _nearest_keys(half: Tensor, keys: Tensor) -> Tensor:
     """(n, w), (s, w) -> (n,) int64."""
     squares = keys.square().sum(-1)
-    return torch.cat([torch.addmm(squares, part, keys.T, alpha=-2).argmin(-1) for part in half.split(_AT_ONCE)])
+    parts = track(half.split(_AT_ONCE), "cells", "parts")
+    return torch.cat([torch.addmm(squares, part, keys.T, alpha=-2).argmin(-1) for part in parts])

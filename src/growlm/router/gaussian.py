@@ -17,6 +17,7 @@ from torch import Tensor
 
 from growlm.disk.tensors import as_bytes, read_tensors
 from growlm.errors import GrowlmError, IntegrityError, StoreError
+from growlm.progress import Phase, phase, track
 from growlm.router.cells import squared_distances
 from growlm.router.interface import NONE, Route, Router
 from growlm.router.states import base_states, pool
@@ -118,10 +119,11 @@ def evidence(
     Returns:
         `vectors` and `heldout`, int16 (n, d) each; no text, no tokens.
     """
-    return {
-        "vectors": _pooled_beginnings(base, train, seed=seed),
-        "heldout": _pooled_beginnings(base, heldout, seed=seed + 1),
-    }
+    with phase("showing the router the text", len(train) + len(heldout), "passages") as showing:
+        return {
+            "vectors": _pooled_beginnings(base, train, showing, seed=seed),
+            "heldout": _pooled_beginnings(base, heldout, showing, seed=seed + 1),
+        }
 
 
 def files_of(evidence: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -136,7 +138,7 @@ def files_of(evidence: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def _pooled_beginnings(base: Base, passages: Sequence[Sequence[int]], *, seed: int) -> Tensor:
+def _pooled_beginnings(base: Base, passages: Sequence[Sequence[int]], showing: Phase, *, seed: int) -> Tensor:
     """Pooled states (n, d) of each passage cut to several lengths. Prompts are short, so lengths are log-uniform; one
     forward pass gives them all, because attention is causal."""
     generator = torch.Generator().manual_seed(seed)
@@ -153,6 +155,7 @@ def _pooled_beginnings(base: Base, passages: Sequence[Sequence[int]], *, seed: i
             share = torch.rand(len(some), generator=generator)
             cut = (shortest * (lengths / shortest) ** share).round().long()
             rows.append(pool(states, torch.arange(padded.shape[1]) < cut[:, None]).cpu())
+        showing.advance(len(some))
     return (torch.cat(rows) * _SCALE).round().clamp(-32768, 32767).to(torch.int16)
 
 
@@ -235,7 +238,8 @@ def _load(store: Store, modules: Sequence[StoredModule], *, whole: bool) -> Gaus
     if general is None:
         raise IntegrityError(f"{store.router_path / GENERAL}: is missing; restore it, or make the store again")
     gram = _current_gram(store, routed, general) if whole else _total_gram(routed, general)
-    means, whiten, limits = _fit(routed, general, gram)
+    with phase("fitting the router"):
+        means, whiten, limits = _fit(routed, general, gram)
     chosen = {m.name for m in routed}
     forks = {m.name: m.manifest.fork if m.name in chosen else -1 for m in modules}
     if whole:
@@ -278,7 +282,7 @@ def _current_gram(store: Store, modules: Sequence[StoredModule], general: dict[s
 
 def _total_gram(modules: Sequence[StoredModule], general: dict[str, Tensor]) -> Tensor:
     gram = _gram(general["vectors"])
-    for module in modules:
+    for module in track(modules, "reading the router's evidence", "modules"):
         gram += _gram(_read_kept(module, VECTORS)["vectors"])
     return gram
 
@@ -289,7 +293,7 @@ def _fit(modules: Sequence[StoredModule], general: dict[str, Tensor], gram: Tens
     Modules' files are read one at a time: memory does not grow with what is kept of a domain.
     """
     sums, counts = [], []
-    for module in modules:
+    for module in track(modules, "means", "modules"):
         kept = _read_kept(module, EVIDENCE)
         sums.append(kept["sum"].clone())  # not a view of the whole file
         counts.append(int(kept["count"]))
@@ -310,7 +314,7 @@ def _fit(modules: Sequence[StoredModule], general: dict[str, Tensor], gram: Tens
     other = _whitened(general["heldout"], whiten)
     limits = [
         _limit(_whitened(_read_kept(module, EVIDENCE)["heldout"], whiten) - mean, other - mean)
-        for module, mean in zip(modules, means[:-1], strict=True)
+        for module, mean in zip(track(modules, "limits", "modules"), means[:-1], strict=True)
     ]
     return means, whiten, torch.stack(limits)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from growlm.errors import GrowlmError, IntegrityError
+from growlm.progress import phase
 from growlm.router.cells import Cells, squared_distances
 from growlm.router.gaussian import GaussianRouter, load_gaussian, routes_of
 from growlm.router.interface import NONE, Route, Router
@@ -108,7 +109,8 @@ def load_product_key(store: Store, among: Collection[str] | None = None) -> Rout
         return ProductKeyRouter(gaussian, None)
     cells = _read_cells(store, gaussian)
     if cells is None:
-        cells = Cells.build(gaussian.means[:-1], gaussian.limits)
+        with phase("indexing the router"):
+            cells = Cells.build(gaussian.means[:-1], gaussian.limits)
         if gaussian.fitted is not None:
             with suppress(OSError, GrowlmError), store.lock():  # a store on a read-only disk still routes
                 if store.router_files(ROUTER_FITTED).digest() == gaussian.fitted:

@@ -22,6 +22,7 @@ from growlm.disk.files import (
 )
 from growlm.disk.tensors import map_tensors, read_tensors, write_tensors
 from growlm.errors import BaseModelError, ConfigError, IntegrityError, StoreError, UnknownModuleError
+from growlm.progress import track
 from growlm.store.manifests import ModuleManifest, StoreManifest, read_manifest
 from growlm.store.router_files import (
     ROUTER_DERIVED,
@@ -353,6 +354,7 @@ class Store(StoreBase):
     def status(self) -> dict[str, Any]:
         """What the store holds: base, modules, parameters in all, and at most active for a prompt."""
         base = checkpoint.num_parameters(self.base_folder)
+        found = list(self.modules.values())
         modules = [
             {
                 "name": m.name,
@@ -362,9 +364,9 @@ class Store(StoreBase):
                 "parameters": m.parameters,
                 "about": m.about(),
             }
-            for m in self.modules.values()
+            for m in track(found, "reading manifests", "modules")
         ]
-        sizes = [m.parameters for m in self.modules.values()]
+        sizes = [m.parameters for m in found]
         return {
             "base": self.manifest.base,
             "base_parameters": base,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from growlm.base import checkpoint
 from growlm.disk.files import sha256_file
 from growlm.errors import GrowlmError
+from growlm.progress import phase
 from growlm.store.manifests import RouterManifest, read_manifest
 from growlm.store.router_files import GENERAL
 from growlm.store.stored_module import MANIFEST, StoredModule
@@ -20,6 +22,23 @@ if TYPE_CHECKING:
 
 def verify(store: Store) -> list[str]:
     """Names each file that is missing, changed or not named in a manifest, a line each; empty when all is well."""
+    with phase("verifying", _bytes_on_disk(store), "bytes"):
+        return _problems(store)
+
+
+def _bytes_on_disk(store: Store) -> int:
+    """Bytes of the files of base, router and modules, as far as there are any."""
+    base = []
+    with suppress(GrowlmError):
+        base = checkpoint.weight_files(store.base_folder)
+    size = 0
+    for path in (*base, *store.router_path.glob("*/*/*"), *(store.path / "modules").glob("*/*/*")):
+        with suppress(OSError):  # taken away meanwhile
+            size += path.stat().st_size
+    return size
+
+
+def _problems(store: Store) -> list[str]:
     problems: list[str] = []
     try:
         folder = store.base_folder

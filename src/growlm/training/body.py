@@ -22,6 +22,7 @@ from growlm.disk.tensors import read_tensors
 from growlm.errors import ConfigError, DataError, StoreError
 from growlm.modules import ModuleSet
 from growlm.modules.scoring import num_labels, passage_losses
+from growlm.progress import phase
 from growlm.store import LEAST_SAMPLES, WEIGHTS, Store, StoredModule
 from growlm.training.config import ModuleTrainConfig
 
@@ -100,7 +101,9 @@ class Tokens:
 
     def loss(self, modules: ModuleSet) -> float:
         """Nats a token on held-out text."""
-        return float(passage_losses(modules, self.heldout).sum()) / num_labels(self.heldout)
+        by = "module" if modules.modules else "base"
+        with phase(f"scoring held-out text by the {by}", len(self.heldout), "passages"):
+            return float(passage_losses(modules, self.heldout).sum()) / num_labels(self.heldout)
 
     def evidence(self, base: Base, config: ModuleTrainConfig, keep: int) -> Files:
         """What the router needs to know of this text, and `keep` bytes of it.

@@ -18,6 +18,7 @@ from growlm.base.checkpoint import fingerprint, load_model, load_tokenizer, reso
 from growlm.errors import ConfigError
 from growlm.layers.losses import load_concentration
 from growlm.layers.routing import ExpertRouter
+from growlm.progress import reporting
 from growlm.training.config import FinetuneConfig
 from growlm.training.pretrain import default_rate
 from growlm.training.whole_model import TrainedModel, train_whole
@@ -40,13 +41,17 @@ def finetune(
     A growlm model trains with the auxiliary loss of its config; with `load_concentration` with that one instead
     (ModuleFormer, equation 8), so that it comes to use fewer experts.
 
+    Args:
+        progress: False is silent; by default there are bars on stderr, or where it is no terminal, lines, one in ten
+            seconds at most.
+
     Raises:
         BaseModelError: `source` is no checkpoint of a supported family.
         ConfigError: `load_concentration` for a model without experts.
         Other errors, and resuming, are those of `train_whole`.
     """
     config = config or FinetuneConfig()
-    folder = resolve(source)
+    folder, out = resolve(source), Path(out).expanduser()
 
     def make(documents: list[text_data.Document]) -> tuple[Any, Any]:
         torch.manual_seed(config.seed)  # for dropout
@@ -61,17 +66,17 @@ def finetune(
             model.auxiliary_loss = partial(_concentration, config.load_concentration)
         return model, load_tokenizer(folder)
 
-    return train_whole(
-        Path(out).expanduser(),
-        data,
-        config,
-        make,
-        verb="finetune",
-        rate=lambda width: default_rate(width) / 2,
-        identity=f"{fingerprint(folder)} {tokenizer_fingerprint(folder)}",
-        restart=restart,
-        progress=progress,
-    )
+    with reporting(out.name, progress):
+        return train_whole(
+            out,
+            data,
+            config,
+            make,
+            verb="finetune",
+            rate=lambda width: default_rate(width) / 2,
+            identity=f"{fingerprint(folder)} {tokenizer_fingerprint(folder)}",
+            restart=restart,
+        )
 
 
 def _concentration(weight: float, routings: Sequence[LayerRouting]) -> Tensor:

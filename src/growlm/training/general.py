@@ -16,10 +16,11 @@ import torch
 from growlm import data as text_data
 from growlm import router
 from growlm.base import Base
+from growlm.base.cache import KVCache
 from growlm.errors import DataError
+from growlm.progress import say, track
 from growlm.router.samples import GENERAL_SAMPLES, pack_samples, unpack_samples
 from growlm.store import Store
-from growlm.training.progress import say
 
 HELDOUT_FILE = "heldout.jsonl"  # what pretrain leaves beside a base
 _SAMPLES = 512
@@ -27,9 +28,9 @@ _LENGTH = 256  # tokens of a sample; whatever is learned first, none of the modu
 _KEPT = _SAMPLES * (_LENGTH + 1) * 4  # bytes in which all of it has room
 
 
-def ensure_general(store: Store, base: Base, tokenizer: Any, progress: bool | None) -> None:
+def ensure_general(store: Store, base: Base, tokenizer: Any) -> None:
     """Shows the router general text: what lies beside the base, or else what the base itself writes."""
-    _show(store, base, *_texts(store, base, tokenizer, progress))
+    _show(store, base, *_texts(store, base, tokenizer))
 
 
 def describe_general(store: Store, base: Base, tokenizer: Any, paths: Sequence[str | Path]) -> None:
@@ -44,12 +45,12 @@ def describe_general(store: Store, base: Base, tokenizer: Any, paths: Sequence[s
     _show(store, base, *_from_files(base, tokenizer, paths))
 
 
-def general_samples(store: Store, base: Base, tokenizer: Any, progress: bool | None) -> list[list[int]]:
+def general_samples(store: Store, base: Base, tokenizer: Any) -> list[list[int]]:
     """General text for a router that is trained on it: what was kept, or else what `ensure_general` would show."""
     kept = store.router_files(GENERAL_SAMPLES).read()
     if kept is not None and (passages := unpack_samples(kept)):
         return passages
-    train, heldout = _texts(store, base, tokenizer, progress)
+    train, heldout = _texts(store, base, tokenizer)
     return [*train, *heldout]
 
 
@@ -60,11 +61,11 @@ def _show(store: Store, base: Base, train: list[list[int]], heldout: list[list[i
     router.write_general(store, base, train, heldout)
 
 
-def _texts(store: Store, base: Base, tokenizer: Any, progress: bool | None) -> tuple[list[list[int]], list[list[int]]]:
+def _texts(store: Store, base: Base, tokenizer: Any) -> tuple[list[list[int]], list[list[int]]]:
     beside = store.base_folder / HELDOUT_FILE
     if beside.is_file():
         return _from_files(base, tokenizer, [beside])
-    say("router: no general text was given; the base writes a sample of its own (see --general)", progress)
+    say("no general text was given; for the router the base writes some (see growlm new --general)")
     texts = _written_by_base(base, tokenizer)
     return texts[::2], texts[1::2]
 
@@ -89,9 +90,13 @@ def _written_by_base(base: Base, tokenizer: Any, *, texts: int = 96, tokens: int
         raise DataError(f"{base.where}: its tokenizer has no end-of-text token; give general text with --general")
     generator = torch.Generator(base.device).manual_seed(0)
     tokens = min(tokens, base.max_positions or tokens)
-    ids = torch.full((texts, 1), start, device=base.device)
-    for _ in range(tokens):
-        logits = base.logits(ids)[:, -1].float()
-        ids = torch.cat([ids, torch.multinomial(logits.softmax(-1), 1, generator=generator)], dim=-1)
+    ids = new = torch.full((texts, 1), start, device=base.device)
+    cache = KVCache(base.num_layers)
+    for past in track(range(tokens), "writing general text", "tokens of every text"):
+        hidden, shared = base.begin(new, past=past, cache=cache)
+        hidden = base.run(base.embed_positions(hidden, shared.positions), base.steps(), shared)
+        logits = base.cap(base.head(base.norm(hidden)))[:, -1].float()
+        new = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        ids = torch.cat([ids, new], dim=-1)
     begin = text_data.start_tokens(tokenizer)
     return [[*begin, *row][:tokens] for row in ids[:, 1:].tolist()]

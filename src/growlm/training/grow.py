@@ -23,13 +23,13 @@ from growlm.errors import ConfigError, IntegrityError, StoreError
 from growlm.modules import KnowledgeModule, ModuleSet
 from growlm.modules.peer import Peer, PeerConfig
 from growlm.modules.probe import probe
+from growlm.progress import reporting, say
 from growlm.store import WEIGHTS, Store, StoredModule
 from growlm.training.body import Body, Files, bytes_to_keep, evidence_beside, joined, parted, require_positions
 from growlm.training.config import GrowConfig
 from growlm.training.general import ensure_general
 from growlm.training.loop import require_finite
 from growlm.training.module_training import ModuleTraining, as_served
-from growlm.training.progress import say, training_bar
 from growlm.training.router import last_config, require_samples, train_router
 from growlm.training.runs import empty, folder_of, module_run, run_folder
 from growlm.units import parse_count
@@ -75,7 +75,8 @@ def grow(
         experts: how many more in every pool, e.g. 4096 or "+4k"; None trains what was appended before.
         data: files, folders or `hub:owner/name`; none trains nothing.
         restart: forget what a stopped run with the same arguments had done.
-        progress: show a bar on stderr; by default where stderr is a terminal.
+        progress: False is silent; by default there are bars on stderr, or where it is no terminal, lines, one in ten
+            seconds at most.
 
     Raises:
         UnknownModuleError: no such module.
@@ -92,10 +93,10 @@ def grow(
         raise ConfigError("nothing to do: give a number of experts to append, text to train new ones on, or both")
     placement = Placement.of(config.device, config.precision)
     _peer(store, name)
-    with _alone(store, name):
+    with reporting(name, progress), _alone(store, name):
         stored, shape = _peer(store, name)
         if data:
-            return _train(store, stored, shape, number, data, config, placement, restart=restart, progress=progress)
+            return _train(store, stored, shape, number, data, config, placement, restart=restart)
         assert number is not None
         return _append(store, stored, shape, number, config.seed, placement.device)
 
@@ -150,7 +151,6 @@ def _train(
     placement: Placement,
     *,
     restart: bool,
-    progress: bool | None,
 ) -> GrowResult:
     name, steps = stored.name, _steps(stored, shape)
     keep = bytes_to_keep(store, name, config)
@@ -164,12 +164,12 @@ def _train(
         return module_run(store, ["grow", name, origin, number, body.digest], config, placement)
 
     if steps and _unfinished(store, stored, steps[-1]) and steps[-1]["run"] == run_from(steps[-1].get("from")):
-        with run_folder(folder_of(store, name, steps[-1]["run"]), name, busy, restart=True, progress=progress):
-            say(f"{name}: version {stored.version} is saved already", progress)
+        with run_folder(folder_of(store, name, steps[-1]["run"]), busy, restart=True):
+            say(f"version {stored.version} is saved already")
             version = None
             if trains_router:
                 asked = last_config(store, config.device)
-                version = train_router(store, asked, restart=restart, progress=progress).version
+                version = train_router(store, asked, restart=restart).version
         return _result(stored, shape, steps[-1], version)
     if number is not None:
         grown = shape.grown(number)
@@ -187,22 +187,20 @@ def _train(
 
     store.check_base()
     tokenizer = store.load_tokenizer()
-    say(f"{name}: {len(body.text.documents):,} documents; tokenizing", progress)
     tokens = body.tokenized(tokenizer, config)
     run = run_from(step["from"])
-    with run_folder(folder_of(store, name, run), name, busy, restart=restart, progress=progress) as work:
+    with run_folder(folder_of(store, name, run), busy, restart=restart) as work:
         base, module = _load(store, stored, placement.device)
         require_positions(base, config)
         served = base.dtype
         if not router.has_general(store):
-            ensure_general(store, base, tokenizer, progress)
+            ensure_general(store, base, tokenizer)
         if number is not None:
             module = module.grown(base, number, config.seed)
         module.float().train_new()
         learning = ModuleTraining(base, module, config, tokens.packed, work, replay=tokens.replay)
-        with training_bar(name, progress) as report:
-            # Sub-keys have a dense gradient, of which the old rows are zero: a decay would change them.
-            seconds = learning.run(report, decay=lambda parameter, _: module.is_table(parameter))
+        # Sub-keys have a dense gradient, of which the old rows are zero: a decay would change them.
+        seconds = learning.run(decay=lambda parameter, _: module.is_table(parameter))
         num_tokens = learning.num_tokens
         del learning
         if placement.dtype != served:
@@ -227,7 +225,7 @@ def _train(
         }
         result = _commit(store, stored, base, trained, [*steps[: shape.open_steps - 1], step], files)
         empty(work)  # the disk is needed; the folder stays until the router knows the text as well
-        version = train_router(store, base=base, restart=restart, progress=progress).version if trains_router else None
+        version = train_router(store, base=base, restart=restart).version if trains_router else None
     saved, shape = _peer(store, name)
     assert saved.version == result.version
     return _result(saved, shape, step, version)

@@ -16,13 +16,13 @@ from growlm.base.placement import Placement
 from growlm.errors import StoreError
 from growlm.modules import ModuleSet, kind_of
 from growlm.modules.probe import probe
+from growlm.progress import reporting, say
 from growlm.store import Store, StoredModule
 from growlm.training.body import Body, bytes_to_keep, require_positions
 from growlm.training.config import LearnConfig
 from growlm.training.general import ensure_general
 from growlm.training.loop import require_finite
 from growlm.training.module_training import ModuleTraining, as_served
-from growlm.training.progress import say, training_bar
 from growlm.training.router import last_config, require_samples, train_router
 from growlm.training.runs import empty, folder_of, module_run, run_folder
 
@@ -63,7 +63,8 @@ def learn(
         data: files, folders or `hub:owner/name`.
         update: allow `name` to exist; the module becomes its next version.
         restart: forget what a stopped run with the same arguments had done.
-        progress: show a bar on stderr; by default where stderr is a terminal.
+        progress: False is silent; by default there are bars on stderr, or where it is no terminal, lines, one in ten
+            seconds at most.
 
     Raises:
         StoreError: `name` is not allowed or is taken, or the disk is full.
@@ -73,7 +74,13 @@ def learn(
         ConfigError: there is no such device.
         Interrupted: stopped by the user; progress is saved.
     """
-    config = config or LearnConfig()
+    with reporting(name, progress):
+        return _learn(store, name, data, config or LearnConfig(), update, restart)
+
+
+def _learn(
+    store: Store, name: str, data: Sequence[str | Path], config: LearnConfig, update: bool, restart: bool
+) -> LearnResult:
     placement = Placement.of(config.device, config.precision)
     old = store.find(name)
     unfinished = _unfinished(store, old)
@@ -92,31 +99,29 @@ def learn(
         runs = (_run_id(store, name, before, body, config, placement) for before in range(old.version))
         if unfinished in runs:
             folder = folder_of(store, name, unfinished)
-            with run_folder(folder, name, busy, restart=True, progress=progress):  # its checkpoints are of no use now
-                say(f"{name}: version {old.version} is saved already", progress)
+            with run_folder(folder, busy, restart=True):  # its checkpoints are of no use now
+                say(f"version {old.version} is saved already")
                 version = None
                 if trains_router:
                     asked = last_config(store, config.device)
-                    version = train_router(store, asked, restart=restart, progress=progress).version
+                    version = train_router(store, asked, restart=restart).version
             return _result(old, version)
         if not update:
             _require_free(store, old)
     store.check_base()
     tokenizer = store.load_tokenizer()
-    say(f"{name}: {len(body.text.documents):,} documents; tokenizing", progress)
     tokens = body.tokenized(tokenizer, config)
 
     run = _run_id(store, name, old.version if old else 0, body, config, placement)
-    with run_folder(folder_of(store, name, run), name, busy, restart=restart, progress=progress) as work:
+    with run_folder(folder_of(store, name, run), busy, restart=restart) as work:
         base = store.load_base(device=placement.device)
         require_positions(base, config)
         # The router is only shown what the engine will show it: the base in the store's dtype.
         served = base.dtype
         if not router.has_general(store):
-            ensure_general(store, base, tokenizer, progress)
+            ensure_general(store, base, tokenizer)
         learning = ModuleTraining(base, kind, config, tokens.packed, work, tokens.begin, tokens.replay)
-        with training_bar(name, progress) as report:
-            seconds = learning.run(report)
+        seconds = learning.run()
         trained, num_tokens = learning.module, learning.num_tokens
         del learning
         if placement.dtype != served:
@@ -145,7 +150,7 @@ def learn(
         stored = store.commit(name, module, training, files)
         router.add_domain(store, stored, old)
         empty(work)  # the disk is needed; the folder stays until the router knows the module as well
-        version = train_router(store, base=base, restart=restart, progress=progress).version if trains_router else None
+        version = train_router(store, base=base, restart=restart).version if trains_router else None
     return _result(stored, version)
 
 

@@ -24,23 +24,13 @@ from torch import Tensor, nn
 from growlm.disk.files import write_atomic
 from growlm.disk.tensors import read_tensors, write_tensors
 from growlm.errors import IntegrityError, Interrupted, TrainingError
+from growlm.progress import phase
 from growlm.training.config import TrainConfig
 from growlm.training.memory import kept_pages
 from growlm.training.optim import RowAdamW, clip_gradients, make_optimizer
 
 _POINTER = "checkpoint.json"
 _MIN_RATE = 0.1  # share of the peak that the cosine ends at
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What a progress display is told after a step."""
-
-    step: int
-    num_steps: int
-    loss: float  # nats a token, smoothed over the last steps
-    tokens: int  # seen in this process
-    seconds: float  # spent in this process
 
 
 def rate_at(step: int, num_steps: int, peak: float, warmup: float) -> float:
@@ -72,7 +62,6 @@ def train(
     *,
     folder: Path,
     resume_hint: str,
-    report: Callable[[StepReport], None] | None = None,
     decay: Callable[[str, nn.Parameter], bool] = matrices,
     buffers: Mapping[str, Tensor] | None = None,
 ) -> float:
@@ -97,7 +86,7 @@ def train(
     started = saved = time.monotonic()
     smooth: float | None = None
     tokens = 0
-    with kept_pages(), _signals() as stop:
+    with kept_pages(), _signals() as stop, phase("training", num_steps, "steps", done=done) as training:
         for step in range(done, num_steps):
             for group in optimizer.param_groups:
                 group["lr"] = rate_at(step, num_steps, learning_rate, config.warmup)
@@ -111,9 +100,8 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             tokens += tokens_of_step(step)
             now = time.monotonic()
-            if report is not None:
-                smooth = value if smooth is None else 0.9 * smooth + 0.1 * value
-                report(StepReport(step + 1, num_steps, smooth, tokens, now - started))
+            smooth = value if smooth is None else 0.9 * smooth + 0.1 * value
+            training.advance(note=f"loss {smooth:.3f}, {tokens / max(now - started, 1e-9):,.0f} tokens/s")
             last = step + 1 == num_steps
             if stop.is_set() or last or now - saved > config.checkpoint_seconds:
                 _save(folder, parameters, buffers, optimizer, step + 1, spent + now - started)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from growlm.layers.routing import watched
 from growlm.modules import KnowledgeModule, ModuleSet
 from growlm.modules.scoring import passage_losses
 from growlm.modules.vocabulary import choose_rows
+from growlm.progress import phase
 from growlm.training.body import sample_passages
 from growlm.training.config import LearnConfig, ModuleTrainConfig
 from growlm.training.features import FeatureCache
@@ -102,7 +102,7 @@ class ModuleTraining:
     def num_tokens(self) -> int:
         return sum(self._tokens_of(i) for i in range(len(self._steps)))
 
-    def run(self, report: Callable[[Any], None], decay: Callable[[str, nn.Parameter], bool] = matrices) -> float:
+    def run(self, decay: Callable[[str, nn.Parameter], bool] = matrices) -> float:
         """Trains, and returns the seconds that it took.
 
         Args:
@@ -119,7 +119,6 @@ class ModuleTraining:
                 self.config.learning_rate or module_rate(self.base.hidden_size),
                 folder=self.work,
                 resume_hint="run the same command again to go on",
-                report=report,
                 decay=decay,
                 buffers=dict(self.module.named_buffers()),
             )
@@ -138,7 +137,8 @@ class ModuleTraining:
             lost.index_add_(0, labels.cpu(), losses.cpu().double())
 
         sample = sample_passages(self.text, _SAMPLE_ROWS, config.seed, begin)
-        passage_losses(ModuleSet(self.base), sample, per_token=per_token)
+        with phase("choosing vocabulary rows", len(sample), "passages"):
+            passage_losses(ModuleSet(self.base), sample, per_token=per_token)
         counts = np.bincount(self.text.tokens[:, 1:].reshape(-1), minlength=vocab)
         return choose_rows(lost, torch.from_numpy(counts), config.max_rows or min(max(vocab // 4, 1), 8192))
 

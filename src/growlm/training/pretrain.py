@@ -5,7 +5,7 @@ Text in, an ordinary transformers checkpoint with its tokenizer out. Knows nothi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from torch import nn
 from growlm import data as text_data
 from growlm.base.anatomy import anatomy_of
 from growlm.errors import ConfigError
+from growlm.progress import phase, reporting
 from growlm.training.config import PRESETS, PretrainConfig
-from growlm.training.progress import say
 from growlm.training.whole_model import TrainedModel, train_whole
 
 END_OF_TEXT = "<|endoftext|>"
@@ -36,12 +36,15 @@ def pretrain(
 
     Beside them lie `pretrain.json`, what was done, and `heldout.jsonl`, the held-out text. Resuming and errors are
     those of `train_whole`.
+
+    Args:
+        progress: False is silent; by default there are bars on stderr, or where it is no terminal, lines, one in ten
+            seconds at most.
     """
     config = config or PretrainConfig()
 
     def make(documents: list[text_data.Document]) -> tuple[nn.Module, Any]:
         model_config = _model_config(config)
-        say(f"training a tokenizer of {model_config.vocab_size:,} entries", progress)
         tokenizer = train_tokenizer([d.text for d in documents], model_config.vocab_size)
         model_config.vocab_size = len(tokenizer)
         model_config.eos_token_id = tokenizer.eos_token_id
@@ -49,7 +52,8 @@ def pretrain(
         return new_model(model_config, config.seed), tokenizer
 
     out = Path(out).expanduser()
-    return train_whole(out, data, config, make, verb="pretrain", rate=default_rate, restart=restart, progress=progress)
+    with reporting(out.name, progress):
+        return train_whole(out, data, config, make, verb="pretrain", rate=default_rate, restart=restart)
 
 
 def new_model(model_config: Any, seed: int) -> nn.Module:
@@ -103,15 +107,19 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Any:
         show_progress=False,
     )
 
-    def some() -> Any:
-        size = 0
-        for text in texts:
-            yield text
-            size += len(text)
-            if size > _TOKENIZER_BYTES:
-                return
+    read = min(sum(map(len, texts)), _TOKENIZER_BYTES)
+    with phase("training the tokenizer", read, "characters", note=f"{vocab_size:,} entries") as training:
 
-    tokenizer.train_from_iterator(some(), trainer)
+        def some() -> Iterator[str]:
+            size = 0
+            for text in texts:
+                yield text
+                size += len(text)
+                training.advance(len(text))
+                if size > _TOKENIZER_BYTES:
+                    return
+
+        tokenizer.train_from_iterator(some(), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False
     )

@@ -20,6 +20,7 @@ from growlm import data as text_data
 from growlm.base import Base
 from growlm.base.placement import Placement
 from growlm.errors import IntegrityError, StoreError
+from growlm.progress import reporting, say, track
 from growlm.router import EVIDENCE, SAMPLES, read_samples
 from growlm.router.transformer import RouterLayers, compare, samples_of
 from growlm.store import ROUTER_TRAINED, Store, StoredModule
@@ -27,7 +28,6 @@ from growlm.store.manifests import RouterManifest
 from growlm.training.config import RouterConfig
 from growlm.training.general import general_samples
 from growlm.training.loop import module_rate, train
-from growlm.training.progress import say, training_bar
 from growlm.training.runs import run_folder
 
 _FIRST = 4  # tokens from which on a passage's domain is asked for: fewer say nothing
@@ -68,13 +68,19 @@ def train_router(
         config: by default that of the newest version.
         base: the store's base as it is served, where it is loaded already; its device is then the config's.
         restart: forget what a stopped run had done.
+        progress: False is silent; by default there are bars on stderr, or where it is no terminal, lines, one in ten
+            seconds at most.
 
     Raises:
         StoreError: a store without modules, modules whose text was not kept, or the same training under way.
         TrainingError: the loss is no number any more; nothing is saved.
         Interrupted: stopped by the user; progress is saved.
     """
-    config = config or last_config(store)
+    with reporting("router", progress):
+        return _train_router(store, config or last_config(store), base, restart)
+
+
+def _train_router(store: Store, config: RouterConfig, base: Base | None, restart: bool) -> RouterResult:
     placement = Placement.of(config.device if base is None else base.device, config.precision)
     modules = list(store.modules.values())
     if not modules:
@@ -85,7 +91,7 @@ def train_router(
     samples = {m.name: m.manifest.files[SAMPLES] for m in modules}
     kept = [read_samples(m) for m in modules]
     _require_kept(store, [m.name for m, passages in zip(modules, kept, strict=True) if not passages])
-    kept.append(general_samples(store, base, tokenizer, progress))
+    kept.append(general_samples(store, base, tokenizer))
     begin = text_data.start_tokens(tokenizer)
     length = min(config.sequence_length, base.max_positions or config.sequence_length)
     rows = _Rows(kept, config, begin, length)
@@ -93,7 +99,7 @@ def train_router(
     run = _run_id(store, modules, kept[-1], config, placement)
     folder = store.path / "work" / f"router-{run[:16]}"
     busy = f"{store.path}: the same training of its router is running already"
-    with run_folder(folder, "router", busy, restart=restart, progress=progress) as work:
+    with run_folder(folder, busy, restart=restart) as work:
         torch.manual_seed(config.seed)
         layers = RouterLayers.create(base, config.router_layers, len(kept))
         wanted = config.rows_wanted(len(rows))
@@ -110,18 +116,16 @@ def train_router(
             spread = torch.where(asked, targets[:, None], -100).to(base.device)
             return torch.nn.functional.cross_entropy(logits.flatten(0, 1), spread.flatten(), ignore_index=-100)
 
-        with training_bar("router", progress) as report:
-            seconds = train(
-                dict(layers.named_parameters()),
-                loss_of_step,
-                len(order),
-                lambda step: int(rows.lengths[order[step]].sum()),
-                config,
-                config.learning_rate or module_rate(base.hidden_size),
-                folder=work,
-                resume_hint="run the same command again to go on",
-                report=report,
-            )
+        seconds = train(
+            dict(layers.named_parameters()),
+            loss_of_step,
+            len(order),
+            lambda step: int(rows.lengths[order[step]].sum()),
+            config,
+            config.learning_rate or module_rate(base.hidden_size),
+            folder=work,
+            resume_hint="run the same command again to go on",
+        )
         tensors = {k: v.detach().to("cpu", base.dtype) for k, v in layers.state_dict().items()}
         served = RouterLayers.restore(
             base, _shape(layers), {k: v.to(base.device) for k, v in tensors.items()}, "router"
@@ -143,7 +147,7 @@ def train_router(
             if newest is not None and _known(store, samples_of(newest)) - _known(store, samples):
                 # This one would take modules away from the prompts that they answer.
                 version = files.versions()[-1]
-                say(f"router: version {version} knows modules that were added meanwhile; it stays", progress)
+                say(f"version {version} knows modules that were added meanwhile; it stays")
                 return _result(version, newest)
             version = files.write(
                 tensors,
@@ -297,7 +301,7 @@ def _states(base: Base, ids: Tensor) -> Tensor:
 @torch.no_grad()
 def _accuracy(base: Base, layers: RouterLayers, rows: _Rows) -> float | None:
     right = 0
-    for at in range(0, len(rows.heldout), 16):
+    for at in track(range(0, len(rows.heldout), 16), "scoring held-out passages", "batches"):
         some = rows.heldout[at : at + 16]
         ids, lengths, targets = _padded([p for p, _ in some], [c for _, c in some])
         logits = layers(_states(base, ids))[torch.arange(len(some)), lengths - 1].cpu()

@@ -15,18 +15,17 @@ import torch
 from growlm.base.placement import Placement
 from growlm.disk.files import locked
 from growlm.errors import StoreError, TrainingError
+from growlm.progress import say
 from growlm.store import Store
 from growlm.training.config import ModuleTrainConfig
 from growlm.training.loop import saved_step
-from growlm.training.progress import say
 
 
 @contextmanager
-def run_folder(folder: Path, name: str, busy: str, *, restart: bool, progress: bool | None) -> Iterator[Path]:
+def run_folder(folder: Path, busy: str, *, restart: bool) -> Iterator[Path]:
     """`folder`, for the checkpoints of one run, which goes when the run has ended; an interrupted one stays.
 
     Args:
-        name: what is trained, for people.
         busy: what to say if another process is at the same run.
         restart: forget what an earlier process of the same run has done.
 
@@ -39,7 +38,7 @@ def run_folder(folder: Path, name: str, busy: str, *, restart: bool, progress: b
         if restart:
             empty(folder)
         if done := saved_step(folder):
-            say(f"{name}: going on after step {done} of an earlier run (--restart begins anew)", progress)
+            say(f"going on after step {done} of an earlier run (--restart begins anew)")
         try:
             yield folder
         except TrainingError:

@@ -25,10 +25,10 @@ from growlm.errors import ConfigError, DataError
 from growlm.layers.cross_entropy import linear_cross_entropy
 from growlm.modules import ModuleSet
 from growlm.modules.scoring import num_labels, passage_losses
+from growlm.progress import phase, say
 from growlm.training.config import WholeModelConfig
 from growlm.training.general import HELDOUT_FILE
 from growlm.training.loop import require_finite, train
-from growlm.training.progress import say, training_bar
 from growlm.training.runs import run_folder
 from growlm.training.segments import check_segments, document_ids, final_states
 from growlm.usage.pools import Pool, count_pools
@@ -94,7 +94,6 @@ def train_whole(
     rate: Callable[[int], float],
     identity: str = "",
     restart: bool = False,
-    progress: bool | None = None,
 ) -> TrainedModel:
     """Trains all parameters of a model on `data` and saves it to `out`, as a transformers checkpoint.
 
@@ -126,12 +125,12 @@ def train_whole(
     run = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
     folder = out.parent / f".{out.name}-{run}"
     busy = f"{out}: the same {verb} is running already"
-    with run_folder(folder, str(out), busy, restart=restart, progress=progress) as work:
+    with run_folder(folder, busy, restart=restart) as work:
         model, tokenizer = make(train_documents)
         work.mkdir(parents=True, exist_ok=True)
         return _run(
             out, work, corpus, train_documents, heldout_documents, config, model.to(placement.device), tokenizer,
-            placement, verb, rate, progress,
+            placement, verb, rate,
         )  # fmt: skip
 
 
@@ -147,9 +146,7 @@ def _run(
     placement: Placement,
     verb: str,
     rate: Callable[[int], float],
-    progress: bool | None,
 ) -> TrainedModel:
-    say(f"tokenizing {len(train_documents):,} documents", progress)
     packed = text_data.pack(
         train_documents,
         tokenizer,
@@ -174,8 +171,9 @@ def _run(
     def measure() -> tuple[float, list[Pool]]:
         """Loss on held-out text, and what of large pools it uses."""
         model.eval()
-        with autocast:
+        with autocast, phase("scoring held-out text", len(heldout), "passages"):
             loss = float(passage_losses(ModuleSet(base), heldout).sum()) / num_labels(heldout)
+        with autocast:
             return loss, count_pools(ModuleSet(base), heldout)
 
     wanted = config.rows_wanted(len(packed))
@@ -195,19 +193,17 @@ def _run(
     before, pools_before = measure()
     model.train()
     saved = model.state_dict(keep_vars=True)
-    with training_bar(f"{verb} {out.name}", progress) as report:
-        seconds = train(
-            dict(model.named_parameters()),
-            loss_of_step,
-            len(order),
-            lambda step: len(order[step]) * config.sequence_length,
-            config,
-            config.learning_rate or rate(base.hidden_size),
-            folder=work,
-            resume_hint="run the same command again to go on",
-            report=report,
-            buffers={name: b for name, b in model.named_buffers() if name in saved},
-        )
+    seconds = train(
+        dict(model.named_parameters()),
+        loss_of_step,
+        len(order),
+        lambda step: len(order[step]) * config.sequence_length,
+        config,
+        config.learning_rate or rate(base.hidden_size),
+        folder=work,
+        resume_hint="run the same command again to go on",
+        buffers={name: b for name, b in model.named_buffers() if name in saved},
+    )
     tokens = sum(len(rows) for rows in order) * config.sequence_length
     after, pools_after = measure()
     require_finite(f"{out}: the held-out loss after training", after)
@@ -223,7 +219,7 @@ def _run(
         pools=[PoolUse.of(b, a) for b, a in zip(pools_before, pools_after, strict=True)],
     )
     for pool in result.pools:
-        say(pool.line(), progress is not False)  # in a log too: it is a result
+        say(pool.line())
     record = {**result.to_json(), "settings": config.to_json(), **placement.record()}
     _save(out, work, model, tokenizer, heldout_documents, record, corpus, verb)
     return result

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from growlm.errors import ConfigError
+from growlm.progress import phase
 from growlm.usage.usage import Usage
 
 _LEAST_SCALE = 0.2  # nats that the darkest colour of a divergence stands for at least: noise is to look like noise
@@ -68,5 +69,6 @@ def write_usage(usage: Usage, path: Path) -> Path:
     """Writes the figure as its suffix says."""
     path = path.expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
-    usage_figure(usage).savefig(path, dpi=130)
+    with phase("drawing the figure"):
+        usage_figure(usage).savefig(path, dpi=130)
     return path

@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from growlm.layers.product_keys import ProductKeys, retrievals
 from growlm.modules import ModuleSet
+from growlm.progress import track
 
 _BATCH = 8
 
@@ -117,7 +118,7 @@ def count_pools(modules: ModuleSet, passages: Sequence[Sequence[int]]) -> list[P
     counter = PoolCounter(modules)
     if counter:
         order = sorted(passages, key=len)
-        for start in range(0, len(order), _BATCH):
+        for start in track(range(0, len(order), _BATCH), "counting use of experts", "batches"):
             ids, real = padded(order[start : start + _BATCH], modules.base.device)
             with counter.counting(real):
                 modules.hidden(ids)

@@ -24,6 +24,7 @@ from growlm.layers.experts import AttentionExperts, SparseFeedForward
 from growlm.layers.insertion import AttentionUnion, Beside, FeedForwardUnion
 from growlm.layers.routing import watched
 from growlm.modules import ModuleSet
+from growlm.progress import phase, track
 from growlm.store import Store
 from growlm.usage.pools import Pool, PoolCounter, padded
 
@@ -214,7 +215,7 @@ def count_usage(
         counts[domain] = [torch.zeros(p.num_experts, dtype=torch.int64) for p in places]
         read[domain] = sum(map(len, passages))
         counter = PoolCounter(modules)
-        for start in range(0, len(passages), _BATCH):
+        for start in track(range(0, len(passages), _BATCH), f"counting use of experts in {domain}", "batches"):
             ids, real = padded(passages[start : start + _BATCH], modules.base.device)
             with watched() as routings, counter.counting(real):
                 modules.hidden(ids)
@@ -232,10 +233,12 @@ def _first(
     if tokens is None:
         return [p.tokens for p in text_data.passages(documents, tokenizer, sequence_length)]
     found: list[list[int]] = []
-    for document in documents:
-        for passage in text_data.passages([document], tokenizer, sequence_length):
-            found.append(passage.tokens[:tokens])
-            tokens -= len(found[-1])
-            if tokens < 2:
-                return found
+    with phase("tokenizing", tokens, "tokens") as tokenizing:
+        for document in documents:
+            for passage in text_data.passages([document], tokenizer, sequence_length):
+                found.append(passage.tokens[:tokens])
+                tokens -= len(found[-1])
+                tokenizing.advance(len(found[-1]))
+                if tokens < 2:
+                    return found
     return found
