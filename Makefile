@@ -1,23 +1,56 @@
 # Everything runs in .venv; `make demo` on a fresh machine creates it first.
+#
+#   make setup           .venv: growlm and its development tools, in the releases that constraints.txt names
+#   make demo            the whole life cycle on text that is already on this machine
+#   make test            the tests
+#   make lint            format, rules, types, generated docs
+#   make check           lint and test
+#   make docs            write docs/cli.md from the command line's help
+#   make lock            write constraints.txt: the newest releases that pyproject.toml allows
+#   make test-versions   the tests marked `versions` under the oldest and the newest transformers allowed, or RELEASES=
+#   make test-newest     the same tests under the newest release of everything; ALL=1: all tests
+#   make clean           remove all that these made
+#
+# PIP_ARGS="..." is given to pip where it installs torch, such as an index that holds CPU builds. Which release of torch:
+# the one in constraints.txt; TORCH=2.14.0 is another one for `lock` and `test-newest`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup test lint check demo docs clean
+.PHONY: help setup test lint check demo docs lock test-versions test-newest clean
 
-# torch first, and by version. Which build it is depends on where pip looks: PIP_ARGS is handed to it, e.g. an index that
-# holds CPU builds.
+help:
+	@sed -n 's/^#   //p' Makefile
+
+# What pip says goes to a file, because --quiet hides which packages are in conflict; errors are seen all the same.
 PIP_ARGS ?=
-$(VENV)/ready: pyproject.toml
+define install
+@echo 'pip install $(1)'
+@$(BIN)/python -m pip install --constraint constraints.txt $(1) > $(VENV)/pip.log || \
+	{ sed -n '/^The conflict is caused by/,/^$$/p' $(VENV)/pip.log >&2; \
+	echo "setup: pip failed; all that it said is in $(VENV)/pip.log" >&2; exit 1; }
+endef
+
+# torch first: the build that is found by PIP_ARGS satisfies all else.
+$(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) torch==2.13.0
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(call install,$(PIP_ARGS) torch)
+	$(call install,--editable ".[dev]")
 	touch $@
 
 setup: $(VENV)/ready
 
 test: setup
 	$(BIN)/python -m pytest
+
+test-versions: setup
+	$(BIN)/python tools/versions.py test $(RELEASES)
+
+test-newest:
+	$(PYTHON) tools/versions.py newest $(if $(TORCH),--torch $(TORCH)) $(if $(ALL),--all)
+
+lock:
+	$(PYTHON) tools/versions.py lock $(if $(TORCH),--torch $(TORCH))
 
 lint: setup
 	$(BIN)/ruff check .
@@ -34,4 +67,4 @@ docs: setup
 	$(BIN)/python docs/make_cli_reference.py
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-out
+	rm -rf $(VENV) .versions build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-out

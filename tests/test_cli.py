@@ -23,7 +23,7 @@ from growlm.store import ROUTER_DERIVED, Store
 from stores import ALPHABETS, add_module, domain_text, make_store
 
 COMMANDS = ["pretrain", "new", "learn", "route", "generate", "chat", "eval", "status", "verify", "remove", "export"]
-COMMANDS += ["router", "demo", "version"]
+COMMANDS += ["router", "demo", "doctor", "version"]
 LEARN = ["--num-layers", "1", "--sequence-length", "16", "--batch-size", "4", "--max-rows", "50"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -92,6 +92,7 @@ def room_for_one(home: Path) -> tuple[Store, int]:
 # What an answer is
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_are_those_of_the_module_set(engine, name):
     ids = random_ids(2, 20)
@@ -102,6 +103,7 @@ def test_logits_are_those_of_the_module_set(engine, name):
     assert not any(torch.equal(wanted, other) for other in others)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("prompt", [PROMPTS[0], PROMPTS[1]])
 def test_a_greedy_answer_equals_whole_forward_passes(engine, name, prompt):
@@ -121,6 +123,7 @@ def test_the_answers_compared_here_differ_by_prompt_and_module(engine):
     assert len({token for answer in answers for token in answer}) > 20
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("name", list(SHAPES))
 def test_an_answer_equals_that_of_the_exported_checkpoint(stores, tmp_path, name):
     for family in FAMILIES:
@@ -132,6 +135,7 @@ def test_an_answer_equals_that_of_the_exported_checkpoint(stores, tmp_path, name
         assert answer.tokens == whole[0, ids.shape[1] :].tolist(), family
 
 
+@pytest.mark.versions
 def test_many_prompts_under_mixed_modules_are_answered_as_each_alone(engine):
     prompts = [p for p in PROMPTS for _ in NAMES]
     modules = [n for _ in PROMPTS for n in NAMES]
@@ -197,6 +201,7 @@ def test_an_unknown_name_is_an_error_never_the_base(llama, name):
             assert isinstance(caught.value, UnknownModuleError)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("domain", [*SHAPES, "general"])
 def test_the_router_chooses_the_module_or_says_none(llama, domain):
     wanted = domain if domain in SHAPES else None
@@ -211,6 +216,7 @@ def test_the_router_chooses_the_module_or_says_none(llama, domain):
     assert set(route.scores) == {*SHAPES, "none"}
 
 
+@pytest.mark.versions
 def test_routed_and_named_requests_share_a_batch(llama):
     prompts = [domain_text(d, 55, words=n) for d, n in (("digits", 5), ("general", 12), ("letters", 8), ("signs", 9))]
     answers = llama.generate_many(prompts, modules=[AUTO, AUTO, None, AUTO], max_new_tokens=6)
@@ -969,6 +975,7 @@ def test_an_updated_module_does_not_continue_what_its_last_version_wrote(home):
         assert answer.tokens == expected(engine, "letters", text + "&", 6)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("name", ["letters", "digits", "signs", None])
 @pytest.mark.parametrize(
     "said", ["?@#" * 7, "?@#" * 6 + "!", "?@#" * 6 + "<|endoftext|>"], ids=["length", "stop", "end"]

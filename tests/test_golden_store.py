@@ -34,6 +34,7 @@ def test_every_file_is_what_its_manifest_says(store):
     assert "128 experts" in store.modules["tales"].about()
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("name", [name for name in ANSWERS if name not in ROUTERS])
 def test_modules_answer_as_they_did(store, name):
     said, module = ANSWERS[name], name.rpartition(" by ")[2]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import lm_eval
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lm_eval.tasks import TaskManager
@@ -262,6 +263,15 @@ def test_the_command_says_what_is_wrong_in_one_line(command, data, capsys):
     assert stopped.value.code == 1
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("growlm: ")]
     assert "arc_easy/test.jsonl:1: no column" in line
+
+
+def test_the_command_refuses_a_device_that_is_not_there(command, data, capsys, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
+    with pytest.raises(SystemExit) as stopped:
+        command("--tasks", "growlm_arc_easy", "--device", "cuda")
+    assert stopped.value.code == 1
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("growlm: ")]
+    assert "device cuda: " in line
 
 
 # What goes wrong

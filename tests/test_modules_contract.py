@@ -42,7 +42,11 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
 VOCABULARIES = ["none", "head", "both"]
 # The first shape of a kind with every set of rows, the others with no rows and with all that there are.
 CASES = [
-    pytest.param((kind, {**settings, "vocabulary": vocabulary}), id=f"{kind}-{name}-{vocabulary}")
+    pytest.param(
+        (kind, {**settings, "vocabulary": vocabulary}),
+        id=f"{kind}-{name}-{vocabulary}",
+        marks=pytest.mark.versions if (number, vocabulary) == (0, "both") else (),
+    )
     for kind, shapes in SHAPES.items()
     for number, (name, settings) in enumerate(shapes.items())
     for vocabulary in (VOCABULARIES if number == 0 else VOCABULARIES[::2])

@@ -487,21 +487,28 @@ def test_room_is_counted_to_the_byte(monkeypatch: pytest.MonkeyPatch) -> None:
                 PEER(D, 100)
 
 
-def test_memory_that_a_limit_refuses() -> None:
-    """Free on the machine, and not to be had by this process."""
+def test_the_limit_of_a_process_counts() -> None:
+    """What is free on the machine may not be to be had by this process."""
     code = """
 import resource
 from pathlib import Path
+import torch
 from growlm.layers import PEER
+from growlm.layers.tables import free_bytes, new_table
 taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (taken + (100 << 20),) * 2)
-try:
-    PEER(256, 512 * 512)
-except MemoryError as error:
-    print(error)
+print(50 << 20 < free_bytes(torch.device("cpu")) <= 100 << 20)
+for make in (lambda: PEER(256, 512 * 512), lambda: new_table(512 * 512, 256, device="cpu", dtype=torch.float32)):
+    try:
+        make()
+    except MemoryError as error:
+        print(error)
 """
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
-    assert "268,435,456 bytes for a table cannot be had (Cannot allocate memory); " in printed
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    counted, refused, asked = done.stdout.splitlines()
+    assert counted == "True"
+    assert refused.startswith("the rows of 262144 experts need 536,870,912 bytes, and ")
+    assert asked.startswith("268,435,456 bytes for a table cannot be had (Cannot allocate memory); ")
 
 
 def test_a_containers_limit_counts(tmp_path: Path) -> None:

@@ -137,6 +137,20 @@ def test_emulated_bfloat16_does_not_count_and_the_named_gpu_is_asked(machine, mo
     assert asked == [torch.device("cuda:1")]
 
 
+def test_all_gpus_are_named(machine):
+    machine(gpus=2, mps=True)
+    assert [str(device) for device in placement.gpus()] == ["cuda:0", "cuda:1", "mps"]
+    machine()
+    assert placement.gpus() == []
+
+
+def test_instructions_are_those_that_torch_finds(machine):
+    machine(flags=True)
+    assert placement.instructions()[-2:] == ["AVX-512 BF16", "AMX"]
+    machine(flags=False)
+    assert not {"AVX-512 BF16", "AMX"} & set(placement.instructions())
+
+
 @pytest.fixture
 def stopwatch(monkeypatch):
     """Makes products of matrices take times of our choice, in turn float32 and bfloat16; counts the looks at it."""

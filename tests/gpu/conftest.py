@@ -38,7 +38,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def device() -> Iterator[str]:
+def device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    os.environ.setdefault("PYTORCH_KERNEL_CACHE_PATH", str(tmp_path_factory.mktemp("kernels")))
     # Products in float32 are what they are compared with: no TF32, which keeps 10 bits of 23.
     torch.set_float32_matmul_precision("highest")
     if DEVICE == "pretended":

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from packaging.requirements import Requirement
 from torch import nn
 
 from growlm.errors import BaseModelError
+from growlm.requirements import range_of
 
 _CACHE = ("cache", "past_key_values", "layer_past")  # what the argument for keys and values is or was called
 _KNOWN = ("attention_mask", "position_ids", "position_embeddings", "use_cache", *_CACHE)
@@ -50,7 +50,7 @@ class LayerCall:
             raise BaseModelError(
                 f"{where}: {type(layer).__name__} of transformers {metadata.version('transformers')} {problem}, so "
                 "growlm cannot run it; it was tested with transformers "
-                f"{tested_range('transformers')}: install one of these"
+                f"{range_of('transformers')}: install one of these"
             )
         given = _KNOWN if open_ended else names
         return cls(cache, frozenset(name for name in given if name not in _CACHE) | {cache})
@@ -59,12 +59,3 @@ class LayerCall:
         """Those of `values` that are given and that the layer takes; `cache` under the layer's own name for it."""
         named = {self.cache if name == "cache" else name: value for name, value in values.items()}
         return {name: value for name, value in named.items() if name in self.names and value is not None}
-
-
-def tested_range(package: str) -> str:
-    """The releases of a package that growlm was tested with, as its own metadata has them, e.g. "<5.25,>=5.17"."""
-    try:
-        wanted = [Requirement(line) for line in metadata.requires("growlm") or ()]
-    except metadata.PackageNotFoundError:  # run from its folder, without being installed
-        wanted = []
-    return next((str(r.specifier) for r in wanted if r.name == package and r.marker is None), "of its pyproject.toml")

@@ -85,6 +85,23 @@ def find_device(name: str | torch.device | None = "auto") -> torch.device:
     raise ConfigError(f"device {name!r} is not one of auto, cpu, cuda, cuda:N, mps")
 
 
+def gpus() -> list[torch.device]:
+    """All that torch can use here: CUDA's, each by its number, and that of a Mac."""
+    found = [torch.device("cuda", i) for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
+    return [*found, *([torch.device("mps")] if torch.backends.mps.is_available() else [])]
+
+
+def instructions() -> list[str]:
+    """Those of the processor that matrix products are fast by."""
+    there = {
+        "AVX2": torch.cpu._is_avx2_supported(),
+        "AVX-512": torch.cpu._is_avx512_supported(),
+        "AVX-512 BF16": torch.cpu._is_avx512_bf16_supported(),
+        "AMX": torch.cpu._is_amx_tile_supported(),
+    }
+    return [name for name, is_there in there.items() if is_there]
+
+
 def _require_cuda(name: str) -> None:
     if not torch.backends.cuda.is_built():
         raise ConfigError(

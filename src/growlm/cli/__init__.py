@@ -6,7 +6,7 @@ heavy inside the command, so that `--help` is quick.
 
 # Each registers its commands, in the order of `growlm --help`.
 # isort: off
-from growlm.cli import make, ask, measure, keep, surgery  # noqa: F401
+from growlm.cli import make, ask, measure, keep, surgery, doctor  # noqa: F401
 
 # isort: on
 from growlm.cli.app import app

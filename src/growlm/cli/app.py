@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 from growlm import __version__
+from growlm.cli.output import note
+from growlm.requirements import remarks
 
 app = typer.Typer(
     add_completion=False,
@@ -27,8 +29,11 @@ def _show_version(asked: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_show_version)
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand not in ("doctor", "version"):  # the one tells more, the other needs nothing
+        for line in remarks():
+            note(f"growlm: {line}")

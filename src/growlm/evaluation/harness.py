@@ -26,6 +26,7 @@ from growlm.evaluation.tasks import FOLDER
 from growlm.modules import ModuleSet
 from growlm.modules.scoring import continuation_scores
 from growlm.progress import phase, reporting, track
+from growlm.requirements import remarks
 from growlm.router import base_states
 from growlm.store import Store
 
@@ -251,6 +252,8 @@ def main() -> None:
     from lm_eval.config.evaluate_config import EvaluatorConfig
     from lm_eval.utils import setup_logging
 
+    for remark in remarks():
+        print(f"growlm: {remark}", file=sys.stderr)
     setup_logging()
     line = HarnessCLI()
     arguments = line.parse_args()

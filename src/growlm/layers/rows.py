@@ -146,13 +146,13 @@ def table_gradient(weights: Tensor, tokens: Tensor, table: Tensor, choices: Choi
         if weights.shape[2] > 1 else _bags(tokens, chooser, starts, by_row[:, 0])  # fmt: skip
     if not sparse:
         return torch.zeros_like(table).index_copy_(0, rows, values)
-    _ask_once()
+    _warn_in_silence()
     return torch.sparse_coo_tensor(rows[None], values, table.shape, is_coalesced=True, check_invariants=False)
 
 
 @functools.cache
-def _ask_once() -> None:
-    """torch 2.11 warns when it first looks up whether sparse tensors are to be checked, though it was told not to."""
+def _warn_in_silence() -> None:
+    """torch 2.11 warns at the first sparse tensor of a process that they are not checked, though it was told not to."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.sparse.check_sparse_tensor_invariants.is_enabled()
+        torch.sparse_coo_tensor(torch.zeros(1, 0, dtype=torch.long), torch.zeros(0), (1,), check_invariants=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 import platform
+import resource
 from contextlib import suppress
 from pathlib import Path
 
@@ -39,13 +40,13 @@ def require_room_for_rows(
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that can be had without swapping, within the limit of a container too; None where it is unknown or, as on
-    `meta`, none is taken."""
+    """Memory that can be had without swapping, within the limits of a container and of the process too; None where it
+    is unknown or, as on `meta`, none is taken."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type != "cpu":
         return None
-    known = [free for free in (_free_of_machine(), _free_of_container()) if free is not None]
+    known = [free for free in (_free_of_machine(), _free_of_container(), _free_of_process()) if free is not None]
     return min(known, default=None)
 
 
@@ -68,6 +69,18 @@ def _free_of_container(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
         files = next((int(line.split()[1]) for line in stat if line.startswith("inactive_file ")), 0)
         return max(int(limit) - used + files, 0)
     except (OSError, ValueError):
+        return None
+
+
+def _free_of_process() -> int | None:
+    """By the limit of its addresses (`ulimit -v`)."""
+    try:
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if limit == resource.RLIM_INFINITY:
+            return None
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
+        return max(limit - taken, 0)
+    except OSError:
         return None
 
 

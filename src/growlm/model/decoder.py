@@ -241,9 +241,10 @@ class GrowlmDecoderLayer(GradientCheckpointingLayer):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        cache: Any = None,
+        past_key_values: Any = None,
         use_cache: bool = False,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
+        cache: Any = None,
         document_ids: Tensor | None = None,
         output_routings: bool = False,
         real_tokens: Tensor | None = None,
@@ -253,6 +254,8 @@ class GrowlmDecoderLayer(GradientCheckpointingLayer):
         """Hidden states (b, t, d); with `output_routings` also the logits and choices of both routers, or None.
 
         Args:
+            cache: or `past_key_values`, under the name that the installed transformers drops it by, where gradient
+                checkpointing has no use for it.
             real_tokens: (b, t), false for padding, which then counts for nothing in statistics over the batch.
             passes: of gradient checkpointing: grows by one with every pass over the same input, of which only the
                 first counts.
@@ -264,7 +267,7 @@ class GrowlmDecoderLayer(GradientCheckpointingLayer):
             self.input_layernorm(hidden_states),
             mask=attention_mask,
             documents=document_ids,
-            cache=cache,
+            cache=past_key_values if cache is None else cache,
             rotary=position_embeddings,
         )
         hidden_states = hidden_states + F.dropout(attended, self.dropout, self.training)

@@ -155,7 +155,7 @@ class GrowlmModel(GrowlmPreTrainedModel):
                 hidden,
                 attention_mask=mask,
                 position_ids=position_ids,
-                cache=cache,
+                **{CACHE_NAME: cache},
                 use_cache=use_cache,
                 position_embeddings=rotary,
                 document_ids=document_ids,
