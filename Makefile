@@ -2,9 +2,10 @@
 #
 #   make setup           .venv: growlm and its development tools, in the releases that constraints.txt names
 #   make demo            the whole life cycle on text that is already on this machine
-#   make test            the tests
+#   make test            the tests, but for those that take long
+#   make test-all        all tests
 #   make lint            format, rules, types, generated docs
-#   make check           lint and test
+#   make check           lint and test-all
 #   make docs            write docs/cli.md from the command line's help
 #   make lock            write constraints.txt: the newest releases that pyproject.toml allows
 #   make test-versions   the tests marked `versions` under the oldest and the newest transformers allowed, or RELEASES=
@@ -17,7 +18,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup test lint check demo docs lock test-versions test-newest clean
+.PHONY: help setup test test-all lint check demo docs lock test-versions test-newest clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -40,8 +41,15 @@ $(VENV)/ready: pyproject.toml constraints.txt
 
 setup: $(VENV)/ready
 
+# One process a core, with one thread (tests/conftest.py). A process takes tests that lie side by side, so that what
+# a file's tests share is made once or twice, and tests of another when it has none left.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
+
 test: setup
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow"
+
+test-all: setup
+	$(PYTEST)
 
 test-versions: setup
 	$(BIN)/python tools/versions.py test $(RELEASES)
@@ -58,7 +66,7 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/python docs/make_cli_reference.py --check
 
-check: lint test
+check: lint test-all
 
 demo: setup
 	$(BIN)/growlm demo

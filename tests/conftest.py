@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import itertools
 import os
+import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Tiny models run fastest on one thread. Set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,13 +16,39 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
+# Tests run beside one another: how long one takes says nothing about it.
+settings.register_profile("suite", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
+
 pytest.register_assert_rewrite("interruptions")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup() -> None:
+    """What a fixture or a test draws depends on nothing that ran before: which tests those are is chance where several
+    processes share them."""
+    import torch
+
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+pytest_pyfunc_call = pytest_fixture_setup
+
+
+@pytest.fixture(scope="session")
+def _homes(tmp_path_factory) -> Iterator[Path]:
+    """Folders numbered here: pytest lists all that there are to number one more, which thousands of tests would wait
+    for."""
+    folder = tmp_path_factory.mktemp("homes")
+    return (folder / str(number) for number in itertools.count())
+
+
 @pytest.fixture(autouse=True)
-def _own_home(tmp_path_factory, monkeypatch):
+def _own_home(_homes, monkeypatch):
     """No test reads or writes the user's folders."""
-    home = tmp_path_factory.mktemp("home")
+    home = next(_homes)
+    home.mkdir()
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
     monkeypatch.setenv("HF_HOME", str(home / "hf"))

@@ -18,6 +18,11 @@ import torch
 
 from growlm.training import loop
 
+# Processes that have run nothing yet and have one thread, so that they may fork: children of one that has imported what
+# takes seconds, which is started once.
+fresh = multiprocessing.get_context("forkserver")
+fresh.set_forkserver_preload(["pytest", "hypothesis", "growlm.engine", "growlm.training.learn"])
+
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -85,10 +90,10 @@ def exit_code(pid: int) -> int:
 
 
 def in_new_process(function: Callable[..., object], *arguments: object) -> None:
-    """Runs a function in a process that may fork: fresh and with one thread. It must succeed."""
-    helper = multiprocessing.get_context("spawn").Process(target=_on_one_thread, args=(function, *arguments))
+    """Runs a function in a fresh process, which may fork. It must succeed."""
+    helper = fresh.Process(target=_on_one_thread, args=(function, *arguments))
     helper.start()
-    helper.join(120)
+    helper.join(600)
     assert helper.exitcode == 0
 
 

@@ -110,6 +110,8 @@ def make_store(
     tokenizer = store.load_tokenizer()
     for seed, (name, config) in enumerate(modules.items(), start=1):
         add_module(store, base, name, seed, **config)
+    # A router that is trained on general text finds it here; otherwise the base would write some, which takes a second.
+    write_jsonl(base_folder / "heldout.jsonl", [domain_text("general", 900 + i) for i in range(40)])
     texts = domain_ids(tokenizer, "general")
     router.write_general(store, base, texts[:30], texts[30:])
     return store

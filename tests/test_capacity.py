@@ -174,6 +174,7 @@ def untimed(table: str) -> list[str]:
     return [re.sub(r"[\d,]+ seconds", "", line) for line in table.splitlines() if not line.endswith("...")]
 
 
+@pytest.mark.slow
 def test_methods_are_compared_and_a_run_that_was_killed_goes_on(run, tmp_path):
     out = tmp_path / "out"
     table = run()

@@ -77,6 +77,7 @@ def worlds(draw) -> tuple[Tensor, Tensor, Tensor]:
     return points, reaches, queries
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(world=worlds(), top_k=st.integers(1, 40), first=st.sampled_from([1, 8, 512]), gathered=st.sampled_from([0, 1.1]))
 def test_what_is_found_is_what_brute_force_finds(world, top_k, first, gathered):

@@ -637,7 +637,7 @@ def test_usage_errors(home, run, arguments):
 def command(*arguments: str, **options) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=60, **options
+        [sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=600, **options
     )
 
 
@@ -675,6 +675,7 @@ def test_the_settings_of_eval_come_from_their_class(home, run, answer):
         assert f"--{field.replace('_', '-')}" in text
 
 
+@pytest.mark.slow
 def test_settings_and_results_of_evaluation_are_imported_when_used():
     code = """
 import sys
@@ -706,6 +707,7 @@ def test_help_names_every_command(run):
         assert f"\n  {name} " in out
 
 
+@pytest.mark.slow
 def test_the_script_as_a_process(home):
     """The whole way: real streams, real exit status."""
     main = ("-c", "from growlm.cli import main; main()")

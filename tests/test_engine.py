@@ -296,7 +296,7 @@ def test_closing_a_stream_early_stops_its_worker(llama):
 
     def counted(self, hidden):
         written.append(1)
-        time.sleep(0.005)
+        time.sleep(0.02)
         return project(self, hidden)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -601,20 +601,20 @@ def test_room_is_made_of_what_cannot_be_read_while_another_waits_for_its_turn():
     def load(name: str) -> str:
         if name == "a":
             begun.set()
-            assert go.wait(10)
+            assert go.wait(60)
             raise IntegrityError("a is damaged")
         return name
 
     cache = ModuleCache(10, lambda name: Found(None, 5 if name < "c" else 10, lambda: load(name)))  # type: ignore
     assert cache.prefetch("a")
     assert cache.prefetch("b")
-    assert begun.wait(10)
+    assert begun.wait(60)
     found: list[Any] = []
     waiting = threading.Thread(target=lambda: found.append(cache.acquire(["c"])), daemon=True)
     waiting.start()
     time.sleep(0.05)
     go.set()
-    waiting.join(10)
+    waiting.join(60)
     assert found == [({"c": "c"}, ["c"])]
     assert cache.resident == ["c"]
     cache.close()
@@ -1061,7 +1061,7 @@ def test_two_threads_with_two_modules_get_what_each_alone_gets(home):
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(30)
+            thread.join(300)
         assert found == wanted
 
 

@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -22,6 +21,7 @@ from growlm.layers.losses import (
     routing_regularisation,
 )
 from growlm.layers.routing import ExpertRouter
+from interruptions import fresh
 
 KINDS = ("mlp", "linear", "cosine")
 
@@ -224,13 +224,12 @@ def _rank(rank: int, store: str, masked: bool, results) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 def test_statistics_are_those_of_all_ranks(masked: bool, tmp_path) -> None:
     """Every token counts alike, whichever rank has it and however many that rank has."""
-    context = mp.get_context("spawn")
-    results = context.Queue()
+    results = fresh.Queue()
     arguments = (str(tmp_path / "store"), masked, results)
-    workers = [context.Process(target=_rank, args=(r, *arguments)) for r in range(2)]
+    workers = [fresh.Process(target=_rank, args=(r, *arguments)) for r in range(2)]
     for worker in workers:
         worker.start()
-    found = sorted(results.get(timeout=120) for _ in workers)
+    found = sorted(results.get(timeout=600) for _ in workers)
     for worker in workers:
         worker.join()
     whole = MANY.clone().requires_grad_(True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import multiprocessing
 import os
 import signal
 import threading
@@ -28,6 +27,7 @@ from growlm.disk.files import (
 )
 from growlm.disk.tensors import write_tensors
 from growlm.errors import StoreError
+from interruptions import fresh
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
@@ -261,9 +261,9 @@ def die_while(doing: str, home: Path) -> None:
 
 @pytest.mark.parametrize("doing", ["write", "remove"])
 def test_clear_scratch_takes_what_dead_processes_left(tmp_path, doing):
-    process = multiprocessing.get_context("spawn").Process(target=die_while, args=(doing, tmp_path))
+    process = fresh.Process(target=die_while, args=(doing, tmp_path))
     process.start()
-    process.join(60)
+    process.join(600)
     assert process.exitcode == -signal.SIGKILL
     assert any((tmp_path / "scratch").iterdir())
     clear_scratch(tmp_path / "scratch")
@@ -275,7 +275,7 @@ def test_clear_scratch_does_not_believe_process_ids(tmp_path, monkeypatch):
     scratch = tmp_path / "scratch"
     (scratch / f"{os.getpid()}-left").mkdir(parents=True)
     (scratch / "left.lock").write_bytes(b"")
-    ended = multiprocessing.get_context("spawn").Process(target=int)
+    ended = fresh.Process(target=int)
     ended.start()
     ended.join()
     monkeypatch.setattr(os, "getpid", lambda: ended.pid)
@@ -304,12 +304,11 @@ def write_many(home: Path, name: str) -> None:
 
 
 def test_processes_that_write_and_clear_at_once_do_not_disturb_each_other(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=write_many, args=(tmp_path, name)) for name in "abc"]
+    processes = [fresh.Process(target=write_many, args=(tmp_path, name)) for name in "abc"]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(600)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert len(list((tmp_path / "done").glob("*/m.json"))) == 90
     assert contents(tmp_path / "scratch") == {}
@@ -337,7 +336,7 @@ def test_a_lock_waits_for_its_holder(tmp_path):
 
     holder = threading.Thread(target=hold)
     holder.start()
-    assert held.wait(10)
+    assert held.wait(60)
     with locked(tmp_path / "lock"):
         order.append("waiter")
     holder.join()
@@ -357,9 +356,9 @@ def hold_and_die(path: Path) -> None:
 
 
 def test_a_lock_dies_with_its_process(tmp_path):
-    process = multiprocessing.get_context("spawn").Process(target=hold_and_die, args=(tmp_path / "lock",))
+    process = fresh.Process(target=hold_and_die, args=(tmp_path / "lock",))
     process.start()
-    process.join(60)
+    process.join(600)
     assert process.exitcode == -signal.SIGKILL
     assert (tmp_path / "lock").exists()
     with locked(tmp_path / "lock", wait=False) as mine:

@@ -58,6 +58,7 @@ def test_rows_cost_what_torch_counts_for_their_products(neurons: int, gated: boo
     assert flops.row_flops(memory, n * chosen) == 2 * n * chosen * D
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("budget", "table"), [("small", "kinds"), ("small", "experts"), ("large", "kinds")])
 def test_models_of_a_budget_cost_the_same(budget: str, table: str) -> None:
     wanted = peer.budget_flops(budget)

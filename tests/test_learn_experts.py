@@ -25,8 +25,8 @@ from tiny import random_ids, save_base
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL: dict[str, Any] = {
-    "kind": "experts", "sequence_length": 16, "batch_size": 4, "precision": "float32", "num_experts": 3,
-    "router_size": 8, "expert_size": 16, "router_samples": 16,
+    "kind": "experts", "sequence_length": 16, "batch_size": 4, "epochs": 1, "precision": "float32",
+    "num_experts": 3, "router_size": 8, "expert_size": 16, "router_samples": 16,
 }  # fmt: skip
 
 
@@ -68,11 +68,11 @@ def test_they_are_learned_and_change_nothing_else(store: Store) -> None:
 
 
 def test_the_engine_runs_them_and_removal_restores_the_rest(store: Store) -> None:
-    run(store, vocabulary="none", epochs=2)
+    run(store, vocabulary="none")
     with Engine(store) as engine:
         alone = engine.generate("The tenant", module="law", max_new_tokens=8).text
         plain = engine.generate("The tenant", module=None, max_new_tokens=8).text
-    run(store, "drugs", vocabulary="none", epochs=2)
+    run(store, "drugs", vocabulary="none")
     base = store.load_base()
     law, drugs = store.load("law", base), store.load("drugs", base)
     both = ModuleSet(base, [law, drugs]).logits(random_ids(1, 9))
@@ -89,17 +89,17 @@ def test_layers_before_the_first_are_shared(store: Store) -> None:
 
 
 def test_an_interrupted_run_ends_with_the_same_bytes(store: Store) -> None:
-    run(store, "drugs", epochs=2)
+    run(store, "drugs")
     wanted = (store.path / "modules/drugs/1/module.safetensors").read_bytes()
     store.remove("drugs")
     with at_step(5, interrupt), pytest.raises(Interrupted):
-        run(store, "drugs", epochs=2)
-    run(store, "drugs", epochs=2)
+        run(store, "drugs")
+    run(store, "drugs")
     assert (store.path / "modules/drugs/1/module.safetensors").read_bytes() == wanted
 
 
+@pytest.mark.slow
 def test_routing_regularisation_keeps_new_rows_small(store: Store) -> None:
-    run(store, epochs=2)
     run(store, "drugs", epochs=2)
     free = norm(store, "drugs")
     store.remove("drugs")
@@ -107,11 +107,12 @@ def test_routing_regularisation_keeps_new_rows_small(store: Store) -> None:
     assert norm(store, "drugs") < 0.7 * free
 
 
+@pytest.mark.slow
 def test_load_concentration_makes_use_uneven(store: Store) -> None:
     def unevenness(weight: float) -> float:
         if store.find("law"):
             store.remove("law")
-        run(store, epochs=3, load_concentration=weight, vocabulary="none")
+        run(store, epochs=2, load_concentration=weight, vocabulary="none")
         modules, tokenizer = open_modules(store.path, ["law"])
         usage = count_usage(modules, tokenizer, {"law": [store.path.parent / "law.jsonl"]}, sequence_length=16)
         return sum(usage.to_json()["unevenness"]["law"])

@@ -24,8 +24,8 @@ from tiny import make_base, random_ids
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL: dict[str, Any] = {
-    "kind": "peer", "sequence_length": 16, "batch_size": 4, "precision": "float32", "num_experts": 100, "num_heads": 2,
-    "top_k": 4, "router_samples": 16,
+    "kind": "peer", "sequence_length": 16, "batch_size": 4, "epochs": 1, "precision": "float32", "num_experts": 100,
+    "num_heads": 2, "top_k": 4, "router_samples": 16,
 }  # fmt: skip
 
 
@@ -43,8 +43,7 @@ def tensors(store: Store, name: str = "law") -> dict[str, torch.Tensor]:
     return dict(store.load(name, store.load_base()).state_dict())
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("replace", [False, True])
+@pytest.mark.parametrize(("replace", "precision"), [(False, "bfloat16"), (True, "float32")])
 def test_it_is_learned_and_changes_nothing_else(store: Store, replace: bool, precision: str) -> None:
     ids = random_ids(2, 9)
     before = store.load_base().logits(ids)
@@ -61,7 +60,7 @@ def test_it_is_learned_and_changes_nothing_else(store: Store, replace: bool, pre
 
 
 def test_rows_that_no_token_read_keep_their_bits(store: Store) -> None:
-    run(store, num_experts=2500, epochs=1, vocabulary="none", weight_decay=0.5)
+    run(store, num_experts=2500, vocabulary="none", weight_decay=0.5)
     torch.manual_seed(0)
     base = store.load_base()
     new = Peer.create(base, Peer.Config(num_experts=2500, num_heads=2, top_k=4, vocabulary="none"))
@@ -122,16 +121,16 @@ def test_learning_in_place_begins_by_imitating(store: Store, monkeypatch: pytest
     assert first > 1
     assert steps == ["imitation"] * first + ["language"] * (len(steps) - first)
     steps.clear()
-    run(store, "drugs", epochs=1)
+    run(store, "drugs")
     assert set(steps) == {"language"}
 
 
 def test_the_engine_runs_it_and_removal_restores_the_rest(store: Store) -> None:
-    run(store, epochs=2)
+    run(store)
     with Engine(store) as engine:
         alone = engine.generate("The tenant", module="law", max_new_tokens=8).text
         plain = engine.generate("The tenant", module=None, max_new_tokens=8).text
-    run(store, "drugs", epochs=2)
+    run(store, "drugs")
     with Engine(store) as engine:
         engine.generate("The tenant", module=["law", "drugs"], max_new_tokens=8)
         assert engine.generate("The tenant", module="law", max_new_tokens=8).text == alone
@@ -198,7 +197,7 @@ def test_a_kind_is_found_by_name() -> None:
 
 
 def test_tables_on_the_disk_answer_as_those_in_memory(store: Store) -> None:
-    run(store, epochs=2, num_experts=2500, layers="0,2")
+    run(store, num_experts=2500, layers="0,2")
     ids = random_ids(2, 15)
     base = store.load_base()
     whole = ModuleSet(base, [store.load("law", base)]).logits(ids)
@@ -210,7 +209,7 @@ def test_tables_on_the_disk_answer_as_those_in_memory(store: Store) -> None:
 
 
 def test_a_module_larger_than_memory_still_answers(store: Store) -> None:
-    run(store, epochs=2, num_experts=10_000)
+    run(store, num_experts=10_000)
     with Engine(store) as engine:
         wanted = engine.generate("The tenant", module="law", max_new_tokens=8)
         fixed = engine.fixed_bytes
@@ -245,7 +244,7 @@ def test_other_kinds_are_read_whole_where_tables_stay_on_the_disk(store: Store) 
 
 
 def test_a_module_in_use_on_the_disk_is_not_saved_by_halves(store: Store) -> None:
-    run(store, epochs=1)
+    run(store)
     module = store.load("law", store.load_base(), row_cache=100_000)
     with pytest.raises(ConfigError, match=r"tables are on the disk, .* load it without row_cache"):
         store.commit("copy", module, {})
@@ -253,7 +252,7 @@ def test_a_module_in_use_on_the_disk_is_not_saved_by_halves(store: Store) -> Non
 
 
 def test_a_damaged_table_is_named_before_it_is_used(store: Store) -> None:
-    run(store, epochs=1)
+    run(store)
     path = store.module("law").folder / "module.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[:-40] + bytes(40))

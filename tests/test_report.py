@@ -115,7 +115,7 @@ def write(result: dict[str, Any], folder: Path) -> tuple[str, Page]:
     return html, Page(html)
 
 
-@pytest.mark.parametrize("num_domains", [1, 3, 25])
+@pytest.mark.parametrize("num_domains", [1, 3, pytest.param(25, marks=pytest.mark.slow)])
 def test_page_is_complete(tmp_path: Path, num_domains: int) -> None:
     result = make_result(num_domains)
     folder = tmp_path / "new" / "report"

@@ -212,6 +212,7 @@ def corpus(tmp_path: Path) -> Path:
     return tmp_path / "corpus.jsonl"
 
 
+@pytest.mark.slow
 def test_finetuning_concentrates_and_leaves_the_config_alone(
     folder: Path, corpus: Path, text: Path, tmp_path: Path
 ) -> None:

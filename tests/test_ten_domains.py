@@ -57,6 +57,7 @@ def numbers(result: dict) -> dict:
     return {k: v for k, v in result.items() if k not in ("seconds", "wall", "evaluation")}
 
 
+@pytest.mark.slow
 def test_methods_are_compared_and_a_run_that_was_killed_goes_on(run, home):
     table = run("--methods", *METHODS)
     found = results(home)

@@ -39,6 +39,7 @@ def run(code: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @glibc
 def test_freed_pages_are_kept_while_training_and_given_back_after():
     run("""
@@ -50,6 +51,7 @@ assert resident() < inside - (60 << 20)
 """)
 
 
+@pytest.mark.slow
 @glibc
 def test_the_last_block_that_ends_sets_things_back():
     run("""
