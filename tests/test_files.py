@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from disk import largest_file
-from growlm import files
+from growlm.disk import files
 from growlm.disk.files import (
     HashMemo,
     clear_scratch,
