@@ -20,7 +20,7 @@ TEMPLATE = TURN + "{% if add_generation_prompt %}<assistant>{% endif %}"
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("made")
-    make_store(home, modules=PLAIN)
+    make_store(home, modules=PLAIN, max_position_embeddings=1024)  # room for a long conversation
     return home
 
 
@@ -79,7 +79,7 @@ def test_turns_are_routed_the_same_with_and_without_what_is_in_memory(engine):
 def test_a_template_writes_its_own_start_of_text(engine, monkeypatch):
     engine.tokenizer.chat_template = TEMPLATE
     seen = []
-    monkeypatch.setattr(engine, "_start_tokens", [7])
+    monkeypatch.setattr(engine._prompts, "_start", [7])
     stream = engine.stream
     monkeypatch.setattr(engine, "stream", lambda prompt, **k: (seen.append(prompt), stream(prompt, **k))[1])
     say(Chat(engine, "letters", max_new_tokens=2), "abc")

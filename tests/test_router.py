@@ -531,10 +531,10 @@ def test_a_module_that_was_removed_while_the_router_is_read_is_not_damage(new_st
     made = new_store({"law": 13, "chem": 11})
     read = gaussian._read_kept  # the point at which files are opened
 
-    def removed(module: StoredModule, file: str) -> dict[str, Tensor]:
+    def removed(module: StoredModule, file: str, width: int) -> dict[str, Tensor]:
         if module.name == "law":
             made.store.remove("law")
-        return read(module, file)
+        return read(module, file, width)
 
     monkeypatch.setattr(gaussian, "_read_kept", removed)
     assert load_router(made.store).names == ["chem"]

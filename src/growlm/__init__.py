@@ -19,6 +19,7 @@ _HOMES = {
     "GrowlmConfig": "growlm.model",
     "GrowlmError": "growlm.errors",
     "GrowlmForCausalLM": "growlm.model",
+    "GrowlmWarning": "growlm.errors",
     "LearnConfig": "growlm.training.config",
     "PretrainConfig": "growlm.training.config",
     "Store": "growlm.store",

@@ -44,3 +44,11 @@ class TrainingError(GrowlmError):
 
 class Interrupted(GrowlmError):
     """A long run was stopped by the user; the message says how to go on."""
+
+
+class ClosedError(GrowlmError):
+    """An engine was asked for something after it was closed."""
+
+
+class GrowlmWarning(UserWarning):
+    """Something that goes on and may not be what was meant. The command line prints it in one line on stderr."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from growlm.base.anatomy import Anatomy, anatomy_of
 from growlm.base.calls import LayerCall
+from growlm.errors import DataError
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
@@ -102,7 +103,35 @@ class Base:
         """Tokens that its positions were made for, be they rotary; None where it says none or has no positions."""
         if self.anatomy.unbounded:
             return None
-        return getattr(self.config, "max_position_embeddings", None)
+        made_for: int | None = getattr(self.config, "max_position_embeddings", None)
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
+        if made_for is not None and original and factor:  # configs of stretched positions may still give the first
+            return max(made_for, int(original * factor))
+        return made_for
+
+    def require_rows(self, ids: Any, what: str, tokenizer: Any = None) -> None:
+        """Checks token ids, a list, array or tensor of at least one, before they meet a table of rows: on a GPU one
+        that is not there would end the process.
+
+        Args:
+            what: whose ids they are, for the message.
+            tokenizer: to name the token.
+
+        Raises:
+            DataError: an id that the base has no row for.
+        """
+        extremes = (ids.min(), ids.max()) if hasattr(ids, "min") else (min(ids), max(ids))
+        wrong = [i for i in map(int, extremes) if not 0 <= i < self.vocab_size]
+        if wrong:
+            found, named, cure = wrong[-1], "", "give ids of its own tokenizer"
+            if tokenizer is not None and 0 <= found < len(tokenizer):
+                named = f" ({tokenizer.convert_ids_to_tokens(found)!r})"
+                cure = "its tokenizer knows tokens that it has no rows for: leave them out of the text"
+            raise DataError(
+                f"{what}: token id {found}{named} is not in the vocabulary of {self.where}, which has ids 0 to "
+                f"{self.vocab_size - 1}; {cure}"
+            )
 
     def num_bytes(self) -> int:
         """Bytes of all weights, shared ones counted once."""

@@ -188,8 +188,11 @@ def num_parameters(folder: Path) -> int:
     return sum(p.numel() for p in _outline(folder, "float32").parameters())
 
 
-def check(folder: Path) -> None:
+def check(folder: Path) -> list[str]:
     """Looks for what would keep a checkpoint from being loaded, reading no weights.
+
+    Returns:
+        What is unusual in it and keeps nothing from working, a line each.
 
     Raises:
         BaseModelError: truncated files, weights that are missing or do not fit the config, an unreadable tokenizer.
@@ -205,7 +208,13 @@ def check(folder: Path) -> None:
                 f"{folder}: {name!r} has shape {stored[found[1]].shape}, its config asks for {tuple(parameter.shape)}; "
                 "give a checkpoint whose config is its own"
             )
-    load_tokenizer(folder)
+    tokens, rows = 1 + max(load_tokenizer(folder).get_vocab().values(), default=-1), model.config.vocab_size
+    if tokens <= rows:
+        return []
+    return [
+        f"{folder}: its tokenizer knows {tokens:,} tokens, the model has rows for {rows:,}: text with a token beyond "
+        "those is refused"
+    ]
 
 
 def _outline(folder: Path, dtype: str) -> Any:

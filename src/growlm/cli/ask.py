@@ -19,6 +19,7 @@ from growlm.cli.options import (
     RowCache,
     Seed,
     StorePath,
+    Strict,
     TopP,
 )
 from growlm.cli.output import name_of, note, print_json, print_stream, reports
@@ -36,6 +37,7 @@ def route(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", show_default=False)],
     memory: Memory = None,
     device: Device = "auto",
+    strict: Strict = False,
     as_json: Json = False,
 ) -> None:
     """Say which module the router would choose for a prompt.
@@ -44,7 +46,7 @@ def route(
 
         growlm route brain "What does aspirin inhibit?"
     """
-    with _engine(store, memory, device) as engine:
+    with _engine(store, memory, device, strict=strict) as engine:
         answer = engine.route(prompt)
     if as_json:
         return print_json({"module": answer.module, "scores": answer.scores})
@@ -75,6 +77,7 @@ def generate(
     reroute: Annotated[
         int, typer.Option("--reroute", help="Choose the module anew after every so many tokens; 0 chooses once.")
     ] = 0,
+    strict: Strict = False,
     as_json: Json = False,
 ) -> None:
     """Answer a prompt with the module that the router chooses, or with those that are named, as it is written.
@@ -100,7 +103,7 @@ def generate(
         "stop": tuple(stop or ()),
     }
     wanted = _modules(module)
-    with _engine(store, memory, device, experts_on, row_cache) as engine:
+    with _engine(store, memory, device, experts_on, row_cache, strict) as engine:
         if as_json:
             with reporting(name_of(store)), phase("answering"):
                 answer = engine.generate(prompt, module=wanted, mix=mix, reroute=reroute, **sampling)
@@ -131,6 +134,7 @@ def chat(
     temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.7,
     top_p: TopP = 0.95,
     seed: Seed = 0,
+    strict: Strict = False,
 ) -> None:
     """Talk to a store. Every turn is routed anew; /module NAME fixes one, /module auto undoes it, /new begins anew.
 
@@ -140,7 +144,7 @@ def chat(
     """
     from growlm.engine.chat import Chat
 
-    with _engine(store, memory, device, experts_on, row_cache) as engine:
+    with _engine(store, memory, device, experts_on, row_cache, strict) as engine:
         talk = Chat(engine, _modules(module), max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
         note(_CHAT_HELP)
         turn, failed = 0, False
@@ -174,13 +178,20 @@ def chat(
 
 
 def _engine(
-    store: Path, memory: str | None, device: str, experts_on: str = "memory", row_cache: str | None = None
+    store: Path,
+    memory: str | None,
+    device: str,
+    experts_on: str = "memory",
+    row_cache: str | None = None,
+    strict: bool = False,
 ) -> Any:
     with reporting(name_of(store)):
         from growlm.engine import Engine
         from growlm.store import Store
 
-        return Engine(Store.open(store), memory=memory, device=device, experts_on=experts_on, row_cache=row_cache)
+        return Engine(
+            Store.open(store), memory=memory, device=device, experts_on=experts_on, row_cache=row_cache, strict=strict
+        )
 
 
 def _modules(names: list[str] | None) -> list[str | None] | str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import typer
 from growlm.cli.app import app
 from growlm.cli.options import spread
 from growlm.cli.output import note
-from growlm.errors import GrowlmError
+from growlm.errors import GrowlmError, GrowlmWarning
 
 # Typer brings a click of its own or uses the installed one: take the base class from what it raises.
 ClickError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -28,6 +29,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     given = sys.argv[1:] if arguments is None else list(arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", GrowlmWarning)
+        warnings.showwarning = _noting(warnings.showwarning)
+        _run(given)
+
+
+def _noting(show: Callable[..., None]) -> Callable[..., None]:
+    """Our own warnings are notes; those of others stay as they are."""
+
+    def shown(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, GrowlmWarning):
+            note(f"growlm: {message}")
+        else:
+            show(message, category, *where, **more)
+
+    return shown
+
+
+def _run(given: Sequence[str]) -> None:
     try:
         status = app(spread(given), prog_name="growlm", standalone_mode=False)
         if status == 130:  # typer's own word for Ctrl-C

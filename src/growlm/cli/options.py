@@ -55,6 +55,10 @@ RowCache = Annotated[
         show_default=False,
     ),
 ]
+Strict = Annotated[
+    bool,
+    typer.Option("--strict", help="Refuse a prompt that is longer than what the base was made for; else warn of it."),
+]
 TopP = Annotated[
     float, typer.Option("--top-p", help="Keep the likeliest tokens that hold this probability; 1 keeps all.")
 ]

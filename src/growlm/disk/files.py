@@ -9,7 +9,9 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -41,6 +43,42 @@ def sha256_open(file: BinaryIO, name: str) -> str:
     return digest.hexdigest()
 
 
+def read_json(path: Path) -> Any:
+    """The value that a JSON file holds. Stricter than Python's reader, which takes what other readers of the same file
+    refuse or understand otherwise.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no JSON in UTF-8, or holds a key twice, a number that is none, or half a character.
+    """
+    text = path.read_bytes().decode()
+    if text.startswith("\ufeff"):
+        raise ValueError("it begins with a byte order mark")
+    try:
+        value = json.loads(text, object_pairs_hook=_object, parse_float=_finite, parse_constant=_finite)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if re.search(r"\\u[dD][89a-fA-F]", text):
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = repr(next(k for k in keys if keys.count(k) > 1))
+        raise ValueError(f"it has the key {twice if len(twice) <= 60 else twice[:60] + '...'} twice")
+    return found
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number[:40]} is no number that JSON can hold")
+    return value
+
+
 class HashMemo:
     """Hashes of large files, remembered by size, inode and time of change, so that an unchanged file is read once.
 
@@ -50,7 +88,7 @@ class HashMemo:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            known = json.loads(path.read_text())
+            known = read_json(path)
         except (OSError, ValueError):
             known = {}
         self._known: dict[str, Any] = known if isinstance(known, dict) else {}
@@ -59,13 +97,17 @@ class HashMemo:
         stat = path.stat()
         key, mark = str(path.resolve()), [stat.st_size, stat.st_ino, stat.st_mtime_ns]
         known = self._known.get(key)
-        if not isinstance(known, list) or len(known) != 4 or known[:3] != mark:
+        if not isinstance(known, list) or known[:3] != mark or not _is_hash(known[3:]):
             known = [*mark, sha256_file(path)]
             self._known[key] = known
             # A store on a read-only disk still opens; the next reader hashes again.
             with suppress(OSError, StoreError):
                 write_atomic(self._path, json.dumps(self._known).encode())
         return known[3]
+
+
+def _is_hash(rest: list[Any]) -> bool:
+    return len(rest) == 1 and isinstance(rest[0], str) and re.fullmatch("[0-9a-f]{64}", rest[0]) is not None
 
 
 def write_atomic(path: Path, content: bytes) -> None:

@@ -123,6 +123,30 @@ def read_tensors(path: Path, *, sha256: str | None = None) -> dict[str, Tensor]:
     return {name: entry.view(data) for name, entry in _checked(path, described, len(data)).items()}
 
 
+def require_kinds(
+    where: str | Path, tensors: Mapping[str, Tensor], kinds: Mapping[str, tuple[torch.dtype, int]]
+) -> None:
+    """Checks that tensors are those that a file is to hold.
+
+    Args:
+        where: what to call the file in the message.
+        kinds: by name, dtype and number of dimensions; none of them is empty.
+
+    Raises:
+        IntegrityError: others.
+    """
+    for name in sorted(kinds.keys() ^ tensors.keys()):
+        what = "missing" if name in kinds else "unexpected"
+        raise IntegrityError(f"{where}: tensor {name!r} is {what}; restore the file")
+    for name, (dtype, ndim) in kinds.items():
+        tensor = tensors[name]
+        if (tensor.dtype, tensor.ndim) != (dtype, ndim) or not tensor.numel():
+            found = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+            raise IntegrityError(
+                f"{where}: tensor {name!r} is {found}, expected {dtype} of {ndim} dimensions; restore it"
+            )
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[int, int]]:
     """A file's handle and size."""

@@ -15,24 +15,23 @@ import torch
 from torch import Tensor
 
 from growlm.base.placement import find_device
-from growlm.data import start_tokens
 from growlm.engine.answers import Answer, Generation
 from growlm.engine.generation import Group, Prefilled, decode, prefill
 from growlm.engine.kv import PrefixCache
 from growlm.engine.mixing import decode_mixed
 from growlm.engine.module_cache import Found, ModuleCache
+from growlm.engine.prompts import Prompt, Prompts
 from growlm.engine.rerouting import decode_rerouted
 from growlm.engine.sampling import SamplingConfig
 from growlm.engine.scheduler import Names, Wave, plan
 from growlm.engine.selection import AUTO, Wanted, require_one_way, select
-from growlm.errors import BudgetError, ConfigError, DataError, IntegrityError
+from growlm.errors import BudgetError, ClosedError, ConfigError, IntegrityError
 from growlm.modules import KnowledgeModule, ModuleSet
 from growlm.progress import phase
 from growlm.router import NONE, Route, load_router
-from growlm.store import MANIFEST, WEIGHTS, Store, StoredModule
+from growlm.store import MANIFEST, ROUTER_FITTED, WEIGHTS, Store, StoredModule
 from growlm.units import format_size, parse_size
 
-Prompt = str | Sequence[int]  # text, or token ids as they are
 _ROW_CACHE = "64MB"
 _OPEN = 0.1  # share of a mixture's prior that all modules in it have alike
 
@@ -50,6 +49,8 @@ class Engine:
         router: kind of router, gaussian, product-key or transformer; by default the store's own.
         experts_on: where the tables of `peer` modules are: memory, or disk: only the rows that a text reads are read.
         row_cache: of each such module on the disk, memory for the rows that were read last; by default 64MB.
+        strict: refuse a prompt that with its answer is longer than what the base's positions were made for; else a
+            `GrowlmWarning` says so.
 
     Raises:
         BudgetError: base and router do not fit the budget.
@@ -69,6 +70,7 @@ class Engine:
         router: str | None = None,
         experts_on: str = "memory",
         row_cache: str | int | None = None,
+        strict: bool = False,
     ) -> None:
         if experts_on not in ("memory", "disk"):
             raise ConfigError(f"experts_on is {experts_on!r}, expected memory or disk")
@@ -85,10 +87,14 @@ class Engine:
         self._check_budget(store.base_bytes())
         self.base = store.load_base(device=found)
         self.router = self.router.bind(self.base)
+        if max(self.router.fork_layers, default=0) > self.base.num_layers:  # else the base would be run to nowhere
+            for name in self.router.names:
+                store.module(name).fork_on(self.base.num_layers)
+            raise IntegrityError(f"{store.router_path / ROUTER_FITTED}: is not of this store's modules; delete it")
         self.base_bytes = self.base.num_bytes()
         self._check_budget(self.base_bytes)
         self.tokenizer = store.load_tokenizer()
-        self._start_tokens = start_tokens(self.tokenizer)
+        self._prompts = Prompts(self.base, self.tokenizer, strict=strict)
         self._end_tokens = _end_tokens(self.base, self.tokenizer)
         self._verified: set[tuple[str, int, int, int]] = set()
         left = None if self.memory is None else self.memory - self.fixed_bytes
@@ -101,6 +107,7 @@ class Engine:
         )
         self._prefixes = PrefixCache(parse_size(prefix_bytes))
         self._lock = threading.Lock()
+        self._closed = False
 
     # What is in memory
 
@@ -115,10 +122,15 @@ class Engine:
         return self.fixed_bytes + self.modules.resident_bytes
 
     def close(self) -> None:
-        self.modules.close()
-        self._prefixes.clear()
+        """Ends the engine, once what is being answered has ended: a stream does at its next piece, with an error. What
+        is asked later raises `ClosedError`. To close twice is no mistake."""
+        self._closed = True
+        with self._lock:
+            self.modules.close()
+            self._prefixes.clear()
 
     def __enter__(self) -> Engine:
+        self._require_open()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -151,11 +163,15 @@ class Engine:
         Raises:
             UnknownModuleError: no such module.
             BudgetError: the modules do not fit the budget together.
-            DataError: an empty prompt.
-            ConfigError: modules that cannot be active together, `mix` of more modules than the router knows, or `mix`,
-                `reroute` and `module` at odds.
+            DataError: an empty prompt, or one that the base cannot read.
+            ConfigError: modules that cannot be active together, `mix` of more modules than the router knows, `mix`,
+                `reroute` and `module` at odds, or a prompt that is too long for the base.
+            ClosedError: the engine was closed.
         """
-        return self._answer_one(prompt, module, _sampling(sampling), None, reuse, mix, reroute)
+        self._require_open()
+        config = _sampling(sampling)
+        tokens = self._prompts.encode(prompt, config.max_new_tokens)
+        return self._answer_one(tokens, module, config, None, reuse, mix, reroute)
 
     def stream(
         self,
@@ -167,18 +183,31 @@ class Engine:
         reroute: int = 0,
         **sampling: Any,
     ) -> Iterator[str | Generation]:
-        """As `generate`, piece by piece: the answer's text as it is written, and at the end the `Generation`."""
+        """As `generate`, piece by piece: the answer's text as it is written, and at the end the `Generation`.
+
+        Raises:
+            As `generate`; and `ClosedError` from the iterator where the engine is closed before the answer has ended.
+        """
+        self._require_open()
         config = _sampling(sampling)
+        tokens = self._prompts.encode(prompt, config.max_new_tokens)
+        return self._pieces(tokens, module, config, reuse, mix, reroute)
+
+    def _pieces(
+        self, tokens: list[int], module: Wanted, config: SamplingConfig, reuse: bool, mix: int, reroute: int
+    ) -> Iterator[str | Generation]:
         queue: SimpleQueue[str | Generation | BaseException] = SimpleQueue()
         stopped = threading.Event()
 
         def emit(text: str) -> bool:
             queue.put(text)
-            return not stopped.is_set()
+            return not (stopped.is_set() or self._closed)
 
         def run() -> None:
             try:
-                queue.put(self._answer_one(prompt, module, config, emit, reuse, mix, reroute))
+                answer = self._answer_one(tokens, module, config, emit, reuse, mix, reroute)
+                self._require_open()  # what was cut short is no answer
+                queue.put(answer)
             except BaseException as error:
                 queue.put(error)
 
@@ -204,12 +233,13 @@ class Engine:
         Args:
             modules: one for all, or a list with one entry a prompt; each as `module` of `generate`.
         """
+        self._require_open()
         config = _sampling(sampling)
         one = modules is None or isinstance(modules, str) or not isinstance(modules, Iterable)
         wanted: list[Any] = [modules for _ in prompts] if one else list(modules or ())
         if len(wanted) != len(prompts):
             raise ConfigError(f"{len(prompts)} prompts but {len(wanted)} modules; give one for all, or one a prompt")
-        tokens = [self._encode(p, config) for p in prompts]
+        tokens = self._prompts.encode_all(prompts, config.max_new_tokens)
         choices = [self._select(w) for w in wanted]
         # Prompts of like length share a batch, so that little of it is padding.
         order = sorted(range(len(prompts)), key=lambda i: len(tokens[i]))
@@ -226,10 +256,11 @@ class Engine:
         """Which module the router would choose, and how sure it is of each.
 
         Raises:
-            DataError: an empty prompt.
+            As `generate` of its prompt.
         """
-        tokens = self._encode(prompt, SamplingConfig(max_new_tokens=1))
-        with self._lock:
+        self._require_open()
+        tokens = self._prompts.encode(prompt)
+        with self._turn():
             state = prefill(self.base, [tokens], ())
             assert state.last is not None
             return self._routes(state.last)[0]
@@ -241,19 +272,35 @@ class Engine:
         Raises:
             UnknownModuleError: no such module.
             BudgetError: the modules do not fit the budget together.
-            ConfigError: modules that cannot be active together, or none that is named.
+            ConfigError: modules that cannot be active together, none that is named, or more tokens than the base can
+                read.
+            DataError: what is no tensor of the base's token ids.
+            ClosedError: the engine was closed.
         """
+        self._require_open()
+        input_ids = self._prompts.batch(input_ids)
         names = self._select(module)
         if isinstance(names, str):
             raise ConfigError("logits are of modules that are named; ask route() for the router's choice")
-        with self._lock, self.modules.using(names) as held, torch.inference_mode():
-            return ModuleSet(self.base, list(held.values())).logits(input_ids.to(self.base.device))
+        with self._turn(), self.modules.using(names) as held, torch.inference_mode():
+            return ModuleSet(self.base, list(held.values())).logits(input_ids)
 
     # Inside
 
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ClosedError(f"{self.store.path}: this engine was closed; make a new one")
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Requests take turns; those that still wait when the engine is closed get none."""
+        with self._lock:
+            self._require_open()
+            yield
+
     def _answer_one(
         self,
-        prompt: Prompt,
+        tokens: list[int],
         module: Wanted,
         config: SamplingConfig,
         emit: Callable[[str], bool] | None,
@@ -262,7 +309,6 @@ class Engine:
         reroute: int = 0,
     ) -> Generation:
         require_one_way(module, mix, reroute, len(self.router.names), self.router.num_listed)
-        tokens = self._encode(prompt, config)
         choice = self._select(module)
         if mix > 1:
             return self._answer_mixed(tokens, config, emit, mix)
@@ -273,7 +319,7 @@ class Engine:
     def _answer_mixed(
         self, tokens: Sequence[int], config: SamplingConfig, emit: Callable[[str], bool] | None, mix: int
     ) -> Generation:
-        with self._lock:
+        with self._turn():
             state, (route,) = self._prefill([tokens], [AUTO], False)
             names = list(route.scores)[:mix]
             prior = torch.tensor([route.scores[name] for name in names])
@@ -305,7 +351,7 @@ class Engine:
     def _answer_rerouted(
         self, tokens: Sequence[int], config: SamplingConfig, emit: Callable[[str], bool] | None, every: int
     ) -> Generation:
-        with self._lock:
+        with self._turn():
             before = self.modules.resident
             state, (first,) = self._prefill([tokens], [AUTO], False)
             answer = Answer(self.tokenizer, config.stop, emit)
@@ -346,7 +392,7 @@ class Engine:
         emit: Callable[[str], bool] | None,
         reuse: bool = False,
     ) -> list[Generation]:
-        with self._lock:
+        with self._turn():
             # A module that was asked for by name is read while the base runs.
             named = [names for names in dict.fromkeys(wanted) if not isinstance(names, str)]
             for names in named:
@@ -455,7 +501,7 @@ class Engine:
         return select(self.store, wanted, self.modules.resident_version)
 
     def _fork(self, names: Names) -> int:
-        forks = (self.modules.found(name).stored.manifest.fork for name in names)
+        forks = (self.modules.found(name).stored.fork_on(self.base.num_layers) for name in names)
         return min(forks, default=self.base.num_layers)
 
     def _memory_of(self, stored: StoredModule) -> int:
@@ -488,26 +534,6 @@ class Engine:
             )
         self._verified.add(mark)
         return module
-
-    def _encode(self, prompt: Prompt, config: SamplingConfig) -> list[int]:
-        if isinstance(prompt, str):
-            try:
-                prompt.encode()
-            except UnicodeEncodeError:
-                raise DataError("the prompt is not valid UTF-8; check the terminal's encoding") from None
-            text = self.tokenizer.encode(prompt, add_special_tokens=False)
-            tokens = [*self._start_tokens, *text] if prompt.strip() else []
-        else:
-            tokens = list(prompt)
-        if not tokens:
-            raise DataError("the prompt is empty; give some text")
-        limit = self.base.max_positions
-        if limit is not None and len(tokens) + config.max_new_tokens > limit:
-            raise ConfigError(
-                f"{len(tokens)} prompt tokens and {config.max_new_tokens} new ones exceed the base's {limit} "
-                "positions; shorten the prompt or lower --max-new-tokens"
-            )
-        return tokens
 
     def _check_budget(self, base_bytes: int) -> None:
         needed = base_bytes + self.router.num_bytes()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from growlm.engine.scheduler import Names
 from growlm.errors import ConfigError
-from growlm.modules import check_together, kind_of
+from growlm.modules import check_together
 
 if TYPE_CHECKING:
     from growlm.store import Store, StoredModule
@@ -31,6 +31,7 @@ def select(
 
     Raises:
         UnknownModuleError: no such module.
+        IntegrityError: a manifest does not say what kind of module it is.
         ConfigError: modules that cannot be active together, none in a list of them, or something that is no name.
     """
     if wanted is None:
@@ -52,7 +53,7 @@ def select(
             raise ConfigError(f"{name or 'base'} cannot be active together with others; {advice}")
     names = tuple(sorted({str(name) for name in given}))
     current = [store.module(name) for name in names]
-    check_together([(stored.name, kind_of((resident(stored.name) or stored).kind)) for stored in current])
+    check_together([(stored.name, (resident(stored.name) or stored).shape()[0]) for stored in current])
     return names
 
 

@@ -98,6 +98,8 @@ class HarnessModel(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         ids = self.engine.tokenizer.encode(string, add_special_tokens=False)
+        if ids:
+            self.engine.base.require_rows(ids, "a text of the task", self.tokenizer)
         begins = bool(self._start) and ids[:1] == self._start
         return ids if add_special_tokens is False or begins else [*self._start, *ids]
 

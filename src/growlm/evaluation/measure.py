@@ -209,6 +209,7 @@ def _read(engine: Engine, name: str, documents: Sequence[text_data.Document], co
         found = [p for p, seen_before in zip(found, before, strict=False) if seen_before < int(config.tokens)]
     if not found:
         raise DataError(f"{name}: every document is shorter than two tokens; give more text")
+    engine.base.require_rows([t for p in found for t in p.tokens], name, engine.tokenizer)
     # Documents too short to score are left out everywhere.
     numbers = {index: at for at, index in enumerate(dict.fromkeys(p.document_index for p in found))}
     owner = torch.tensor([numbers[p.document_index] for p in found])

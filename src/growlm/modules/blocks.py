@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from growlm.base import Base, Step
 from growlm.base.anatomy import anatomy_of
 from growlm.errors import IntegrityError
-from growlm.modules.contract import KnowledgeModule, ModuleConfig
+from growlm.modules.contract import KnowledgeModule, Layer, ModuleConfig
 from growlm.modules.vocabulary import VocabularyRows
 
 
@@ -33,8 +33,8 @@ class BlocksConfig(ModuleConfig):
     num_layers: int = Field(default=4, ge=1, le=1024)
     placement: Literal["top", "interleaved"] = "top"
     vocabulary: Literal["none", "head", "both"] = "head"
-    after: tuple[int, ...] = ()
-    sources: tuple[int, ...] = ()
+    after: Annotated[tuple[Layer, ...], Field(max_length=1024)] = ()
+    sources: Annotated[tuple[Layer, ...], Field(max_length=1024)] = ()
 
     def resolve(self, depth: int) -> BlocksConfig:
         """With `after` and `sources` filled in for a base of `depth` layers."""

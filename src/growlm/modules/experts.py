@@ -20,7 +20,7 @@ from growlm.errors import ConfigError
 from growlm.layers.experts import AttentionExperts, SparseFeedForward
 from growlm.layers.insertion import AttentionUnion, Beside, FeedForwardUnion, NewExperts
 from growlm.layers.losses import routing_regularisation
-from growlm.modules.contract import KnowledgeModule, ModuleConfig
+from growlm.modules.contract import KnowledgeModule, Layer, ModuleConfig, Size
 from growlm.modules.vocabulary import VocabularyRows
 
 _Number = Annotated[int, Field(ge=1, le=65_536)]
@@ -43,10 +43,10 @@ class ExpertsConfig(ModuleConfig):
 
     num_experts: _Number | tuple[_Number, ...] = 4
     num_attention_experts: _NumberOrNone | tuple[_NumberOrNone, ...] = 2
-    num_experts_per_tok: int = Field(default=2, ge=1)
-    expert_size: int | None = Field(default=None, ge=1)
-    router_size: int = Field(default=64, ge=1)
-    first_layer: int = Field(default=0, ge=0)
+    num_experts_per_tok: _Number = 2
+    expert_size: Size | None = None
+    router_size: Size = 64
+    first_layer: Layer = 0
     vocabulary: Literal["none", "head", "both"] = "head"
 
     def experts_of(self, index: int) -> int:

@@ -11,7 +11,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -24,13 +24,14 @@ from growlm.layers.pools import WithPools
 from growlm.layers.product_keys import sub_key_counts
 from growlm.layers.row_cache import CachedPool, cache_bytes
 from growlm.layers.tables import require_room_for_rows
-from growlm.modules.contract import KnowledgeModule, ModuleConfig
+from growlm.modules.contract import KnowledgeModule, Layer, ModuleConfig, Size
 from growlm.modules.vocabulary import VocabularyRows
 
 # a rows of side a, b rows of side b; every row of side a has b experts
 
 _IMITATION = 0.25  # share of the steps in which a pool in place of a feed-forward learns to compute what that does
 _TABLES = (".up", ".down")
+_Rows = Annotated[int, Field(ge=1, le=2**40)]
 
 
 class PeerConfig(ModuleConfig):
@@ -50,23 +51,23 @@ class PeerConfig(ModuleConfig):
         open_steps: of these, so many are trained; what was appended after is not there yet; recorded.
     """
 
-    num_experts: int = Field(default=16_384, ge=1)
-    layers: tuple[int, ...] | None = None
+    num_experts: _Rows = 16_384
+    layers: tuple[Layer, ...] | None = None
     replace_feed_forward: bool = False
-    num_heads: int = Field(default=8, ge=1)
-    top_k: int = Field(default=16, ge=1)
-    neurons_per_expert: int = Field(default=1, ge=1)
-    key_size: int | None = Field(default=None, ge=2)
+    num_heads: Size = 8
+    top_k: Size = 16
+    neurons_per_expert: Size = 1
+    key_size: Annotated[Size, Field(ge=2)] | None = None
     query_norm: Literal["batch", "layer", "none"] = "batch"
     vocabulary: Literal["none", "head", "both"] = "head"
-    steps: tuple[int, ...] = ()
-    open_steps: int = Field(default=0, ge=0)
+    steps: tuple[_Rows, ...] = ()
+    open_steps: Annotated[int, Field(ge=0, le=65_536)] = 0
 
     @field_validator("layers", mode="before")
     @classmethod
     def _parse(cls, value: Any) -> Any:
         if not isinstance(value, str):
-            return value
+            return tuple(value) if isinstance(value, list) else value  # as JSON has it
         try:
             return tuple(int(part) for part in value.split(","))
         except ValueError:
@@ -74,8 +75,10 @@ class PeerConfig(ModuleConfig):
 
     @model_validator(mode="after")
     def _check_steps(self) -> Self:
-        if 0 in self.steps or any(later < before for before, later in pairwise((0, *self.steps))):
-            raise ValueError(f"steps are {self.steps}: they must be positive and may not fall")
+        if any(later < before for before, later in pairwise(self.steps)):
+            raise ValueError(f"steps are {self.steps}: they may not fall")
+        if self.steps:
+            sub_key_counts(self.num_experts)
         if self.open_steps > max(len(self.steps), 1):
             raise ValueError(f"open_steps is {self.open_steps}, of {len(self.steps)} steps")
         return self

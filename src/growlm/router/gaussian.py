@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from growlm.disk.tensors import as_bytes, read_tensors
+from growlm.disk.tensors import as_bytes, read_tensors, require_kinds
 from growlm.errors import GrowlmError, IntegrityError, StoreError
 from growlm.progress import Phase, phase, track
 from growlm.router.cells import squared_distances
@@ -33,6 +33,19 @@ if TYPE_CHECKING:
 EVIDENCE = "router.safetensors"  # what every fit reads: the sum of the vectors, and the held-out texts
 VECTORS = "router-vectors.safetensors"
 
+_KINDS = {
+    EVIDENCE: {"heldout": (torch.int16, 2), "sum": (torch.int64, 1), "count": (torch.int64, 1)},
+    VECTORS: {"vectors": (torch.int16, 2)},
+    GENERAL: {"vectors": (torch.int16, 2), "heldout": (torch.int16, 2)},
+    ROUTER_SUMS: {"gram": (torch.int64, 2), "members": (torch.uint8, 1)},
+    ROUTER_FITTED: {
+        "means": (torch.float32, 2),
+        "whiten": (torch.float32, 2),
+        "limits": (torch.float32, 1),
+        "forks": (torch.int64, 1),
+        "members": (torch.uint8, 1),
+    },
+}
 _SCALE = 1024  # steps a unit: pooled states have root mean square 1 and are kept as int16
 _SHORTEST, _LONGEST = 8, 256  # tokens of the texts that the router is shown while learning
 _CUTS = 4  # lengths that each passage is cut to
@@ -186,11 +199,11 @@ def add_domain(store: Store, new: StoredModule, old: StoredModule | None) -> Non
         if sums is None:
             return
         gram, digest = sums
-        gram += _gram(_read_kept(new, VECTORS)["vectors"])
+        gram += _gram(_read_kept(new, VECTORS, len(gram))["vectors"])
         digest = _combine(digest, new, +1)
         if old is not None:
             try:
-                gram -= _gram(_read_kept(old, VECTORS)["vectors"])
+                gram -= _gram(_read_kept(old, VECTORS, len(gram))["vectors"])
                 digest = _combine(digest, old, -1)
             except StoreError:  # it had no evidence, or is damaged: that is no reason to fail, the new one is saved
                 store.router_files(ROUTER_SUMS).drop()
@@ -225,7 +238,8 @@ def _load(store: Store, modules: Sequence[StoredModule], *, whole: bool) -> Gaus
     described = store.router_files(GENERAL).digest()
     mark = _mark(modules, described)
     file = _fitted_digest(store) if whole else None
-    if whole and (fitted := _read_derived(store, ROUTER_FITTED)) is not None and _unpack(fitted["members"]) == mark:
+    fitted = _read_derived(store, ROUTER_FITTED) if whole else None
+    if fitted is not None and _unpack(fitted["members"]) == mark and len(fitted["forks"]) == len(modules):
         forks = dict(zip([m.name for m in modules], fitted["forks"].tolist(), strict=True))
         file = file if file == _fitted_digest(store) else None  # another process has replaced it meanwhile
         return _gaussian(forks, fitted["means"], fitted["whiten"], fitted["limits"], file)
@@ -237,6 +251,7 @@ def _load(store: Store, modules: Sequence[StoredModule], *, whole: bool) -> Gaus
     general = store.router_files(GENERAL).read()
     if general is None:
         raise IntegrityError(f"{store.router_path / GENERAL}: is missing; restore it, or make the store again")
+    require_kinds(store.router_path / GENERAL, general, _KINDS[GENERAL])
     gram = _current_gram(store, routed, general) if whole else _total_gram(routed, general)
     with phase("fitting the router"):
         means, whiten, limits = _fit(routed, general, gram)
@@ -283,7 +298,7 @@ def _current_gram(store: Store, modules: Sequence[StoredModule], general: dict[s
 def _total_gram(modules: Sequence[StoredModule], general: dict[str, Tensor]) -> Tensor:
     gram = _gram(general["vectors"])
     for module in track(modules, "reading the router's evidence", "modules"):
-        gram += _gram(_read_kept(module, VECTORS)["vectors"])
+        gram += _gram(_read_kept(module, VECTORS, len(gram))["vectors"])
     return gram
 
 
@@ -294,7 +309,7 @@ def _fit(modules: Sequence[StoredModule], general: dict[str, Tensor], gram: Tens
     """
     sums, counts = [], []
     for module in track(modules, "means", "modules"):
-        kept = _read_kept(module, EVIDENCE)
+        kept = _read_kept(module, EVIDENCE, len(gram))
         sums.append(kept["sum"].clone())  # not a view of the whole file
         counts.append(int(kept["count"]))
     total = torch.stack([*sums, general["vectors"].long().sum(0)]).double()
@@ -313,7 +328,7 @@ def _fit(modules: Sequence[StoredModule], general: dict[str, Tensor], gram: Tens
     means, whiten = ((means / _SCALE) @ whiten).float(), whiten.float().contiguous()
     other = _whitened(general["heldout"], whiten)
     limits = [
-        _limit(_whitened(_read_kept(module, EVIDENCE)["heldout"], whiten) - mean, other - mean)
+        _limit(_whitened(_read_kept(module, EVIDENCE, len(gram))["heldout"], whiten) - mean, other - mean)
         for module, mean in zip(track(modules, "limits", "modules"), means[:-1], strict=True)
     ]
     return means, whiten, torch.stack(limits)
@@ -338,11 +353,25 @@ def _gram(vectors: Tensor) -> Tensor:
     return (x.T @ x).to(torch.int64)
 
 
-def _read_kept(module: StoredModule, file: str) -> dict[str, Tensor]:
+def _read_kept(module: StoredModule, file: str, width: int) -> dict[str, Tensor]:
+    """
+    Args:
+        width: of the base's states.
+
+    Raises:
+        IntegrityError: the file is not what the manifest says, or not such a file.
+    """
     digest = module.manifest.files.get(file)
     if digest is None:
         raise IntegrityError(f"{module.folder}: holds no {file}; learn {module.name!r} again")
-    return read_tensors(module.folder / file, sha256=digest)
+    kept = read_tensors(module.folder / file, sha256=digest)
+    require_kinds(module.folder / file, kept, _KINDS[file])
+    count = kept.get("count", torch.ones(1))
+    if len(count) != 1 or count[0] < 1 or any(t.shape[-1] != width for name, t in kept.items() if name != "count"):
+        raise IntegrityError(
+            f"{module.folder / file}: not of states of {width} numbers, or of no text; learn {module.name!r} again"
+        )
+    return kept
 
 
 def _read_sums(store: Store) -> tuple[Tensor, int] | None:
@@ -352,7 +381,10 @@ def _read_sums(store: Store) -> tuple[Tensor, int] | None:
 
 def _read_derived(store: Store, name: str) -> dict[str, Tensor] | None:
     try:
-        return store.router_files(name).read()
+        tensors = store.router_files(name).read()
+        if tensors is not None:
+            require_kinds(name, tensors, _KINDS[name])
+        return tensors
     except IntegrityError:
         return None  # derived from the modules' own evidence: made anew
 

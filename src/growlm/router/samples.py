@@ -6,12 +6,14 @@ Bounded in bytes and hashed like every file of a module. Knows token ids and whe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from growlm.disk.tensors import read_tensors
+from growlm.errors import IntegrityError
 
 if TYPE_CHECKING:
     from growlm.store import StoredModule
@@ -41,8 +43,18 @@ def pack_samples(passages: Sequence[Sequence[int]], limit: int) -> dict[str, Ten
     }
 
 
-def unpack_samples(tensors: dict[str, Tensor]) -> list[list[int]]:
-    """The passages that `pack_samples` kept."""
+def unpack_samples(tensors: dict[str, Tensor], where: str | Path = "kept text") -> list[list[int]]:
+    """The passages that `pack_samples` kept.
+
+    Raises:
+        IntegrityError: it has kept something else.
+    """
+    kinds = {name: (t.dtype, t.ndim) for name, t in tensors.items()}
+    tokens, lengths = kinds.get("tokens"), kinds.get("lengths")
+    if len(kinds) != 2 or tokens not in ((torch.uint16, 1), (torch.int32, 1)) or lengths != (torch.int32, 1):
+        raise IntegrityError(f"{where}: holds no passages of token ids; restore the file")
+    if int(tensors["lengths"].sum()) != len(tensors["tokens"]) or bool((tensors["lengths"] < 0).any()):
+        raise IntegrityError(f"{where}: its lengths are not those of its {len(tensors['tokens'])} tokens; restore it")
     return [part.tolist() for part in tensors["tokens"].to(torch.int64).split(tensors["lengths"].tolist())]
 
 
@@ -53,4 +65,6 @@ def read_samples(module: StoredModule) -> list[list[int]]:
         IntegrityError: the file is not what the manifest says.
     """
     digest = module.manifest.files.get(SAMPLES)
-    return [] if digest is None else unpack_samples(read_tensors(module.folder / SAMPLES, sha256=digest))
+    if digest is None:
+        return []
+    return unpack_samples(read_tensors(module.folder / SAMPLES, sha256=digest), module.folder / SAMPLES)

@@ -21,6 +21,7 @@ from growlm.modules.blocks import Blocks, BlocksConfig
 from growlm.router.interface import NONE, Route, Router
 from growlm.router.samples import SAMPLES
 from growlm.store import MANIFEST, ROUTER_TRAINED
+from growlm.store.manifests import as_written, first_error
 
 if TYPE_CHECKING:
     from growlm.store import Store, StoredModule
@@ -56,9 +57,11 @@ class RouterLayers(nn.Module):
             IntegrityError: the tensors are not those of a router of this config on this base.
         """
         try:
-            shape = BlocksConfig(**config)
-        except (ValidationError, TypeError):
-            raise IntegrityError(f"{where}: its config is not that of a router; train it again") from None
+            shape = as_written(BlocksConfig, config)
+        except ValidationError as error:
+            raise IntegrityError(
+                f"{where}: its config is not that of a router ({first_error(error)}); train it again"
+            ) from None
         own = {k.removeprefix("blocks."): v for k, v in tensors.items() if k.startswith("blocks.")}
         blocks = Blocks.restore(base, shape, own, where)
         with torch.device("meta"):

@@ -1,21 +1,52 @@
-"""Manifests: the JSON files that say what a store and its folders hold. An unknown key or a newer format is refused.
+"""Manifests: the JSON files that say what a store and its folders hold. An unknown key or a newer format is refused,
+and so is a value that cannot be what its key means.
 
-Knows keys and their types; opens one file at a time and nothing else.
+Knows keys, their types and bounds; opens one file at a time and nothing else.
 """
 
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from growlm import __version__
+from growlm.disk.files import read_json
 from growlm.errors import IntegrityError, StoreError
 
 FORMAT = 1
 _M = TypeVar("_M", bound="Manifest")
+_MOST = 2**53 - 1  # the largest whole number that every reader of JSON holds exactly
+
+
+def _date(text: str) -> str:
+    datetime.fromisoformat(text)
+    return text
+
+
+def _inside(name: str) -> str:
+    if name in ("", ".", "..") or Path(name).name != name or "\0" in name:
+        raise ValueError("names a file outside its folder")
+    return name
+
+
+Count = Annotated[int, Field(ge=0, le=_MOST)]
+Version = Annotated[int, Field(ge=1, le=_MOST)]
+Fork = Annotated[int, Field(ge=0, le=65_536)]  # a base of so many layers is none; `Base` knows how many there are
+Size = Annotated[int, Field(ge=0, lt=2**63)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Seconds = Annotated[float, Field(ge=0)]
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Date = Annotated[str, StringConstraints(max_length=64), AfterValidator(_date)]
+Name = Annotated[str, StringConstraints(min_length=1, max_length=64)]
+FileName = Annotated[str, StringConstraints(max_length=255), AfterValidator(_inside)]
+Place = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00]*$")]
+Revision = Annotated[str, StringConstraints(min_length=1, max_length=255)]
+DType = Annotated[str, StringConstraints(pattern="^(float32|bfloat16|float16)$")]
+RouterKind = Annotated[str, StringConstraints(pattern="^(gaussian|product-key|transformer)$")]
 
 
 class Manifest(BaseModel):
@@ -25,71 +56,153 @@ class Manifest(BaseModel):
 class StoreManifest(Manifest):
     """store.json."""
 
-    format: int = FORMAT
-    growlm: str = __version__
-    created: str
-    base: str  # a hub id, or a folder: relative to the store where possible
-    base_revision: str | None = None  # of a hub id: the commit that the store was made for
-    base_fingerprint: str
-    tokenizer_fingerprint: str
-    dtype: str  # in which the base is held and run, and modules are saved
-    router: str = "gaussian"  # the kind that chooses
-    keep_samples: int = 0  # bytes of every domain's text, as token ids, that are kept for the router
+    format: int = Field(default=FORMAT, ge=1)
+    growlm: Name = __version__
+    created: Date
+    base: Place  # a hub id, or a folder: relative to the store where possible
+    base_revision: Revision | None = None  # of a hub id: the commit that the store was made for
+    base_fingerprint: Digest
+    tokenizer_fingerprint: Digest
+    dtype: DType  # in which the base is held and run, and modules are saved
+    router: RouterKind = "gaussian"  # the kind that chooses
+    keep_samples: Size = 0  # bytes of every domain's text, as token ids, that are kept for the router
+
+
+class _Record(BaseModel):
+    """What a manifest says of a training, for those who read it on. Of other keys nothing is asked."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class _GrowthStep(_Record):
+    experts: Annotated[list[Count], Field(min_length=2, max_length=2)]
+    seed: Seed = 0
+    tokens: Count = 0
+    evidence: dict[str, Count] = {}
+    run: Digest | None = None
+    loss_before: float | None = None
+    loss_after: float | None = None
+    seconds: Seconds = 0
+
+
+class _ModuleTraining(_Record):
+    sources: list[dict[str, Any]] = []
+    replayed: list[dict[str, Any]] = []
+    documents: Count = 0
+    tokens: Count = 0
+    seed: Seed = 0
+    settings: dict[str, Any] = {}
+    run: Digest | None = None
+    loss_before: float | None = None
+    loss_after: float | None = None
+    seconds: Seconds = 0
+    growth: list[_GrowthStep] = []
+    pruned: list[dict[str, Any]] = []
+    probe: dict[str, Any] = {}
+
+
+class _RouterTraining(_Record):
+    samples: dict[Name, Digest] = {}
+    settings: dict[str, Any] = {}
+    tokens: Count = 0
+    heldout: Count = 0
+    seconds: Seconds = 0
+    accuracy: Annotated[float, Field(ge=0, le=1)] | None = None
 
 
 class ModuleManifest(Manifest):
     """module.json of one version of one module."""
 
-    format: int = FORMAT
-    growlm: str = __version__
-    created: str
-    name: str
-    version: int
-    kind: str
+    format: int = Field(default=FORMAT, ge=1)
+    growlm: Name = __version__
+    created: Date
+    name: Name
+    version: Version
+    kind: Name
     config: dict[str, Any]
-    fork: int  # first base layer whose output it changes
-    base_fingerprint: str
-    tokenizer_fingerprint: str
-    dtype: str
-    files: dict[str, str]  # sha256 of every file beside this one
-    bytes: int
-    parameters: int
+    fork: Fork  # first base layer whose output it changes
+    base_fingerprint: Digest
+    tokenizer_fingerprint: Digest
+    dtype: DType
+    files: dict[FileName, Digest]  # sha256 of every file beside this one
+    bytes: Count
+    parameters: Count
     training: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _agrees(self) -> ModuleManifest:
+        _require_record(_ModuleTraining, self.training)
+        if self.parameters > self.bytes:
+            raise ValueError(f"parameters is {self.parameters}, more than its bytes, {self.bytes}")
+        return self
 
 
 class RouterManifest(Manifest):
     """router.json beside tensors that the router keeps."""
 
-    format: int = FORMAT
-    growlm: str = __version__
-    created: str
-    files: dict[str, str]
+    format: int = Field(default=FORMAT, ge=1)
+    growlm: Name = __version__
+    created: Date
+    files: dict[FileName, Digest]
     config: dict[str, Any] = {}  # of a router that is trained: its shape
-    modules: dict[str, tuple[int, int]] = {}  # which it knows: version and fork
+    modules: dict[Name, tuple[Version, Fork]] = {}  # which it knows: version and fork
     training: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _agrees(self) -> RouterManifest:
+        _require_record(_RouterTraining, self.training)
+        return self
+
+
+def _require_record(kind: type[_Record], training: dict[str, Any]) -> None:
+    try:
+        kind.model_validate(training)
+    except ValidationError as error:
+        raise ValueError(f"training: {first_error(error)}") from None
 
 
 def read_manifest(path: Path, kind: type[_M]) -> _M:
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path)
     except FileNotFoundError:
         raise IntegrityError(f"{path}: file is missing; restore it") from None
-    except (ValueError, OSError, RecursionError) as error:
+    except (ValueError, OSError) as error:
         raise IntegrityError(f"{path}: not readable JSON ({error}); restore it") from None
     found = content.get("format") if isinstance(content, dict) else None
     if isinstance(found, float | str):
-        raise StoreError(f"{path}: format {found!r}, this growlm reads up to {FORMAT}; install a newer growlm")
+        raise StoreError(f"{path}: format {shortened(found)}, this growlm reads up to {FORMAT}; install a newer growlm")
     if isinstance(found, int) and found > FORMAT:
-        raise StoreError(f"{path}: format {found}, this growlm reads up to {FORMAT}; install a newer growlm")
+        raise StoreError(f"{path}: format {shortened(found)}, this growlm reads up to {FORMAT}; install a newer growlm")
     try:
-        return kind.model_validate(content)
+        return as_written(kind, content)
     except ValidationError as error:
         raise IntegrityError(f"{path}: {first_error(error)}; restore it or use the growlm that wrote it") from None
 
 
+_B = TypeVar("_B", bound=BaseModel)
+
+
+def as_written(kind: type[_B], content: Any) -> _B:
+    """What JSON says, of exactly the types that were written: no text for a number, no number for yes or no.
+
+    Raises:
+        ValidationError: it says something else.
+    """
+    return kind.model_validate_json(json.dumps(content), strict=True)
+
+
 def first_error(error: ValidationError) -> str:
     first = error.errors()[0]
-    where = ".".join(str(p) for p in first["loc"])
+    where = shortened(".".join(str(p) for p in first["loc"] if p != "[key]"))
     if first["type"] == "extra_forbidden":
-        return f"unknown key {where!r}"
-    return f"{where}: {first['msg']}"
+        return f"unknown key {where}"
+    where, message = where[1:-1], first["msg"].removeprefix("Value error, ")
+    if not where:
+        return message
+    return f"{where}: {message}" if first["type"] == "missing" else f"{where} is {shortened(first['input'])}: {message}"
+
+
+def shortened(value: Any) -> str:
+    """A value for a message of one line."""
+    told = repr(value)
+    return told if len(told) <= 60 else f"{told[:60]}..."

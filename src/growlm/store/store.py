@@ -6,6 +6,7 @@ A module is a folder that appears by one rename, its manifest written last. Noth
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,14 @@ from growlm.disk.files import (
     write_atomic,
 )
 from growlm.disk.tensors import map_tensors, read_tensors, write_tensors
-from growlm.errors import BaseModelError, ConfigError, IntegrityError, StoreError, UnknownModuleError
+from growlm.errors import (
+    BaseModelError,
+    ConfigError,
+    GrowlmWarning,
+    IntegrityError,
+    StoreError,
+    UnknownModuleError,
+)
 from growlm.progress import track
 from growlm.store.manifests import ModuleManifest, StoreManifest, read_manifest
 from growlm.store.router_files import (
@@ -91,7 +99,8 @@ class Store(StoreBase):
             raise StoreError(f"dtype {dtype!r} is not one of auto, {', '.join(checkpoint.DTYPES)}")
         kept = _samples_for(router, keep_samples)
         folder = checkpoint.resolve(base)
-        checkpoint.check(folder)
+        for remark in checkpoint.check(folder):
+            warnings.warn(remark, GrowlmWarning, stacklevel=2)
         local = Path(base).expanduser().is_dir()
         manifest = StoreManifest(
             created=now(),
@@ -295,6 +304,11 @@ class Store(StoreBase):
         if base.device.type != "cpu":
             tensors = {k: v if on_disk(k) else v.to(base.device) for k, v in tensors.items()}
         module = kind.restore(base, config, tensors, where)
+        if (fork := stored.fork_on(base.num_layers)) != module.fork:
+            raise IntegrityError(
+                f"{stored.folder / MANIFEST}: fork is {fork}, its config says {module.fork}; restore it or learn "
+                f"{name!r} again"
+            )
         if row_cache is not None:
             module.keep_rows(row_cache)
         module.identity = f"{name}@{stored.version}:{digest}"

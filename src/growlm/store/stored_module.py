@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from growlm.disk.tensors import outline
 from growlm.errors import ConfigError, IntegrityError, StoreError
-from growlm.store.manifests import ModuleManifest, first_error, read_manifest
+from growlm.store.manifests import ModuleManifest, as_written, first_error, read_manifest
 
 if TYPE_CHECKING:
     from growlm.modules import KnowledgeModule
@@ -54,8 +54,32 @@ class StoredModule:
 
     @property
     def bytes(self) -> int:
-        """Bytes of its weights once loaded."""
+        """Bytes of its weights once loaded.
+
+        Raises:
+            IntegrityError: more than the file has.
+        """
+        weights = self.folder / WEIGHTS
+        if weights.is_file() and self.manifest.bytes > (size := weights.stat().st_size):
+            raise IntegrityError(
+                f"{self.folder / MANIFEST}: bytes is {self.manifest.bytes}, {WEIGHTS} has {size} in all; restore it or "
+                f"learn {self.name!r} again"
+            )
         return self.manifest.bytes
+
+    def fork_on(self, num_layers: int) -> int:
+        """First layer whose output it changes, on a base of `num_layers`.
+
+        Raises:
+            IntegrityError: such a base has no such layer.
+        """
+        fork = self.manifest.fork
+        if fork > num_layers:
+            raise IntegrityError(
+                f"{self.folder / MANIFEST}: fork is {fork}, on this base it is from 0 to {num_layers}; restore it or "
+                f"learn {self.name!r} again"
+            )
+        return fork
 
     def bytes_with(self, row_cache: int | None) -> int:
         """Bytes that it takes in memory when it is loaded with such a `row_cache`.
@@ -72,21 +96,22 @@ class StoredModule:
         """Its kind, and the kind's config as it was saved.
 
         Raises:
-            IntegrityError: the config is not one of the kind.
+            IntegrityError: there is no such kind, or the config is not one of it.
         """
         from growlm.modules import kind_of
 
-        kind = kind_of(self.manifest.kind)
         try:
-            return kind, kind.Config.model_validate(self.manifest.config)
-        except ValidationError as error:
-            raise IntegrityError(f"{self.folder / MANIFEST}: config: {first_error(error)}") from None
+            kind = kind_of(self.manifest.kind)
+            return kind, as_written(kind.Config, self.manifest.config)
+        except (ValidationError, ConfigError) as error:
+            what = first_error(error) if isinstance(error, ValidationError) else str(error)
+            raise IntegrityError(f"{self.folder / MANIFEST}: {what}; restore it or learn {self.name!r} again") from None
 
     def about(self) -> str:
         """What its shape says in a few words; empty where it cannot be understood."""
         try:
             return self.shape()[1].about()
-        except (ConfigError, IntegrityError):
+        except IntegrityError:
             return ""
 
     @property

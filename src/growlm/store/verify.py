@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 from growlm.base import checkpoint
 from growlm.disk.files import sha256_file
+from growlm.disk.tensors import outline
 from growlm.errors import GrowlmError
 from growlm.progress import phase
 from growlm.store.manifests import RouterManifest, read_manifest
 from growlm.store.router_files import GENERAL
-from growlm.store.stored_module import MANIFEST, StoredModule
+from growlm.store.stored_module import MANIFEST, WEIGHTS, StoredModule
 from growlm.store.versions import ROUTER_MANIFEST
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def _bytes_on_disk(store: Store) -> int:
 
 def _problems(store: Store) -> list[str]:
     problems: list[str] = []
+    depth: int | None = None
     try:
         folder = store.base_folder
         if checkpoint.fingerprint(folder, sha256_file) != store.manifest.base_fingerprint:
@@ -47,6 +49,7 @@ def _problems(store: Store) -> list[str]:
         if checkpoint.tokenizer_fingerprint(folder) != store.manifest.tokenizer_fingerprint:
             problems.append(f"{folder}: not the tokenizer that this store was made for")
         checkpoint.check(folder)
+        depth = checkpoint.read_config(folder).num_hidden_layers
     except GrowlmError as error:
         problems.append(str(error))
     for folder in sorted(store.router_path.glob("*/*")):
@@ -59,12 +62,13 @@ def _problems(store: Store) -> list[str]:
     for name, versions in store.versions():
         for version in versions:
             folder = store.path / "modules" / name / str(version)
+            stored = StoredModule(name, version, folder)
             try:
-                manifest = StoredModule(name, version, folder).manifest
+                manifest = stored.manifest
             except GrowlmError as error:
                 problems.append(str(error))
                 continue
-            problems += _check_files(folder, manifest.files)
+            problems += _check_files(folder, manifest.files) or _check_sizes(stored, depth)
             for field in ("base_fingerprint", "tokenizer_fingerprint", "dtype"):
                 if getattr(manifest, field) != getattr(store.manifest, field):
                     problems.append(f"{folder / MANIFEST}: {field} is not the store's")
@@ -79,10 +83,29 @@ def _check_files(folder: Path, files: Mapping[str, str]) -> list[str]:
     problems = []
     for name, digest in files.items():
         path = folder / name
-        if Path(name).name != name:
-            problems.append(f"{folder}: manifest names a file outside its folder: {name!r}")
-        elif not path.is_file():
+        if not path.is_file():
             problems.append(f"{path}: file is missing")
         elif (found := sha256_file(path)) != digest:
             problems.append(f"{path}: sha256 {found[:12]}..., manifest says {digest[:12]}...")
     return problems
+
+
+def _check_sizes(stored: StoredModule, depth: int | None) -> list[str]:
+    """What a manifest says of weights that are as they were saved.
+
+    Args:
+        depth: layers of the base, where they are known.
+    """
+    path = stored.folder / MANIFEST
+    try:
+        stored.shape()
+        if depth is not None:
+            stored.fork_on(depth)
+        sizes = [(t.numel(), t.element_size()) for t in outline(stored.folder / WEIGHTS).values()]
+    except GrowlmError as error:
+        return [str(error)]
+    if (found := sum(n * size for n, size in sizes)) != stored.manifest.bytes:
+        return [f"{path}: bytes is {stored.manifest.bytes}, the weights take {found}"]
+    if (found := sum(n for n, _ in sizes)) < stored.manifest.parameters:
+        return [f"{path}: parameters is {stored.manifest.parameters}, the weights have {found} numbers"]
+    return []

@@ -5,7 +5,8 @@ Knows files of text, token ids and a base; nothing of modules and how they are t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -99,6 +100,16 @@ class Tokens:
     heldout: list[list[int]]
     begin: list[int]
 
+    def require_rows(self, base: Base, where: str, tokenizer: Any) -> None:
+        """
+        Raises:
+            DataError: a token that the base has no row for.
+        """
+        for packed in (self.packed, self.replay):
+            if packed is not None:
+                base.require_rows(packed.tokens, where, tokenizer)
+        base.require_rows([*self.begin, *itertools.chain(*self.heldout)], where, tokenizer)
+
     def loss(self, modules: ModuleSet) -> float:
         """Nats a token on held-out text."""
         by = "module" if modules.modules else "base"
@@ -190,13 +201,26 @@ def joined(old: Files, new: Files) -> tuple[Files, dict[str, int]]:
 
 
 def parted(files: Files, counts: Mapping[str, int]) -> Files:
-    """Evidence without the last of it, as many as `joined` counted."""
+    """Evidence without the last of it, as many as `joined` counted.
+
+    Raises:
+        KeyError: a count is missing.
+        ValueError: a count of all there is or more.
+    """
     left = dict(files)
     if router.VECTORS in files:
-        left |= router.files_of({key: t[: len(t) - counts[key]] for key, t in _vectors(files).items()})
+        kept = {key: t[: _left(t, counts[key])] for key, t in _vectors(files).items()}
+        left |= router.files_of(kept)
     if router.SAMPLES in files and counts["samples"]:
-        left[router.SAMPLES] = _packed(router.unpack_samples(files[router.SAMPLES])[: -counts["samples"]])
+        passages = router.unpack_samples(files[router.SAMPLES])
+        left[router.SAMPLES] = _packed(passages[: _left(passages, counts["samples"])])
     return left
+
+
+def _left(rows: Sized, count: int) -> int:
+    if not 0 <= count < len(rows):
+        raise ValueError(f"{count} of {len(rows)}")
+    return len(rows) - count
 
 
 def _vectors(files: Files) -> dict[str, Tensor]:

@@ -48,7 +48,7 @@ def describe_general(store: Store, base: Base, tokenizer: Any, paths: Sequence[s
 def general_samples(store: Store, base: Base, tokenizer: Any) -> list[list[int]]:
     """General text for a router that is trained on it: what was kept, or else what `ensure_general` would show."""
     kept = store.router_files(GENERAL_SAMPLES).read()
-    if kept is not None and (passages := unpack_samples(kept)):
+    if kept is not None and (passages := unpack_samples(kept, store.router_path / GENERAL_SAMPLES)):
         return passages
     train, heldout = _texts(store, base, tokenizer)
     return [*train, *heldout]
@@ -75,6 +75,8 @@ def _from_files(base: Base, tokenizer: Any, paths: Sequence[str | Path]) -> tupl
     documents = text_data.read(paths).documents
     length = min(_LENGTH, base.max_positions or _LENGTH)
     found = [p.tokens for p in text_data.passages(documents, tokenizer, length)]
+    if found:
+        base.require_rows([t for tokens in found for t in tokens], ", ".join(map(str, paths)), tokenizer)
     if len(found) < 4:
         raise DataError(f"{', '.join(map(str, paths))}: too little text to learn what general text is; give more")
     order = np.random.default_rng(0).permutation(len(found))[:_SAMPLES]
@@ -88,6 +90,7 @@ def _written_by_base(base: Base, tokenizer: Any, *, texts: int = 96, tokens: int
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
         raise DataError(f"{base.where}: its tokenizer has no end-of-text token; give general text with --general")
+    base.require_rows([start], f"{base.where}: a text of its own", tokenizer)
     generator = torch.Generator(base.device).manual_seed(0)
     tokens = min(tokens, base.max_positions or tokens)
     ids = new = torch.full((texts, 1), start, device=base.device)

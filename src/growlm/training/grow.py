@@ -125,7 +125,7 @@ def take_back(store: Store, name: str, *, device: str | torch.device = "auto") -
         files = evidence_beside(stored)
         try:
             files = parted(files, steps[-1]["evidence"])
-        except (KeyError, TypeError):
+        except (KeyError, TypeError, ValueError):
             raise _unrecorded(stored) from None
         return _commit(store, stored, base, module.taken_back(base), steps[:-1], files)
 
@@ -192,6 +192,7 @@ def _train(
     with run_folder(folder_of(store, name, run), busy, restart=restart) as work:
         base, module = _load(store, stored, placement.device)
         require_positions(base, config)
+        tokens.require_rows(base, body.where, tokenizer)
         served = base.dtype
         if not router.has_general(store):
             ensure_general(store, base, tokenizer)
@@ -259,12 +260,15 @@ def _result(stored: StoredModule, before: PeerConfig, step: dict[str, Any] | Non
     numbers = (stored.name, stored.version, before.steps[-1] * b, shape.steps[-1] * b, shape.rows_open * b)
     if step is None:
         return GrowResult(*numbers)
-    speed = step["tokens"] / max(step["seconds"], 1e-9)
     name, version, _, experts, opened = numbers
-    return GrowResult(
-        name, version, step["experts"][0], experts, opened, step["loss_before"], step["loss_after"], step["tokens"],
-        step["seconds"], speed, router,
-    )  # fmt: skip
+    try:
+        speed = step["tokens"] / max(step["seconds"], 1e-9)
+        return GrowResult(
+            name, version, step["experts"][0], experts, opened, step["loss_before"], step["loss_after"],
+            step["tokens"], step["seconds"], speed, router,
+        )  # fmt: skip
+    except KeyError:
+        raise _unrecorded(stored) from None
 
 
 def _number(experts: int | str) -> int:

@@ -13,11 +13,11 @@ from typing import Any
 
 from growlm import router
 from growlm.base.placement import Placement
-from growlm.errors import StoreError
+from growlm.errors import IntegrityError, StoreError
 from growlm.modules import ModuleSet, kind_of
 from growlm.modules.probe import probe
 from growlm.progress import reporting, say
-from growlm.store import Store, StoredModule
+from growlm.store import MANIFEST, Store, StoredModule
 from growlm.training.body import Body, bytes_to_keep, require_positions
 from growlm.training.config import LearnConfig
 from growlm.training.general import ensure_general
@@ -116,6 +116,7 @@ def _learn(
     with run_folder(folder_of(store, name, run), busy, restart=restart) as work:
         base = store.load_base(device=placement.device)
         require_positions(base, config)
+        tokens.require_rows(base, body.where, tokenizer)
         # The router is only shown what the engine will show it: the base in the store's dtype.
         served = base.dtype
         if not router.has_general(store):
@@ -175,10 +176,14 @@ def _unfinished(store: Store, current: StoredModule | None) -> str | None:
 
 def _result(stored: StoredModule, trained_router: int | None) -> LearnResult:
     said = stored.manifest.training
-    tokens, seconds = said["tokens"], said["seconds"]
-    speed = tokens / max(seconds, 1e-9)
+    try:
+        tokens, seconds, before, after = (said[key] for key in ("tokens", "seconds", "loss_before", "loss_after"))
+    except KeyError as error:
+        raise IntegrityError(
+            f"{stored.folder / MANIFEST}: training: {error} is missing; restore it or learn {stored.name!r} again"
+        ) from None
     return LearnResult(
-        stored.name, stored.version, said["loss_before"], said["loss_after"], tokens, seconds, speed, trained_router
+        stored.name, stored.version, before, after, tokens, seconds, tokens / max(seconds, 1e-9), trained_router
     )
 
 

@@ -21,7 +21,7 @@ from types import FrameType
 import torch
 from torch import Tensor, nn
 
-from growlm.disk.files import write_atomic
+from growlm.disk.files import read_json, write_atomic
 from growlm.disk.tensors import read_tensors, write_tensors
 from growlm.errors import IntegrityError, Interrupted, TrainingError
 from growlm.progress import phase
@@ -82,7 +82,7 @@ def train(
     """
     optimizer = make_optimizer(parameters, lr=learning_rate, weight_decay=config.weight_decay, decay=decay)
     buffers = buffers or {}
-    done, spent = _restore(folder, parameters, buffers, optimizer)
+    done, spent = _restore(folder, parameters, buffers, optimizer, num_steps)
     started = saved = time.monotonic()
     smooth: float | None = None
     tokens = 0
@@ -143,9 +143,10 @@ class _Pointer:
 def _pointer(folder: Path) -> _Pointer | None:
     path = folder / _POINTER
     try:
-        pointer = _Pointer(**json.loads(path.read_bytes()))
+        pointer = _Pointer(**read_json(path))
         types = [type(value) for value in astuple(pointer)]
-        if types != [int, float, str, str] or pointer.file != _file_of(pointer.step):
+        bounded = types == [int, float, str, str] and pointer.step > 0 and pointer.seconds >= 0
+        if not bounded or pointer.file != _file_of(pointer.step):
             raise ValueError(f"not what a run writes: {pointer}")
     except FileNotFoundError:
         return None
@@ -193,11 +194,17 @@ def _save(
 
 @torch.no_grad()
 def _restore(
-    folder: Path, parameters: Mapping[str, nn.Parameter], buffers: Mapping[str, Tensor], optimizer: RowAdamW
+    folder: Path,
+    parameters: Mapping[str, nn.Parameter],
+    buffers: Mapping[str, Tensor],
+    optimizer: RowAdamW,
+    num_steps: int,
 ) -> tuple[int, float]:
     pointer = _pointer(folder)
     if pointer is None:
         return 0, 0.0
+    if pointer.step > num_steps:  # more than this run has: not its checkpoint
+        raise _damaged(folder / _POINTER)
     path = folder / pointer.file
     try:
         tensors = read_tensors(path, sha256=pointer.sha256)

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from growlm import data as text_data
 from growlm.base import Base
 from growlm.base.placement import Placement
+from growlm.errors import ConfigError
 from growlm.layers.cross_entropy import linear_cross_entropy
 from growlm.layers.losses import load_concentration
 from growlm.layers.pools import imitation
@@ -23,6 +25,7 @@ from growlm.modules import KnowledgeModule, ModuleSet
 from growlm.modules.scoring import passage_losses
 from growlm.modules.vocabulary import choose_rows
 from growlm.progress import phase
+from growlm.store.manifests import first_error
 from growlm.training.body import sample_passages
 from growlm.training.config import LearnConfig, ModuleTrainConfig
 from growlm.training.features import FeatureCache
@@ -70,7 +73,11 @@ class ModuleTraining:
             _set(weights, stored)
             given = {k: getattr(config, k, None) for k in module.Config.model_fields}
             settings = {k: v for k, v in given.items() if v is not None}
-            self.module = module.create(base, module.Config(**settings), row_ids)
+            try:
+                shape = module.Config(**settings)
+            except ValidationError as error:
+                raise ConfigError(first_error(error)) from None
+            self.module = module.create(base, shape, row_ids)
             _set(weights, rounded)
             self.module.open()
             self.module.begin_training()

@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from growlm import data as text_data
 from growlm.base import Base
 from growlm.base.placement import Placement
-from growlm.errors import IntegrityError, StoreError
+from growlm.errors import ConfigError, IntegrityError, StoreError
 from growlm.progress import reporting, say, track
 from growlm.router import EVIDENCE, SAMPLES, read_samples
 from growlm.router.transformer import RouterLayers, compare, samples_of
@@ -93,6 +94,7 @@ def _train_router(store: Store, config: RouterConfig, base: Base | None, restart
     _require_kept(store, [m.name for m, passages in zip(modules, kept, strict=True) if not passages])
     kept.append(general_samples(store, base, tokenizer))
     begin = text_data.start_tokens(tokenizer)
+    base.require_rows([t for passages in kept for p in passages for t in p], f"{store.path}: kept text", tokenizer)
     length = min(config.sequence_length, base.max_positions or config.sequence_length)
     rows = _Rows(kept, config, begin, length)
 
@@ -188,8 +190,10 @@ def last_config(store: Store, device: str = "auto") -> RouterConfig:
     newest = files.manifest()
     try:
         settings = newest.training["settings"] if newest else {}
+        # Of types the class asks nothing.
+        TypeAdapter(RouterConfig).validate_json(json.dumps(settings), strict=True)
         return RouterConfig(**{**settings, "device": device})
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, ValidationError, ConfigError):
         raise IntegrityError(
             f"{files.folder}: its newest version does not say how it was trained; take it away with growlm router "
             f"{store.path} --remove-version {max(files.versions(), default=1)}"
@@ -204,7 +208,12 @@ def _known(store: Store, samples: Mapping[str, str]) -> set[str]:
 def _result(version: int, manifest: RouterManifest) -> RouterResult:
     said = manifest.training
     return RouterResult(
-        version, len(manifest.modules), said["accuracy"], said["heldout"], said["tokens"], said["seconds"]
+        version,
+        len(manifest.modules),
+        said.get("accuracy"),
+        said.get("heldout", 0),
+        said.get("tokens", 0),
+        said.get("seconds", 0.0),
     )
 
 

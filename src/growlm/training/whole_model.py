@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -160,6 +161,8 @@ def _run(
     base = Base(model, str(out), freeze=False)
     if base.max_positions is not None and config.sequence_length > base.max_positions:
         raise ConfigError(f"sequence_length is {config.sequence_length}; the config has {base.max_positions} positions")
+    for read in (packed.tokens, np.concatenate(heldout)):
+        base.require_rows(read, f"{out}: its text", tokenizer)
     check_segments(
         base,
         config.sequence_length,

@@ -212,6 +212,7 @@ def count_usage(
         passages = _first(documents, tokenizer, sequence_length, tokens)
         if not passages:
             raise DataError(f"{', '.join(map(str, paths))}: text shorter than two tokens; give more text")
+        modules.base.require_rows([t for p in passages for t in p], ", ".join(map(str, paths)), tokenizer)
         counts[domain] = [torch.zeros(p.num_experts, dtype=torch.int64) for p in places]
         read[domain] = sum(map(len, passages))
         counter = PoolCounter(modules)
