@@ -25,6 +25,7 @@ WHOLE = [
     "tests/gpu/test_gpu_learn.py::test_it_learns_in_the_devices_own_precision[float32-peer]",
     "tests/gpu/test_gpu_learn.py::test_it_learns_in_the_devices_own_precision[bfloat16-blocks]",
     "tests/gpu/test_gpu_pretrain.py::test_in_the_devices_own_precision_and_the_checkpoint_loads[ModuleFormer, random]",
+    "tests/gpu/test_gpu_surgery.py",
     "tests/gpu/test_gpu_engine.py::test_mixing[llama]",
     "tests/gpu/test_gpu_engine.py::test_a_stream_is_the_answer_in_pieces[llama]",
     "tests/gpu/test_gpu_engine.py::test_experts_on_the_disk[llama-64MB]",
