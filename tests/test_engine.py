@@ -914,8 +914,9 @@ def test_a_damaged_newer_version_does_not_stop_the_one_in_memory(pools, place, f
 
 def test_weights_of_other_bytes_than_the_manifest_says_are_refused(home):
     store = Store.open(home / "store")
-    edit(store.module("digits").folder / "module.json", bytes=7)
-    with Engine(store) as engine, pytest.raises(IntegrityError, match="says 7 bytes"):
+    stored = store.module("digits")
+    edit(stored.folder / "module.json", bytes=stored.bytes + 7)
+    with Engine(store) as engine, pytest.raises(IntegrityError, match=f"says {stored.bytes + 7:,} bytes"):
         engine.generate("abc", module="digits", max_new_tokens=1)
 
 

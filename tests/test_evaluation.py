@@ -486,13 +486,13 @@ def test_a_module_that_diverged_is_named_and_the_others_are_measured(store, data
     assert summary({**result, "perplexity": found.perplexity, "matrix": found.matrix}) == summary(result)
 
 
-@pytest.mark.parametrize("record", [{}, {"base": None}, {"module": {}}, {"module": {"logits": 3, "loss": "x"}}, 3])
+@pytest.mark.parametrize("record", [{}, {"base": None}, {"module": {}}, {"module": {"logits": 3, "loss": "x"}}])
 def test_a_record_that_is_no_record_stops_nothing(store, data, record):
     path = store.path / "modules" / "letters" / "1" / "module.json"
     edit(path, training={**json.loads(path.read_text())["training"], "probe": record})
     result = evaluate(store, {"digits": data["digits"]}, CONFIG)
     assert result.forgetting == 0
-    assert ("letters" in result.forgetting_detail["not_comparable"]) == isinstance(record, dict)
+    assert "letters" in result.forgetting_detail["not_comparable"]
 
 
 def test_a_loss_that_is_no_number_has_no_colour():

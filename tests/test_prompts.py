@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from growlm.chat import Chat
 from growlm.surgery.usage import count_usage, open_modules
 from lm_eval.api.instance import Instance
 from transformers import AutoTokenizer
@@ -19,6 +18,7 @@ from disk import write_jsonl
 from growlm import cli
 from growlm.base import Base
 from growlm.engine import Engine
+from growlm.engine.chat import Chat
 from growlm.errors import ClosedError, ConfigError, DataError, GrowlmError, GrowlmWarning
 from growlm.evaluation import EvalConfig, evaluate
 from growlm.evaluation.harness import HarnessModel

@@ -380,9 +380,9 @@ def test_general_text_that_was_given_is_none_to_a_router_that_is_trained_later(t
     describe_general(store, base, tokenizer, [text])
     store.set_router("gaussian", keep_samples=50_000)
     learn(store, "other", [corpus], LearnConfig(**SMALL))
-    found = general_samples(store, base, tokenizer, False)
+    found = general_samples(store, base, tokenizer)
     assert sorted(tokenizer.decode(t) for t in found) == sorted(lines)
-    assert general_samples(made, base, tokenizer, False) != found  # what lies beside the base
+    assert general_samples(made, base, tokenizer) != found  # what lies beside the base
 
 
 def test_kept_text_is_of_the_whole_corpus_whatever_its_tokens_take(tmp_path):

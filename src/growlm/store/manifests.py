@@ -7,6 +7,7 @@ Knows keys, their types and bounds; opens one file at a time and nothing else.
 from __future__ import annotations
 
 import json
+import re
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -199,7 +200,16 @@ def first_error(error: ValidationError) -> str:
     where, message = where[1:-1], first["msg"].removeprefix("Value error, ")
     if not where:
         return message
-    return f"{where}: {message}" if first["type"] == "missing" else f"{where} is {shortened(first['input'])}: {message}"
+    if first["type"] == "missing":
+        return f"{where}: {message}"
+    # As our own messages say it.
+    message = re.sub(r"^Input should be (a valid )?", "expected ", message)
+    message = message.replace("less than or equal to", "at most").replace("greater than or equal to", "at least")
+    return (
+        f"{where} is {shortened(first['input'])}, {message}"
+        if message.startswith("expected")
+        else (f"{where} is {shortened(first['input'])}: {message}")
+    )
 
 
 def shortened(value: Any) -> str:
