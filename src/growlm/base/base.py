@@ -106,9 +106,9 @@ class Base:
         made_for: int | None = getattr(self.config, "max_position_embeddings", None)
         rope = getattr(self.config, "rope_parameters", None) or {}
         original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
-        if made_for is not None and original and factor:  # configs of stretched positions may still give the first
-            return max(made_for, int(original * factor))
-        return made_for
+        if made_for is None or not isinstance(original, int) or not isinstance(factor, int | float):
+            return made_for
+        return max(made_for, int(original * factor))  # configs of stretched positions may still give the first
 
     def require_rows(self, ids: Any, what: str, tokenizer: Any = None) -> None:
         """Checks token ids, a list, array or tensor of at least one, before they meet a table of rows: on a GPU one

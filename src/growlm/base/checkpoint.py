@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from growlm.base import tensor_bytes
-from growlm.base.anatomy import anatomy_of
+from growlm.base.anatomy import FAMILIES, anatomy_of
+from growlm.base.settings import (
+    check_generation_config,
+    config_settings,
+    foreign,
+    read_object,
+    require_read_settings,
+    shortened,
+)
+from growlm.base.tokenizer import read_tokenizer
 from growlm.disk.files import sha256_file
 from growlm.errors import BaseModelError
 from growlm.progress import phase
@@ -85,22 +94,12 @@ def read_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     path = folder / "config.json"
-    try:
-        family = json.loads(path.read_text()).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise BaseModelError(f"{path}: not a readable config ({error})") from None
-    try:
+    with foreign(path):
+        config_settings(path, FAMILIES)
         config = AutoConfig.from_pretrained(folder)
-    except Exception as error:
-        anatomy_of(_Named(family), str(folder))  # an unknown family has a better message of our own
-        raise BaseModelError(f"{path}: {str(error).splitlines()[0]}") from None
+        require_read_settings(path, config)
     anatomy_of(config, str(folder))
     return config
-
-
-class _Named:
-    def __init__(self, model_type: str | None) -> None:
-        self.model_type = model_type
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -114,12 +113,12 @@ def weight_files(folder: Path) -> list[Path]:
         raise BaseModelError(f"{folder}: holds an adapter, which transformers would load too; merge it or move it away")
     if index.is_file() and not (folder / "model.safetensors").is_file():  # as transformers chooses
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            names = sorted(set(read_object(index)["weight_map"].values()))
+        except (KeyError, TypeError, AttributeError) as error:
             raise BaseModelError(f"{index}: not a readable index ({error})") from None
         for name in names:
             if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name or "\0" in name:
-                raise BaseModelError(f"{index}: names {name!r}, which is no file beside it; restore the index")
+                raise BaseModelError(f"{index}: names {shortened(name)}, which is no file beside it; restore the index")
     else:
         names = ["model.safetensors"]
     for name in names:
@@ -132,12 +131,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def fingerprint(folder: Path, sha256: Callable[[Path], str] = sha256_file) -> str:
     """Identity of a base: hash of its config, less what does not change the computation, and of its weights."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text())
-        kept = {k: v for k, v in config.items() if k not in _VOLATILE}
-    except (OSError, ValueError, AttributeError) as error:
-        raise BaseModelError(f"{path}: not a readable config ({error})") from None
+    kept = {k: v for k, v in read_object(folder / "config.json").items() if k not in _VOLATILE}
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
     for file in weight_files(folder):
         digest.update(f"\n{file.name} {sha256(file)}".encode())
@@ -197,6 +191,19 @@ def check(folder: Path) -> list[str]:
     Raises:
         BaseModelError: truncated files, weights that are missing or do not fit the config, an unreadable tokenizer.
     """
+    rows = _check_weights(folder)
+    tokens = 1 + max(load_tokenizer(folder).get_vocab().values(), default=-1)
+    if tokens <= rows:
+        return []
+    return [
+        f"{folder}: its tokenizer knows {tokens:,} tokens, the model has rows for {rows:,}: text with a token beyond "
+        "those is refused"
+    ]
+
+
+def _check_weights(folder: Path) -> int:
+    """Compares names and shapes in the files' headers with what the config asks for, before anything is made of it.
+    Returns the vocabulary's size."""
     model, stored = _outline(folder, "float32"), _entries(folder)
     tied = model.all_tied_weights_keys
     for name, parameter in model.named_parameters():
@@ -208,13 +215,8 @@ def check(folder: Path) -> list[str]:
                 f"{folder}: {name!r} has shape {stored[found[1]].shape}, its config asks for {tuple(parameter.shape)}; "
                 "give a checkpoint whose config is its own"
             )
-    tokens, rows = 1 + max(load_tokenizer(folder).get_vocab().values(), default=-1), model.config.vocab_size
-    if tokens <= rows:
-        return []
-    return [
-        f"{folder}: its tokenizer knows {tokens:,} tokens, the model has rows for {rows:,}: text with a token beyond "
-        "those is refused"
-    ]
+    check_generation_config(folder, model.config.vocab_size)
+    return model.config.vocab_size
 
 
 def _outline(folder: Path, dtype: str) -> Any:
@@ -228,11 +230,14 @@ def _made_empty(folder: Path, dtype: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     config, stored = read_config(folder), _entries(folder)
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-    except Exception as error:
-        raise BaseModelError(f"{folder / 'config.json'}: {str(error).strip().splitlines()[0]}") from None
+    path = folder / "config.json"
+    if config.num_hidden_layers > len(stored):  # before so many are made
+        raise BaseModelError(
+            f"{path}: asks for {config.num_hidden_layers} layers, the weights have {len(stored)} tensors in all; give "
+            "a checkpoint whose config is its own"
+        )
+    with foreign(path), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     # What the config ties but the files hold twice and not alike is loaded twice.
     for copy, original in model.all_tied_weights_keys.items():
         held = [_find(stored, name, model) for name in (copy, original)]
@@ -288,13 +293,20 @@ def _entries(folder: Path) -> dict[str, _Entry]:
             try:
                 header = json.loads(f.read(size))
                 header.pop("__metadata__", None)
-                entries |= {name: _Entry(file, e["dtype"], tuple(e["shape"])) for name, e in header.items()}
+                entries |= {name: _entry(file, e) for name, e in header.items()}
                 end = max((e["data_offsets"][1] for e in header.values()), default=0)
-            except (ValueError, AttributeError, TypeError, KeyError, IndexError) as error:
+            except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
                 raise BaseModelError(f"{file}: not a safetensors file ({error})") from None
             if 8 + size + end > os.path.getsize(file):
                 raise BaseModelError(f"{file}: truncated ({os.path.getsize(file):,} of {8 + size + end:,} bytes)")
     return entries
+
+
+def _entry(file: Path, described: Mapping[str, Any]) -> _Entry:
+    dtype, shape, (start, stop) = described["dtype"], described["shape"], described["data_offsets"]
+    if not isinstance(dtype, str) or any(type(n) is not int or n < 0 for n in (*shape, start, stop)):
+        raise ValueError(f"a tensor {shortened(described)}")
+    return _Entry(file, dtype, tuple(shape))
 
 
 def load_model(folder: Path, dtype: str) -> Any:
@@ -307,21 +319,18 @@ def load_model(folder: Path, dtype: str) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    _check_weights(folder)
     config = read_config(folder)
-    weight_files(folder)
     logging.disable_progress_bar()
-    try:
-        with phase("loading the base"):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=config,
-                dtype=getattr(torch, dtype),
-                use_safetensors=True,
-                output_loading_info=True,
-                local_files_only=True,
-            )
-    except Exception as error:
-        raise BaseModelError(f"{folder}: cannot be loaded ({str(error).strip().splitlines()[0]})") from None
+    with foreign(folder, "cannot be loaded: "), phase("loading the base"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            output_loading_info=True,
+            local_files_only=True,
+        )
     model, report = loaded
     missing = sorted(report.get("missing_keys") or ())
     if missing:
@@ -349,10 +358,5 @@ def load_tokenizer(folder: Path) -> Any:
         BaseModelError: there is none that can be read.
     """
     tokenizer_fingerprint(folder)
-    try:
-        with phase("loading the tokenizer"):
-            from transformers import AutoTokenizer
-
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
-        raise BaseModelError(f"{folder}: its tokenizer cannot be read ({str(error).splitlines()[0]})") from None
+    with phase("loading the tokenizer"):
+        return read_tokenizer(folder, _TOKENIZER_FILES, _TOKENIZER_SETTINGS)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from growlm.base.settings import foreign
 from growlm.engine.answers import Generation
 from growlm.engine.engine import Engine
 from growlm.engine.sampling import SamplingConfig
@@ -60,7 +61,9 @@ class Chat:
     def _prompt(self, messages: list[dict[str, str]], templated: bool) -> str | list[int]:
         if templated:
             # Token ids: a template writes its own start of text.
-            tokenizer = self._engine.tokenizer
-            return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            with foreign(self._engine.base.where, "its chat template cannot write this conversation: "):
+                return self._engine.tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=True, return_dict=False
+                )
         turns = [f"{m['role'].capitalize()}: {m['content'].strip()}" for m in messages]
         return "\n".join([*turns, "Assistant:"])

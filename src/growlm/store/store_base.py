@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +37,9 @@ class StoreBase:
         """
         recorded = self.manifest.base
         local = self.path / recorded
-        if local.is_dir() or recorded.startswith((".", "/")):
-            if not local.is_dir():
+        there = os.path.isdir(local)  # False for what can be no path too
+        if there or recorded.startswith((".", "/")):
+            if not there:
                 raise BaseModelError(
                     f'{local}: the base of {self.path} is not there; put it back, or change "base" in '
                     f"{self.path / 'store.json'}"

@@ -10,13 +10,13 @@ import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from growlm.base import tensor_bytes
 from growlm.base.checkpoint import resolve, weight_files
+from growlm.base.settings import read_object
 from growlm.disk.files import checkpoint_folder, refuse_existing
 from growlm.disk.tensors import read_tensors, write_tensors
 from growlm.errors import BaseModelError, ConfigError
@@ -45,7 +45,7 @@ def convert_checkpoint(source: str | Path, out: str | Path, *, to: str | None = 
     refuse_existing(out)
     folder = resolve(source)
     where = str(folder)
-    settings = _settings(folder)
+    settings = read_object(folder / "config.json")
     family = settings.get("model_type")
     if family not in ("growlm", "moduleformer", "jetmoe"):
         raise BaseModelError(f"{where}: model type {family!r}; known layouts are growlm, moduleformer and jetmoe")
@@ -112,14 +112,3 @@ def check_tensors(
         if tensors[name].shape != shape:
             found = tuple(tensors[name].shape)
             raise BaseModelError(f"{where}: tensor {called(name)} has shape {found}, its config says {tuple(shape)}")
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        settings = json.loads(path.read_text())
-        if not isinstance(settings, dict):
-            raise ValueError("not a JSON object")
-    except (OSError, ValueError) as error:
-        raise BaseModelError(f"{path}: not a readable config ({error})") from None
-    return settings

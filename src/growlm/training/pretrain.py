@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from growlm import data as text_data
-from growlm.base.anatomy import anatomy_of
+from growlm.base.anatomy import FAMILIES, anatomy_of
+from growlm.base.settings import config_settings
 from growlm.errors import ConfigError
 from growlm.progress import phase, reporting
 from growlm.training.config import PRESETS, PretrainConfig
@@ -153,6 +154,7 @@ def _model_config(config: PretrainConfig) -> Any:
         if not path.exists():
             raise ConfigError(f"{path}: no such file; give a transformers config.json, or the folder that holds one")
         folder = path.parent if path.name == "config.json" else path
+        config_settings(folder / "config.json" if folder.is_dir() else path, FAMILIES)
         try:
             model_config = AutoConfig.from_pretrained(folder if folder.is_dir() else path)
         except Exception as error:

@@ -26,6 +26,7 @@ from growlm.router import EVIDENCE, SAMPLES, read_samples
 from growlm.router.transformer import RouterLayers, compare, samples_of
 from growlm.store import ROUTER_TRAINED, Store, StoredModule
 from growlm.store.manifests import RouterManifest
+from growlm.store.versions import ROUTER_MANIFEST
 from growlm.training.config import RouterConfig
 from growlm.training.general import general_samples
 from growlm.training.loop import module_rate, train
@@ -194,9 +195,10 @@ def last_config(store: Store, device: str = "auto") -> RouterConfig:
         TypeAdapter(RouterConfig).validate_json(json.dumps(settings), strict=True)
         return RouterConfig(**{**settings, "device": device})
     except (KeyError, TypeError, ValidationError, ConfigError):
+        version = max(files.versions(), default=1)
         raise IntegrityError(
-            f"{files.folder}: its newest version does not say how it was trained; take it away with growlm router "
-            f"{store.path} --remove-version {max(files.versions(), default=1)}"
+            f"{files.folder / str(version) / ROUTER_MANIFEST}: does not say how it was trained; take it away with "
+            f"growlm router {store.path} --remove-version {version}"
         ) from None
 
 
