@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from growlm.surgery.usage import count_usage, open_modules
 from lm_eval.api.instance import Instance
 from transformers import AutoTokenizer
 
@@ -30,6 +29,7 @@ from growlm.training.general import describe_general
 from growlm.training.grow import grow
 from growlm.training.learn import learn
 from growlm.training.router import train_router
+from growlm.usage.usage import count_usage, open_modules
 from stores import add_experts, add_module, make_store
 from tiny import TEXT, VOCAB, make_base, random_ids, save_base
 
@@ -238,6 +238,7 @@ def test_kept_text_of_another_vocabulary_trains_no_router(home):
     store = make_store(home / "kept", modules={}, keep_samples=1000)
     base = store.load_base()
     add_module(store, base, "letters", 1)
+    describe_general(store, base, store.load_tokenizer(), [home / "plain.jsonl"])
     base.vocab_size = 50  # stands for samples of a larger vocabulary
     with pytest.raises(DataError, match="kept text"):
         train_router(store, RouterConfig(), base=base, progress=False)
