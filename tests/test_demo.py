@@ -441,6 +441,28 @@ def test_the_machine_is_measured_by_every_verb(short, tmp_path, monkeypatch):
     assert set(speeds.fixed) == {"text", "pretrain", "learn", "evaluate", "generate", "report"}
 
 
+@pytest.mark.parametrize("disturbed", ["pretrain", "evaluate"])
+def test_who_disturbs_one_stage_is_expected_to_disturb_all(monkeypatch, disturbed):
+    clock = {"wall": 0.0, "thread": 0.0}
+    gives = given()
+    gives["pretrain"] = gives["learn-python"] = {"seconds": 3.0, "tokens": 30}
+    gives["evaluate"]["evaluation"]["compute"] = {"tokens_per_second": {"base": 10.0, "module": 10.0}}
+
+    def run(stages: Stages, stage: str, done: Mapping[str, Any]) -> dict[str, Any]:
+        clock["wall"] += 9.0 if stage == disturbed else 3.0
+        clock["thread"] += 3.0
+        return gives[stage]
+
+    monkeypatch.setattr(machine.time, "monotonic", lambda: clock["wall"])
+    monkeypatch.setattr(machine.time, "thread_time", lambda: clock["thread"])
+    monkeypatch.setattr(Stages, "run", run)
+    speeds = machine.measure(1.0, "cpu", "float32")["tiny"]
+    each = [speeds.pretrain, speeds.learn, speeds.read, speeds.score]
+    waits = clock["wall"] / clock["thread"]
+    slow = [0] if disturbed == "pretrain" else [2, 3]
+    assert each == pytest.approx([0.1 * waits / (3 if at in slow else 1) for at in range(4)])
+
+
 def test_errors_are_one_line(tmp_path, capsys):
     (tmp_path / "out").mkdir()
     write_jsonl(tmp_path / "out" / "notes.jsonl", ["mine"])

@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from growlm import __version__
-from growlm.base.placement import find_device
 from growlm.demo.sizing import DemoSize
 from growlm.disk.files import locked, make_folders, write_atomic
 from growlm.errors import ConfigError, IntegrityError, StoreError
@@ -74,7 +73,10 @@ class Request:
             )
         if self.precision not in ("auto", "bfloat16", "float32"):
             raise ConfigError(f"precision {self.precision!r} is not one of auto, bfloat16, float32")
-        find_device(self.device)
+        if self.device != "auto":
+            from growlm.base.placement import find_device  # not to wait for torch where the table is there already
+
+            find_device(self.device)
 
     @property
     def command(self) -> str:
@@ -86,9 +88,8 @@ class Request:
 class Record:
     """The record of one demo, for the process that runs it: see `record_of`."""
 
-    def __init__(self, out: Path, demo: _Demo) -> None:
-        self.out, self._demo = out, demo
-        self._lap = time.monotonic()
+    def __init__(self, out: Path, demo: _Demo, started: float) -> None:
+        self.out, self._demo, self._lap = out, demo, started
 
     @property
     def size(self) -> DemoSize | None:
@@ -168,8 +169,11 @@ class Record:
 
 
 @contextmanager
-def record_of(out: Path, request: Request) -> Iterator[Record]:
+def record_of(out: Path, request: Request, started: float) -> Iterator[Record]:
     """The record in a folder: that of the same request, or a new one. One process at a time has it.
+
+    Args:
+        started: when work on it began, by the monotonic clock.
 
     Raises:
         StoreError: the folder holds something else, the demo of another request or of another version of growlm, or
@@ -182,7 +186,7 @@ def record_of(out: Path, request: Request) -> Iterator[Record]:
         if not mine:
             raise StoreError(f"{out}: another demo is running in it; wait for it, or choose another --out")
         demo = _check(out, request)
-        record = Record(out, demo or _Demo(command=request.command))
+        record = Record(out, demo or _Demo(command=request.command), started)
         if demo is None:
             for left in (out / "stages").glob("*.json"):  # of a demo for which there was too little time
                 left.unlink()

@@ -8,6 +8,7 @@ was, and what it prints in the end comes from the files of its stages.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -57,8 +58,9 @@ def demo(
         IntegrityError: a file of the record is damaged.
         DataError: this install lacks the text.
     """
+    started = time.monotonic()
     request = Request(fast, minutes, device, precision)
-    with record_of(Path(out).expanduser(), request) as record, reporting("demo", progress):
+    with record_of(Path(out).expanduser(), request, started) as record, reporting("demo", progress):
         return _Run(record, request, progress).result()
 
 

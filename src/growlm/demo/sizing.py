@@ -34,7 +34,7 @@ _FINDING = 400_000
 
 # What the verbs read beside their training steps, in passages of SEQUENCE_LENGTH.
 _PASSAGES_LEARN = 64 + 64  # what the base knows least; how far the domain's own text may be from its middle
-_PASSAGES_GENERAL = 512  # once a store
+_PASSAGES_GENERAL = 512  # the most general text that the router is shown, once: what pretraining held out
 _ROUTED = 1.25  # modules that a document is scored under: its own, and at times one that the router took it for
 
 
@@ -219,7 +219,8 @@ def seconds_of(size: DemoSize, speeds: Speeds) -> dict[str, float]:
         + size.text_bytes["english"] * speeds.byte,
     }
     for at, (name, tokens) in enumerate(size.learn_tokens.items()):
-        passages = size.router_samples + _PASSAGES_LEARN + (_PASSAGES_GENERAL if at == 0 else 0)
+        general = min(held["english"] / SEQUENCE_LENGTH, _PASSAGES_GENERAL) if at == 0 else 0
+        passages = size.router_samples + _PASSAGES_LEARN + general
         seconds[learning(name)] = (
             tokens * speeds.learn
             + passages * SEQUENCE_LENGTH * speeds.read
