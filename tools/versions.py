@@ -77,7 +77,8 @@ class Environment:
         """Whether the tests marked `versions` do, or all; pytest's lines go to the terminal."""
         marked = [p for p in sorted((ROOT / "tests").glob("test_*.py")) if "mark.versions" in p.read_text("utf-8")]
         which = [] if everything else ["-m", "versions", *marked]  # to read the other files takes as long as the tests
-        command = [self._python, "-m", "pytest", "-p", "no:cacheprovider", "-n", "auto", "--tb=short", "-rfE", *which]
+        beside = ["-n", "logical", "--maxprocesses", "8", "--dist", "worksteal"]  # as `make test`
+        command = [self._python, "-m", "pytest", "-p", "no:cacheprovider", *beside, "--tb=short", "-rfE", *which]
         return subprocess.run(command, cwd=ROOT).returncode == 0
 
     def _output(self, *arguments: str) -> str:
