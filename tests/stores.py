@@ -71,7 +71,7 @@ def add_experts(store: Store, base: Base, name: str, seed: int, *, domain: str |
     """Commits a module of experts, with the router's evidence and a probe."""
     settings = {"num_experts": 3, "num_attention_experts": 2, "router_size": 8, "expert_size": 16, **config}
     module = Experts.create(base, ExpertsConfig(**settings), torch.arange(20, 300))
-    module.open()
+    module.enable_new_experts()
     perturb(module, seed, strength=0.3)
     commit_experts(store, base, name, module, domain=domain)
     return module

@@ -37,8 +37,8 @@ def base(request) -> Base:
 def in_two_halves(base: Base, input_ids: torch.Tensor, k: int) -> torch.Tensor:
     hidden, shared = base.begin(input_ids)
     hidden = base.embed_positions(hidden, shared.positions)
-    hidden = base.run(hidden, base.steps(0, k), shared)
-    hidden = base.run(hidden, base.steps(k), shared)
+    hidden = base.run(hidden, base.layers_to_run(0, k), shared)
+    hidden = base.run(hidden, base.layers_to_run(k), shared)
     return base.cap(base.head(base.norm(hidden)))
 
 
@@ -50,7 +50,7 @@ def with_cache(base: Base, input_ids: torch.Tensor, chunks: list[int], visible: 
         upto = past + part.shape[1]
         seen = None if visible is None else visible[:, :upto]
         hidden, shared = base.begin(part, past=past, visible=seen, cache=cache)
-        hidden = base.run(base.embed_positions(hidden, shared.positions), base.steps(), shared)
+        hidden = base.run(base.embed_positions(hidden, shared.positions), base.layers_to_run(), shared)
         parts.append(base.cap(base.head(base.norm(hidden))))
         past = upto
     return torch.cat(parts, dim=1)
@@ -107,7 +107,7 @@ def test_logits_equal_transformers_bitwise_in_bfloat16(family):
 def test_tokens_beyond_the_window_are_not_seen(family):
     """Else the lengths above would test nothing."""
     narrow, wide = make_base(family), make_base(family, sliding_window=200)
-    assert "sliding_attention" in {step.attention for step in narrow.steps()}
+    assert "sliding_attention" in {step.attention for step in narrow.layers_to_run()}
     within, beyond = random_ids(2, WINDOW), random_ids(2, WINDOW + 1)
     torch.testing.assert_close(narrow.logits(within), wide.logits(within), atol=1e-5, rtol=1e-4)
     assert (narrow.logits(beyond) - wide.logits(beyond))[:, -1].abs().max() > 1e-3
@@ -153,9 +153,11 @@ def test_hidden_states_kept_at_a_layer_go_on_bitwise(base, tokens):
     """What learning does with cached features: a new pass for hidden states that already exist."""
     input_ids = random_ids(2, tokens)
     hidden, shared = base.begin(input_ids)
-    kept = base.run(base.embed_positions(hidden, shared.positions), base.steps(0, 2), shared)
+    kept = base.run(base.embed_positions(hidden, shared.positions), base.layers_to_run(0, 2), shared)
     again = base.pass_for(kept, torch.arange(tokens)[None])
-    assert torch.equal(base.cap(base.head(base.norm(base.run(kept, base.steps(2), again)))), base.logits(input_ids))
+    assert torch.equal(
+        base.cap(base.head(base.norm(base.run(kept, base.layers_to_run(2), again)))), base.logits(input_ids)
+    )
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -189,9 +191,9 @@ def test_either_attention_reads_in_pieces(family, implementation):
 
 def test_steps_are_the_models_own_layers(base):
     layers = list(getattr(base.decoder, base.anatomy.layers))
-    assert len(base.steps()) == base.num_layers == base.config.num_hidden_layers
-    assert all(step.layer is layer for step, layer in zip(base.steps(), layers, strict=True))
-    assert base.steps(0, 1) + base.steps(1, 2) + base.steps(2) == base.steps()
+    assert len(base.layers_to_run()) == base.num_layers == base.config.num_hidden_layers
+    assert all(step.layer is layer for step, layer in zip(base.layers_to_run(), layers, strict=True))
+    assert base.layers_to_run(0, 1) + base.layers_to_run(1, 2) + base.layers_to_run(2) == base.layers_to_run()
 
 
 def test_named_parts_exist_in_every_layer(base):

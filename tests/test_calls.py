@@ -50,7 +50,7 @@ def test_every_name_that_keys_and_values_had_is_used(name):
     model.model.layers[0] = type("Layer", (nn.Module,), {"forward": scope["forward"]})()
     base, cache = Base(model), KVCache(1)
     hidden, shared = base.begin(random_ids(1, 3), cache=cache)
-    base.run(hidden, base.steps(0, 1), shared)
+    base.run(hidden, base.layers_to_run(0, 1), shared)
     assert seen["given"] is cache
 
 
@@ -61,12 +61,12 @@ def test_a_cache_keeps_its_promises_to_transformers(family):
     ids = random_ids(2, 9)
     cache = KVCache(base.num_layers)
     hidden, shared = base.begin(ids, cache=cache)
-    base.run(base.embed_positions(hidden, shared.positions), base.steps(), shared)
+    base.run(base.embed_positions(hidden, shared.positions), base.layers_to_run(), shared)
     assert cache.get_seq_length() == 9
     cache.crop(-3)
     cache.reorder_cache(torch.tensor([1, 0]))
     ids = ids[[1, 0]]
     assert [cache.length(slot) for slot in range(base.num_layers)] == [6] * base.num_layers
     hidden, shared = base.begin(ids[:, 6:], past=6, cache=cache)
-    last = base.run(base.embed_positions(hidden, shared.positions), base.steps(), shared)
+    last = base.run(base.embed_positions(hidden, shared.positions), base.layers_to_run(), shared)
     torch.testing.assert_close(base.cap(base.head(base.norm(last))), base.logits(ids)[:, 6:], rtol=1e-4, atol=1e-5)

@@ -808,7 +808,7 @@ def test_the_version_that_was_counted_is_the_one_that_is_read(home, monkeypatch)
 def add_pools(store: Store, base: Base, name: str, seed: int, num_experts: int) -> None:
     """Commits a module of kind peer."""
     module = Peer.create(base, PeerConfig(num_experts=num_experts, num_heads=2, top_k=4))
-    module.open()
+    module.enable_new_experts()
     with torch.no_grad():
         perturb(module, seed, strength=0.3)
     texts = domain_ids(store.load_tokenizer(), name)

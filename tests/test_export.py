@@ -62,7 +62,7 @@ def test_a_merged_checkpoint_computes_what_base_and_module_do(family, placement,
     model, logits = reload(tmp_path, input_ids)
     torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=1e-5)
     assert model.config.model_type == family
-    assert model.config.num_hidden_layers == len(modules.steps)
+    assert model.config.num_hidden_layers == len(modules.layers)
 
     # The deeper model's own cache knows its layers; and it can be a base in turn.
     out = model.generate(input_ids, max_new_tokens=2, min_new_tokens=2, do_sample=False, pad_token_id=0)

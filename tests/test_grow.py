@@ -25,8 +25,8 @@ from growlm.modules.peer import Peer, PeerConfig
 from growlm.router import base_states, load_router, names_of
 from growlm.store import Store
 from growlm.surgery.module_pruning import prune_module
-from growlm.training.body import evidence_beside
 from growlm.training.config import GrowConfig, LearnConfig, RouterConfig
+from growlm.training.corpus import evidence_beside
 from growlm.training.grow import GrowResult, grow, take_back
 from growlm.training.learn import learn
 from growlm.training.router import train_router

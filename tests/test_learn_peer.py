@@ -85,7 +85,7 @@ def test_in_place_of_a_feed_forward_it_first_learns_what_that_computes() -> None
     base = make_base("llama")
     config = Peer.Config(num_experts=64, num_heads=2, top_k=8, replace_feed_forward=True, vocabulary="none")
     module = Peer.create(base, config)
-    module.open()
+    module.enable_new_experts()
     modules = ModuleSet(base, [module])
     ids = random_ids(2, 20)
     with imitation() as errors:
@@ -144,7 +144,7 @@ def test_every_token_reads_as_many_experts_whatever_their_number() -> None:
     base = make_base("llama")
     for num_experts in (64, 1024):
         module = Peer.create(base, Peer.Config(num_experts=num_experts, num_heads=2, top_k=4, vocabulary="none"))
-        module.open()
+        module.enable_new_experts()
         with retrievals() as found, torch.no_grad():
             ModuleSet(base, [module]).logits(random_ids(2, 9))
         assert [r.experts.shape for r in found] == [(18, 2, 4)]

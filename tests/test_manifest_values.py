@@ -48,7 +48,7 @@ def made(tmp_path_factory) -> Path:
     add_module(store, base, "digits", 2)
     add_experts(store, base, "routed", 3, domain="signs", expert_size=24)  # not what it would be by default
     pools = Peer.create(base, PeerConfig(num_experts=16, num_heads=1, top_k=2), torch.arange(20, 300))
-    pools.open()
+    pools.enable_new_experts()
     store.commit("pools", perturb(pools, 4), {"tokens": 5, "seed": 0})
     grow(store, "pools", 4, config=GrowConfig())
     load_router(store)  # is kept

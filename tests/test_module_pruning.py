@@ -93,7 +93,7 @@ def test_experts_that_are_never_used_go_without_a_trace(family: str, tmp_path: P
     base = store.load_base()
     settings = {"num_experts": 5, "num_attention_experts": 4, "router_size": 8, "expert_size": 16, "vocabulary": "head"}
     module = Experts.create(base, ExpertsConfig(**settings), torch.arange(20, 300))
-    module.open()
+    module.enable_new_experts()
     perturb(module, 1, strength=0.3)
     for part in parts(module).values():
         if isinstance(part, SparseFeedForward):
@@ -157,7 +157,7 @@ def test_the_least_used_of_its_own_experts_go(home: Path, store: Store, text: li
 def test_the_order_that_is_asked_for(made: Path) -> None:
     base = Store.open(made / "store").load_base()
     module = Experts.create(base, ExpertsConfig(num_experts=5, num_attention_experts=0, vocabulary="none"))
-    module.open()
+    module.enable_new_experts()
     places = [place for place in places_of(ModuleSet(base, [module])) if place.new]
     counts = [torch.zeros(place.num_experts, dtype=torch.int64) for place in places]
     for number, (place, count) in enumerate(zip(places, counts, strict=True)):
@@ -313,7 +313,7 @@ def test_what_cannot_be_pruned(home: Path, store: Store, text: list[Path]) -> No
     if base.config.model_type == "growlm":
         new = Experts.create(base, ExpertsConfig(vocabulary="none", num_attention_experts=0, first_layer=3))
         commit_experts(store, base, "shut", new, domain="other")
-        refused(ConfigError, "shut/1: its experts were never opened", "shut")
+        refused(ConfigError, "shut/1: its experts are untrained", "shut")
     assert [m.version for m in store.modules.values()] == [1] * len(store.modules)
 
 

@@ -97,7 +97,7 @@ def make_module(base: Base, case: Case, *, seed: int | None = None) -> Knowledge
     module = kind.create(base, kind.Config(**settings), row_ids)
     if seed is None:
         return module
-    module.open()
+    module.enable_new_experts()
     return perturb(module, seed)
 
 
@@ -276,7 +276,7 @@ def test_reading_with_a_cache_equals_reading_at_once(base, case):
     for part in input_ids.split([8, 1, 1, tokens - 10], dim=1):
         hidden, shared = base.begin(part, past=past, cache=cache)
         hidden = base.embed_positions(modules.embed(hidden, part), shared.positions)
-        parts.append(modules.project(base.run(hidden, modules.steps, shared)))
+        parts.append(modules.project(base.run(hidden, modules.layers, shared)))
         past += part.shape[1]
     torch.testing.assert_close(torch.cat(parts, dim=1), modules.logits(input_ids), atol=1e-5, rtol=1e-4)
     assert len(cache.layers) == modules.cache_slots
@@ -290,10 +290,10 @@ def test_slots_below_the_fork_hold_the_bases_own_keys(base, case):
     modules = ModuleSet(base, [make_module(base, case, seed=3)])
     input_ids = random_ids(2, LENGTHS[1])
     caches = []
-    for steps in (base.steps(), modules.steps):
+    for layers in (base.layers_to_run(), modules.layers):
         cache = DynamicCache()
         hidden, shared = base.begin(input_ids, cache=cache)
-        if steps is modules.steps:
+        if layers is modules.layers:
             hidden = modules.embed(hidden, input_ids)
         base.run(base.embed_positions(hidden, shared.positions), steps, shared)
         caches.append(cache)
@@ -309,29 +309,29 @@ def test_the_fork_is_the_first_base_layer_that_changes(base, case):
     fork = modules.fork
     assert modules.fork == modules.modules[0].fork
     assert 0 <= fork <= base.num_layers
-    assert all(step.layer is layer for step, layer in zip(modules.steps[:fork], base.layers[:fork], strict=True))
-    assert [s.attention for s in modules.steps[:fork]] == [s.attention for s in base.steps(0, fork)]
+    assert all(step.layer is layer for step, layer in zip(modules.layers[:fork], base.layers[:fork], strict=True))
+    assert [s.attention for s in modules.layers[:fork]] == [s.attention for s in base.layers_to_run(0, fork)]
     # New layers stand between the base's, or others in the place of the base's.
-    instead = len(modules.steps) == base.num_layers
-    assert instead or {id(layer) for layer in base.layers} <= {id(step.layer) for step in modules.steps}
+    instead = len(modules.layers) == base.num_layers
+    assert instead or {id(layer) for layer in base.layers} <= {id(step.layer) for step in modules.layers}
 
     input_ids = random_ids(2, LENGTHS[1])
     embedded, shared = base.begin(input_ids)
     own = base.embed_positions(modules.embed(embedded, input_ids), shared.positions)
     embedded = base.embed_positions(embedded, shared.positions)
-    below = base.run(embedded, base.steps(0, fork), shared)
-    with_module = base.run(own, modules.steps[:fork], shared)
+    below = base.run(embedded, base.layers_to_run(0, fork), shared)
+    with_module = base.run(own, modules.layers[:fork], shared)
     assert torch.equal(with_module, below) == (fork > 0 or modules.rows.input is None)
     # What the next base layer puts out is another thing with the module than without it.
-    own_layers = [i for i, s in enumerate(modules.steps) if s.layer in base.layers[fork:]]
-    position = fork if instead else next(iter(own_layers), len(modules.steps) - 1)
-    after = base.run(own, modules.steps[: position + 1], shared)
-    assert not torch.equal(after, base.run(embedded, base.steps(0, min(fork + 1, base.num_layers)), shared))
+    own_layers = [i for i, s in enumerate(modules.layers) if s.layer in base.layers[fork:]]
+    position = fork if instead else next(iter(own_layers), len(modules.layers) - 1)
+    after = base.run(own, modules.layers[: position + 1], shared)
+    assert not torch.equal(after, base.run(embedded, base.layers_to_run(0, min(fork + 1, base.num_layers)), shared))
 
     # Going on from the base's own output at the fork is the whole computation.
     if fork > 0:
         again = base.pass_for(below, torch.arange(input_ids.shape[1])[None])
-        assert torch.equal(modules.project(base.run(below, modules.steps[fork:], again)), modules.logits(input_ids))
+        assert torch.equal(modules.project(base.run(below, modules.layers[fork:], again)), modules.logits(input_ids))
 
 
 @every_pair
@@ -531,7 +531,7 @@ def test_a_base_of_another_size_is_refused(case):
 @pairs_of(["llama", "gemma2", "gpt_neox", "olmo2", "gpt2"])
 def test_gradients_reach_the_whole_module_and_not_the_base(base, case):
     module = make_module(base, case)
-    module.open()  # as learning does
+    module.enable_new_experts()  # as learning does
     modules = ModuleSet(base, [module])
     input_ids = random_ids(2, LENGTHS[1])
     loss = loss_of(modules, input_ids)

@@ -122,7 +122,7 @@ def test_the_command_counts_a_checkpoint(texts, tmp_path: Path, capsys) -> None:
 def test_pools_of_a_module_are_counted(texts) -> None:
     base = make_base("llama")
     module = Peer.create(base, PeerConfig(num_experts=30, layers=(0, 2), num_heads=2, top_k=3, vocabulary="none"))
-    module.open()
+    module.enable_new_experts()
     usage = count_usage(ModuleSet(base, [module]), make_tokenizer(), texts, sequence_length=32)
     assert [(p.layer, p.num_experts) for p in usage.pools["a"]] == [(0, 30), (2, 30)]
     assert all(int(p.counts.sum()) == 2 * 3 * usage.tokens["a"] for p in usage.pools["a"])

@@ -189,7 +189,7 @@ def test_evidence_of_short_passages_is_that_of_the_whole_passage(base):
 
 def hidden_of(base: Base, text: Sequence[int]) -> Tensor:
     hidden, shared = base.begin(torch.tensor([text]))
-    return base.run(base.embed_positions(hidden, shared.positions), base.steps(), shared)
+    return base.run(base.embed_positions(hidden, shared.positions), base.layers_to_run(), shared)
 
 
 def test_evidence_follows_its_seed_and_the_text_alone(base):

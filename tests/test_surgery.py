@@ -82,7 +82,7 @@ def test_modules_experts_are_counted_beside_a_dense_base(text: Path) -> None:
 def test_new_experts_are_counted_with_the_old_ones(text: Path) -> None:
     base = Base(make())
     module = Experts.create(base, ExpertsConfig(num_experts=2, num_attention_experts=1, vocabulary="none"))
-    module.open()
+    module.enable_new_experts()
     usage = count_usage(ModuleSet(base, [module]), make_tokenizer(), {"a": [text]}, sequence_length=32)
     assert [p.num_experts for p in usage.places] == [5, 8] * 3
 

@@ -140,7 +140,7 @@ def rows_for(base: Base, vocabulary: str, ids: Tensor, *, seed: int | None = 5) 
 def run(base: Base, rows: VocabularyRows, input_ids: Tensor) -> Tensor:
     hidden, shared = base.begin(input_ids)
     hidden = base.embed_positions(rows.embed(base, hidden, input_ids), shared.positions)
-    return rows.logits(base, base.norm(base.run(hidden, base.steps(), shared)))
+    return rows.logits(base, base.norm(base.run(hidden, base.layers_to_run(), shared)))
 
 
 @pytest.mark.parametrize("num_rows", [1, 50, VOCAB])

@@ -39,7 +39,7 @@ class ConfigError(GrowlmError):
 
 
 class TrainingError(GrowlmError):
-    """Training has gone wrong: its loss is no number any more."""
+    """Training has gone wrong: its loss became NaN or infinite."""
 
 
 class Interrupted(GrowlmError):

@@ -74,7 +74,7 @@ def test_reading_with_a_cache_equals_reading_at_once(device, near, family, case)
     for part in ids.split([8, 1, 1, LENGTHS[1] - 10], dim=1):
         hidden, shared = base.begin(part, past=past, cache=cache)
         hidden = base.embed_positions(modules.embed(hidden, part), shared.positions)
-        parts.append(modules.project(base.run(hidden, modules.steps, shared)))
+        parts.append(modules.project(base.run(hidden, modules.layers, shared)))
         past += part.shape[1]
     near("contract: with a cache", torch.cat(parts, 1), modules.logits(ids))
 

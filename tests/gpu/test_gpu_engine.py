@@ -37,7 +37,7 @@ def add_pool(store: Store, base: Any, name: str, seed: int) -> None:
     """A module of kind peer, with evidence of text that nothing here asks for."""
     settings = {"num_experts": 240, "num_heads": 2, "top_k": 3, "vocabulary": "none"}
     module = Peer.create(base, PeerConfig(**settings))
-    module.open()
+    module.enable_new_experts()
     perturb(module, seed, strength=0.3)
     texts = domain_ids(store.load_tokenizer(), "other", first=100 * seed)
     record = {"probe": {"base": probe(ModuleSet(base)), "module": probe(ModuleSet(base, [module.eval()]))}}

@@ -183,7 +183,7 @@ def test_new_experts_beside_old_ones(device, near, opened):
     holder = nn.ModuleList([old, heads, new, attention])
     for part in holder.modules():
         if isinstance(part, NewExperts) and opened:
-            part.open()
+            part.enable_new_experts()
 
     def run(holder: Any, x: Tensor) -> Tensor:
         first = FeedForwardUnion(holder[0], list(holder[2]))

@@ -35,7 +35,7 @@ def made(device: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     add_experts(store, base, "letters", 1, num_experts=6, vocabulary="head")
     shape = {"num_experts": 64, "num_heads": 2, "top_k": 3, "key_size": 8, "vocabulary": "none"}
     module = Peer.create(base, PeerConfig(**shape))
-    module.open()
+    module.enable_new_experts()
     commit_experts(store, base, "digits", perturb(module, 2, strength=0.3))  # type: ignore[arg-type]
     texts = domain_ids(store.load_tokenizer(), "general")
     router.write_general(store, base, texts[:30], texts[30:])

@@ -1,5 +1,5 @@
 """Base: the frozen model, and all that touches the internals of transformers' layers and caches. See `base.py`."""
 
-from growlm.base.base import Base, Pass, Step, tensor_bytes
+from growlm.base.base import Base, LayerToRun, Pass, tensor_bytes
 
-__all__ = ["Base", "Pass", "Step", "tensor_bytes"]
+__all__ = ["Base", "LayerToRun", "Pass", "tensor_bytes"]

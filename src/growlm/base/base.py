@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # b batch, t new tokens, s tokens seen so far and new ones, d hidden size, v vocabulary
 
 
-class Step(NamedTuple):
+class LayerToRun(NamedTuple):
     """One decoder layer to run, and the attention pattern that it wants."""
 
     layer: nn.Module
@@ -147,10 +147,10 @@ class Base:
         types = getattr(self.config, "layer_types", None)
         return types[index] if types else "full_attention"
 
-    def steps(self, start: int = 0, stop: int | None = None) -> list[Step]:
+    def layers_to_run(self, start: int = 0, stop: int | None = None) -> list[LayerToRun]:
         """The base's own layers from `start` up to `stop`."""
         stop = self.num_layers if stop is None else stop
-        return [Step(self.layers[i], self.attention_pattern(i)) for i in range(start, stop)]
+        return [LayerToRun(self.layers[i], self.attention_pattern(i)) for i in range(start, stop)]
 
     def begin(
         self,
@@ -199,7 +199,7 @@ class Base:
             return hidden
         return hidden + getattr(self.decoder, self.anatomy.positions)(positions)
 
-    def run(self, hidden: Tensor, steps: Sequence[Step], shared: Pass) -> Tensor:
+    def run(self, hidden: Tensor, layers: Sequence[LayerToRun], shared: Pass) -> Tensor:
         """Runs layers in order: (b, t, d) -> (b, t, d)."""
         arguments = self._call.arguments(
             position_ids=shared.positions,
@@ -207,7 +207,7 @@ class Base:
             cache=shared.cache,
             position_embeddings=shared.rotary,
         )
-        for layer, attention in steps:
+        for layer, attention in layers:
             hidden = layer(hidden, attention_mask=shared.masks[attention], **arguments)
         return hidden
 
@@ -223,7 +223,7 @@ class Base:
     def logits(self, input_ids: Tensor, *, visible: Tensor | None = None) -> Tensor:
         """The base's own logits, (b, t, v)."""
         hidden, shared = self.begin(input_ids, visible=visible)
-        hidden = self.run(self.embed_positions(hidden, shared.positions), self.steps(), shared)
+        hidden = self.run(self.embed_positions(hidden, shared.positions), self.layers_to_run(), shared)
         return self.cap(self.head(self.norm(hidden)))
 
     def _mask(self, pattern: str, hidden: Tensor, *, past: int, visible: Tensor | None) -> Tensor | None:

@@ -239,8 +239,8 @@ def remove_folder(folder: Path, scratch: Path) -> None:
 
 @contextmanager
 def _work_folder(scratch: Path) -> Iterator[Path]:
-    """A folder of one's own in `scratch`, gone in the end. The lock beside it says that it is in use, on any machine
-    that shares the disk; it is there before the folder and goes after it."""
+    """A locked temporary folder in `scratch`, deleted on exit. The lock beside it says that it is in use, on any
+    machine that shares the disk; it is there before the folder and goes after it."""
     work = scratch / secrets.token_hex(8)
     with locked(scratch / (work.name + _LOCK), keep=False):
         try:

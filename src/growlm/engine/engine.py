@@ -33,7 +33,7 @@ from growlm.store import MANIFEST, ROUTER_FITTED, WEIGHTS, Store, StoredModule
 from growlm.units import format_size, parse_size
 
 _ROW_CACHE = "64MB"
-_OPEN = 0.1  # share of a mixture's prior that all modules in it have alike
+UNIFORM_PRIOR_SHARE = 0.1  # share of a mixture's prior that is spread evenly over its modules
 
 
 class Engine:
@@ -103,7 +103,7 @@ class Engine:
             self._find,
             reserved=f" of {format_size(self.memory or 0)} after base {format_size(self.base_bytes)} and router "
             f"{format_size(self.router.num_bytes())}",
-            cure="" if self._row_cache is None else f", or lower --row-cache, {format_size(self._row_cache)}",
+            hint="" if self._row_cache is None else f", or lower --row-cache, {format_size(self._row_cache)}",
         )
         self._prefixes = PrefixCache(parse_size(prefix_bytes))
         self._lock = threading.Lock()
@@ -324,7 +324,7 @@ class Engine:
             names = list(route.scores)[:mix]
             prior = torch.tensor([route.scores[name] for name in names])
             # A module that the router ruled out may still fit what comes later.
-            prior = (1 - _OPEN) * prior / prior.sum() + _OPEN / len(names)
+            prior = (1 - UNIFORM_PRIOR_SHARE) * prior / prior.sum() + UNIFORM_PRIOR_SHARE / len(names)
             named = [name for name in names if name != NONE]
             answer = Answer(self.tokenizer, config.stop, emit)
             self.modules.make_fit(named)

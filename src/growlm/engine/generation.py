@@ -75,11 +75,11 @@ def prefill(
     hidden: dict[int, Tensor] = {}
     at = 0
     for fork in sorted(forks):
-        states = base.run(states, base.steps(at, fork), shared)
+        states = base.run(states, base.layers_to_run(at, fork), shared)
         hidden[fork], at = states, fork
     last = None
     if whole:
-        states = base.run(states, base.steps(at), shared)
+        states = base.run(states, base.layers_to_run(at), shared)
         hidden[base.num_layers] = states
         last = base.norm(states)
     return Prefilled(input_ids, visible, past, shared, cache, hidden, last)
@@ -207,7 +207,7 @@ def begin_group(
     else:
         hidden = prefilled.hidden[modules.fork]
         hidden = hidden if rows is None else hidden[rows]
-    hidden = base.run(hidden, modules.steps[modules.fork :], shared)
+    hidden = base.run(hidden, modules.layers[modules.fork :], shared)
     return running, hidden
 
 
@@ -226,7 +226,7 @@ def step_groups(
     embedded, shared = base.begin(tokens, past=past, visible=visible, cache=prefix)
     hidden = embedded
     if joint > 0:
-        hidden = base.run(base.embed_positions(hidden, shared.positions), base.steps(0, joint), shared)
+        hidden = base.run(base.embed_positions(hidden, shared.positions), base.layers_to_run(0, joint), shared)
     if passed is not None:
         passed.append(hidden)
     logits = []
@@ -236,7 +236,7 @@ def step_groups(
         if joint == 0:
             own_tokens = tokens if len(running) == 1 else tokens[group.start : group.stop]
             own = base.embed_positions(group.modules.embed(own, own_tokens), group_pass.positions)
-        own = base.run(own, group.modules.steps[joint:], group_pass)
+        own = base.run(own, group.modules.layers[joint:], group_pass)
         logits.append(group.modules.project(own))
     return logits
 

@@ -56,7 +56,7 @@ class ModuleCache:
         find: the current version of a module. It is called with the lock held, so it should read no more than a
             manifest and a header.
         reserved: what else counts against the whole budget, for messages.
-        cure: what else than a larger budget would help, for messages.
+        hint: what else than a larger budget would help, for messages.
     """
 
     def __init__(
@@ -64,11 +64,11 @@ class ModuleCache:
         budget: int | None,
         find: Callable[[str], Found],
         reserved: str = "",
-        cure: str = "",
+        hint: str = "",
     ) -> None:
         self._budget = budget
         self._find = find
-        self._reserved, self._cure = reserved, cure
+        self._reserved, self._hint = reserved, hint
         self._resident: OrderedDict[str, Future[KnowledgeModule]] = OrderedDict()
         self._found: dict[str, Found] = {}  # of those that are resident
         self._pins: Counter[str] = Counter()
@@ -99,8 +99,8 @@ class ModuleCache:
             return self._found.get(name) or self._find(name)
 
     def make_fit(self, names: Collection[str]) -> None:
-        """Sees to it that modules fit the budget together once all others are gone. Where a version in memory is what
-        makes them too large, and the current one is smaller, it goes, if it is not in use.
+        """Sees to it that modules fit the budget together if every other module were evicted. Where a version in memory
+        is what makes them too large, and the current one is smaller, it goes, if it is not in use.
 
         Raises:
             BudgetError: they do not fit together; nothing has changed.
@@ -121,7 +121,7 @@ class ModuleCache:
                 what = "does not fit" if len(sizes) == 1 else "do not fit together"
                 raise BudgetError(
                     f"{listed} {what}: {format_size(self._budget)} are left for modules{self._reserved}; raise "
-                    f"--memory by at least {format_size(sum(sizes.values()) - self._budget)}{self._cure}"
+                    f"--memory by at least {format_size(sum(sizes.values()) - self._budget)}{self._hint}"
                 )
             for name in replaced:
                 self._settle([name])

@@ -39,7 +39,7 @@ class NewExperts(nn.Module):
         # Half the spread of the old rows: chosen now and then from the start, yet not at once everywhere.
         nn.init.normal_(self.embeddings, std=0.5 * router.embeddings.shape[1] ** -0.5)
 
-    def open(self) -> None:
+    def enable_new_experts(self) -> None:
         self.opened.fill_(True)
 
 

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 # n tokens, s choices of a token, m parts of a row, d width of a part, r rows that were read
 
-# Bytes of rows that stay in the caches of some cores between reading and use; fewer make more waits for each other.
+# Bytes of rows that stay in the caches of some cores between reading and use; smaller chunks synchronise more.
 _CACHED = 1 << 22
 
 

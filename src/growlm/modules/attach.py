@@ -56,7 +56,7 @@ def attach(model: Any, module: KnowledgeModule) -> None:
     if module.shape != base_shape(base):
         raise BaseModelError(f"a module made for a base of shape {module.shape} cannot be attached to this model")
     anatomy, decoder = base.anatomy, base.decoder
-    layers = [step.layer for step in module.extend(base.steps())]
+    layers = [run.layer for run in module.extend(base.layers_to_run())]
     state = {
         "config": model.config,
         "layers": getattr(decoder, anatomy.layers),

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from growlm.base import Base, Step
+from growlm.base import Base, LayerToRun
 from growlm.base.anatomy import anatomy_of
 from growlm.errors import IntegrityError
 from growlm.modules.contract import KnowledgeModule, Layer, ModuleConfig
@@ -93,13 +93,13 @@ class Blocks(KnowledgeModule):
             raise IntegrityError(f"{where}: its config places layers that a base of {base.num_layers} does not have")
         return super().restore(base, config, tensors, where)
 
-    def extend(self, steps: Sequence[Step]) -> list[Step]:
-        extended: list[Step] = []
+    def extend(self, layers: Sequence[LayerToRun]) -> list[LayerToRun]:
+        extended: list[LayerToRun] = []
         start = 0
         for layer, pattern, after in zip(self.layers, self._patterns, self.config.after, strict=True):
-            extended += [*steps[start:after], Step(layer, pattern)]
+            extended += [*layers[start:after], LayerToRun(layer, pattern)]
             start = after
-        return [*extended, *steps[start:]]
+        return [*extended, *layers[start:]]
 
     def cache_slots(self, base: Base) -> int:
         return base.num_layers + len(self.layers)

@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from growlm.base import Base, Step, tensor_bytes
+from growlm.base import Base, LayerToRun, tensor_bytes
 from growlm.errors import ConfigError, IntegrityError
 from growlm.modules.vocabulary import VocabularyRows
 
@@ -95,11 +95,13 @@ class KnowledgeModule(nn.Module, ABC):
         assign(module, tensors, where)
         return module.eval()
 
-    def open(self) -> None:
-        """Called before the first step of training: what `create` keeps shut, so that nothing changes, is opened."""
+    def enable_new_experts(self) -> None:
+        """Called before the first step of training: lets the expert router select new experts, which `create` keeps
+        out so that nothing changes."""
 
     def begin_training(self) -> None:
-        """Called after `open` where training begins: batch statistics and dropout of its own are on from now on."""
+        """Called after `enable_new_experts` where training begins: batch statistics and dropout of its own are on from
+        now on."""
 
     def require_whole(self) -> None:
         """
@@ -140,7 +142,7 @@ class KnowledgeModule(nn.Module, ABC):
         return None
 
     @abstractmethod
-    def extend(self, steps: Sequence[Step]) -> list[Step]:
+    def extend(self, layers: Sequence[LayerToRun]) -> list[LayerToRun]:
         """All layers to run with this module, from all those without it. Leaves those before `fork` as they are."""
 
     @abstractmethod

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from growlm.base import Base, Step
+from growlm.base import Base, LayerToRun
 from growlm.errors import ConfigError
 from growlm.layers.experts import AttentionExperts, SparseFeedForward
 from growlm.layers.insertion import AttentionUnion, Beside, FeedForwardUnion, NewExperts
@@ -112,11 +112,11 @@ class Experts(KnowledgeModule):
                     part.feed_forward.down.weight.zero_()  # beside a dense feed-forward: adds exactly nothing yet
         return module.float().to(base.device)
 
-    def open(self) -> None:
+    def enable_new_experts(self) -> None:
         """New experts of a layer that has some are chosen from now on."""
         for part in self.modules():
             if isinstance(part, NewExperts):
-                part.open()
+                part.enable_new_experts()
 
     def regularisation(self) -> Tensor:
         """`||A'||^2` over all layers (equation 10).
@@ -137,13 +137,13 @@ class Experts(KnowledgeModule):
                 total = total.to(part.down.weight.device) + routing_regularisation(part.router.embeddings)
         return total
 
-    def extend(self, steps: Sequence[Step]) -> list[Step]:
+    def extend(self, layers: Sequence[LayerToRun]) -> list[LayerToRun]:
         first = self.config.first_layer
         changed = [
-            Step(_with(step.layer, part, self._anatomy), step.attention)
-            for step, part in zip(steps[first:], self.layers, strict=True)
+            LayerToRun(_with(run.layer, part, self._anatomy), run.attention)
+            for run, part in zip(layers[first:], self.layers, strict=True)
         ]
-        return [*steps[:first], *changed]
+        return [*layers[:first], *changed]
 
     def cache_slots(self, base: Base) -> int:
         return base.num_layers

@@ -38,10 +38,10 @@ class ModuleSet:
         self.base = base
         self.modules = tuple(modules)
         self.fork = min((m.fork for m in modules), default=base.num_layers)
-        steps = base.steps()
+        layers = base.layers_to_run()
         for module in modules:
-            steps = module.extend(steps)
-        self.steps = steps
+            layers = module.extend(layers)
+        self.layers = layers
         self.rows = VocabularyRows.joined([m.rows for m in modules])
         self.cache_slots = max((m.cache_slots(base) for m in modules), default=base.num_layers)
         names = "\n".join(m.identity for m in modules)
@@ -58,7 +58,7 @@ class ModuleSet:
         """The last layer's output (b, t, d), before the final norm, without a cache."""
         hidden, shared = self.base.begin(input_ids, visible=visible)
         hidden = self.base.embed_positions(self.embed(hidden, input_ids), shared.positions)
-        return self.base.run(hidden, self.steps, shared)
+        return self.base.run(hidden, self.layers, shared)
 
     def logits(self, input_ids: Tensor, *, visible: Tensor | None = None) -> Tensor:
         """Logits (b, t, v) of `input_ids` (b, t), without a cache."""

@@ -17,7 +17,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from growlm.base import Base, Step, tensor_bytes
+from growlm.base import Base, LayerToRun, tensor_bytes
 from growlm.errors import ConfigError
 from growlm.layers.peer import PEER
 from growlm.layers.pools import WithPools
@@ -178,7 +178,7 @@ class Peer(KnowledgeModule):
                     pool.down.zero_()  # type: ignore[operator]  # training begins where the base is
         return module.float().to(base.device).eval()
 
-    def open(self) -> None:
+    def enable_new_experts(self) -> None:
         """All steps of growth can be found from now on."""
         self.config = self.config.model_copy(update={"open_steps": len(self.config.steps)})
         for pool in self.pools:
@@ -262,7 +262,7 @@ class Peer(KnowledgeModule):
         trained, before = self.config.open_steps, self.config.rows_open
         assert 0 < trained < len(self.config.steps), "nothing is new"
         self.config = self.config.model_copy(update={"steps": (*self.config.steps[:trained], self.config.steps[-1])})
-        self.open()
+        self.enable_new_experts()
         self.requires_grad_(False)
         b = self.config.sub_keys[1]
         for pool in self.pools:
@@ -311,12 +311,12 @@ class Peer(KnowledgeModule):
         # What joins a pool later has nothing to imitate: the pool does it already.
         return _IMITATION if self.config.replace_feed_forward and len(self.config.steps) == 1 else 0.0
 
-    def extend(self, steps: Sequence[Step]) -> list[Step]:
-        extended = list(steps)
+    def extend(self, layers: Sequence[LayerToRun]) -> list[LayerToRun]:
+        extended = list(layers)
         if self.config.open_steps:
             assert self.config.layers is not None
             for index, pool in zip(self.config.layers, self.pools, strict=True):
-                extended[index] = Step(self._with(steps[index].layer, pool), steps[index].attention)
+                extended[index] = LayerToRun(self._with(layers[index].layer, pool), layers[index].attention)
         return extended
 
     def cache_slots(self, base: Base) -> int:

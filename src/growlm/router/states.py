@@ -34,7 +34,7 @@ def base_states(base: Base, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Ten
     """The base's states after its final norm (b, t, d) for token ids padded on the left, and which are visible."""
     input_ids, visible = pad_left(texts, base.device)
     hidden, shared = base.begin(input_ids, visible=visible)
-    hidden = base.run(base.embed_positions(hidden, shared.positions), base.steps(), shared)
+    hidden = base.run(base.embed_positions(hidden, shared.positions), base.layers_to_run(), shared)
     return base.norm(hidden), visible
 
 

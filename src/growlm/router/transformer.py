@@ -77,8 +77,8 @@ class RouterLayers(nn.Module):
         else:
             positions = (visible.long().cumsum(-1) - 1).clamp_(min=0)
         shared = base.pass_for(hidden, positions, visible=visible)
-        steps = self.blocks.extend(base.steps())[base.num_layers :]
-        return self.categories(self.norm(base.run(hidden, steps, shared)))
+        layers = self.blocks.extend(base.layers_to_run())[base.num_layers :]
+        return self.categories(self.norm(base.run(hidden, layers, shared)))
 
 
 class TransformerRouter(Router):

@@ -24,13 +24,13 @@ class Candidates:
         counts: (e,) how often it chose each of its experts.
         first: experts from this one on may go; those before are another's and stay.
         size: parameters that one expert takes.
-        least: so many of those that may go stay, however little they are used.
+        min_kept: so many stay of those that may go, however little they are used.
     """
 
     counts: Tensor
     first: int
     size: int
-    least: int
+    min_kept: int
 
     @property
     def num_removable(self) -> int:
@@ -65,8 +65,8 @@ def choose(routers: Sequence[Candidates], *, total: int, keep: float, normalise:
         counts = router.counts.double()
         scores = (counts / (counts.max() if normalise == "max" else counts.sum()).clamp_min(1))[router.first :]
         order = scores.argsort(descending=True, stable=True).tolist()
-        kept.append(set(order[: router.least]))
-        ranked += [(float(scores[e]), index, e) for e in order[router.least :]]
+        kept.append(set(order[: router.min_kept]))
+        ranked += [(float(scores[e]), index, e) for e in order[router.min_kept :]]
         left -= router.size * (router.num_removable - len(kept[index]))
     if left > keep * total:
         share = math.ceil(100 * left / total) / 100  # rounded down it could not be reached either

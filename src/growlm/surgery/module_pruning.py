@@ -132,7 +132,7 @@ def prune_experts(
         ConfigError: none was ever opened, or a share that cannot be reached.
     """
     if not any(place.new for place in usage.places):
-        raise ConfigError("its experts were never opened, so that none is used; learn it first")
+        raise ConfigError("its experts are untrained, so that none is used; run growlm learn")
     places, kept = choose_module_experts(module, usage, "text", keep=keep, normalise=normalise)
     experts = [{"place": p.name, "kept": k, "of": p.new} for p, k in zip(places, kept, strict=True)]
     return without_module_experts(base, module, places, kept), experts

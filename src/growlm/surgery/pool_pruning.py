@@ -31,7 +31,7 @@ def prune_pools(
         ConfigError: nothing of it was ever opened, or a share that cannot be reached.
     """
     if not module.config.open_steps:
-        raise ConfigError("its experts were never opened, so that none is used; learn it first")
+        raise ConfigError("its experts are untrained, so that none is used; run growlm learn")
     # A pool of the base itself in the same layer runs before the module's own.
     counted, b = {pool.layer: pool for pool in usage.pools["text"]}, module.config.sub_keys[1]
     assert module.config.layers is not None

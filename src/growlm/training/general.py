@@ -97,7 +97,7 @@ def _written_by_base(base: Base, tokenizer: Any, *, texts: int = 96, tokens: int
     cache = KVCache(base.num_layers)
     for past in track(range(tokens), "writing general text", "tokens of every text"):
         hidden, shared = base.begin(new, past=past, cache=cache)
-        hidden = base.run(base.embed_positions(hidden, shared.positions), base.steps(), shared)
+        hidden = base.run(base.embed_positions(hidden, shared.positions), base.layers_to_run(), shared)
         logits = base.cap(base.head(base.norm(hidden)))[:, -1].float()
         new = torch.multinomial(logits.softmax(-1), 1, generator=generator)
         ids = torch.cat([ids, new], dim=-1)

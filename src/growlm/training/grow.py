@@ -25,8 +25,16 @@ from growlm.modules.peer import Peer, PeerConfig
 from growlm.modules.probe import probe
 from growlm.progress import reporting, say
 from growlm.store import WEIGHTS, Store, StoredModule
-from growlm.training.body import Body, Files, bytes_to_keep, evidence_beside, joined, parted, require_positions
 from growlm.training.config import GrowConfig
+from growlm.training.corpus import (
+    Files,
+    TrainingCorpus,
+    bytes_to_keep,
+    evidence_beside,
+    joined,
+    parted,
+    require_positions,
+)
 from growlm.training.general import ensure_general
 from growlm.training.loop import require_finite
 from growlm.training.module_training import ModuleTraining, as_served
@@ -84,7 +92,7 @@ def grow(
             is no such device.
         StoreError: the module is being grown by another process or was changed meanwhile, or the disk is full.
         DataError: data that is missing, malformed or too little.
-        TrainingError: the loss is no number any more; nothing is saved.
+        TrainingError: the loss became NaN or infinite; nothing is saved.
         Interrupted: stopped by the user; progress is saved.
     """
     config = config or GrowConfig()
@@ -157,7 +165,7 @@ def _train(
     trains_router = store.manifest.router == "transformer"
     if trains_router:
         require_samples(store, list(store.modules.values()))
-    body = Body.read(data, config)
+    body = TrainingCorpus.read(data, config)
     busy = f"{store.path}: the same growth of {name!r} is running already"
 
     def run_from(origin: Any) -> str:
@@ -180,7 +188,7 @@ def _train(
             f"{stored.folder}: all its experts are trained; say with --experts +N how many new ones the text is for"
         )
     if not shape.open_steps:
-        raise ConfigError(f"{stored.folder}: its experts were never opened; learn it first")
+        raise ConfigError(f"{stored.folder}: its experts are untrained; run growlm learn")
     # What was appended before and never trained is trained along, and from then on is one step with it.
     opened = shape.model_copy(update={"steps": shape.steps[: shape.open_steps]})
     step: dict[str, Any] = {**_numbers(opened, grown), **_from(stored)}

@@ -18,8 +18,8 @@ from growlm.modules import ModuleSet, kind_of
 from growlm.modules.probe import probe
 from growlm.progress import reporting, say
 from growlm.store import MANIFEST, Store, StoredModule
-from growlm.training.body import Body, bytes_to_keep, require_positions
 from growlm.training.config import LearnConfig
+from growlm.training.corpus import TrainingCorpus, bytes_to_keep, require_positions
 from growlm.training.general import ensure_general
 from growlm.training.loop import require_finite
 from growlm.training.module_training import ModuleTraining, as_served
@@ -69,7 +69,7 @@ def learn(
     Raises:
         StoreError: `name` is not allowed or is taken, or the disk is full.
         DataError: data that is missing, malformed or too little.
-        TrainingError: the loss is no number any more; nothing is saved.
+        TrainingError: the loss became NaN or infinite; nothing is saved.
         BaseModelError: the store's base is missing or has changed.
         ConfigError: there is no such device.
         Interrupted: stopped by the user; progress is saved.
@@ -92,7 +92,7 @@ def _learn(
     if trains_router:
         require_samples(store, [m for m in store.modules.values() if m.name != name])
 
-    body = Body.read(data, config)
+    body = TrainingCorpus.read(data, config)
     busy = f"{store.path}: the same learning of {name!r} is running already"
     if old is not None and unfinished is not None:
         # Whichever version was current when it began.
@@ -187,7 +187,9 @@ def _result(stored: StoredModule, trained_router: int | None) -> LearnResult:
     )
 
 
-def _run_id(store: Store, name: str, before: int, body: Body, config: LearnConfig, placement: Placement) -> str:
+def _run_id(
+    store: Store, name: str, before: int, body: TrainingCorpus, config: LearnConfig, placement: Placement
+) -> str:
     """
     Args:
         before: the version that was current when it began; 0 for none.

@@ -26,8 +26,8 @@ from growlm.modules.scoring import passage_losses
 from growlm.modules.vocabulary import choose_rows
 from growlm.progress import phase
 from growlm.store.manifests import first_error
-from growlm.training.body import sample_passages
 from growlm.training.config import LearnConfig, ModuleTrainConfig
+from growlm.training.corpus import sample_passages
 from growlm.training.features import FeatureCache
 from growlm.training.loop import matrices, module_rate, train
 
@@ -79,7 +79,7 @@ class ModuleTraining:
                 raise ConfigError(first_error(error)) from None
             self.module = module.create(base, shape, row_ids)
             _set(weights, rounded)
-            self.module.open()
+            self.module.enable_new_experts()
             self.module.begin_training()
         del stored
         self.modules = ModuleSet(base, [self.module])
@@ -157,7 +157,7 @@ class ModuleTraining:
         with torch.no_grad():
             hidden, shared = self.base.begin(input_ids)
             hidden = self.base.embed_positions(hidden, shared.positions)
-            return self.base.run(hidden, self.modules.steps[: self.fork], shared)
+            return self.base.run(hidden, self.modules.layers[: self.fork], shared)
 
     def _loss(self, step: int) -> Tensor:
         base, rows = self.base, self._steps[step]

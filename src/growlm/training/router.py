@@ -75,7 +75,7 @@ def train_router(
 
     Raises:
         StoreError: a store without modules, modules whose text was not kept, or the same training under way.
-        TrainingError: the loss is no number any more; nothing is saved.
+        TrainingError: the loss became NaN or infinite; nothing is saved.
         Interrupted: stopped by the user; progress is saved.
     """
     with reporting("router", progress):
@@ -306,7 +306,7 @@ def _padded(passages: Sequence[list[int]], targets: Sequence[int]) -> tuple[Tens
 def _states(base: Base, ids: Tensor) -> Tensor:
     """The base's states after its final norm (b, t, d). Padding on the right needs no mask: attention is causal."""
     hidden, shared = base.begin(ids.to(base.device))
-    return base.norm(base.run(base.embed_positions(hidden, shared.positions), base.steps(), shared))
+    return base.norm(base.run(base.embed_positions(hidden, shared.positions), base.layers_to_run(), shared))
 
 
 @torch.no_grad()

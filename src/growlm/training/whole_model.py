@@ -111,7 +111,7 @@ def train_whole(
         StoreError: `out` exists and holds something else, or the disk is full.
         DataError: data that is missing, malformed or too little.
         ConfigError: settings that contradict each other, or a device that is not there.
-        TrainingError: the loss is no number any more; nothing is saved.
+        TrainingError: the loss became NaN or infinite; nothing is saved.
         Interrupted: stopped by the user; progress is saved.
     """
     refuse_existing(out)

@@ -69,7 +69,7 @@ class PoolCounter:
 
     def __init__(self, modules: ModuleSet) -> None:
         self.pools: list[Pool] = []
-        self._layers = {id(step.layer): index for index, step in enumerate(modules.steps)}
+        self._layers = {id(step.layer): index for index, step in enumerate(modules.layers)}
         parts = (modules.base.model, *modules.modules)
         self._keys = {id(m) for part in parts for m in part.modules() if isinstance(m, ProductKeys)}
 

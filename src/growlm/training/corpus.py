@@ -1,4 +1,4 @@
-"""Body: text that a module is to know, as rows to train on, passages to measure by, and what the router is shown of it.
+"""Training corpus: text to learn from, as rows to train on, passages to measure by, and what the router sees of it.
 
 Knows files of text, token ids and a base; nothing of modules and how they are trained.
 """
@@ -33,7 +33,7 @@ Files = dict[str, dict[str, Tensor]]  # tensors that lie beside a module's weigh
 
 
 @dataclass(frozen=True)
-class Body:
+class TrainingCorpus:
     """Documents, as they were read, and those of other text that is read along.
 
     Attributes:
@@ -45,7 +45,7 @@ class Body:
     replayed: text_data.TextData | None
 
     @classmethod
-    def read(cls, data: Sequence[str | Path], config: ModuleTrainConfig) -> Body:
+    def read(cls, data: Sequence[str | Path], config: ModuleTrainConfig) -> TrainingCorpus:
         """
         Raises:
             DataError: data that is missing or malformed.
