@@ -295,7 +295,7 @@ def test_slots_below_the_fork_hold_the_bases_own_keys(base, case):
         hidden, shared = base.begin(input_ids, cache=cache)
         if layers is modules.layers:
             hidden = modules.embed(hidden, input_ids)
-        base.run(base.embed_positions(hidden, shared.positions), steps, shared)
+        base.run(base.embed_positions(hidden, shared.positions), layers, shared)
         caches.append(cache)
     for slot in range(modules.fork):
         assert torch.equal(caches[0].layers[slot].keys, caches[1].layers[slot].keys), slot

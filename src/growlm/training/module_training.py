@@ -213,7 +213,7 @@ class _Upper(nn.Module):
         if fork == 0:
             return base.norm(self._set.hidden(given))
         shared = base.pass_for(given, torch.arange(given.shape[1], device=given.device)[None])
-        return base.norm(base.run(given, self._set.steps[fork:], shared))
+        return base.norm(base.run(given, self._set.layers[fork:], shared))
 
 
 def as_served(base: Base, module: KnowledgeModule, where: str) -> KnowledgeModule:
