@@ -407,7 +407,7 @@ def test_attached_config_describes_the_deeper_model(base):
     assert "layer_types" in per_layer or not hasattr(base.config, "layer_types")
     for case in FULLEST:
         module = make_module(base, case.values[0])
-        depth = len(ModuleSet(base, [module]).steps)
+        depth = len(ModuleSet(base, [module]).layers)
         with attached(base.model, module) as model:
             assert model.config.num_hidden_layers == depth
             assert base.decoder.config is model.config
@@ -601,7 +601,7 @@ def test_blocks_start_as_copies_of_the_layer_before_them(base, placement):
     settings = {"num_layers": 3, "placement": placement, "vocabulary": "none"}
     module = make_module(base, ("blocks", settings))
     zeroed = {name for name, _ in base.anatomy.zeroed}
-    steps = ModuleSet(base, [module]).steps
+    steps = ModuleSet(base, [module]).layers
     own = list(module.layers)
     previous = None
     seen = 0
@@ -646,7 +646,7 @@ def test_extending_a_config_leaves_the_original(base):
         before = copy.deepcopy(base.config.to_dict())
         extended = module.extended_config(base.config)
         assert base.config.to_dict() == before
-        assert extended.num_hidden_layers == len(ModuleSet(base, [module]).steps)
+        assert extended.num_hidden_layers == len(ModuleSet(base, [module]).layers)
 
 
 # Several at once
