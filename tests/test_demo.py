@@ -21,8 +21,8 @@ from growlm.demo.stages import Stages
 from growlm.disk.files import locked
 from growlm.errors import ConfigError, DataError, IntegrityError, Interrupted, StoreError
 from growlm.store import Store
+from growlm.training.checkpoints import saved_step
 from growlm.training.config import PRESETS
-from growlm.training.loop import saved_step
 from interruptions import at_step, interrupt
 from stores import domain_text
 

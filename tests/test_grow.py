@@ -344,7 +344,7 @@ def test_restart_begins_anew(store: Store) -> None:
     assert steps_of(lambda: more(store, "+50", "drugs", restart=True))[0] == 0
 
 
-@pytest.mark.parametrize("instant", ["growlm.router.add_domain", "growlm.training.grow.empty"])
+@pytest.mark.parametrize("instant", ["growlm.router.committing.add_domain", "growlm.training.grow.empty"])
 def test_a_growth_that_was_killed_once_its_version_was_saved_only_has_to_end(
     home: Path, store: Store, monkeypatch: pytest.MonkeyPatch, instant: str
 ) -> None:

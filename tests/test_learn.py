@@ -404,7 +404,7 @@ def test_restart_begins_anew_and_ends_the_same(home, store):
     assert_nothing_left(store)
 
 
-@pytest.mark.parametrize("instant", ["growlm.router.add_domain", "growlm.training.learn.empty"])
+@pytest.mark.parametrize("instant", ["growlm.router.committing.add_domain", "growlm.training.learn.empty"])
 @pytest.mark.parametrize("update", [False, True])
 def test_a_run_that_was_killed_once_its_module_was_saved_only_has_to_end(home, store, monkeypatch, instant, update):
     if update:

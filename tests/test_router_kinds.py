@@ -461,7 +461,7 @@ def cut_short(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> 
         with at_step(3, left.pop()):
             return train_router(*arguments, **options)
 
-    monkeypatch.setattr("growlm.training.learn.train_router", interrupted)
+    monkeypatch.setattr("growlm.training.router.train_router", interrupted)
 
 
 @pytest.mark.parametrize("update", [False, pytest.param(True, marks=pytest.mark.slow)])

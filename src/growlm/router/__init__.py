@@ -5,6 +5,7 @@ Three kinds answer the same interface: gaussian, which grows from each domain's 
 same answers where there are very many modules; and transformer, trained on kept text of all.
 """
 
+from growlm.router.committing import commit_and_route
 from growlm.router.gaussian import (
     EVIDENCE,
     VECTORS,
@@ -34,6 +35,7 @@ __all__ = [
     "TransformerRouter",
     "add_domain",
     "base_states",
+    "commit_and_route",
     "evidence",
     "files_of",
     "has_general",

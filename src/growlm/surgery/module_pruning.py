@@ -18,7 +18,6 @@ from growlm import router
 from growlm.base import Base
 from growlm.base.placement import find_device
 from growlm.disk.files import checkpoint_folder, refuse_existing
-from growlm.disk.tensors import read_tensors
 from growlm.errors import ConfigError, IntegrityError
 from growlm.layers.experts import SparseFeedForward, per_expert
 from growlm.layers.insertion import NewExperts
@@ -27,9 +26,10 @@ from growlm.modules.experts import Experts
 from growlm.modules.peer import Peer
 from growlm.modules.probe import probe
 from growlm.router.samples import GENERAL_SAMPLES
-from growlm.store import GENERAL, WEIGHTS, Store, StoredModule
+from growlm.store import GENERAL, Store, StoredModule
 from growlm.surgery.choosing import Candidates, check_share, choose
 from growlm.surgery.pool_pruning import prune_pools
+from growlm.training.corpus import evidence_beside
 from growlm.usage.usage import Place, Usage, count_usage
 
 
@@ -99,16 +99,9 @@ def prune_module(
         "pruned": [*said.get("pruned", []), pruned],
         "probe": {"base": probe(alone), "module": probe(ModuleSet(base, [smaller]))},
     }
-    # The router's evidence of the domain, and what is kept of its text.
-    files = {
-        file: read_tensors(stored.folder / file, sha256=digest)
-        for file, digest in stored.manifest.files.items()
-        if file != WEIGHTS
-    }
+    files = evidence_beside(stored)
     if out is None:
-        saved = store.commit(stored.name, smaller, training, files, made_from=stored.version)
-        if router.VECTORS in files:
-            router.add_domain(store, saved, stored)
+        saved = router.commit_and_route(store, stored.name, smaller, training, files, stored, made_from=stored.version)
     else:
         with checkpoint_folder(out, smaller.num_bytes()) as work:
             saved = _store_beside(store, work).commit(stored.name, smaller, training, files)

@@ -24,7 +24,7 @@ from growlm.modules import KnowledgeModule, ModuleSet
 from growlm.modules.peer import Peer, PeerConfig
 from growlm.modules.probe import probe
 from growlm.progress import reporting, say
-from growlm.store import WEIGHTS, Store, StoredModule
+from growlm.store import ROUTER_TRAINED, WEIGHTS, Store, StoredModule
 from growlm.training.config import GrowConfig
 from growlm.training.corpus import (
     Files,
@@ -38,7 +38,7 @@ from growlm.training.corpus import (
 from growlm.training.general import ensure_general
 from growlm.training.loop import require_finite
 from growlm.training.module_training import ModuleTraining, as_served
-from growlm.training.router import last_config, require_samples, train_router
+from growlm.training.router import require_samples, router_after
 from growlm.training.runs import empty, folder_of, module_run, run_folder
 from growlm.units import parse_count
 
@@ -162,8 +162,7 @@ def _train(
 ) -> GrowResult:
     name, steps = stored.name, _steps(stored, shape)
     keep = bytes_to_keep(store, name, config)
-    trains_router = store.manifest.router == "transformer"
-    if trains_router:
+    if store.manifest.router == ROUTER_TRAINED:
         require_samples(store, list(store.modules.values()))
     body = TrainingCorpus.read(data, config)
     busy = f"{store.path}: the same growth of {name!r} is running already"
@@ -174,10 +173,7 @@ def _train(
     if steps and _unfinished(store, stored, steps[-1]) and steps[-1]["run"] == run_from(steps[-1].get("from")):
         with run_folder(folder_of(store, name, steps[-1]["run"]), busy, restart=True):
             say(f"version {stored.version} is saved already")
-            version = None
-            if trains_router:
-                asked = last_config(store, config.device)
-                version = train_router(store, asked, restart=restart).version
+            version = router_after(store, restart=restart, device=config.device)
         return _result(stored, shape, steps[-1], version)
     if number is not None:
         grown = shape.grown(number)
@@ -234,7 +230,7 @@ def _train(
         }
         result = _commit(store, stored, base, trained, [*steps[: shape.open_steps - 1], step], files)
         empty(work)  # the disk is needed; the folder stays until the router knows the text as well
-        version = train_router(store, base=base, restart=restart).version if trains_router else None
+        version = router_after(store, restart=restart, base=base)
     saved, shape = _peer(store, name)
     assert saved.version == result.version
     return _result(saved, shape, step, version)
@@ -252,9 +248,7 @@ def _commit(
     """Saves a module as the version after `old`, with the steps by which it has grown."""
     probes = {"base": probe(ModuleSet(base)), "module": probe(ModuleSet(base, [module]))}
     training = {**old.manifest.training, "growth": steps, "probe": probes}
-    saved = store.commit(old.name, module, training, files, made_from=old.version)
-    if router.VECTORS in files:
-        router.add_domain(store, saved, old)
+    saved = router.commit_and_route(store, old.name, module, training, files, old, made_from=old.version)
     return _result(saved, old.shape()[1], None, None)
 
 

@@ -17,13 +17,13 @@ from growlm.errors import IntegrityError, StoreError
 from growlm.modules import ModuleSet, kind_of
 from growlm.modules.probe import probe
 from growlm.progress import reporting, say
-from growlm.store import MANIFEST, Store, StoredModule
+from growlm.store import MANIFEST, ROUTER_TRAINED, Store, StoredModule
 from growlm.training.config import LearnConfig
 from growlm.training.corpus import TrainingCorpus, bytes_to_keep, require_positions
 from growlm.training.general import ensure_general
 from growlm.training.loop import require_finite
 from growlm.training.module_training import ModuleTraining, as_served
-from growlm.training.router import last_config, require_samples, train_router
+from growlm.training.router import require_samples, router_after
 from growlm.training.runs import empty, folder_of, module_run, run_folder
 
 
@@ -88,8 +88,7 @@ def _learn(
         _require_free(store, old)
     kind = kind_of(config.kind)
     keep = bytes_to_keep(store, name, config)
-    trains_router = store.manifest.router == "transformer"
-    if trains_router:
+    if store.manifest.router == ROUTER_TRAINED:
         require_samples(store, [m for m in store.modules.values() if m.name != name])
 
     body = TrainingCorpus.read(data, config)
@@ -101,10 +100,7 @@ def _learn(
             folder = folder_of(store, name, unfinished)
             with run_folder(folder, busy, restart=True):  # its checkpoints are of no use now
                 say(f"version {old.version} is saved already")
-                version = None
-                if trains_router:
-                    asked = last_config(store, config.device)
-                    version = train_router(store, asked, restart=restart).version
+                version = router_after(store, restart=restart, device=config.device)
             return _result(old, version)
         if not update:
             _require_free(store, old)
@@ -148,10 +144,9 @@ def _learn(
         now = store.find(name)
         if now is not None and not update and (old is None or now.version != old.version):
             raise StoreError(f"{store.path}: module {name!r} exists (learned meanwhile); use --update")
-        stored = store.commit(name, module, training, files)
-        router.add_domain(store, stored, old)
+        stored = router.commit_and_route(store, name, module, training, files, old)
         empty(work)  # the disk is needed; the folder stays until the router knows the module as well
-        version = train_router(store, base=base, restart=restart).version if trains_router else None
+        version = router_after(store, restart=restart, base=base)
     return _result(stored, version)
 
 

@@ -181,6 +181,18 @@ def _require_kept(store: Store, without: Sequence[str]) -> None:
         )
 
 
+def router_after(store: Store, *, restart: bool = False, device: str = "auto", base: Base | None = None) -> int | None:
+    """The version of the router trained on what the store holds now; None where its kind is not trained.
+
+    Args:
+        device: where it is trained, unless `base` is loaded already.
+    """
+    if store.manifest.router != ROUTER_TRAINED:
+        return None
+    config = last_config(store, device) if base is None else None
+    return train_router(store, config, base=base, restart=restart).version
+
+
 def last_config(store: Store, device: str = "auto") -> RouterConfig:
     """The settings of the newest version, which do not say where; the defaults where none was trained.
 

@@ -17,8 +17,8 @@ from growlm.disk.files import locked
 from growlm.errors import StoreError, TrainingError
 from growlm.progress import say
 from growlm.store import Store
+from growlm.training.checkpoints import saved_step
 from growlm.training.config import ModuleTrainConfig
-from growlm.training.loop import saved_step
 
 
 @contextmanager

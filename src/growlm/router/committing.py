@@ -1,0 +1,39 @@
+"""Committing: a module enters the store, then the router learns of it: a kill in between loses neither."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from growlm.router.gaussian import VECTORS, add_domain
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from growlm.modules import KnowledgeModule
+    from growlm.store import Store, StoredModule
+
+
+def commit_and_route(
+    store: Store,
+    name: str,
+    module: KnowledgeModule,
+    training: dict[str, Any],
+    files: Mapping[str, Mapping[str, Tensor]],
+    old: StoredModule | None,
+    *,
+    made_from: int | None = None,
+) -> StoredModule:
+    """Saves a module as the next version of `name`, and gives the router its evidence, where `files` hold any.
+
+    Args:
+        old: the version that it replaces for the router.
+        made_from: as in `Store.commit`.
+
+    Raises:
+        StoreError: as `Store.commit`.
+    """
+    saved = store.commit(name, module, training, files, made_from=made_from)
+    if VECTORS in files:
+        add_domain(store, saved, old)
+    return saved
