@@ -18,8 +18,8 @@ _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "max_position_embeddings",
 )  # fmt: skip
-_MOST = 2**53  # no whole number in a config is larger
-_MOST_COUNTED = 65_536  # of what a config counts, layers and heads: lists of so many are made of it
+_MOST = 2**53  # no whole number in a config is as large
+_MOST_COUNTED = 65_536  # of what a config counts, as layers and heads: lists of so many are made
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -58,15 +58,15 @@ def config_settings(path: Path, families: Mapping[str, Any]) -> dict[str, Any]:
     common = {own: name for name, own in kind.attribute_map.items()}  # what a family spells in its own way
     for place, value in _numbers(settings):
         if abs(value) >= _MOST:
-            raise BaseModelError(f"{path}: {place} is {shortened(value)}, which nothing can have so many of")
+            raise BaseModelError(f"{path}: {shortened(place)[1:-1]} is {shortened(value)}, beyond what can be")
     for key, value in settings.items():
-        if key.startswith("__") or callable(getattr(kind, key, None)):
+        if key.startswith("__") or callable(getattr(kind, key, None)):  # it would take a method's place
             raise BaseModelError(f"{path}: {shortened(key)} is no setting; leave it out")
         name = common.get(key, key)
-        most = _MOST_COUNTED if name.startswith("num_") else _MOST
+        counted = name.startswith("num_")
         for number in value if isinstance(value, list) else [value]:
-            if name in _SIZES or (most == _MOST_COUNTED and isinstance(number, int)):
-                _require_size(path, key, number, 1 if name in _SIZES else 0, most)
+            if name in _SIZES or (counted and isinstance(number, int)):
+                _require_size(path, key, number, int(name in _SIZES), _MOST_COUNTED if counted else _MOST)
     return settings
 
 
@@ -90,7 +90,7 @@ def require_read_settings(path: Path, config: Any) -> None:
     Raises:
         BaseModelError: one of another type, or out of its range.
     """
-    require_end_tokens(path, config.eos_token_id, config.vocab_size)
+    require_end_tokens(path, getattr(config, "eos_token_id", None), config.vocab_size)
     window = getattr(config, "sliding_window", None)
     if window is not None:
         _require_size(path, "sliding_window", window, 0, _MOST)
@@ -117,9 +117,9 @@ def require_end_tokens(path: Path, ends: Any, vocab_size: int) -> None:
     Raises:
         BaseModelError: it is no token of the base.
     """
+    if ends is None:
+        return
     for token in ends if isinstance(ends, list | tuple) else [ends]:
-        if token is None and not isinstance(ends, list | tuple):
-            return
         if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
             raise BaseModelError(
                 f"{path}: eos_token_id is {shortened(ends)}, expected tokens of the base, from 0 to {vocab_size - 1}"
