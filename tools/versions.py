@@ -79,7 +79,10 @@ class Environment:
         which = [] if everything else ["-m", "versions", *marked]  # to read the other files takes as long as the tests
         beside = ["-n", "logical", "--maxprocesses", "8", "--dist", "worksteal"]  # as `make test`
         command = [self._python, "-m", "pytest", "-p", "no:cacheprovider", *beside, "--tb=short", "-rfE", *which]
-        return subprocess.run(command, cwd=ROOT).returncode == 0
+        status = subprocess.run(command, cwd=ROOT).returncode
+        if status not in (0, 1):  # not tests that failed, of which pytest has told
+            print(f"\npytest ended with exit status {status}", flush=True)
+        return status == 0
 
     def _output(self, *arguments: str) -> str:
         return subprocess.run([self._python, *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
