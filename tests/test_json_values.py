@@ -65,7 +65,7 @@ def made(tmp_path_factory) -> Path:
     loaded = store.load_base()
     add_experts(store, loaded, "routed", 3, domain="signs")
     pools = Peer.create(loaded, PeerConfig(num_experts=16, num_heads=1, top_k=2), torch.arange(20, 300))
-    pools.open()
+    pools.enable_new_experts()
     folder = store.module("letters").folder
     files = {p.name: read_tensors(p) for p in folder.glob("router*.safetensors")}
     store.commit("pools", perturb(pools, 4), {"tokens": 5, "seed": 0}, files)
