@@ -47,7 +47,7 @@ def text(domain: str, seed: int, words: int = 24) -> str:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    work = folder / "work"
+    work = folder / "texts"
     work.mkdir(parents=True)
     for domain in DOMAINS:
         lines = [json.dumps({"text": text(domain, seed)}) for seed in range(150)]
