@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from growlm.errors import Interrupted
 from growlm.layers import PEER, retrievals
-from growlm.training import loop, optim
+from growlm.training import checkpoints, loop, optim
 from growlm.training.config import TrainConfig
 from growlm.training.optim import RowAdamW, _Rounding, clip_gradients, make_optimizer, rows_of, untouched_zeros
 
@@ -193,7 +193,7 @@ def test_the_loop_resumes_to_the_same_bits(tmp_path: Path, dtype: torch.dtype) -
     whole = train("whole", 0)
     with pytest.raises(Interrupted):
         train("cut", 0, stop_at=6)
-    assert loop.saved_step(tmp_path / "cut") == 6
+    assert checkpoints.saved_step(tmp_path / "cut") == 6
     resumed = train("cut", 3)
     for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
