@@ -15,6 +15,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from growlm.errors import ConfigError
+from growlm.units import parse_count
 
 StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.", show_default=False)]
 OutPath = Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the checkpoint.", show_default=False)]
@@ -141,6 +142,37 @@ def from_config(config: type) -> Callable[[Callable[..., None]], Callable[..., N
         return run
 
     return wrap
+
+
+def given_options(context: typer.Context, config: Any) -> dict[str, Any]:
+    """Those fields of a config that were spelled out on the command line."""
+    sources = {f.name: context.get_parameter_source(f.name) for f in fields(config)}
+    given = {name: getattr(config, name) for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+    # A number of tokens that was settled earlier would make --epochs of no effect.
+    return given if "epochs" not in given else {"tokens": None, **given}
+
+
+def refuse_beside(what: str, *others: str) -> None:
+    """
+    Raises:
+        ConfigError: there are others, which would be of no effect.
+    """
+    if others:
+        raise ConfigError(f"{what} trains nothing, so that {others[0]} is of no effect; leave out one of them")
+
+
+def token_count(tokens: str | None) -> int | None:
+    """The number behind --tokens of a command that trains nothing, e.g. 50k.
+
+    Raises:
+        ConfigError: fewer than 2.
+    """
+    if tokens is None:
+        return None
+    count = parse_count(tokens)
+    if count < 2:
+        raise ConfigError(f"--tokens is {tokens}; it must be at least 2")
+    return count
 
 
 def _field_docs(config: type) -> dict[str, str]:

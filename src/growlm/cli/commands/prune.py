@@ -1,4 +1,4 @@
-"""Commands that operate on finished checkpoints and modules."""
+"""growlm prune."""
 
 from __future__ import annotations
 
@@ -9,141 +9,16 @@ import typer
 
 from growlm.cli.app import app
 from growlm.cli.options import (
-    DataPaths,
     Device,
     Json,
-    NamedData,
-    OutPath,
-    Restart,
     Separator,
     SomeDataPaths,
     TextKey,
-    from_config,
-    named_paths,
+    token_count,
 )
-from growlm.cli.output import note, print_json, reports
+from growlm.cli.output import print_json, reports
 from growlm.errors import ConfigError
-from growlm.training.config import FinetuneConfig
-from growlm.units import format_count, parse_count
-
-
-@app.command()
-@reports("source")
-def convert(
-    source: Annotated[str, typer.Argument(metavar="IN", help="Checkpoint folder, or a hub id.", show_default=False)],
-    out: OutPath,
-    to: Annotated[
-        str | None,
-        typer.Option("--to", help="growlm, or molm for a growlm model (the default).", show_default=False),
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Read a published MoLM or JetMoE checkpoint and write it as a growlm model, or one of ours in MoLM's layout.
-
-    Examples:
-
-        growlm convert ibm/MoLM-350M-4B molm/
-
-        growlm convert molm/ published/ --to molm
-    """
-    from growlm.surgery.conversion import convert_checkpoint
-
-    path, before, after = convert_checkpoint(source, out, to=to)
-    if as_json:
-        return print_json({"path": str(path), "from": before, "to": after})
-    print(f"{path}: {before} -> {after}")
-    if not any(path.glob("tokenizer*")):
-        note(f"{source} has no tokenizer; save the one that it was trained with into {path} before you use it")
-    return None
-
-
-@app.command()
-@reports("out")
-@from_config(FinetuneConfig)
-def finetune(
-    source: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder, or a hub id.", show_default=False)],
-    out: OutPath,
-    data: DataPaths,
-    config: Any,
-    restart: Restart = False,
-    as_json: Json = False,
-) -> None:
-    """Train all parameters of a checkpoint further, as before or after pruning. To keep knowledge apart, learn.
-
-    Run the same command again to go on after Ctrl-C or a kill.
-
-    Examples:
-
-        growlm finetune molm/ code/ --data src/ --load-concentration 0.1
-
-        growlm finetune small/ better/ --data src/ --tokens 2M --learning-rate 1e-4
-    """
-    from growlm.training.finetune import finetune as run
-
-    result = run(source, out, data, config, restart=restart)
-    if as_json:
-        return print_json(result.to_json())
-    print(
-        f"{out}: {format_count(result.parameters)} parameters; held-out loss {result.loss_before:.3f} -> "
-        f"{result.loss_after:.3f} after {result.tokens:,} tokens ({result.tokens_per_second:,.0f} tokens/s)"
-    )
-    return None
-
-
-@app.command()
-@reports("source")
-def usage(
-    source: Annotated[
-        str, typer.Argument(metavar="STORE_OR_MODEL", help="A store, or a growlm checkpoint.", show_default=False)
-    ],
-    data: NamedData,
-    module: Annotated[
-        list[str] | None,
-        typer.Option("--module", metavar="NAME", help="Of a store: module of kind experts or peer; repeatable."),
-    ] = None,
-    tokens: Annotated[
-        str | None, typer.Option("--tokens", help="Of each text at most, e.g. 50k.", show_default=False)
-    ] = None,
-    sequence_length: Annotated[int, typer.Option("--sequence-length", help="Tokens read at once.")] = 512,
-    text_key: TextKey = "text",
-    separator: Separator = None,
-    device: Device = "auto",
-    figure: Annotated[
-        Path | None, typer.Option("--figure", help="Write heat maps to this file (.svg or .png).", show_default=False)
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Count how often every expert is chosen on a text, and how far texts differ in that.
-
-    Examples:
-
-        growlm usage molm/ --data english=news.txt code=src/ --figure usage.svg
-
-        growlm usage brain --module german --data german=heldout.txt --json
-    """
-    from growlm.usage.usage import count_usage, open_modules
-
-    paths = named_paths(data)
-    modules, tokenizer = open_modules(source, module or [], device=device)
-    if figure is not None and figure.suffix not in (".svg", ".png"):
-        raise ConfigError(f"--figure {figure}: its name must end in .svg or .png")
-    found = count_usage(
-        modules,
-        tokenizer,
-        paths,
-        tokens=_count(tokens),
-        sequence_length=sequence_length,
-        text_key=text_key,
-        separator=separator,
-    )
-    if figure is not None:
-        from growlm.usage.figures import write_usage
-
-        note(f"figure: {write_usage(found, figure)}")
-    if as_json:
-        return print_json(found.to_json())
-    print("\n".join(found.lines()))
-    return None
+from growlm.units import format_count
 
 
 @app.command()
@@ -217,7 +92,7 @@ def prune(
     from growlm.surgery.module_pruning import prune_module
 
     settings: dict[str, Any] = {
-        "keep": keep, "normalise": normalise or "max", "tokens": _count(tokens), "text_key": text_key,
+        "keep": keep, "normalise": normalise or "max", "tokens": token_count(tokens), "text_key": text_key,
         "separator": separator, "device": device,
     }  # fmt: skip
     if (Path(source).expanduser() / "store.json").exists():
@@ -258,12 +133,3 @@ def _required(data: list[str] | None) -> list[str]:
     if not data:
         raise ConfigError("--data is missing; give text of what the experts are to be kept for")
     return data
-
-
-def _count(tokens: str | None) -> int | None:
-    if tokens is None:
-        return None
-    count = parse_count(tokens)
-    if count < 2:
-        raise ConfigError(f"--tokens is {tokens}; it must be at least 2")
-    return count

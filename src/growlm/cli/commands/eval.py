@@ -1,4 +1,4 @@
-"""Commands that measure a store on held-out text."""
+"""growlm eval."""
 
 from __future__ import annotations
 

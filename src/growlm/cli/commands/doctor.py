@@ -1,4 +1,4 @@
-"""Command that looks at the machine and the installation."""
+"""growlm doctor."""
 
 from __future__ import annotations
 

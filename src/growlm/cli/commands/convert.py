@@ -1,0 +1,44 @@
+"""growlm convert."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from growlm.cli.app import app
+from growlm.cli.options import (
+    Json,
+    OutPath,
+)
+from growlm.cli.output import note, print_json, reports
+
+
+@app.command()
+@reports("source")
+def convert(
+    source: Annotated[str, typer.Argument(metavar="IN", help="Checkpoint folder, or a hub id.", show_default=False)],
+    out: OutPath,
+    to: Annotated[
+        str | None,
+        typer.Option("--to", help="growlm, or molm for a growlm model (the default).", show_default=False),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Read a published MoLM or JetMoE checkpoint and write it as a growlm model, or one of ours in MoLM's layout.
+
+    Examples:
+
+        growlm convert ibm/MoLM-350M-4B molm/
+
+        growlm convert molm/ published/ --to molm
+    """
+    from growlm.surgery.conversion import convert_checkpoint
+
+    path, before, after = convert_checkpoint(source, out, to=to)
+    if as_json:
+        return print_json({"path": str(path), "from": before, "to": after})
+    print(f"{path}: {before} -> {after}")
+    if not any(path.glob("tokenizer*")):
+        note(f"{source} has no tokenizer; save the one that it was trained with into {path} before you use it")
+    return None

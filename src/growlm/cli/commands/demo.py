@@ -1,0 +1,51 @@
+"""growlm demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from growlm.cli.app import app
+from growlm.cli.options import Device, Json
+from growlm.cli.output import print_json, reports
+
+
+@app.command()
+@reports("out")
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder for base, store and report.")] = Path("demo-out"),
+    minutes: Annotated[
+        float, typer.Option("--minutes", help="In which it ends: it measures this machine, and does as much as fits.")
+    ] = 10.0,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="A small base and little text, as much on any machine: a minute or two.")
+    ] = False,
+    device: Device = "auto",
+    precision: Annotated[
+        str, typer.Option("--precision", metavar="auto|bfloat16|float32", help="Of training's matrix products.")
+    ] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Grow a model from text that is already on this machine: pretrain, learn three domains, evaluate, report.
+
+    Exit status 1 if a module does not halve its domain's perplexity.
+
+    Examples:
+
+        growlm demo
+
+        growlm demo --minutes 3
+
+        growlm demo --fast
+    """
+    from growlm.demo.run import demo as run
+
+    result = run(out, fast=fast, minutes=minutes, device=device, precision=precision)
+    if as_json:
+        print_json(result.to_json())
+    else:
+        print("\n".join(result.lines()))
+    if result.not_halved:
+        raise typer.Exit(1)

@@ -1,0 +1,92 @@
+"""growlm generate."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from growlm.cli.app import app
+from growlm.cli.asking import module_names, open_engine
+from growlm.cli.options import (
+    Device,
+    ExpertsOn,
+    Json,
+    MaxNewTokens,
+    Memory,
+    ModuleChoice,
+    RowCache,
+    Seed,
+    StorePath,
+    Strict,
+    TopP,
+)
+from growlm.cli.output import name_of, note, print_json, print_stream
+from growlm.progress import phase, reporting
+from growlm.units import format_size
+
+
+@app.command()
+def generate(
+    store: StorePath,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", show_default=False)],
+    module: ModuleChoice = None,
+    memory: Memory = None,
+    device: Device = "auto",
+    experts_on: ExpertsOn = "memory",
+    row_cache: RowCache = None,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option("--top-k", help="0 keeps all.")] = 0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="Text that ends the answer; repeatable.")] = None,
+    mix: Annotated[
+        int, typer.Option("--mix", help="Let so many of the best modules write together, by how well each predicts.")
+    ] = 1,
+    reroute: Annotated[
+        int, typer.Option("--reroute", help="Choose the module anew after every so many tokens; 0 chooses once.")
+    ] = 0,
+    strict: Strict = False,
+    as_json: Json = False,
+) -> None:
+    """Answer a prompt with the module that the router chooses, or with those that are named, as it is written.
+
+    Examples:
+
+        growlm generate brain "What does aspirin inhibit?" --memory 2GB
+
+        growlm generate brain "Article 1." --module law --temperature 0.8 --top-p 0.95 --seed 7
+
+        growlm generate brain "Der Mieter" --module german --module law
+
+        growlm generate brain "The patient sued the hospital because" --mix 2
+
+        growlm generate brain "Once upon a time" --module tales --memory 1GB --experts-on disk --row-cache 200MB
+    """
+    sampling: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+        "stop": tuple(stop or ()),
+    }
+    wanted = module_names(module)
+    with open_engine(store, memory, device, experts_on, row_cache, strict) as engine:
+        if as_json:
+            with reporting(name_of(store)), phase("answering"):
+                answer = engine.generate(prompt, module=wanted, mix=mix, reroute=reroute, **sampling)
+            return print_json(answer.to_json())
+        pieces = engine.stream(prompt, module=wanted, mix=mix, reroute=reroute, **sampling)
+        result = print_stream(pieces, name_of(store))
+    writers = result.module or "base"
+    if result.mixture:
+        writers = ", ".join(f"{name} {share:.0%}" for name, share in result.mixture.items())
+    elif len(result.changes) > 1:
+        writers = ", ".join(f"{name or 'base'} from token {at}" for at, name in result.changes)
+    note(
+        f"[{writers}; {format_size(result.resident_bytes)} of weights in memory"
+        f"{'; loaded ' + ', '.join(result.loaded) if result.loaded else ''}]"
+    )
+    return None

@@ -1,0 +1,84 @@
+"""growlm grow."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from growlm.cli.app import app
+from growlm.cli.options import (
+    Json,
+    Restart,
+    SomeDataPaths,
+    StorePath,
+    from_config,
+    given_options,
+    refuse_beside,
+)
+from growlm.cli.output import note, print_json, reports
+from growlm.training.config import GrowConfig
+
+
+@app.command()
+@reports("name")
+@from_config(GrowConfig)
+def grow(
+    context: typer.Context,
+    store: StorePath,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Of a module of kind peer.", show_default=False)],
+    config: Any,
+    experts: Annotated[
+        str | None,
+        typer.Option("--experts", metavar="+N", help="Append so many to every pool, e.g. +4096.", show_default=False),
+    ] = None,
+    data: SomeDataPaths = None,
+    undo: Annotated[bool, typer.Option("--undo", help="Take the last step of growth back.")] = False,
+    restart: Restart = False,
+    as_json: Json = False,
+) -> None:
+    """Append experts to a learned module of kind peer, train new ones on new text, or take the last step back.
+
+    What the module has learned keeps its bits. Without --data it answers as before until the new experts are trained;
+    without --experts those are trained that were appended before. Each is the module's next version, and the one before
+    stays, so that nothing is asked. Run a training again to go on after Ctrl-C or a kill.
+
+    Examples:
+
+        growlm grow brain law --experts +4096 --data statutes-2027/
+
+        growlm grow brain law --experts +4096
+
+        growlm grow brain law --data statutes-2027/ --epochs 3
+
+        growlm grow brain law --undo
+    """
+    from growlm.store import Store
+    from growlm.training import grow as growth
+
+    given = given_options(context, config).items()
+    used = ("seed", "device")  # without training too
+    trains = [f"--{field.replace('_', '-')}" for field, value in given if field not in used and value is not None]
+    if undo:
+        asked = {"--experts": experts, "--data": data, "--restart": restart}
+        refuse_beside("--undo", *(option for option, value in asked.items() if value), *trains)
+        result = growth.take_back(Store.open(store), name, device=config.device)
+    else:
+        if experts is not None and not data:
+            refuse_beside("--experts without --data", *trains, *(["--restart"] if restart else []))
+        result = growth.grow(Store.open(store), name, experts, data or (), config, restart=restart)
+    if as_json:
+        return print_json(result.to_json())
+    line = f"{name} version {result.version}: {result.experts_before:,} -> {result.experts:,} experts"
+    if result.loss_before is not None and result.loss_after is not None:
+        line += (
+            f"; held-out loss {result.loss_before:.3f} -> {result.loss_after:.3f} after {result.tokens:,} tokens in "
+            f"{result.seconds:,.0f} s ({result.tokens_per_second:,.0f} tokens/s)"
+            + (f"; router version {result.router}" if result.router else "")
+        )
+    elif result.experts_open < result.experts:
+        line += f", {result.experts - result.experts_open:,} of them not trained: it answers as before"
+    print(line)
+    if result.loss_before is not None and result.loss_after is not None and result.loss_after > result.loss_before:
+        note(f"{name} does worse on the new held-out text than before: give more text or --epochs, or --undo")
+    return None

@@ -1,0 +1,44 @@
+"""growlm pretrain."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from growlm.cli.app import app
+from growlm.cli.options import DataPaths, Json, OutPath, Restart, from_config
+from growlm.cli.output import print_json, reports
+from growlm.training.config import PretrainConfig
+from growlm.units import format_count
+
+
+@app.command()
+@reports("out")
+@from_config(PretrainConfig)
+def pretrain(
+    out: OutPath,
+    data: DataPaths,
+    config: Any,
+    restart: Restart = False,
+    as_json: Json = False,
+) -> None:
+    """Train a small base model from scratch: tokenizer and weights, an ordinary transformers checkpoint.
+
+    Run the same command again to go on after Ctrl-C or a kill.
+
+    Examples:
+
+        growlm pretrain base/ --data notes/ more.jsonl --preset small --tokens 4M
+
+        growlm pretrain base/ --data text.parquet --config my-model/config.json --epochs 2
+    """
+    from growlm.training.pretrain import pretrain as run
+
+    result = run(out, data, config, restart=restart)
+    if as_json:
+        return print_json(result.to_json())
+    print(
+        f"{out}: {format_count(result.parameters)} parameters, vocabulary {result.vocab_size:,}; held-out loss "
+        f"{result.loss_before:.3f} -> {result.loss_after:.3f} after {result.tokens:,} tokens "
+        f"({result.tokens_per_second:,.0f} tokens/s)"
+    )
+    return None

@@ -1,0 +1,36 @@
+"""growlm status."""
+
+from __future__ import annotations
+
+from growlm.cli.app import app
+from growlm.cli.options import Json, StorePath
+from growlm.cli.output import print_json, reports
+from growlm.units import format_count, format_size
+
+
+@app.command()
+@reports("store")
+def status(store: StorePath, as_json: Json = False) -> None:
+    """List a store's modules, their sizes, and what is active for a prompt.
+
+    Example:
+
+        growlm status brain
+    """
+    from growlm.store import Store
+
+    found = Store.open(store).status()
+    if as_json:
+        return print_json(found)
+    print(f"base {found['base']}: {format_count(found['base_parameters'])} parameters")
+    width = max((len(m["name"]) for m in found["modules"]), default=0)
+    for m in found["modules"]:
+        print(
+            f"  {m['name']:<{width}}  version {m['version']}  {m['kind']}  {format_size(m['bytes']):>9}  "
+            f"{format_count(m['parameters'])} parameters{', ' + m['about'] if m['about'] else ''}"
+        )
+    print(
+        f"total {format_count(found['total_parameters'])} parameters; with the largest module "
+        f"{format_count(found['active_parameters'])}"
+    )
+    return None
