@@ -25,7 +25,7 @@ _HEAD = """\
 # Command line
 
 What `growlm --help` and `growlm COMMAND --help` print. Written by `docs/make_cli_reference.py`: change the help in
-`src/growlm/cli/`, or the docstrings in `training/config.py` or `evaluation/config.py`, and run it
+`src/growlm/cli/`, or the docstrings in `training/config.py`, `modules/shapes.py` or `evaluation/config.py`, and run it
 again.
 """
 

@@ -99,6 +99,8 @@ def in_new_process(function: Callable[..., object], *arguments: object) -> None:
 
 def _on_one_thread(function: Callable[..., object], *arguments: object) -> None:
     torch.set_num_threads(1)
+    # A tokenizer's threads are not there in a fork, which would wait for them for good; the command line asks for them.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     function(*arguments)
 
 

@@ -19,6 +19,8 @@ from growlm import __version__, cli
 from growlm.cli.options import spread
 from growlm.engine import Generation
 from growlm.evaluation import EvalConfig
+from growlm.modules import KINDS, ModuleConfig, kind_of
+from growlm.modules.shapes import SHAPES
 from growlm.store import ROUTER_DERIVED, Store
 from stores import ALPHABETS, add_module, domain_text, make_store
 
@@ -673,6 +675,21 @@ def test_the_settings_of_eval_come_from_their_class(home, run, answer):
     text = run("eval", "--help")[1]
     for field in EvalConfig.__dataclass_fields__:
         assert f"--{field.replace('_', '-')}" in text
+
+
+def test_the_settings_of_every_kind_are_options_of_learn(run):
+    """Under a heading of the kind's own, with its default; what follows from other settings is none."""
+    common, *headings = run("learn", "--help")[1].split("Options of kind ")
+    listed = {kind: text for text in headings for kind in text.partition(":")[0].split(" and ")}
+    assert listed.keys() == KINDS.keys() == SHAPES.keys()
+    for kind, shape in SHAPES.items():
+        assert kind_of(kind).Config is shape
+        for name in shape.model_fields:
+            text = (
+                common if name in ModuleConfig.model_fields else "".join(t for t in headings if kind in t.split(":")[0])
+            )
+            assert (f"--{name.replace('_', '-')} " in text) == (name not in shape.recorded), (kind, name)
+    assert "searches a token makes. [default: 8]" in " ".join(listed["peer"].split())
 
 
 @pytest.mark.slow

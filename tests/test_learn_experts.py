@@ -135,7 +135,7 @@ def test_replayed_text_is_read_too_and_recorded(store: Store) -> None:
     ("changes", "word"),
     [
         ({"first_layer": 9}, "first_layer is 9; .* has [34] layers"),
-        ({"num_experts": 0}, "num_experts is 0; it must be at least 1"),
+        ({"num_experts": 0}, "^num_experts is 0, expected at least 1$"),
         ({"replay_ratio": 1.0}, "replay_ratio is 1.0"),
         ({"kind": "blocks"}, "num_experts is for modules of kind experts or peer; this one is of kind blocks"),
         ({"routing_regularisation": -1.0}, "routing_regularisation is -1.0"),

@@ -180,8 +180,11 @@ def test_sizes_that_cannot_be_are_refused_and_leave_nothing(store: Store, settin
         ({"kind": "blocks", "top_k": 3}, "top_k is for modules of kind peer"),
         ({"kind": "blocks", "num_experts": 3}, "num_experts is for modules of kind experts or peer"),
         ({"kind": "peer", "expert_size": 3}, "expert_size is for modules of kind experts"),
-        ({"kind": "peer", "num_heads": 0}, "num_heads is 0"),
-        ({"kind": "peer", "query_norm": "some"}, "query_norm 'some' is not one of"),
+        ({"kind": "peer", "num_heads": 0}, "num_heads is 0, expected at least 1"),
+        ({"kind": "peer", "neurons": 2}, "there is no setting neurons"),
+        ({"kind": "peer", "steps": (3,)}, "there is no setting steps"),
+        ({"kind": "pear"}, "module kind 'pear' does not exist; kinds are blocks, experts, peer"),
+        ({"kind": "peer", "query_norm": "some"}, "query_norm is 'some', expected 'batch', 'layer' or 'none'"),
     ],
 )
 def test_settings_of_another_kind_are_refused(settings: dict, message: str) -> None:

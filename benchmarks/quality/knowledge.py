@@ -80,7 +80,7 @@ class Bench:
         loss = float(passage_losses(ModuleSet(base, [module]), passages).sum()) / num_labels(passages)
         active = total = module.num_parameters()
         if config.kind == "peer":
-            rows = config.num_heads * config.top_k * len(module.config.layers)
+            rows = module.config.num_heads * module.config.top_k * len(module.config.layers)
             active = total - (module.config.num_experts * len(module.config.layers) - rows) * 2 * base.hidden_size
         shutil.rmtree(work)
         return {"loss": loss, "parameters": total, "active": active, "seconds": learned.seconds}

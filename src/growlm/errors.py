@@ -5,6 +5,12 @@ What only a bug of ours can cause is an `assert`, never one of these.
 
 from __future__ import annotations
 
+import re
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 
 class GrowlmError(Exception):
     """Base class: the command line prints its message in one line and exits with status 1."""
@@ -52,3 +58,32 @@ class ClosedError(GrowlmError):
 
 class GrowlmWarning(UserWarning):
     """Something that goes on and may not be what was meant. The command line prints it in one line on stderr."""
+
+
+def first_error(error: ValidationError) -> str:
+    """The first thing that was refused, as our own messages say it: which key, what it is, what it may be."""
+    first = error.errors()[0]
+    # Without the names of what was tried of several types.
+    parts = [str(p) for p in first["loc"] if p not in ("[key]", "constrained-int") and not str(p).startswith("tuple[")]
+    where = shortened(".".join(parts))
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {where}"
+    where, message = where[1:-1], first["msg"].removeprefix("Value error, ")
+    if not where:
+        return message
+    if first["type"] == "missing":
+        return f"{where}: {message}"
+    # As our own messages say it.
+    message = re.sub(r"^Input should be (a valid )?", "expected ", message)
+    message = message.replace("less than or equal to", "at most").replace("greater than or equal to", "at least")
+    return (
+        f"{where} is {shortened(first['input'])}, {message}"
+        if message.startswith("expected")
+        else (f"{where} is {shortened(first['input'])}: {message}")
+    )
+
+
+def shortened(value: Any) -> str:
+    """A value for a message of one line."""
+    told = repr(value)
+    return told if len(told) <= 60 else f"{told[:60]}..."

@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
+import typer.core
 
 from growlm.errors import ConfigError
 from growlm.units import parse_count
+
+if TYPE_CHECKING:
+    from growlm.modules import ModuleConfig
 
 StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.", show_default=False)]
 OutPath = Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the checkpoint.", show_default=False)]
@@ -106,33 +111,57 @@ def named_paths(data: Sequence[str]) -> dict[str, list[str]]:
     return paths
 
 
-def from_config(config: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+class Grouped(typer.core.TyperCommand):
+    """A command whose options are listed under the heading that each has as `rich_help_panel`."""
+
+    def format_options(self, context: Any, formatter: Any) -> None:
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(context):
+            if (record := parameter.get_help_record(context)) is not None:
+                panel = getattr(parameter, "rich_help_panel", None)
+                heading = panel or ("Options" if parameter.param_type_name == "option" else "Arguments")
+                panels.setdefault(heading, []).append(record)
+        for heading, records in panels.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+
+def from_config(
+    config: type, kinds: Mapping[str, type[ModuleConfig]] | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Gives a command an option for every field of a config class: its type, its default, its line of the docstring.
 
     The command receives the config object as its argument `config`.
+
+    Args:
+        kinds: shapes by kind, one of which the class takes with `kind`: their settings are options too, which are
+            passed where they are given.
     """
 
     def wrap(command: Callable[..., None]) -> Callable[..., None]:
         own = {n: p for n, p in inspect.signature(command, eval_str=True).parameters.items() if n != "config"}
         hints = get_type_hints(config)
         docs = _field_docs(config)
-        names = [f.name for f in fields(config)]
+        made = {f.name: (f.default, hints[f.name], docs.get(f.name, ""), None) for f in fields(config)}
+        shaped = _of_kinds(kinds or {})
+        if kinds:
+            del made["shape"]
 
         def run(**arguments: Any) -> None:
-            settings = {name: arguments.pop(name) for name in names}
+            settings = {name: arguments.pop(name) for name in made}
+            settings |= {name: v for name in shaped if (v := arguments.pop(name)) is not None}
             command(**arguments, config=config(**settings))
 
         parameters = list(own.values())
-        for f in fields(config):
+        for name, (default, hint, doc, panel) in {**made, **shaped}.items():
             # A number with a unit is written as text.
-            kind = str if hints[f.name] in (int | str, int | str | None) else hints[f.name]
-            kind = str | None if hints[f.name] == int | str | None else kind
-            flag = f.name.replace("_", "-")
-            spelled = f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}"
-            option = typer.Option(spelled, help=docs.get(f.name, ""))
+            kind = {int | str: str, int | str | None: str | None}.get(hint, hint)
+            flag = name.replace("_", "-")
+            spelled = f"--{flag}/--no-{flag}" if kind in (bool, bool | None) else f"--{flag}"
+            option = typer.Option(spelled, help=doc, rich_help_panel=panel)
             parameters.append(
                 inspect.Parameter(
-                    f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=Annotated[kind, option]
+                    name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
                 )
             )
         ordered = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
@@ -142,6 +171,35 @@ def from_config(config: type) -> Callable[[Callable[..., None]], Callable[..., N
         return run
 
     return wrap
+
+
+def _of_kinds(kinds: Mapping[str, type[ModuleConfig]]) -> dict[str, tuple[Any, Any, str, str | None]]:
+    """Default, type, help and heading of an option for every setting of these shapes; one that is not given is None."""
+    having: dict[str, list[str]] = {}
+    for kind, shape in kinds.items():
+        for name in shape.settings():
+            having.setdefault(name, []).append(kind)
+    options: dict[str, tuple[Any, Any, str, str | None]] = {}
+    for name, of in having.items():
+        told = {kind: _field_docs(kinds[kind]).get(name, "") + _default(kinds[kind], name) for kind in of}
+        same = len(set(told.values())) == 1
+        text = told[of[0]] if same else " ".join(f"Of {kind}: {text}" for kind, text in told.items())
+        panel = None if len(of) == len(kinds) else f"Options of kind {' and '.join(of)}"
+        options[name] = (None, _written_as(kinds[of[0]].model_fields[name].annotation) | None, text, panel)
+    return options
+
+
+def _default(shape: type[ModuleConfig], name: str) -> str:
+    value = shape.model_fields[name].default
+    return "" if value is None or value is False else f"  [default: {value}]"
+
+
+def _written_as(hint: Any) -> Any:
+    """The type of an option for a field of this type: of several types the first; several numbers are written as one
+    text."""
+    while get_origin(hint) in (Union, UnionType, Annotated):
+        hint = get_args(hint)[0]
+    return str if get_origin(hint) in (tuple, Literal) else hint
 
 
 def given_options(context: typer.Context, config: Any) -> dict[str, Any]:

@@ -9,49 +9,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Self
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from growlm.base import Base, LayerToRun
 from growlm.base.anatomy import anatomy_of
 from growlm.errors import IntegrityError
-from growlm.modules.contract import KnowledgeModule, Layer, ModuleConfig
+from growlm.modules.contract import KnowledgeModule
+from growlm.modules.shapes import BlocksConfig
 from growlm.modules.vocabulary import VocabularyRows
-
-
-class BlocksConfig(ModuleConfig):
-    """Shape of a `blocks` module.
-
-    `after[i]` base layers run before new layer i, which was made from base layer `sources[i]` and attends in its
-    pattern. Both follow from the other settings and the base's depth, and are recorded so that a manifest alone
-    says what the module is.
-    """
-
-    num_layers: int = Field(default=4, ge=1, le=1024)
-    placement: Literal["top", "interleaved"] = "top"
-    vocabulary: Literal["none", "head", "both"] = "head"
-    after: Annotated[tuple[Layer, ...], Field(max_length=1024)] = ()
-    sources: Annotated[tuple[Layer, ...], Field(max_length=1024)] = ()
-
-    def resolve(self, depth: int) -> BlocksConfig:
-        """With `after` and `sources` filled in for a base of `depth` layers."""
-        if self.after:
-            return self
-        if self.placement == "top":
-            after = (depth,) * self.num_layers
-        else:
-            first = depth // 3
-            after = tuple(first + -(-(i + 1) * (depth - first) // self.num_layers) for i in range(self.num_layers))
-        return self.model_copy(update={"after": after, "sources": tuple(max(a - 1, 0) for a in after)})
-
-    def fits(self, depth: int) -> bool:
-        """Whether a resolved config describes layers that a base of `depth` can have."""
-        inside = all(0 <= a <= depth for a in self.after) and all(0 <= s < depth for s in self.sources)
-        counted = len(self.after) == len(self.sources) == self.num_layers
-        return inside and counted and list(self.after) == sorted(self.after)
 
 
 class Blocks(KnowledgeModule):

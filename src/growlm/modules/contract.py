@@ -10,32 +10,17 @@ import itertools
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from growlm.base import Base, LayerToRun, tensor_bytes
 from growlm.errors import ConfigError, IntegrityError
+from growlm.modules.shapes import ModuleConfig
 from growlm.modules.vocabulary import VocabularyRows
 
 _made = itertools.count()  # modules in the order in which this process made them
-
-
-# Whole numbers of a config have bounds, far beyond what anyone needs, below which no size made of them overflows.
-Layer = Annotated[int, Field(ge=0, le=65_536)]  # of a base; the module asks whether its own base has so many
-Size = Annotated[int, Field(ge=1, le=2**20)]
-
-
-class ModuleConfig(BaseModel):
-    """What the manifest records of a module's shape. Unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    def about(self) -> str:
-        """What `growlm status` says of it besides its size."""
-        return ""
 
 
 class KnowledgeModule(nn.Module, ABC):

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Self
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from growlm.base import Base, LayerToRun
@@ -20,58 +19,9 @@ from growlm.errors import ConfigError
 from growlm.layers.experts import AttentionExperts, SparseFeedForward
 from growlm.layers.insertion import AttentionUnion, Beside, FeedForwardUnion, NewExperts
 from growlm.layers.losses import routing_regularisation
-from growlm.modules.contract import KnowledgeModule, Layer, ModuleConfig, Size
+from growlm.modules.contract import KnowledgeModule
+from growlm.modules.shapes import ExpertsConfig
 from growlm.modules.vocabulary import VocabularyRows
-
-_Number = Annotated[int, Field(ge=1, le=65_536)]
-_NumberOrNone = Annotated[int, Field(ge=0, le=65_536)]
-
-
-class ExpertsConfig(ModuleConfig):
-    """Shape of an `experts` module.
-
-    Attributes:
-        num_experts: new feed-forward experts of every layer, or a list with one number for each layer from
-            `first_layer` on: pruning leaves layers with different numbers.
-        num_attention_experts: new attention experts of every layer whose attention has experts, or such a list.
-        num_experts_per_tok: experts that a token uses where they stand beside a dense feed-forward; a layer that has
-            experts keeps its own number.
-        expert_size: hidden units of an expert beside a dense feed-forward; by default half the model's width.
-        router_size: width of a new router.
-        first_layer: layers of the base from this one on get experts; those before are shared with other modules.
-    """
-
-    num_experts: _Number | tuple[_Number, ...] = 4
-    num_attention_experts: _NumberOrNone | tuple[_NumberOrNone, ...] = 2
-    num_experts_per_tok: _Number = 2
-    expert_size: Size | None = None
-    router_size: Size = 64
-    first_layer: Layer = 0
-    vocabulary: Literal["none", "head", "both"] = "head"
-
-    def experts_of(self, index: int) -> int:
-        """Feed-forward experts of the layer `index` after `first_layer`."""
-        return self.num_experts if isinstance(self.num_experts, int) else self.num_experts[index]
-
-    def attention_experts_of(self, index: int) -> int:
-        many = self.num_attention_experts
-        return many if isinstance(many, int) else many[index]
-
-    def check(self, depth: int, where: str) -> None:
-        """Checks it against a base of `depth` layers.
-
-        Raises:
-            ConfigError: layers that the base does not have, or lists of another length.
-        """
-        if self.first_layer >= depth:
-            raise ConfigError(f"first_layer is {self.first_layer}; {where} has {depth} layers, so at most {depth - 1}")
-        for name in ("num_experts", "num_attention_experts"):
-            numbers = getattr(self, name)
-            if isinstance(numbers, tuple) and len(numbers) != depth - self.first_layer:
-                raise ConfigError(
-                    f"{name} lists {len(numbers)} layers; {where} has {depth - self.first_layer} from layer "
-                    f"{self.first_layer} on"
-                )
 
 
 class _LayerExperts(nn.Module):

@@ -10,129 +10,25 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Sequence
-from itertools import pairwise
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Self
 
 import torch
-from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from growlm.base import Base, LayerToRun, tensor_bytes
 from growlm.errors import ConfigError
 from growlm.layers.peer import PEER
 from growlm.layers.pools import WithPools
-from growlm.layers.product_keys import sub_key_counts
 from growlm.layers.row_cache import CachedPool, cache_bytes
 from growlm.layers.tables import require_room_for_rows
-from growlm.modules.contract import KnowledgeModule, Layer, ModuleConfig, Size
+from growlm.modules.contract import KnowledgeModule
+from growlm.modules.shapes import PeerConfig
 from growlm.modules.vocabulary import VocabularyRows
 
 # a rows of side a, b rows of side b; every row of side a has b experts
 
 _IMITATION = 0.25  # share of the steps in which a pool in place of a feed-forward learns to compute what that does
 _TABLES = (".up", ".down")
-_Rows = Annotated[int, Field(ge=1, le=2**40)]
-
-
-class PeerConfig(ModuleConfig):
-    """Shape of a `peer` module.
-
-    Attributes:
-        num_experts: of every pool when it was made, which settles side b for good; a number with two factors that are
-            not too unequal.
-        layers: of the base, that get a pool; by default the middle one.
-        replace_feed_forward: the pools stand in place of these layers' feed-forward, not beside it.
-        num_heads, top_k: a token reads `top_k` experts for each head.
-        neurons_per_expert: hidden neurons of an expert.
-        key_size: width of a key, by default half the model's.
-        query_norm: batch (uses experts evenly), layer or none.
-        steps: rows of side a of the product keys, after the pool was made and after every step of growth, less what
-            was pruned; recorded.
-        open_steps: of these, so many are trained; what was appended after is not there yet; recorded.
-    """
-
-    num_experts: _Rows = 16_384
-    layers: tuple[Layer, ...] | None = None
-    replace_feed_forward: bool = False
-    num_heads: Size = 8
-    top_k: Size = 16
-    neurons_per_expert: Size = 1
-    key_size: Annotated[Size, Field(ge=2)] | None = None
-    query_norm: Literal["batch", "layer", "none"] = "batch"
-    vocabulary: Literal["none", "head", "both"] = "head"
-    steps: tuple[_Rows, ...] = ()
-    open_steps: Annotated[int, Field(ge=0, le=65_536)] = 0
-
-    @field_validator("layers", mode="before")
-    @classmethod
-    def _parse(cls, value: Any) -> Any:
-        if not isinstance(value, str):
-            return tuple(value) if isinstance(value, list) else value  # as JSON has it
-        try:
-            return tuple(int(part) for part in value.split(","))
-        except ValueError:
-            raise ConfigError(f"layers is {value!r}; write numbers of layers, e.g. 3 or 2,5") from None
-
-    @model_validator(mode="after")
-    def _check_steps(self) -> Self:
-        if any(later < before for before, later in pairwise(self.steps)):
-            raise ValueError(f"steps are {self.steps}: they may not fall")
-        if self.steps:
-            sub_key_counts(self.num_experts)
-        if self.open_steps > max(len(self.steps), 1):
-            raise ValueError(f"open_steps is {self.open_steps}, of {len(self.steps)} steps")
-        return self
-
-    @property
-    def sub_keys(self) -> tuple[int, int]:
-        """Rows of both sides of the product keys, all steps included."""
-        a, b = sub_key_counts(self.num_experts)
-        return (self.steps[-1] if self.steps else a), b
-
-    @property
-    def rows_open(self) -> int:
-        """Rows of side a that can be found, once anything can."""
-        return self.steps[max(self.open_steps, 1) - 1]
-
-    def about(self) -> str:
-        a, b = self.sub_keys
-        new = (a - self.rows_open) * b if self.steps and self.open_steps else 0
-        pools = f" in each of {len(self.layers)} layers" if self.layers and len(self.layers) > 1 else ""
-        return f"{a * b:,} experts{pools}" + (f", {new:,} of them not trained" if new else "")
-
-    def grown(self, num_experts: int) -> Self:
-        """With one more step, of so many experts in every pool.
-
-        Raises:
-            ConfigError: no whole number of sub-keys; says which numbers will do.
-        """
-        a, b = self.sub_keys
-        rows, rest = divmod(num_experts, b)
-        if rows < 1 or rest:
-            below = max(rows, 1) * b
-            raise ConfigError(
-                f"experts is {num_experts:+}; a sub-key of this module's pools has {b} experts, and they grow by whole "
-                f"ones: use {below:+} or {below + b:+}"
-            )
-        return self.model_copy(update={"steps": (*self.steps, a + rows)})
-
-    def completed(self, base: Base) -> Self:
-        """With what is recorded when a module is made.
-
-        Raises:
-            ConfigError: layers that the base does not have, or sizes of pools that cannot be.
-        """
-        layers = (base.num_layers // 2,) if self.layers is None else tuple(sorted(self.layers))
-        if len(set(layers)) < len(layers) or not layers:
-            raise ConfigError(f"layers are {', '.join(map(str, self.layers or ()))}; name each once, and at least one")
-        for layer in layers:
-            if not 0 <= layer < base.num_layers:
-                raise ConfigError(f"layer {layer}: {base.where} has layers 0 to {base.num_layers - 1}")
-        try:
-            steps = self.steps or (sub_key_counts(self.num_experts)[0],)
-        except ValueError as error:
-            raise ConfigError(str(error).removesuffix(", or give sub_keys=(a, b)")) from None
-        return self.model_copy(update={"layers": layers, "steps": steps})
 
 
 class Peer(KnowledgeModule):

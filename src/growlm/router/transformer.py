@@ -15,13 +15,13 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from growlm.base import Base, tensor_bytes
-from growlm.errors import IntegrityError, StoreError, UnknownModuleError
+from growlm.errors import IntegrityError, StoreError, UnknownModuleError, first_error
 from growlm.modules import assign
 from growlm.modules.blocks import Blocks, BlocksConfig
 from growlm.router.interface import NONE, Route, Router
 from growlm.router.samples import SAMPLES
 from growlm.store import MANIFEST, ROUTER_TRAINED
-from growlm.store.manifests import as_written, first_error
+from growlm.store.manifests import as_written
 
 if TYPE_CHECKING:
     from growlm.store import Store, StoredModule

@@ -7,7 +7,6 @@ Knows keys, their types and bounds; opens one file at a time and nothing else.
 from __future__ import annotations
 
 import json
-import re
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -16,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 
 from growlm import __version__
 from growlm.disk.files import read_json
-from growlm.errors import IntegrityError, StoreError
+from growlm.errors import IntegrityError, StoreError, first_error, shortened
 
 FORMAT = 1
 _M = TypeVar("_M", bound="Manifest")
@@ -190,29 +189,3 @@ def as_written(kind: type[_B], content: Any) -> _B:
         ValidationError: it says something else.
     """
     return kind.model_validate_json(json.dumps(content), strict=True)
-
-
-def first_error(error: ValidationError) -> str:
-    first = error.errors()[0]
-    where = shortened(".".join(str(p) for p in first["loc"] if p != "[key]"))
-    if first["type"] == "extra_forbidden":
-        return f"unknown key {where}"
-    where, message = where[1:-1], first["msg"].removeprefix("Value error, ")
-    if not where:
-        return message
-    if first["type"] == "missing":
-        return f"{where}: {message}"
-    # As our own messages say it.
-    message = re.sub(r"^Input should be (a valid )?", "expected ", message)
-    message = message.replace("less than or equal to", "at most").replace("greater than or equal to", "at least")
-    return (
-        f"{where} is {shortened(first['input'])}, {message}"
-        if message.startswith("expected")
-        else (f"{where} is {shortened(first['input'])}: {message}")
-    )
-
-
-def shortened(value: Any) -> str:
-    """A value for a message of one line."""
-    told = repr(value)
-    return told if len(told) <= 60 else f"{told[:60]}..."

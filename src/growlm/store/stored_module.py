@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from growlm.disk.tensors import outline
-from growlm.errors import ConfigError, IntegrityError, StoreError
-from growlm.store.manifests import ModuleManifest, as_written, first_error, read_manifest
+from growlm.errors import ConfigError, IntegrityError, StoreError, first_error
+from growlm.store.manifests import ModuleManifest, as_written, read_manifest
 
 if TYPE_CHECKING:
     from growlm.modules import KnowledgeModule

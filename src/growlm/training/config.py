@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from growlm.errors import ConfigError
+from pydantic import ValidationError
+
+from growlm.errors import ConfigError, first_error
+from growlm.modules.shapes import SHAPES, BlocksConfig, ModuleConfig
 from growlm.units import parse_count, parse_size
 
 _SEEDS = 2**63  # how many there are: torch takes no larger ones as they are
@@ -200,102 +202,70 @@ class GrowConfig(ModuleTrainConfig):
     """Settings of `growlm grow`, which trains new experts of a module and nothing else."""
 
 
-# Settings of some kinds of module only.
-_ONLY = {
-    "blocks": ("num_layers", "placement"),
-    "experts": (
-        "num_experts", "num_attention_experts", "num_experts_per_tok", "expert_size", "router_size", "first_layer",
-        "routing_regularisation", "load_concentration",
-    ),
-    "peer": (
-        "num_experts", "layers", "replace_feed_forward", "num_heads", "top_k", "neurons_per_expert", "key_size",
-        "query_norm",
-    ),
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class LearnConfig(ModuleTrainConfig):
-    """Settings of `growlm learn`.
+    """Settings of `growlm learn`, and in the same call those of the module's kind: the fields of its config in
+    `growlm.modules.shapes`, as in `LearnConfig(kind="peer", num_experts=65_536, epochs=3)`.
 
     Attributes:
         kind: of module: blocks (whole layers), experts (routed experts in the base's own layers) or peer (a pool of
             very many tiny experts in a layer).
-        num_layers: of blocks: new decoder layers.
-        placement: of blocks: top (after the base's last layer) or interleaved (between its layers: learns more, shares
-            less).
-        vocabulary: own rows of the output head (head), of the input embedding too (both), or none.
         max_rows: the most tokens that get rows of their own; by default a quarter of the vocabulary and at most 8,192,
             so that modules of one store need about the same memory.
-        num_experts: of experts: new feed-forward experts a layer, by default 4; of peer: those of a pool, by default
-            16,384.
-        num_attention_experts: of experts: new ones in a layer whose attention has experts.
-        num_experts_per_tok: of experts: that a token uses beside a dense feed-forward.
-        expert_size: of experts: hidden units beside a dense feed-forward; by default half the width.
-        router_size: of experts: width of a new router.
-        first_layer: of experts: the layers from this one on; those before are shared with other modules.
-        routing_regularisation: of experts: weight of the loss that keeps new experts from being chosen readily.
-        load_concentration: of experts: weight of the loss that makes fewer experts be used.
-        layers: of peer: the layers of the base that get a pool, e.g. 3 or 2,5; by default the middle one.
-        replace_feed_forward: of peer: the pool stands in place of the layer's feed-forward, which it first learns to
-            compute, and not beside it.
-        num_heads: of peer: searches a token makes.
-        top_k: of peer: experts that each search finds.
-        neurons_per_expert: of peer: hidden neurons of an expert.
-        key_size: of peer: width of a key; by default half the model's.
-        query_norm: of peer: batch (uses the experts evenly), layer or none.
+        routing_regularisation: of kinds with routers: weight of the loss that keeps new experts from being chosen
+            readily.
+        load_concentration: of kinds with routers: weight of the loss that makes fewer experts be used.
+        shape: made of the settings of the kind.
     """
 
     kind: str = "blocks"
-    num_layers: int = 4
-    placement: str = "top"
-    vocabulary: str = "head"
     max_rows: int | None = None
-    num_experts: int | None = None
-    num_attention_experts: int = 2
-    num_experts_per_tok: int = 2
-    expert_size: int | None = None
-    router_size: int = 64
-    first_layer: int = 0
     routing_regularisation: float = 0.0
     load_concentration: float = 0.0
-    layers: str | None = None
-    replace_feed_forward: bool = False
-    num_heads: int = 8
-    top_k: int = 16
-    neurons_per_expert: int = 1
-    key_size: int | None = None
-    query_norm: str = "batch"
+    shape: ModuleConfig = field(default_factory=BlocksConfig)
+
+    def __init__(self, kind: str = "blocks", **settings: Any) -> None:
+        """
+        Raises:
+            ConfigError: no such kind, a setting that nothing has or only other kinds have, or a value that cannot be.
+        """
+        if kind not in SHAPES:
+            raise ConfigError(f"module kind {kind!r} does not exist; kinds are {', '.join(SHAPES)}")
+        own = {f.name: f.default for f in fields(self)}
+        of_shape = {name: settings.pop(name) for name in list(settings) if name not in own}
+        for name in of_shape:
+            if name not in SHAPES[kind].settings():
+                have = [other for other, shape in SHAPES.items() if name in shape.settings()]
+                if not have:
+                    raise ConfigError(f"there is no setting {name}; growlm learn --help lists them")
+                raise ConfigError(f"{name} is for modules of kind {' or '.join(have)}; this one is of kind {kind}")
+        if not isinstance(settings.get("shape"), SHAPES[kind]):
+            settings["shape"] = SHAPES[kind]()
+        try:
+            settings["shape"] = SHAPES[kind](**{**settings["shape"].model_dump(exclude_unset=True), **of_shape})
+        except ValidationError as error:
+            raise ConfigError(first_error(error)) from None
+        for name, value in {**own, **settings, "kind": kind}.items():
+            object.__setattr__(self, name, value)
+        self.__post_init__()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("routing_regularisation", "load_concentration"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be a number, 0 or more")
-        for name in dict.fromkeys(itertools.chain.from_iterable(_ONLY.values())):
-            kinds = [kind for kind, names in _ONLY.items() if name in names]
-            if self.kind not in kinds and getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                raise ConfigError(
-                    f"{name} is for modules of kind {' or '.join(kinds)}; this one is of kind {self.kind}"
-                )
-        for name in (
-            "num_experts", "num_experts_per_tok", "expert_size", "router_size", "num_heads", "top_k",
-            "neurons_per_expert", "key_size",
-        ):  # fmt: skip
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; it must be at least 1")
-        for name in ("num_attention_experts", "first_layer"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0")
-        if self.placement not in ("top", "interleaved"):
-            raise ConfigError(f"placement {self.placement!r} is not one of top, interleaved")
-        if self.query_norm not in ("batch", "layer", "none"):
-            raise ConfigError(f"query_norm {self.query_norm!r} is not one of batch, layer, none")
-        if self.vocabulary not in ("none", "head", "both"):
-            raise ConfigError(f"vocabulary {self.vocabulary!r} is not one of none, head, both")
-        for name in ("num_layers", "max_rows"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; it must be at least 1")
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ConfigError(f"{name} is {value}; it must be a number, 0 or more")
+            if value and not self.shape.has_routers:
+                have = " or ".join(kind for kind, shape in SHAPES.items() if shape.has_routers)
+                raise ConfigError(f"{name} is for modules of kind {have}; this one is of kind {self.kind}")
+        if self.max_rows is not None and self.max_rows < 1:
+            raise ConfigError(f"max_rows is {self.max_rows}; it must be at least 1")
+
+    def to_json(self) -> dict[str, Any]:
+        settings = super().to_json()
+        del settings["shape"]
+        chosen = self.shape.model_dump(mode="json")
+        return {**settings, **{name: chosen[name] for name in self.shape.settings()}}
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from growlm import data as text_data
 from growlm.base import Base
 from growlm.base.placement import Placement
-from growlm.errors import ConfigError
 from growlm.layers.cross_entropy import linear_cross_entropy
 from growlm.layers.losses import load_concentration
 from growlm.layers.pools import imitation
@@ -25,7 +23,6 @@ from growlm.modules import KnowledgeModule, ModuleSet
 from growlm.modules.scoring import passage_losses
 from growlm.modules.vocabulary import choose_rows
 from growlm.progress import phase
-from growlm.store.manifests import first_error
 from growlm.training.config import LearnConfig, ModuleTrainConfig
 from growlm.training.corpus import sample_passages
 from growlm.training.features import FeatureCache
@@ -71,13 +68,7 @@ class ModuleTraining:
             row_ids = self._least_known(config, begin)
             # The module is made from the base's weights as they are stored.
             _set(weights, stored)
-            given = {k: getattr(config, k, None) for k in module.Config.model_fields}
-            settings = {k: v for k, v in given.items() if v is not None}
-            try:
-                shape = module.Config(**settings)
-            except ValidationError as error:
-                raise ConfigError(first_error(error)) from None
-            self.module = module.create(base, shape, row_ids)
+            self.module = module.create(base, config.shape, row_ids)
             _set(weights, rounded)
             self.module.enable_new_experts()
             self.module.begin_training()
@@ -135,7 +126,7 @@ class ModuleTraining:
 
     def _least_known(self, config: LearnConfig, begin: Sequence[int]) -> Tensor | None:
         """Of the tokens that the domain uses, those that the base knows least."""
-        if config.vocabulary == "none":
+        if config.shape.vocabulary == "none":
             return None
         vocab = self.base.vocab_size
         lost = torch.zeros(vocab, dtype=torch.float64)

@@ -7,14 +7,15 @@ from typing import Annotated, Any
 import typer
 
 from growlm.cli.app import app
-from growlm.cli.options import DataPaths, Json, Restart, StorePath, from_config
+from growlm.cli.options import DataPaths, Grouped, Json, Restart, StorePath, from_config
 from growlm.cli.output import note, print_json, reports
+from growlm.modules.shapes import SHAPES
 from growlm.training.config import LearnConfig
 
 
-@app.command()
+@app.command(cls=Grouped)
 @reports("name")
-@from_config(LearnConfig)
+@from_config(LearnConfig, SHAPES)
 def learn(
     store: StorePath,
     name: Annotated[str, typer.Argument(metavar="NAME", help="Of the module.", show_default=False)],

@@ -1,0 +1,243 @@
+"""Shapes: the settings that give a module of a kind its shape, as manifests record them and `learn` takes them.
+
+A setting is here once: its name, type, bounds, default, and the line of `growlm learn --help`. Knows no tensors and
+imports nothing heavy: the command line's options are made from it.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from growlm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from growlm.base import Base
+
+# Whole numbers have bounds, far beyond what anyone needs, below which no size made of them overflows.
+Layer = Annotated[int, Field(ge=0, le=65_536)]  # of a base; the module asks whether its own base has so many
+Size = Annotated[int, Field(ge=1, le=2**20)]
+_Number = Annotated[int, Field(ge=1, le=65_536)]
+_NumberOrNone = Annotated[int, Field(ge=0, le=65_536)]
+_Rows = Annotated[int, Field(ge=1, le=2**40)]
+
+
+class ModuleConfig(BaseModel):
+    """What every kind has. Unknown keys are refused.
+
+    Attributes:
+        vocabulary: own rows of the output head (head), of the input embedding too (both), or none.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    recorded: ClassVar[frozenset[str]] = frozenset()  # fields that follow from others, or from what became of a module
+    has_routers: ClassVar[bool] = False  # whether a module of this shape has routers, on which losses can be put
+
+    vocabulary: Literal["none", "head", "both"] = "head"
+
+    @classmethod
+    def settings(cls) -> list[str]:
+        """Names of the fields that can be chosen when a module is made."""
+        return [name for name in cls.model_fields if name not in cls.recorded]
+
+    def about(self) -> str:
+        """What `growlm status` says of it besides its size."""
+        return ""
+
+
+class BlocksConfig(ModuleConfig):
+    """Shape of a `blocks` module.
+
+    `after[i]` base layers run before new layer i, which was made from base layer `sources[i]` and attends in its
+    pattern. Both follow from the other settings and the base's depth, and are recorded so that a manifest alone
+    says what the module is.
+
+    Attributes:
+        num_layers: new decoder layers.
+        placement: top (after the base's last layer) or interleaved (between its layers: learns more, shares less).
+    """
+
+    recorded = frozenset({"after", "sources"})
+
+    num_layers: int = Field(default=4, ge=1, le=1024)
+    placement: Literal["top", "interleaved"] = "top"
+    after: Annotated[tuple[Layer, ...], Field(max_length=1024)] = ()
+    sources: Annotated[tuple[Layer, ...], Field(max_length=1024)] = ()
+
+    def resolve(self, depth: int) -> BlocksConfig:
+        """With `after` and `sources` filled in for a base of `depth` layers."""
+        if self.after:
+            return self
+        if self.placement == "top":
+            after = (depth,) * self.num_layers
+        else:
+            first = depth // 3
+            after = tuple(first + -(-(i + 1) * (depth - first) // self.num_layers) for i in range(self.num_layers))
+        return self.model_copy(update={"after": after, "sources": tuple(max(a - 1, 0) for a in after)})
+
+    def fits(self, depth: int) -> bool:
+        """Whether a resolved config describes layers that a base of `depth` can have."""
+        inside = all(0 <= a <= depth for a in self.after) and all(0 <= s < depth for s in self.sources)
+        counted = len(self.after) == len(self.sources) == self.num_layers
+        return inside and counted and list(self.after) == sorted(self.after)
+
+
+class ExpertsConfig(ModuleConfig):
+    """Shape of an `experts` module. Where layers differ, as pruning leaves them, a number of experts is a list, for each
+    layer from `first_layer` on.
+
+    Attributes:
+        num_experts: new feed-forward experts of a layer.
+        num_attention_experts: new ones in a layer whose attention has experts.
+        num_experts_per_tok: that a token uses beside a dense feed-forward; a layer that has experts keeps its number.
+        expert_size: hidden units beside a dense feed-forward; by default half the width.
+        router_size: width of a new router.
+        first_layer: the layers from this one on get experts; those before are shared with other modules.
+    """
+
+    has_routers = True
+
+    num_experts: _Number | tuple[_Number, ...] = 4
+    num_attention_experts: _NumberOrNone | tuple[_NumberOrNone, ...] = 2
+    num_experts_per_tok: _Number = 2
+    expert_size: Size | None = None
+    router_size: Size = 64
+    first_layer: Layer = 0
+
+    def experts_of(self, index: int) -> int:
+        """Feed-forward experts of the layer `index` after `first_layer`."""
+        return self.num_experts if isinstance(self.num_experts, int) else self.num_experts[index]
+
+    def attention_experts_of(self, index: int) -> int:
+        many = self.num_attention_experts
+        return many if isinstance(many, int) else many[index]
+
+    def check(self, depth: int, where: str) -> None:
+        """Checks it against a base of `depth` layers.
+
+        Raises:
+            ConfigError: layers that the base does not have, or lists of another length.
+        """
+        if self.first_layer >= depth:
+            raise ConfigError(f"first_layer is {self.first_layer}; {where} has {depth} layers, so at most {depth - 1}")
+        for name in ("num_experts", "num_attention_experts"):
+            numbers = getattr(self, name)
+            if isinstance(numbers, tuple) and len(numbers) != depth - self.first_layer:
+                raise ConfigError(
+                    f"{name} lists {len(numbers)} layers; {where} has {depth - self.first_layer} from layer "
+                    f"{self.first_layer} on"
+                )
+
+
+class PeerConfig(ModuleConfig):
+    """Shape of a `peer` module.
+
+    Attributes:
+        num_experts: of a pool when it is made, a number with two factors that are not too unequal.
+        layers: of the base that get a pool, e.g. 3 or 2,5; by default the middle one.
+        replace_feed_forward: the pool stands in place of the layer's feed-forward, which it first learns to compute,
+            and not beside it.
+        num_heads: searches a token makes.
+        top_k: experts that each search finds.
+        neurons_per_expert: hidden neurons of an expert.
+        key_size: width of a key; by default half the model's.
+        query_norm: batch (uses the experts evenly), layer or none.
+        steps: rows of side a of the product keys, after the pool was made and after every step of growth, less what
+            was pruned; recorded.
+        open_steps: of these, so many are trained; what was appended after is not there yet; recorded.
+    """
+
+    recorded = frozenset({"steps", "open_steps"})
+
+    num_experts: _Rows = 16_384
+    layers: tuple[Layer, ...] | None = None
+    replace_feed_forward: bool = False
+    num_heads: Size = 8
+    top_k: Size = 16
+    neurons_per_expert: Size = 1
+    key_size: Annotated[Size, Field(ge=2)] | None = None
+    query_norm: Literal["batch", "layer", "none"] = "batch"
+    steps: tuple[_Rows, ...] = ()
+    open_steps: Annotated[int, Field(ge=0, le=65_536)] = 0
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _parse(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return tuple(value) if isinstance(value, list) else value  # as JSON has it
+        try:
+            return tuple(int(part) for part in value.split(","))
+        except ValueError:
+            raise ConfigError(f"layers is {value!r}; write numbers of layers, e.g. 3 or 2,5") from None
+
+    @model_validator(mode="after")
+    def _check_steps(self) -> Self:
+        if any(later < before for before, later in pairwise(self.steps)):
+            raise ValueError(f"steps are {self.steps}: they may not fall")
+        if self.steps:
+            _sub_key_counts(self.num_experts)
+        if self.open_steps > max(len(self.steps), 1):
+            raise ValueError(f"open_steps is {self.open_steps}, of {len(self.steps)} steps")
+        return self
+
+    @property
+    def sub_keys(self) -> tuple[int, int]:
+        """Rows of both sides of the product keys, all steps included."""
+        a, b = _sub_key_counts(self.num_experts)
+        return (self.steps[-1] if self.steps else a), b
+
+    @property
+    def rows_open(self) -> int:
+        """Rows of side a that can be found, once anything can."""
+        return self.steps[max(self.open_steps, 1) - 1]
+
+    def about(self) -> str:
+        a, b = self.sub_keys
+        new = (a - self.rows_open) * b if self.steps and self.open_steps else 0
+        pools = f" in each of {len(self.layers)} layers" if self.layers and len(self.layers) > 1 else ""
+        return f"{a * b:,} experts{pools}" + (f", {new:,} of them not trained" if new else "")
+
+    def grown(self, num_experts: int) -> Self:
+        """With one more step, of so many experts in every pool.
+
+        Raises:
+            ConfigError: no whole number of sub-keys; says which numbers will do.
+        """
+        a, b = self.sub_keys
+        rows, rest = divmod(num_experts, b)
+        if rows < 1 or rest:
+            below = max(rows, 1) * b
+            raise ConfigError(
+                f"experts is {num_experts:+}; a sub-key of this module's pools has {b} experts, and they grow by whole "
+                f"ones: use {below:+} or {below + b:+}"
+            )
+        return self.model_copy(update={"steps": (*self.steps, a + rows)})
+
+    def completed(self, base: Base) -> Self:
+        """With what is recorded when a module is made.
+
+        Raises:
+            ConfigError: layers that the base does not have, or sizes of pools that cannot be.
+        """
+        layers = (base.num_layers // 2,) if self.layers is None else tuple(sorted(self.layers))
+        if len(set(layers)) < len(layers) or not layers:
+            raise ConfigError(f"layers are {', '.join(map(str, self.layers or ()))}; name each once, and at least one")
+        for layer in layers:
+            if not 0 <= layer < base.num_layers:
+                raise ConfigError(f"layer {layer}: {base.where} has layers 0 to {base.num_layers - 1}")
+        try:
+            steps = self.steps or (_sub_key_counts(self.num_experts)[0],)
+        except ValueError as error:
+            raise ConfigError(str(error).removesuffix(", or give sub_keys=(a, b)")) from None
+        return self.model_copy(update={"layers": layers, "steps": steps})
+
+
+SHAPES: dict[str, type[ModuleConfig]] = {"blocks": BlocksConfig, "experts": ExpertsConfig, "peer": PeerConfig}
+
+
+def _sub_key_counts(num_experts: int) -> tuple[int, int]:
+    from growlm.layers.product_keys import sub_key_counts
+
+    return sub_key_counts(num_experts)
