@@ -87,7 +87,7 @@ class BlocksConfig(ModuleConfig):
 class ExpertsConfig(ModuleConfig):
     """Shape of an `experts` module.
 
-    Where layers differ, as pruning leaves them, a number of experts is a list, one for each layer from `first_layer` on.
+    Where layers differ, as pruning leaves them, a number of experts is a list: one for each layer from `first_layer`.
 
     Attributes:
         num_experts: new feed-forward experts of a layer.
