@@ -14,9 +14,9 @@ from torch import Tensor
 
 from growlm.base import Base, Pass
 from growlm.base.cache import KVCache
+from growlm.base.padding import pad_left
 from growlm.engine.sampling import SamplingConfig, sample
 from growlm.modules import ModuleSet
-from growlm.router import pad_left
 
 # b batch, t new tokens, s tokens seen so far and new ones, d hidden size, v vocabulary
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from growlm.base.padding import pad_right
 from growlm.layers.cross_entropy import token_losses
 from growlm.modules.module_set import ModuleSet
 from growlm.progress import track
@@ -33,16 +34,10 @@ def passage_losses(
     batches = _batches([len(passages[i]) for i in order])
     for batch in track(batches, "scoring", "passages", total=len(passages), count=len):
         chosen = [order[i] for i in batch]
-        longest = max(len(passages[i]) for i in chosen)
-        # Padding on the right needs no mask: attention is causal, and padded positions are not counted.
-        rows = torch.zeros(len(chosen), longest, dtype=torch.long)
-        counted = torch.zeros(len(chosen), longest - 1, dtype=torch.bool)
-        for row, i in enumerate(chosen):
-            rows[row, : len(passages[i])] = torch.tensor(passages[i], dtype=torch.long)
-            counted[row, : len(passages[i]) - 1] = True
-        rows, counted = rows.to(base.device), counted.to(base.device)
-        hidden = base.norm(modules.hidden(rows[:, :-1]))
-        labels = rows[:, 1:][counted]
+        ids, real = pad_right([passages[i] for i in chosen], base.device)
+        counted = real[:, 1:]
+        hidden = base.norm(modules.hidden(ids[:, :-1]))
+        labels = ids[:, 1:][counted]
         own = modules.rows.head
         losses = token_losses(
             hidden[counted],
@@ -89,14 +84,11 @@ def continuation_scores(
     batches = _batches([len(pairs[i][0]) + len(pairs[i][1]) for i in order])
     for batch in track(batches, "scoring", "texts", total=len(pairs), count=len):
         some = [order[i] for i in batch]
-        texts = [[*pairs[i][0], *pairs[i][1]] for i in some]
-        rows = torch.zeros(len(some), max(map(len, texts)), dtype=torch.long)
-        scored = torch.zeros(rows.shape, dtype=torch.bool)
-        for row, (i, text) in enumerate(zip(some, texts, strict=True)):
-            rows[row, : len(text)] = torch.tensor(text)
-            scored[row, len(pairs[i][0]) : len(text)] = True
-        rows, scored = rows.to(base.device), scored[:, 1:].to(base.device)
-        hidden, labels = modules.hidden(rows[:, :-1])[scored], rows[:, 1:][scored]
+        ids, real = pad_right([[*pairs[i][0], *pairs[i][1]] for i in some])
+        contexts = torch.tensor([len(pairs[i][0]) for i in some])
+        scored = real & (torch.arange(ids.shape[1]) >= contexts[:, None])
+        ids, scored = ids.to(base.device), scored[:, 1:].to(base.device)
+        hidden, labels = modules.hidden(ids[:, :-1])[scored], ids[:, 1:][scored]
         found, greedy = [], []
         for part, wanted in zip(hidden.split(_PROJECTED), labels.split(_PROJECTED), strict=True):
             logits = modules.project(part[None])[0].float()

@@ -20,7 +20,7 @@ from growlm.router.interface import NONE, Route, Router, names_of
 from growlm.router.loading import load_router
 from growlm.router.product_key import ProductKeyRouter
 from growlm.router.samples import SAMPLES, pack_samples, read_samples, unpack_samples
-from growlm.router.states import base_states, pad_left, pool
+from growlm.router.states import base_states, pool
 from growlm.router.transformer import TransformerRouter
 
 __all__ = [
@@ -42,7 +42,6 @@ __all__ = [
     "load_router",
     "names_of",
     "pack_samples",
-    "pad_left",
     "pool",
     "read_samples",
     "unpack_samples",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from growlm.base.padding import pad_right
 from growlm.disk.tensors import as_bytes, read_tensors, require_kinds
 from growlm.errors import GrowlmError, IntegrityError, StoreError
 from growlm.progress import Phase, phase, track
@@ -158,16 +159,14 @@ def _pooled_beginnings(base: Base, passages: Sequence[Sequence[int]], showing: P
     rows: list[Tensor] = []
     for at in range(0, len(passages), 16):
         some = [list(p[:_LONGEST]) for p in passages[at : at + 16]]
-        lengths = torch.tensor([len(p) for p in some])
-        padded = torch.zeros(len(some), int(lengths.max()), dtype=torch.long)
-        for row, tokens in enumerate(some):
-            padded[row, : len(tokens)] = torch.tensor(tokens)
-        states, _ = base_states(base, padded.tolist())
+        ids, real = pad_right(some)
+        lengths = real.sum(-1)
+        states, _ = base_states(base, ids.tolist())
         shortest = lengths.clamp(max=_SHORTEST)
         for _ in range(_CUTS):
             share = torch.rand(len(some), generator=generator)
             cut = (shortest * (lengths / shortest) ** share).round().long()
-            rows.append(pool(states, torch.arange(padded.shape[1]) < cut[:, None]).cpu())
+            rows.append(pool(states, torch.arange(ids.shape[1]) < cut[:, None]).cpu())
         showing.advance(len(some))
     return (torch.cat(rows) * _SCALE).round().clamp(-32768, 32767).to(torch.int16)
 

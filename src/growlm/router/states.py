@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from growlm.base.padding import pad_left
 
 if TYPE_CHECKING:
     from growlm.base import Base
@@ -36,14 +38,3 @@ def base_states(base: Base, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Ten
     hidden, shared = base.begin(input_ids, visible=visible)
     hidden = base.run(base.embed_positions(hidden, shared.positions), base.layers_to_run(), shared)
     return base.norm(hidden), visible
-
-
-def pad_left(texts: Sequence[Sequence[int]], device: Any = "cpu") -> tuple[Tensor, Tensor | None]:
-    """Token ids (b, t) padded on the left with id 0, and (b, t) bool, False where padded; None if nowhere."""
-    longest = max(len(t) for t in texts)
-    input_ids = torch.zeros(len(texts), longest, dtype=torch.long)
-    visible = torch.zeros(len(texts), longest, dtype=torch.bool)
-    for row, tokens in enumerate(texts):
-        input_ids[row, longest - len(tokens) :] = torch.tensor(tokens, dtype=torch.long)
-        visible[row, longest - len(tokens) :] = True
-    return input_ids.to(device), None if visible.all() else visible.to(device)

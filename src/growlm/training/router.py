@@ -19,6 +19,7 @@ from torch import Tensor
 
 from growlm import data as text_data
 from growlm.base import Base
+from growlm.base.padding import pad_right
 from growlm.base.placement import Placement
 from growlm.errors import ConfigError, IntegrityError, StoreError
 from growlm.progress import reporting, say, track
@@ -109,13 +110,12 @@ def _train_router(store: Store, config: RouterConfig, base: Base | None, restart
         order = text_data.schedule(len(rows), config.batch_size, wanted=wanted, seed=config.seed)
 
         def loss_of_step(step: int) -> Tensor:
-            ids, lengths, targets = rows.batch(order[step])
+            ids, real, targets = rows.batch(order[step])
             hidden = _states(base, ids)
             with placement.autocast():
                 logits = layers(hidden).float()
-            asked = (torch.arange(ids.shape[1]) >= torch.clamp(lengths - 1, max=_FIRST)[:, None]) & (
-                torch.arange(ids.shape[1]) < lengths[:, None]
-            )
+            first = torch.clamp(real.sum(-1) - 1, max=_FIRST)
+            asked = real & (torch.arange(ids.shape[1]) >= first[:, None])
             spread = torch.where(asked, targets[:, None], -100).to(base.device)
             return torch.nn.functional.cross_entropy(logits.flatten(0, 1), spread.flatten(), ignore_index=-100)
 
@@ -295,8 +295,8 @@ class _Rows:
         return len(self._passages)
 
     def batch(self, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        """Token ids (b, t) padded on the right, lengths (b,), categories (b,)."""
-        return _padded([self._passages[i] for i in rows], [self._targets[i] for i in rows])
+        """Token ids (b, t) padded on the right, where they are real (b, t), categories (b,)."""
+        return _batch([self._passages[i] for i in rows], [self._targets[i] for i in rows])
 
 
 def _crop(passage: list[int], begin: Sequence[int], length: int, draw: np.random.Generator) -> list[int]:
@@ -306,12 +306,9 @@ def _crop(passage: list[int], begin: Sequence[int], length: int, draw: np.random
     return [*begin, *passage[start:]][:length]
 
 
-def _padded(passages: Sequence[list[int]], targets: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    lengths = torch.tensor([len(p) for p in passages])
-    ids = torch.zeros(len(passages), int(lengths.max()), dtype=torch.long)
-    for row, passage in enumerate(passages):
-        ids[row, : len(passage)] = torch.tensor(passage)
-    return ids, lengths, torch.tensor(targets)
+def _batch(passages: Sequence[list[int]], targets: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    ids, real = pad_right(passages)
+    return ids, real, torch.tensor(targets)
 
 
 @torch.no_grad()
@@ -326,8 +323,8 @@ def _accuracy(base: Base, layers: RouterLayers, rows: _Rows) -> float | None:
     right = 0
     for at in track(range(0, len(rows.heldout), 16), "scoring held-out passages", "batches"):
         some = rows.heldout[at : at + 16]
-        ids, lengths, targets = _padded([p for p, _ in some], [c for _, c in some])
-        logits = layers(_states(base, ids))[torch.arange(len(some)), lengths - 1].cpu()
+        ids, real, targets = _batch([p for p, _ in some], [c for _, c in some])
+        logits = layers(_states(base, ids))[torch.arange(len(some)), real.sum(-1) - 1].cpu()
         right += int((logits.argmax(-1) == targets).sum())
     return right / len(rows.heldout) if rows.heldout else None
 

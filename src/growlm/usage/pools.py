@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from growlm.base.padding import pad_right
 from growlm.layers.product_keys import ProductKeys, retrievals
 from growlm.modules import ModuleSet
 from growlm.progress import track
@@ -103,15 +104,6 @@ class PoolCounter:
             pool.gates.index_add_(0, experts, retrieval.gates.cpu()[real].flatten().double())
 
 
-def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids (b, t) and where they are real, (b t,) on the processor. Padding on the right needs no mask: attention
-    is causal, and padded positions are not counted."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
-    real = torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
-    return ids, real.flatten()
-
-
 @torch.no_grad()
 def count_pools(modules: ModuleSet, passages: Sequence[Sequence[int]]) -> list[Pool]:
     """What passages of token ids retrieve; empty for a model without product keys, which is then not run."""
@@ -119,7 +111,7 @@ def count_pools(modules: ModuleSet, passages: Sequence[Sequence[int]]) -> list[P
     if counter:
         order = sorted(passages, key=len)
         for start in track(range(0, len(order), _BATCH), "counting use of experts", "batches"):
-            ids, real = padded(order[start : start + _BATCH], modules.base.device)
-            with counter.counting(real):
-                modules.hidden(ids)
+            ids, real = pad_right(order[start : start + _BATCH])
+            with counter.counting(real.flatten()):
+                modules.hidden(ids.to(modules.base.device))
     return counter.pools

@@ -18,6 +18,7 @@ from torch import Tensor
 from growlm import data as text_data
 from growlm.base import Base
 from growlm.base.checkpoint import load_model, load_tokenizer, resolve, stored_dtype
+from growlm.base.padding import pad_right
 from growlm.base.placement import find_device
 from growlm.errors import ConfigError, DataError
 from growlm.layers.experts import AttentionExperts, SparseFeedForward
@@ -26,7 +27,7 @@ from growlm.layers.routing import watched
 from growlm.modules import ModuleSet
 from growlm.progress import phase, track
 from growlm.store import Store
-from growlm.usage.pools import Pool, PoolCounter, padded
+from growlm.usage.pools import Pool, PoolCounter
 
 _BATCH = 8
 
@@ -217,9 +218,10 @@ def count_usage(
         read[domain] = sum(map(len, passages))
         counter = PoolCounter(modules)
         for start in track(range(0, len(passages), _BATCH), f"counting use of experts in {domain}", "batches"):
-            ids, real = padded(passages[start : start + _BATCH], modules.base.device)
+            ids, real = pad_right(passages[start : start + _BATCH])
+            real = real.flatten()
             with watched() as routings, counter.counting(real):
-                modules.hidden(ids)
+                modules.hidden(ids.to(modules.base.device))
             assert len(routings) == len(places)
             for count, routing in zip(counts[domain], routings, strict=True):
                 count += torch.bincount(routing.experts.cpu()[real].flatten(), minlength=len(count))
