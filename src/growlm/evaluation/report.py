@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
@@ -17,6 +16,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from growlm.disk.files import write_atomic
 from growlm.errors import ConfigError, DataError
 from growlm.evaluation import plots
 from growlm.evaluation.continual import row_names
@@ -24,8 +24,8 @@ from growlm.evaluation.plots import human_bytes, number
 from growlm.evaluation.summary import NONE_SHARES
 from growlm.progress import phase
 
-# What a kill may leave of `_replace` and `check_folder`.
-_LEFTOVER = re.compile(r"\.writable|\.(?:\.writable|eval\.json|index\.html)\.\d+\.tmp")
+# What a kill may leave of `write_atomic` and `check_folder`.
+_LEFTOVER = re.compile(r"\.writable|\.(?:\.writable|eval\.json|index\.html)-[0-9a-f]{8}")
 
 
 def check_folder(out_dir: Path) -> None:
@@ -39,7 +39,7 @@ def check_folder(out_dir: Path) -> None:
         held = {path.name for path in out_dir.iterdir() if not _LEFTOVER.fullmatch(path.name)}
         if held and "eval.json" not in held:
             raise ConfigError(f"report: {out_dir} holds something else than a report; choose another folder")
-        _replace(out_dir / ".writable", "")
+        write_atomic(out_dir / ".writable", b"")
         (out_dir / ".writable").unlink()
     except OSError as error:
         raise ConfigError(f"report: cannot write to {out_dir}: {error.strerror}; choose another folder") from error
@@ -50,7 +50,8 @@ def write_report(result: dict[str, Any], out_dir: Path) -> Path:
 
     Both files are replaced whole, the page last, so a page always has its numbers beside it.
 
-    Raises DataError when `result` holds no perplexity and ConfigError when `out_dir` cannot be written.
+    Raises DataError when `result` holds no perplexity, ConfigError when `out_dir` cannot be written, and StoreError
+    when its disk is full.
     """
     if not result.get("perplexity"):
         raise DataError('report: the result holds no "perplexity"; give it what `growlm eval --json` prints')
@@ -59,24 +60,12 @@ def write_report(result: dict[str, Any], out_dir: Path) -> Path:
     with phase("drawing the report"):
         page = _page(result)
     try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        _replace(out_dir / "eval.json", numbers)
-        _replace(out_dir / "index.html", page)
+        write_atomic(out_dir / "eval.json", numbers.encode())
+        # A lone surrogate in a sample becomes "?".
+        write_atomic(out_dir / "index.html", page.encode("utf-8", "replace"))
     except OSError as error:
         raise ConfigError(f"report: cannot write: {error}; choose another folder") from error
     return out_dir / "index.html"
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(text.encode("utf-8", "replace"))  # a lone surrogate in a sample becomes "?"
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _page(result: Mapping[str, Any]) -> str:
