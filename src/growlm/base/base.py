@@ -254,4 +254,4 @@ class Base:
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of tensors. (`parameters()` yields a tied weight once.)"""
-    return sum(t.numel() * t.element_size() for t in tensors)
+    return sum(t.nbytes for t in tensors)

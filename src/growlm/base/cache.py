@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from growlm.base.base import tensor_bytes
+
 # b batch, h heads, t tokens, d head width
 
 _SPARE = 64  # tokens of room beyond what is needed now
@@ -66,7 +68,7 @@ class _Slot(DynamicLayer):
 
     def num_bytes(self) -> int:
         held = self._rooms if self._rooms is not None else (self.keys, self.values)
-        return sum(t.numel() * t.element_size() for t in held if t is not None)
+        return tensor_bytes(t for t in held if t is not None)
 
 
 def _room(old: Tensor, new: Tensor, start: int, length: int) -> Tensor:

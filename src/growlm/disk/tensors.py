@@ -37,7 +37,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    num_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
+    num_bytes = sum(t.nbytes for t in tensors.values())
     try:
         with open(path, "ab") as f:
             plain = stat.S_IMODE(os.fstat(f.fileno()).st_mode)

@@ -45,8 +45,7 @@ class Beginnings:
         if number in self._kept:
             return self._kept[number]
         hidden, visible = base_states(self._base, [self._texts[i] for i in self._batches[number]])
-        size = hidden.numel() * hidden.element_size()
-        if size <= self._room:
-            self._room -= size
+        if hidden.nbytes <= self._room:
+            self._room -= hidden.nbytes
             self._kept[number] = hidden, visible
         return hidden, visible

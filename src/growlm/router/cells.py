@@ -17,6 +17,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from growlm.base import tensor_bytes
 from growlm.progress import track
 
 # n points, d width, s sub-keys a side, c cells that hold a point, r rows: points in the order of their cells
@@ -200,7 +201,7 @@ class Cells:
         return type(self)(t)
 
     def num_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (*self.tensors.values(), self._sizes))
+        return tensor_bytes((*self.tensors.values(), self._sizes))
 
     def _to_sub_keys(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """Distances of both halves of a query to their sub-keys, (s,) each."""

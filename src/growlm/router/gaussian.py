@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from growlm.base import tensor_bytes
 from growlm.base.padding import pad_right
 from growlm.disk.tensors import as_bytes, read_tensors, require_kinds
 from growlm.errors import GrowlmError, IntegrityError, StoreError
@@ -99,7 +100,7 @@ class GaussianRouter(Router):
         return GaussianRouter(left, means, self.whiten, limits, {name: self.forks[name] for name in left})
 
     def num_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.means, self.whiten, self.limits))
+        return tensor_bytes((self.means, self.whiten, self.limits))
 
 
 def routes_of(names: Sequence[str], distances: Tensor, limits: Tensor) -> list[Route]:

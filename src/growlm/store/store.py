@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from growlm.base import checkpoint
+from growlm.base import checkpoint, tensor_bytes
 from growlm.disk.files import (
     clear_scratch,
     locked,
@@ -242,7 +242,7 @@ class Store(StoreBase):
                     tokenizer_fingerprint=self.manifest.tokenizer_fingerprint,
                     dtype=self.manifest.dtype,
                     files=hashes,
-                    bytes=sum(t.numel() * t.element_size() for t in weights.values()),
+                    bytes=tensor_bytes(weights.values()),
                     parameters=module.num_parameters(),
                     training=training,
                 )

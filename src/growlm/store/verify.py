@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from growlm.base import checkpoint
+from growlm.base import checkpoint, tensor_bytes
 from growlm.disk.files import sha256_file
 from growlm.disk.tensors import outline
 from growlm.errors import GrowlmError
@@ -101,11 +101,11 @@ def _check_sizes(stored: StoredModule, depth: int | None) -> list[str]:
         stored.shape()
         if depth is not None:
             stored.fork_on(depth)
-        sizes = [(t.numel(), t.element_size()) for t in outline(stored.folder / WEIGHTS).values()]
+        weights = outline(stored.folder / WEIGHTS).values()
     except GrowlmError as error:
         return [str(error)]
-    if (found := sum(n * size for n, size in sizes)) != stored.manifest.bytes:
+    if (found := tensor_bytes(weights)) != stored.manifest.bytes:
         return [f"{path}: bytes is {stored.manifest.bytes}, the weights take {found}"]
-    if (found := sum(n for n, _ in sizes)) < stored.manifest.parameters:
+    if (found := sum(t.numel() for t in weights)) < stored.manifest.parameters:
         return [f"{path}: parameters is {stored.manifest.parameters}, the weights have {found} numbers"]
     return []
