@@ -253,14 +253,14 @@ def test_texts_begin_with_the_start_token_where_prompts_do(home, general, monkey
     if general == "beside the base":
         shutil.copy(home / "base" / "heldout.jsonl", home / "llama")
     shown: list[list[list[int]]] = []
-    original = router.evidence
+    original = router.gather_evidence
 
     def watched(base: Base, train: Any, heldout: Any, **options: Any) -> Any:
         shown.append([*train, *heldout])
         return original(base, train, heldout, **options)
 
-    monkeypatch.setattr(router, "evidence", watched)
-    monkeypatch.setattr(router.gaussian, "evidence", watched)
+    monkeypatch.setattr(router, "gather_evidence", watched)
+    monkeypatch.setattr(router.evidence, "gather_evidence", watched)
     store = Store.create(home / "other", home / "llama")
     result = run(store)
     assert result.loss_after < result.loss_before

@@ -24,7 +24,9 @@ from growlm.router import (
     add_domain,
     base_states,
     evidence,
-    gaussian,
+    files_of,
+    fitting,
+    gather_evidence,
     has_general,
     load_router,
     names_of,
@@ -52,7 +54,7 @@ def states(seed: int, count: int, *, spread: float = 0.3, sample: int = 0) -> Te
 
 
 def kept(seed: int) -> dict[str, Tensor]:
-    """What is kept of a domain, as `evidence` makes it."""
+    """What is kept of a domain, as `gather_evidence` makes it."""
     parts = {"vectors": states(seed, 40 + seed % 7), "heldout": states(seed, 20, sample=1)}
     return {k: (v * 1024).round().short() for k, v in parts.items()}
 
@@ -75,7 +77,7 @@ class Domains:
 
     def commit(self, name: str, entry: dict[str, Tensor]) -> tuple[StoredModule, StoredModule | None]:
         old = self.store.modules.get(name)
-        return self.store.commit(name, self.module, {}, gaussian.files_of(entry)), old
+        return self.store.commit(name, self.module, {}, files_of(entry)), old
 
     def learn(self, name: str, seed: int) -> None:
         add_domain(self.store, *self.commit(name, kept(seed)))
@@ -83,7 +85,7 @@ class Domains:
 
 def describe_general(store: Store, seed: int = GENERAL) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gaussian, "evidence", lambda base, train, heldout, **_: kept(seed))
+        patch.setattr(evidence, "gather_evidence", lambda base, train, heldout, **_: kept(seed))
         write_general(store, None, [], [])
 
 
@@ -163,7 +165,7 @@ def passages(count: int, tokens: int, seed: int) -> list[list[int]]:
 
 
 def test_evidence_is_vectors_only(base):
-    found = evidence(base, passages(20, 30, 0), passages(5, 30, 1))
+    found = gather_evidence(base, passages(20, 30, 0), passages(5, 30, 1))
     assert set(found) == {"vectors", "heldout"}
     for name, count in (("vectors", 20), ("heldout", 5)):
         rows = found[name]
@@ -177,7 +179,7 @@ def test_evidence_is_vectors_only(base):
 def test_evidence_of_short_passages_is_that_of_the_whole_passage(base):
     """Up to eight tokens nothing is cut, so that it must equal each text run by itself."""
     texts = [passages(1, n, n)[0] for n in (2, 3, 5, 8, 1, 4)]
-    found = evidence(base, texts, texts)
+    found = gather_evidence(base, texts, texts)
     with torch.no_grad():
         alone = [pool(base.norm(hidden_of(base, text))) for text in texts]
     wanted = (torch.cat(alone) * 1024).round()
@@ -194,11 +196,11 @@ def hidden_of(base: Base, text: Sequence[int]) -> Tensor:
 
 def test_evidence_follows_its_seed_and_the_text_alone(base):
     train, heldout = passages(20, 40, 0), passages(9, 40, 1)
-    first = evidence(base, train, heldout, seed=3)
+    first = gather_evidence(base, train, heldout, seed=3)
     torch.rand(100)
-    again = evidence(base, train, heldout, seed=3)
+    again = gather_evidence(base, train, heldout, seed=3)
     assert all(torch.equal(first[k], again[k]) for k in first)
-    other = evidence(base, train, heldout, seed=4)
+    other = gather_evidence(base, train, heldout, seed=4)
     assert not torch.equal(first["vectors"], other["vectors"])
 
 
@@ -208,7 +210,7 @@ def test_a_store_keeps_no_text_and_no_tokens(base_folder, base, tmp_path):
     texts = passages(12, 64, 0)
     write_general(store, base, texts, texts[:3])
     module = Blocks.create(base, BlocksConfig(num_layers=1, vocabulary="none"))
-    stored = store.commit("law", module, {}, gaussian.files_of(evidence(base, texts, texts[:3])))
+    stored = store.commit("law", module, {}, files_of(gather_evidence(base, texts, texts[:3])))
     add_domain(store, stored, None)
     load_router(store)
     for file in sorted(store.path.rglob("router*.safetensors")):
@@ -284,9 +286,9 @@ def test_a_new_domain_needs_no_old_evidence(new_store, monkeypatch):
         return read_tensors(path, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(gaussian, "read_tensors", watched)
+        patch.setattr(evidence, "read_tensors", watched)
         add_domain(made.store, stored, old)
-    assert read == [stored.folder / gaussian.VECTORS]
+    assert read == [stored.folder / evidence.VECTORS]
     assert same(load_router(made.store), load_router(new_store({"chem": 11, "code": 12, "law": 13}).store))
 
 
@@ -433,8 +435,8 @@ def test_routing_goes_through_the_base_alone(base_folder, base, tmp_path):
     write_general(store, base, language(200, 0), language(200, 1))
     module = Blocks.create(base, BlocksConfig(num_layers=1, vocabulary="none"))
     for name, start in (("low", 10), ("mid", 100)):
-        entry = evidence(base, language(start, 2), language(start, 3))
-        add_domain(store, store.commit(name, module, {}, gaussian.files_of(entry)), None)
+        entry = gather_evidence(base, language(start, 2), language(start, 3))
+        add_domain(store, store.commit(name, module, {}, files_of(entry)), None)
     found = load_router(store)
     for start, wanted in ((10, "low"), (100, "mid"), (200, NONE)):
         hidden, visible = base_states(base, language(start, 4, count=20, tokens=64))
@@ -489,7 +491,7 @@ def test_identical_texts_do_not_break_the_fit(new_store, monkeypatch):
 
 def test_changed_evidence_is_refused(new_store):
     made = new_store({"chem": 11, "law": 13})
-    path = made.store.module("law").folder / gaussian.EVIDENCE
+    path = made.store.module("law").folder / evidence.EVIDENCE
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
@@ -520,7 +522,7 @@ def test_a_fitted_router_is_read_and_not_fitted_again(new_store, monkeypatch):
     made = new_store({"law": 13, "chem": 11})
     wanted = load_router(made.store)
     with monkeypatch.context() as patch:
-        patch.setattr(gaussian, "read_tensors", lambda *a, **k: pytest.fail("a module's evidence was read"))
+        patch.setattr(evidence, "read_tensors", lambda *a, **k: pytest.fail("a module's evidence was read"))
         patch.setattr(type(made.store.module("law")), "manifest", property(lambda self: pytest.fail("opened")))
         again = load_router(Store.open(made.store.path))
     assert same(again, wanted)
@@ -529,14 +531,14 @@ def test_a_fitted_router_is_read_and_not_fitted_again(new_store, monkeypatch):
 
 def test_a_module_that_was_removed_while_the_router_is_read_is_not_damage(new_store, monkeypatch):
     made = new_store({"law": 13, "chem": 11})
-    read = gaussian._read_kept  # the point at which files are opened
+    read = fitting.read_evidence  # the point at which files are opened
 
     def removed(module: StoredModule, file: str, width: int) -> dict[str, Tensor]:
         if module.name == "law":
             made.store.remove("law")
         return read(module, file, width)
 
-    monkeypatch.setattr(gaussian, "_read_kept", removed)
+    monkeypatch.setattr(fitting, "read_evidence", removed)
     assert load_router(made.store).names == ["chem"]
 
 
@@ -573,7 +575,7 @@ def test_an_old_version_that_is_damaged_does_not_stand_in_the_way_of_the_next(ne
     made = new_store({"chem": 11, "law": 14})
     load_router(made.store)
     new, old = made.commit("law", kept(13))
-    path = old.folder / (gaussian.VECTORS if damage == "vectors" else "module.json")
+    path = old.folder / (evidence.VECTORS if damage == "vectors" else "module.json")
     path.write_bytes(path.read_bytes()[:-1])
     add_domain(made.store, new, made.store.module("law", 1))
     assert same(load_router(made.store), load_router(new_store({"chem": 11, "law": 13}).store))
@@ -582,8 +584,8 @@ def test_an_old_version_that_is_damaged_does_not_stand_in_the_way_of_the_next(ne
 def test_what_was_fitted_in_another_way_is_fitted_again(new_store, monkeypatch):
     made = new_store({"law": 13, "chem": 11})
     before = load_router(made.store)
-    monkeypatch.setattr(gaussian, "_SHRINK", 0.4)
-    monkeypatch.setattr(gaussian, "_FIT", gaussian._FIT + 1)
+    monkeypatch.setattr(fitting, "_SHRINK", 0.4)
+    monkeypatch.setattr(fitting, "_FIT", fitting._FIT + 1)
     found = load_router(made.store)
     assert not same(found, before)
     assert same(found, load_router(new_store({"law": 13, "chem": 11}).store))

@@ -88,7 +88,7 @@ def simulated(domain: int, seed: int, vocab: int, *, tokens: int = 128) -> list[
 
 def add(store: Store, base: Base, module: Blocks, domain: int, samples: int) -> None:
     texts = [simulated(domain, i, base.vocab_size) for i in range(samples)]
-    files = router.files_of(router.evidence(base, texts[: samples * 3 // 4], texts[samples * 3 // 4 :]))
+    files = router.files_of(router.gather_evidence(base, texts[: samples * 3 // 4], texts[samples * 3 // 4 :]))
     files[router.SAMPLES] = router.pack_samples(texts, 1 << 20)
     router.add_domain(store, store.commit(f"domain-{domain:04}", module, {}, files), None)
 

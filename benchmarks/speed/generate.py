@@ -16,7 +16,7 @@ import growlm
 from benchmarks.lib.common import interleaved, qwen2, save_base, show
 from growlm.engine.generation import prefill
 from growlm.modules.blocks import Blocks, BlocksConfig
-from growlm.router import GaussianRouter, evidence, files_of, write_general
+from growlm.router import GaussianRouter, files_of, gather_evidence, write_general
 from growlm.store import Store
 
 PROMPT, NEW = 64, 64
@@ -30,7 +30,7 @@ def main() -> None:
         module = Blocks.create(base, BlocksConfig(), torch.arange(8192))
         rng = np.random.default_rng(0)
         texts = rng.integers(1, 32_000, size=(16, PROMPT)).tolist()
-        known = evidence(base, texts[:8], texts[8:])
+        known = gather_evidence(base, texts[:8], texts[8:])
         write_general(store, base, texts[:8], texts[8:])
         store.commit("medicine", module, {}, files_of(known))
         growlm.export(store, folder / "out", "medicine")

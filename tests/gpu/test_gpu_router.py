@@ -56,7 +56,7 @@ def test_the_trained_router_learned_on_the_device(device, store):
 def test_evidence_is_that_of_the_processor(device, tell, store):
     tokenizer = store.load_tokenizer()
     texts = domain_ids(tokenizer, "letters", 40)
-    seen = [router.evidence(store.load_base(device=d), texts[:30], texts[30:]) for d in (device, "cpu")]
+    seen = [router.gather_evidence(store.load_base(device=d), texts[:30], texts[30:]) for d in (device, "cpu")]
     for name in seen[0]:
         one, other = seen[0][name], seen[1][name]
         assert one.dtype == torch.int16
@@ -75,7 +75,7 @@ def test_a_store_filled_on_the_device_routes_on_the_processor(device, tmp_path):
     for name in PLAIN:
         texts = domain_ids(tokenizer, name)
         module = Blocks.create(there, BlocksConfig(num_layers=1, vocabulary="none"))
-        files = router.files_of(router.evidence(there, texts[:30], texts[30:]))
+        files = router.files_of(router.gather_evidence(there, texts[:30], texts[30:]))
         router.add_domain(made, made.commit(name, module, {}, files), None)
     here = made.load_base()
     for name in DOMAINS:

@@ -6,16 +6,9 @@ same answers where there are very many modules; and transformer, trained on kept
 """
 
 from growlm.router.committing import commit_and_route
-from growlm.router.gaussian import (
-    EVIDENCE,
-    VECTORS,
-    GaussianRouter,
-    add_domain,
-    evidence,
-    files_of,
-    has_general,
-    write_general,
-)
+from growlm.router.evidence import EVIDENCE, VECTORS, files_of, gather_evidence, has_general, write_general
+from growlm.router.fitting import add_domain
+from growlm.router.gaussian import GaussianRouter
 from growlm.router.interface import NONE, Route, Router, names_of
 from growlm.router.loading import load_router
 from growlm.router.product_key import ProductKeyRouter
@@ -36,8 +29,8 @@ __all__ = [
     "add_domain",
     "base_states",
     "commit_and_route",
-    "evidence",
     "files_of",
+    "gather_evidence",
     "has_general",
     "load_router",
     "names_of",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from growlm.router.gaussian import VECTORS, add_domain
+from growlm.router.evidence import VECTORS
+from growlm.router.fitting import add_domain
 
 if TYPE_CHECKING:
     from torch import Tensor

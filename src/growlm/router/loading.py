@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 from growlm.errors import ConfigError
-from growlm.router.gaussian import load_gaussian
+from growlm.router.fitting import load_gaussian
 from growlm.router.interface import Router
 from growlm.router.product_key import load_product_key
 from growlm.router.transformer import load_transformer

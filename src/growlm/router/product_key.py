@@ -18,7 +18,8 @@ from torch import Tensor
 from growlm.errors import GrowlmError, IntegrityError
 from growlm.progress import phase
 from growlm.router.cells import Cells, squared_distances
-from growlm.router.gaussian import GaussianRouter, load_gaussian, routes_of
+from growlm.router.fitting import load_gaussian
+from growlm.router.gaussian import GaussianRouter, routes_of
 from growlm.router.interface import NONE, Route, Router
 from growlm.router.states import pool
 from growlm.store import ROUTER_FITTED, ROUTER_INDEX

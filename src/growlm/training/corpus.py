@@ -123,7 +123,7 @@ class Tokens:
             base: as it is served.
         """
         crops = sample_passages(self.packed, config.router_samples, config.seed, self.begin)
-        seen = router.evidence(base, crops, self.heldout[:_HELDOUT_SAMPLES], seed=config.seed)
+        seen = router.gather_evidence(base, crops, self.heldout[:_HELDOUT_SAMPLES], seed=config.seed)
         files = router.files_of(seen)
         if keep:
             # Two bytes a token at the least. Where tokens take four, half of these rows fit: any half, since they are

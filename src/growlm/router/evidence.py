@@ -1,0 +1,138 @@
+"""Evidence: what the router keeps of a domain, or of general text: pooled states of beginnings, as whole numbers.
+
+Knows texts as token ids, the base that reads them, and the files that hold what it said; fits nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from growlm.base.padding import pad_right
+from growlm.disk.tensors import read_tensors, require_kinds
+from growlm.errors import IntegrityError
+from growlm.progress import Phase, phase
+from growlm.router.states import base_states, pool
+from growlm.store import GENERAL, ROUTER_DERIVED
+
+if TYPE_CHECKING:
+    from growlm.base import Base
+    from growlm.store import Store, StoredModule
+
+# b batch, t tokens, d hidden size, n samples
+
+# Kept in a module's own folder: gone with it, and with nothing else.
+EVIDENCE = "router.safetensors"  # what every fit reads: the sum of the vectors, and the held-out texts
+VECTORS = "router-vectors.safetensors"
+
+SCALE = 1024  # steps a unit: pooled states have root mean square 1 and are kept as int16
+
+_KINDS = {
+    EVIDENCE: {"heldout": (torch.int16, 2), "sum": (torch.int64, 1), "count": (torch.int64, 1)},
+    VECTORS: {"vectors": (torch.int16, 2)},
+    GENERAL: {"vectors": (torch.int16, 2), "heldout": (torch.int16, 2)},
+}
+_SHORTEST, _LONGEST = 8, 256  # tokens of the texts that the router is shown while learning
+_CUTS = 4  # lengths that each passage is cut to
+
+
+def gather_evidence(
+    base: Base, train: Sequence[Sequence[int]], heldout: Sequence[Sequence[int]], *, seed: int = 0
+) -> dict[str, Tensor]:
+    """What the router needs to know of a domain: pooled states of the beginnings of passages.
+
+    Args:
+        train, heldout: token ids of passages, at least one each.
+
+    Returns:
+        `vectors` and `heldout`, int16 (n, d) each; no text, no tokens.
+    """
+    with phase("showing the router the text", len(train) + len(heldout), "passages") as showing:
+        return {
+            "vectors": _pooled_beginnings(base, train, showing, seed=seed),
+            "heldout": _pooled_beginnings(base, heldout, showing, seed=seed + 1),
+        }
+
+
+def files_of(evidence: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Evidence as the files that lie beside a module's weights, for `Store.commit`."""
+    vectors = evidence["vectors"]
+    summary = {
+        "heldout": evidence["heldout"],
+        "sum": vectors.long().sum(0),
+        "count": torch.tensor([len(vectors)]),
+    }
+    return {EVIDENCE: summary, VECTORS: {"vectors": vectors}}
+
+
+@torch.no_grad()
+def _pooled_beginnings(base: Base, passages: Sequence[Sequence[int]], showing: Phase, *, seed: int) -> Tensor:
+    """Pooled states (n, d) of each passage cut to several lengths. Prompts are short, so lengths are log-uniform; one
+    forward pass gives them all, because attention is causal."""
+    generator = torch.Generator().manual_seed(seed)
+    rows: list[Tensor] = []
+    for at in range(0, len(passages), 16):
+        some = [list(p[:_LONGEST]) for p in passages[at : at + 16]]
+        ids, real = pad_right(some)
+        lengths = real.sum(-1)
+        states, _ = base_states(base, ids.tolist())
+        shortest = lengths.clamp(max=_SHORTEST)
+        for _ in range(_CUTS):
+            share = torch.rand(len(some), generator=generator)
+            cut = (shortest * (lengths / shortest) ** share).round().long()
+            rows.append(pool(states, torch.arange(ids.shape[1]) < cut[:, None]).cpu())
+        showing.advance(len(some))
+    return (torch.cat(rows) * SCALE).round().clamp(-32768, 32767).to(torch.int16)
+
+
+def read_evidence(module: StoredModule, file: str, width: int) -> dict[str, Tensor]:
+    """What was kept of a module's domain.
+
+    Args:
+        file: `EVIDENCE` or `VECTORS`.
+        width: of the base's states.
+
+    Raises:
+        IntegrityError: the file is not what the manifest says, or not such a file.
+    """
+    digest = module.manifest.files.get(file)
+    if digest is None:
+        raise IntegrityError(f"{module.folder}: holds no {file}; learn {module.name!r} again")
+    kept = read_tensors(module.folder / file, sha256=digest)
+    require_kinds(module.folder / file, kept, _KINDS[file])
+    count = kept.get("count", torch.ones(1))
+    if len(count) != 1 or count[0] < 1 or any(t.shape[-1] != width for name, t in kept.items() if name != "count"):
+        raise IntegrityError(
+            f"{module.folder / file}: not of states of {width} numbers, or of no text; learn {module.name!r} again"
+        )
+    return kept
+
+
+def write_general(store: Store, base: Base, train: Sequence[Sequence[int]], heldout: Sequence[Sequence[int]]) -> None:
+    """Records what general text, the class *none*, looks like to this base."""
+    tensors = gather_evidence(base, train, heldout)
+    with store.lock():
+        store.router_files(GENERAL).write(tensors)
+        for derived in ROUTER_DERIVED:
+            store.router_files(derived).drop()
+
+
+def read_general(store: Store) -> dict[str, Tensor]:
+    """What was recorded of general text.
+
+    Raises:
+        IntegrityError: it is missing, or not what its manifest says.
+    """
+    path = store.router_path / GENERAL
+    general = store.router_files(GENERAL).read()
+    if general is None:
+        raise IntegrityError(f"{path}: is missing; restore it, or make the store again")
+    require_kinds(path, general, _KINDS[GENERAL])
+    return general
+
+
+def has_general(store: Store) -> bool:
+    return store.router_files(GENERAL).digest() is not None

@@ -1,0 +1,241 @@
+"""Fitting: a store's evidence -> the gaussian router, kept until the evidence changes.
+
+Means and covariance come from sums of integers, so that they are exact: a domain added later, earlier, or taken out
+again leaves the same bits (guarantee 9), and no old text is needed. Knows evidence and files; reads no text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from growlm.disk.tensors import as_bytes, require_kinds
+from growlm.errors import GrowlmError, IntegrityError, StoreError
+from growlm.progress import phase, track
+from growlm.router.evidence import EVIDENCE, SCALE, VECTORS, read_evidence, read_general
+from growlm.router.gaussian import GaussianRouter
+from growlm.store import GENERAL, MANIFEST, ROUTER_FITTED, ROUTER_SUMS
+
+if TYPE_CHECKING:
+    from growlm.store import Store, StoredModule
+
+# d hidden size, n samples, c classes
+
+_KINDS = {
+    ROUTER_SUMS: {"gram": (torch.int64, 2), "members": (torch.uint8, 1)},
+    ROUTER_FITTED: {
+        "means": (torch.float32, 2),
+        "whiten": (torch.float32, 2),
+        "limits": (torch.float32, 1),
+        "forks": (torch.int64, 1),
+        "members": (torch.uint8, 1),
+    },
+}
+_SHRINK = 0.003  # least share of the covariance between features that is taken away
+_FIT = 1  # raise it with every change of what `_fit` computes: a fit that was kept before is then made anew
+
+
+def add_domain(store: Store, new: StoredModule, old: StoredModule | None) -> None:
+    """Adds a domain's evidence to the sums, in time that does not depend on how many there are.
+
+    Sums that do not match the store's modules, after a kill or a removal, are made anew when next read; and so are they
+    where the old version's share cannot be read.
+    """
+    with store.lock():
+        sums = _read_sums(store)
+        if sums is None:
+            return
+        gram, digest = sums
+        gram += _gram(read_evidence(new, VECTORS, len(gram))["vectors"])
+        digest = _combine(digest, new, +1)
+        if old is not None:
+            try:
+                gram -= _gram(read_evidence(old, VECTORS, len(gram))["vectors"])
+                digest = _combine(digest, old, -1)
+            except StoreError:  # it had no evidence, or is damaged: that is no reason to fail, the new one is saved
+                store.router_files(ROUTER_SUMS).drop()
+                return
+        store.router_files(ROUTER_SUMS).write({"gram": gram, "members": _pack(digest)})
+
+
+def load_gaussian(store: Store, among: Collection[str] | None = None) -> GaussianRouter:
+    """The gaussian router, fitted to the store's current modules.
+
+    What was fitted is kept; it is fitted again when the modules or the general text have changed since.
+
+    Args:
+        among: names of modules; the router then is what it would be if the store held no others.
+
+    Raises:
+        IntegrityError: a file of the router is not what its manifest says.
+    """
+    while True:
+        modules = [m for m in store.modules.values() if among is None or m.name in among]
+        try:
+            return _load(store, modules, whole=among is None)
+        except FileNotFoundError:
+            continue  # a module went between the listing and the look at it
+        except IntegrityError:
+            # A module that was removed or replaced meanwhile is not a damaged one.
+            if all((m.folder / MANIFEST).exists() for m in modules):
+                raise
+
+
+def _load(store: Store, modules: Sequence[StoredModule], *, whole: bool) -> GaussianRouter:
+    described = store.router_files(GENERAL).digest()
+    mark = _mark(modules, described)
+    file = _fitted_digest(store) if whole else None
+    fitted = _read_derived(store, ROUTER_FITTED) if whole else None
+    if fitted is not None and _unpack(fitted["members"]) == mark and len(fitted["forks"]) == len(modules):
+        forks = dict(zip([m.name for m in modules], fitted["forks"].tolist(), strict=True))
+        file = file if file == _fitted_digest(store) else None  # another process has replaced it meanwhile
+        return _gaussian(forks, fitted["means"], fitted["whiten"], fitted["limits"], file)
+    file = None
+    # A module that was saved without evidence can be asked for by name, and is never chosen.
+    routed = [m for m in modules if EVIDENCE in m.manifest.files]
+    if not routed:
+        return _gaussian({}, torch.zeros(0, 0), torch.zeros(0, 0), torch.zeros(0))
+    general = read_general(store)
+    gram = _current_gram(store, routed, general) if whole else _total_gram(routed, general)
+    with phase("fitting the router"):
+        means, whiten, limits = _fit(routed, general, gram)
+    chosen = {m.name for m in routed}
+    forks = {m.name: m.manifest.fork if m.name in chosen else -1 for m in modules}
+    if whole:
+        kept = {"means": means, "whiten": whiten, "limits": limits}
+        kept |= {"forks": torch.tensor(list(forks.values())), "members": _pack(mark)}
+        with suppress(OSError, GrowlmError), store.lock():  # a store on a read-only disk still routes
+            if _mark(list(store.modules.values()), store.router_files(GENERAL).digest()) == mark:
+                store.router_files(ROUTER_FITTED).write(kept)
+                file = _fitted_digest(store)
+    return _gaussian(forks, means, whiten, limits, file)
+
+
+def _gaussian(
+    forks: dict[str, int], means: Tensor, whiten: Tensor, limits: Tensor, fitted: str | None = None
+) -> GaussianRouter:
+    known = {name: fork for name, fork in forks.items() if fork >= 0}
+    return GaussianRouter(list(known), means, whiten, limits, known, fitted)
+
+
+def _fitted_digest(store: Store) -> str | None:
+    try:
+        return store.router_files(ROUTER_FITTED).digest()
+    except IntegrityError:
+        return None
+
+
+def _current_gram(store: Store, modules: Sequence[StoredModule], general: dict[str, Tensor]) -> Tensor:
+    """The sum of squares over all texts: the kept one if it is of these modules, else made anew."""
+    wanted = int.from_bytes(hashlib.sha256(as_bytes(general["vectors"])).digest(), "big")
+    for module in modules:
+        wanted = _combine(wanted, module, +1)
+    sums = _read_sums(store)
+    if sums is not None and sums[1] == wanted:
+        return sums[0]
+    gram = _total_gram(modules, general)
+    with suppress(OSError, GrowlmError), store.lock():
+        store.router_files(ROUTER_SUMS).write({"gram": gram, "members": _pack(wanted)})
+    return gram
+
+
+def _total_gram(modules: Sequence[StoredModule], general: dict[str, Tensor]) -> Tensor:
+    gram = _gram(general["vectors"])
+    for module in track(modules, "reading the router's evidence", "modules"):
+        gram += _gram(read_evidence(module, VECTORS, len(gram))["vectors"])
+    return gram
+
+
+def _fit(modules: Sequence[StoredModule], general: dict[str, Tensor], gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Whitened means (c, d), the whitening (d, d), and how far each domain reaches (c - 1,).
+
+    Modules' files are read one at a time: memory does not grow with what is kept of a domain.
+    """
+    sums, counts = [], []
+    for module in track(modules, "means", "modules"):
+        kept = read_evidence(module, EVIDENCE, len(gram))
+        sums.append(kept["sum"].clone())  # not a view of the whole file
+        counts.append(int(kept["count"]))
+    total = torch.stack([*sums, general["vectors"].long().sum(0)]).double()
+    size = torch.tensor([*counts, len(general["vectors"])], dtype=torch.float64)
+    means = total / size[:, None]
+    # Scatter within classes: every sample's square, less what the class means explain.
+    within = gram.double() - total.T @ means
+    covariance = within / max(float(size.sum()) - len(size), 1.0) / SCALE**2
+    # Few samples for many features make a covariance that is sure of too much: keep more of its diagonal alone.
+    shrink = min(max(_SHRINK, 0.05 * len(covariance) / float(size.sum())), 0.5)
+    variance = covariance.diagonal().clamp(min=1e-9)
+    covariance = (1 - shrink) * covariance + torch.diag(shrink * variance + 1e-9)
+    # x^T cov^-1 x = |x^T inv(L)^T|^2 with cov = L L^T.
+    lower = torch.linalg.cholesky(covariance)
+    whiten = torch.linalg.solve_triangular(lower, torch.eye(len(lower), dtype=torch.float64), upper=False).T
+    means, whiten = ((means / SCALE) @ whiten).float(), whiten.float().contiguous()
+    other = _whitened(general["heldout"], whiten)
+    limits = [
+        _limit(_whitened(read_evidence(module, EVIDENCE, len(gram))["heldout"], whiten) - mean, other - mean)
+        for module, mean in zip(track(modules, "limits", "modules"), means[:-1], strict=True)
+    ]
+    return means, whiten, torch.stack(limits)
+
+
+def _whitened(vectors: Tensor, whiten: Tensor) -> Tensor:
+    return (vectors.float() / SCALE) @ whiten
+
+
+def _limit(own: Tensor, general: Tensor) -> Tensor:
+    """How far a text may be from a domain's mean, from the whitened differences of held-out texts to that mean:
+    beyond nearly all of the domain's own text, and half way on to general text where that is farther still."""
+    reach = own.square().sum(-1).quantile(0.98) * 1.25
+    others = general.square().sum(-1).quantile(0.05)
+    return torch.maximum(reach, (reach * others).sqrt())
+
+
+def _gram(vectors: Tensor) -> Tensor:
+    """Sum over samples of x x^T, exact: products below 2^30 and their sums below 2^53 are whole in float64."""
+    assert len(vectors) < 1 << 22
+    x = vectors.double()
+    return (x.T @ x).to(torch.int64)
+
+
+def _read_sums(store: Store) -> tuple[Tensor, int] | None:
+    tensors = _read_derived(store, ROUTER_SUMS)
+    return None if tensors is None else (tensors["gram"], _unpack(tensors["members"]))
+
+
+def _read_derived(store: Store, name: str) -> dict[str, Tensor] | None:
+    try:
+        tensors = store.router_files(name).read()
+        if tensors is not None:
+            require_kinds(name, tensors, _KINDS[name])
+        return tensors
+    except IntegrityError:
+        return None  # derived from the modules' own evidence: made anew
+
+
+def _mark(modules: Sequence[StoredModule], general: str | None) -> int:
+    """Tells one state of the store from another, and one way to fit from another, without opening a module's file."""
+    digest = hashlib.sha256(f"fit {_FIT}, general {general}".encode())
+    for module in modules:
+        stat = (module.folder / MANIFEST).stat()
+        digest.update(f"\n{module.name}/{module.version} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}".encode())
+    return int.from_bytes(digest.digest(), "big")
+
+
+def _combine(digest: int, module: StoredModule, sign: int) -> int:
+    """A hash of a set that does not depend on order, and from which a member can be taken out again."""
+    content = module.manifest.files.get(VECTORS)
+    member = hashlib.sha256(f"{module.name}/{module.version}/{content}".encode()).digest()
+    return (digest + sign * int.from_bytes(member, "big")) % (1 << 256)
+
+
+def _pack(digest: int) -> Tensor:
+    return torch.tensor(list(digest.to_bytes(32, "big")), dtype=torch.uint8)
+
+
+def _unpack(members: Tensor) -> int:
+    return int.from_bytes(bytes(members.tolist()), "big")
