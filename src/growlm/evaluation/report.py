@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -24,6 +25,8 @@ from growlm.evaluation.plots import human_bytes, number
 from growlm.evaluation.summary import NONE_SHARES
 from growlm.progress import phase
 
+_TEMPLATE = Path(__file__).with_name("report.html")
+_ZERO = ' class="zero"'
 # What a kill may leave of `write_atomic` and `check_folder`.
 _LEFTOVER = re.compile(r"\.writable|\.(?:\.writable|eval\.json|index\.html)-[0-9a-f]{8}")
 
@@ -80,14 +83,11 @@ def _page(result: Mapping[str, Any]) -> str:
         "compute": _compute, "samples": _samples,
     }  # fmt: skip
     body += [section(result[key]) for key, section in sections.items() if result.get(key)]
-    return PAGE.format(title=escape(title), css=_css(), body="\n".join(body))
-
-
-def _css() -> str:
     light, dark = (
         " ".join(f"--{role}: {colour};" for role, colour in colours.items()) for colours in (plots.LIGHT, plots.DARK)
     )
-    return f":root {{ {light} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n{CSS}"
+    template = Template(_TEMPLATE.read_text("utf-8"))
+    return template.substitute(title=escape(title), light=light, dark=dark, body="\n".join(body))
 
 
 def _tiles(result: Mapping[str, Any]) -> str:
@@ -274,7 +274,7 @@ def _table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> 
     columns = "".join(f'<th scope="col"><span>{escape(name)}</span></th>' for name in head)
     lines = ""
     for first, *rest in rows:
-        cells = "".join(f"<td{ZERO * (cell == '0')}>{escape(cell)}</td>" for cell in rest)
+        cells = "".join(f"<td{_ZERO * (cell == '0')}>{escape(cell)}</td>" for cell in rest)
         lines += f'<tr><th scope="row"><span>{escape(first)}</span></th>{cells}</tr>\n'
     name, wide = escape(caption), " wide" * (len(head) > 8)
     return (f'<div class="scroll table{wide}" role="region" tabindex="0" aria-label="{name}"><table>'
@@ -329,61 +329,3 @@ def _sizes(size: int) -> tuple[str, str]:
 
 def _count(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-ZERO = ' class="zero"'
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{title}</title>
-<style>
-{css}
-</style>
-</head>
-<body>
-<main>
-{body}
-<footer><p>The same numbers in full: <a href="eval.json">eval.json</a></p></footer>
-</main>
-</body>
-</html>
-"""
-
-CSS = """* { box-sizing: border-box; }
-:root { color-scheme: light dark; }
-body { margin: 0; background: var(--surface); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 70rem; margin: 0 auto; padding: 1.5rem 1rem; }
-h1, h2, h3 { line-height: 1.25; margin: 0; overflow-wrap: anywhere; }
-h1 { font-size: 1.7rem; } h2 { font-size: 1.3rem; } h3 { font-size: 1rem; }
-header p, footer, small, .tiles span, .zero { color: var(--muted); }
-p, ul { margin: .4rem 0 1rem; max-width: 46rem; overflow-wrap: anywhere; }
-a { color: var(--module); }
-section { border-top: 1px solid var(--grid); padding: 1.5rem 0; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(11.5rem, 1fr)); gap: .75rem; }
-.tiles > div { border: 1px solid var(--grid); border-radius: .5rem; padding: .75rem .9rem; }
-.tiles dt { font-size: .85rem; } .tiles dd { margin: 0; }
-.tiles b, .tiles span { display: block; } .tiles b { font-size: 1.6rem; }
-.tiles span { font-size: .8rem; line-height: 1.35; }
-.pair { display: flex; flex-wrap: wrap; gap: 1rem 2rem; align-items: flex-start; }
-.figures, figure { margin: 0; max-width: 100%; }
-figure svg { display: block; max-width: 100%; height: auto; }
-figure svg text { font-family: system-ui, sans-serif !important; }
-.scroll { overflow: auto; max-width: 100%; }
-.scroll:focus-visible { outline: 2px solid var(--module); outline-offset: 2px; }
-.table { flex: 1 1 26rem; } .wide { flex-basis: 100%; }
-table { border-collapse: separate; border-spacing: 0; font-size: .85rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; color: var(--muted); padding-bottom: .3rem; }
-th, td { padding: .25rem .45rem; text-align: right; white-space: nowrap; }
-tr > * { border-bottom: 1px solid var(--grid); vertical-align: bottom; }
-th:first-child { text-align: left; padding-left: 0; }
-th:first-child { position: sticky; left: 0; background: var(--surface); }
-th span { display: inline-block; width: max-content; max-width: 10rem; white-space: normal;
-  overflow-wrap: break-word; }
-th { font-weight: 500; } thead th { color: var(--muted); }
-article { margin: 1rem 0; }
-pre { margin: .4rem 0; padding: .6rem .8rem; border: 1px solid var(--grid); border-radius: .4rem;
-  white-space: pre-wrap; overflow-wrap: anywhere; font: .85rem/1.5 ui-monospace, monospace; }
-.prompt { color: var(--muted); border-style: dashed; }"""
