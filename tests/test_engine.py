@@ -505,8 +505,7 @@ def cache_of(budget: int | None, sizes: dict[str, int], loads: list[str] | None 
 
 def test_pinned_modules_stay_and_what_does_not_fit_beside_them_is_refused():
     cache = cache_of(10, {"a": 6, "b": 4, "c": 5})
-    held, read = cache.acquire(["a", "b"])
-    assert (held, read) == ({"a": "a", "b": "b"}, ["a", "b"])
+    assert cache.acquire(["a", "b"]) == {"a": "a", "b": "b"}
     with pytest.raises(BudgetError, match=r"in use are: (a, b|b, a)"):
         cache.acquire(["c"])
     assert not cache.prefetch("c")
@@ -517,7 +516,7 @@ def test_pinned_modules_stay_and_what_does_not_fit_beside_them_is_refused():
         cache.acquire(["c"])
     assert "a" in cache.resident
     cache.release(["a"])
-    assert cache.acquire(["c"])[1] == ["c"]
+    assert cache.acquire(["c"]) == {"c": "c"}
     assert cache.resident_bytes <= 10
     cache.close()
 
@@ -549,21 +548,23 @@ def test_room_is_made_before_a_module_is_read(verb):
 
 def test_a_module_in_memory_counts_as_it_is_there():
     sizes = {"a": 6, "b": 4}
-    cache = cache_of(10, sizes)
+    loads: list[str] = []
+    cache = cache_of(10, sizes, loads)
     with cache.using(["a"]):
         pass
     for on_the_disk in (11, 1, -1):
         sizes["a"] = on_the_disk
         assert cache.found("a").bytes == 6
-        assert cache.acquire(["a", "b"])[1] == (["b"] if on_the_disk == 11 else [])
-        cache.release(["a", "b"])
+        with cache.using(["a", "b"]):
+            assert loads == ["a", "b"]
     assert cache.counts.evictions == 0
     cache.close()
 
 
 def test_a_version_in_memory_gives_way_to_a_smaller_one_only_where_that_is_needed():
     sizes = {"a": 3, "b": 4, "c": 3, "d": 1}
-    cache = cache_of(10, sizes)
+    loads: list[str] = []
+    cache = cache_of(10, sizes, loads)
     with cache.using(["a", "b", "c"]):
         pass
     sizes |= {"a": 2, "b": 1, "c": 5}
@@ -576,7 +577,8 @@ def test_a_version_in_memory_gives_way_to_a_smaller_one_only_where_that_is_neede
         cache.make_fit(["a", "b", "c", "d"])
     assert cache.resident == ["a", "b", "c"]
     sizes["d"] = 2
-    assert cache.acquire(["a", "b", "c", "d"])[1] == ["b", "d"]  # of the two that are smaller, the one that saves more
+    cache.acquire(["a", "b", "c", "d"])
+    assert loads == ["a", "b", "c", "b", "d"]  # of the two that are smaller, the one that saves more
     assert cache.resident_bytes == 9
     cache.close()
 
@@ -615,7 +617,7 @@ def test_room_is_made_of_what_cannot_be_read_while_another_waits_for_its_turn():
     time.sleep(0.05)
     go.set()
     waiting.join(60)
-    assert found == [({"c": "c"}, ["c"])]
+    assert found == [{"c": "c"}]
     assert cache.resident == ["c"]
     cache.close()
 
@@ -625,7 +627,7 @@ def test_prefetched_modules_are_read_once_and_counted_at_once():
     cache = cache_of(10, {"a": 6, "b": 6}, loads)
     assert cache.prefetch("a")
     assert cache.resident_bytes == 6
-    assert cache.acquire(["a"]) == ({"a": "a"}, [])
+    assert cache.acquire(["a"]) == {"a": "a"}
     assert loads == ["a"]
     cache.release(["a"])
     assert cache.prefetch("b")

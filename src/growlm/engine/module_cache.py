@@ -127,11 +127,8 @@ class ModuleCache:
                 self._settle([name])
                 self.drop(name)
 
-    def acquire(self, names: Sequence[str]) -> tuple[dict[str, KnowledgeModule], list[str]]:
-        """Brings modules into memory and pins them until `release`.
-
-        Returns:
-            The modules by name, and the names that had to be read from the disk for this call.
+    def acquire(self, names: Sequence[str]) -> dict[str, KnowledgeModule]:
+        """Brings modules into memory, by name, and pins them until `release`.
 
         Raises:
             BudgetError: they cannot fit beside what is pinned.
@@ -139,7 +136,6 @@ class ModuleCache:
         names = list(dict.fromkeys(names))
         self.make_fit(names)
         futures: dict[str, Future[KnowledgeModule]] = {}
-        loaded: list[str] = []
         try:
             for name in names:
                 with self._lock:
@@ -149,10 +145,9 @@ class ModuleCache:
                         self._resident.move_to_end(name)
                     else:
                         future = self._start(name, keep=set(names))
-                        loaded.append(name)
                     self._pins[name] += 1
                     futures[name] = future
-            return {name: future.result() for name, future in futures.items()}, loaded
+            return {name: future.result() for name, future in futures.items()}
         except BaseException:
             self.release(list(futures))
             raise
@@ -160,7 +155,7 @@ class ModuleCache:
     @contextmanager
     def using(self, names: Sequence[str]) -> Iterator[dict[str, KnowledgeModule]]:
         """`acquire` and `release` around a block. Keep no reference beyond it: what is evicted must be gone."""
-        held, _ = self.acquire(names)
+        held = self.acquire(names)
         try:
             yield held
         finally:

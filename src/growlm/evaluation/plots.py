@@ -1,4 +1,4 @@
-"""Plots: the figures of an evaluation, as matplotlib figures, SVG text or PNG bytes.
+"""Plots: the figures of an evaluation, as matplotlib figures or SVG text.
 
 Knows plain dictionaries of numbers. Does not know models, stores, files or pages. Uses no pyplot and leaves
 matplotlib's settings as it found them. In SVG the colours are CSS variables, so a page can be light or dark.
@@ -280,14 +280,6 @@ def to_svg(figure: Figure, name: str, alt: str) -> str:
         f'style="min-width: {width * 0.8:.0f}px">'
     )
     return root + svg[svg.index(">") + 1 :].strip()
-
-
-def to_png(figure: Figure, dpi: int = 150) -> bytes:
-    """The figure as a PNG in the light colours."""
-    image = io.BytesIO()
-    with _style():
-        figure.savefig(image, format="png", dpi=dpi, facecolor=LIGHT["surface"])
-    return image.getvalue()
 
 
 def number(value: Any) -> str:
