@@ -294,14 +294,14 @@ def test_verbs_run_where_they_are_told(run, home, machine):
 
 
 def test_a_device_without_effect_is_refused(run):
-    for command, cure in (
+    for command, hint in (
         (("new", "brain", "--base", "base"), "--device is where --general is read"),
         (("router", "store"), "so that --device is of no effect"),
         (("prune", "base", "small", "--keep", "0.5", "--drop-layers", "top"), "leave out --device"),
     ):
         status, _, err = run(*command, "--device", "cpu")
         assert status == 1
-        assert cure in err
+        assert hint in err
 
 
 def test_a_run_is_the_same_however_its_device_is_named(home, store, machine):

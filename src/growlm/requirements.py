@@ -43,16 +43,16 @@ class Requirement:
 
     def remark(self) -> str | None:
         """What is wrong and what to do about it, in a line; None where nothing is."""
-        cure = f'pip install "{self.name}{self.range}"'
+        hint = f'pip install "{self.name}{self.range}"'
         if self.state == "newer":
             return (
                 f"{self.name} {self.installed} is newer than those that growlm is tested with ({self.range}); it is "
-                f"tried all the same, and if something fails: {cure}"
+                f"tried all the same, and if something fails: {hint}"
             )
         if self.state == "older":
-            return f"{self.name} {self.installed} is older than growlm works with ({self.range}): {cure}"
+            return f"{self.name} {self.installed} is older than growlm works with ({self.range}): {hint}"
         if self.state == "missing" and self.extra is None:
-            return f"{self.name} is not installed: {cure}"
+            return f"{self.name} is not installed: {hint}"
         return None
 
 

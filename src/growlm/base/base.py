@@ -124,13 +124,13 @@ class Base:
         extremes = (ids.min(), ids.max()) if hasattr(ids, "min") else (min(ids), max(ids))
         wrong = [i for i in map(int, extremes) if not 0 <= i < self.vocab_size]
         if wrong:
-            found, named, cure = wrong[-1], "", "give ids of its own tokenizer"
+            found, named, hint = wrong[-1], "", "give ids of its own tokenizer"
             if tokenizer is not None and 0 <= found < len(tokenizer):
                 named = f" ({tokenizer.convert_ids_to_tokens(found)!r})"
-                cure = "its tokenizer knows tokens that it has no rows for: leave them out of the text"
+                hint = "its tokenizer knows tokens that it has no rows for: leave them out of the text"
             raise DataError(
                 f"{what}: token id {found}{named} is not in the vocabulary of {self.where}, which has ids 0 to "
-                f"{self.vocab_size - 1}; {cure}"
+                f"{self.vocab_size - 1}; {hint}"
             )
 
     def num_bytes(self) -> int:

@@ -155,7 +155,7 @@ def _bfloat16_speed() -> float:
     wait for one another would be held up by it every time.
     """
     matrices = [torch.ones(_SIZE, _SIZE, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
-    least = [math.inf, math.inf]
+    fastest = [math.inf, math.inf]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -163,10 +163,10 @@ def _bfloat16_speed() -> float:
             for i, a in enumerate(matrices):
                 started = time.perf_counter()
                 a @ a
-                least[i] = min(least[i], time.perf_counter() - started)
+                fastest[i] = min(fastest[i], time.perf_counter() - started)
     finally:
         torch.set_num_threads(threads)
-    return least[0] / least[1]
+    return fastest[0] / fastest[1]
 
 
 _FULL = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")

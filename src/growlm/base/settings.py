@@ -70,9 +70,11 @@ def config_settings(path: Path, families: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _require_size(path: Path, key: str, value: Any, least: int, most: int) -> None:
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most):
-        raise BaseModelError(f"{path}: {key} is {shortened(value)}, expected a whole number from {least} to {most}")
+def _require_size(path: Path, key: str, value: Any, minimum: int, maximum: int) -> None:
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= maximum):
+        return
+    wanted = f"a whole number from {minimum} to {maximum}"
+    raise BaseModelError(f"{path}: {key} is {shortened(value)}, expected {wanted}")
 
 
 def _numbers(value: Any, place: str = "") -> Iterator[tuple[str, int]]:

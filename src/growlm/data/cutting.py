@@ -22,7 +22,7 @@ def cut_text(text: str, chars: int) -> Iterator[str]:
     yield text[start:]
 
 
-def require(name: str, value: float, least: float, most: float = float("inf")) -> None:
-    if not least <= value <= most:
-        wanted = f"at least {least}" if most == float("inf") else f"{least} to {most}"
+def require(name: str, value: float, minimum: float, maximum: float = float("inf")) -> None:
+    if not minimum <= value <= maximum:
+        wanted = f"at least {minimum}" if maximum == float("inf") else f"{minimum} to {maximum}"
         raise ConfigError(f"{name} is {value}, expected {wanted}")

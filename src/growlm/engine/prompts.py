@@ -87,18 +87,18 @@ class Prompts:
         return tokens
 
     def _require_positions(self, tokens: int, new_tokens: int) -> None:
-        asked, cure = f"{tokens} prompt tokens", "shorten the prompt"
+        asked, hint = f"{tokens} prompt tokens", "shorten the prompt"
         if new_tokens:
-            asked, cure = f"{asked} and {new_tokens} new ones", f"{cure} or lower --max-new-tokens"
+            asked, hint = f"{asked} and {new_tokens} new ones", f"{hint} or lower --max-new-tokens"
         limit = self._base.max_positions
         if limit is not None and tokens + new_tokens > limit:
-            raise ConfigError(f"{asked} exceed the base's {limit} positions; {cure}")
+            raise ConfigError(f"{asked} exceed the base's {limit} positions; {hint}")
         made_for = self._base.trained_positions
         if made_for is not None and tokens + new_tokens > made_for:
             message = f"{asked} exceed the {made_for} positions that the base was made for"
             if self._strict:
-                raise ConfigError(f"{message}; {cure}, or leave out --strict")
-            warnings.warn(f"{message}: what it says of so long a text is poor; {cure}", GrowlmWarning, stacklevel=4)
+                raise ConfigError(f"{message}; {hint}, or leave out --strict")
+            warnings.warn(f"{message}: what it says of so long a text is poor; {hint}", GrowlmWarning, stacklevel=4)
 
 
 def _whole_numbers(prompt: Any, called: str) -> list[int]:

@@ -39,10 +39,10 @@ class SamplingConfig:
         Raises:
             ConfigError: a value out of range or of another type.
         """
-        for name, least in (("max_new_tokens", 1), ("top_k", 0), ("seed", 0)):
+        for name, minimum in (("max_new_tokens", 1), ("top_k", 0), ("seed", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+            if not isinstance(value, int) or value < minimum:
+                raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least {minimum}")
         if self.seed >= 2**64:
             raise ConfigError(f"seed is {self.seed}; it must be below 2**64")
         if not isinstance(self.temperature, Real) or not 0 <= self.temperature <= _HOTTEST:

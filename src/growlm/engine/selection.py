@@ -67,8 +67,8 @@ def require_one_way(wanted: Wanted, mix: int, reroute: int, known: int, listed: 
         ConfigError: `mix` or `reroute` out of range, or at odds with each other or with modules that are named.
     """
     if mix < 1 or reroute < 0:
-        name, value, least = ("mix", mix, 1) if mix < 1 else ("reroute", reroute, 0)
-        raise ConfigError(f"{name} is {value}; it must be at least {least}")
+        name, value, minimum = ("mix", mix, 1) if mix < 1 else ("reroute", reroute, 0)
+        raise ConfigError(f"{name} is {value}; it must be at least {minimum}")
     if mix > 1 and mix > known:
         raise ConfigError(f"--mix {mix}: the router knows {known} modules; mix at most as many")
     if mix > 1 and mix > listed:

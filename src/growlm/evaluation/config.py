@@ -43,6 +43,6 @@ class EvalConfig:
             object.__setattr__(self, "tokens", parse_count(self.tokens))
             if int(self.tokens) < 2:
                 raise ConfigError(f"tokens is {self.tokens}; it must be at least 2")
-        for name, least in (("sequence_length", 2), ("max_documents", 0), ("route_tokens", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        for name, minimum in (("sequence_length", 2), ("max_documents", 0), ("route_tokens", 1)):
+            if getattr(self, name) < minimum:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {minimum}")

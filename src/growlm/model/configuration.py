@@ -22,7 +22,7 @@ _WORDS_BY_LAYER: dict[str, tuple[str, ...]] = {"attention": ATTENTIONS, "feed_fo
 _WORDS: dict[str, tuple[str, ...]] = {
     "auxiliary_loss": AUXILIARY_LOSSES, "router": ROUTERS, "router_gates": GATES, "norm": NORMS,
 }  # fmt: skip
-_LEAST = {  # of whole numbers
+_MINIMA = {  # of whole numbers
     "vocab_size": 1, "hidden_size": 1, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1,
     "head_dim": 1, "attention_experts_per_tok": 0, "intermediate_size": 1, "num_experts_per_tok": 0, "router_size": 1,
     "num_sampled_experts": 0, "peer_num_heads": 0, "peer_top_k": 0, "peer_neurons_per_expert": 0, "history_length": 0,
@@ -223,8 +223,8 @@ class GrowlmConfig(PreTrainedConfig):
         Raises:
             ValueError: settings that contradict each other; says which, and what is possible.
         """
-        for name, least in _LEAST.items():
-            _whole(name, getattr(self, name), least)
+        for name, minimum in _MINIMA.items():
+            _whole(name, getattr(self, name), minimum)
         if self.peer_key_size is not None:
             _whole("peer_key_size", self.peer_key_size, 1)
         for name in ("num_experts", "num_attention_experts", "peer_num_experts"):
@@ -301,9 +301,9 @@ class GrowlmConfig(PreTrainedConfig):
             raise ValueError(f"layer {layer}: peer_{message}") from None
 
 
-def _whole(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} is {value!r}, expected a whole number, at least {least}")
+def _whole(name: str, value: object, minimum: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ValueError(f"{name} is {value!r}, expected a whole number, at least {minimum}")
 
 
 def _one_of(name: str, value: object, words: tuple[str, ...]) -> None:

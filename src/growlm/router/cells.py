@@ -149,9 +149,9 @@ class Cells:
         from_a, from_b = self._to_sub_keys(query)
         cells = self._nearest_cells(from_a.square(), from_b.square(), _FIRST)
         best.compare(self._rows(cells))
-        least = _gap(from_a, t["cell_a"], t["inner_a"], t["outer_a"])
-        least += _gap(from_b, t["cell_b"], t["inner_b"], t["outer_b"])
-        live = least <= t["cell_reach"].clamp(max=best.limit) + slack
+        bounds = _gap(from_a, t["cell_a"], t["inner_a"], t["outer_a"])
+        bounds += _gap(from_b, t["cell_b"], t["inner_b"], t["outer_b"])
+        live = bounds <= t["cell_reach"].clamp(max=best.limit) + slack
         visited = int(self._sizes[live].sum())
         # Some cells' rows, or all of them, which takes no copy.
         rows = self._rows(live.nonzero()[:, 0]) if visited < _GATHERED * len(self) else None

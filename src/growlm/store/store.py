@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 _FEW = 64  # names that are looked up one by one
 _KEPT = "2MB"  # of every domain's text, where a router is trained on it
-LEAST_SAMPLES = 8  # bytes that a single token of text takes, with its length: fewer keep nothing
+MIN_SAMPLE_BYTES = 8  # bytes that a single token of text takes, with its length: fewer keep nothing
 
 
 class Store(StoreBase):
@@ -420,7 +420,7 @@ def _samples_for(router: str, keep_samples: str | int | None) -> int:
     if keep_samples is None:
         keep_samples = _KEPT if trained else 0
     size = parse_size(keep_samples)
-    if trained and size < LEAST_SAMPLES:
+    if trained and size < MIN_SAMPLE_BYTES:
         raise ConfigError(
             f"--keep-samples {size}: a transformer router is trained on kept text of every domain; keep some, or use "
             "--router gaussian"

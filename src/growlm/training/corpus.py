@@ -24,7 +24,7 @@ from growlm.errors import ConfigError, DataError, StoreError
 from growlm.modules import ModuleSet
 from growlm.modules.scoring import num_labels, passage_losses
 from growlm.progress import phase
-from growlm.store import LEAST_SAMPLES, WEIGHTS, Store, StoredModule
+from growlm.store import MIN_SAMPLE_BYTES, WEIGHTS, Store, StoredModule
 from growlm.training.config import ModuleTrainConfig
 
 _HELDOUT_SAMPLES = 64  # passages from which the router learns how far its own text may be
@@ -150,7 +150,7 @@ def bytes_to_keep(store: Store, name: str, config: ModuleTrainConfig) -> int:
         StoreError: nothing, and the store's router is trained on it.
     """
     keep = int(config.keep_samples) if config.keep_samples is not None else store.manifest.keep_samples
-    if store.manifest.router == "transformer" and keep < LEAST_SAMPLES:
+    if store.manifest.router == "transformer" and keep < MIN_SAMPLE_BYTES:
         raise StoreError(
             f"{store.path}: its transformer router is trained on kept text; without any, {name!r} could never be "
             f"chosen: leave out --keep-samples {keep}, or change to the gaussian router (growlm router --kind gaussian)"

@@ -12,7 +12,7 @@ from growlm.errors import ConfigError
 from growlm.progress import phase
 from growlm.usage.usage import Usage
 
-_LEAST_SCALE = 0.2  # nats that the darkest colour of a divergence stands for at least: noise is to look like noise
+_MIN_SCALE = 0.2  # nats that the darkest colour of a divergence stands for at least: noise is to look like noise
 
 
 def usage_figure(usage: Usage) -> Figure:
@@ -52,10 +52,10 @@ def usage_figure(usage: Usage) -> Figure:
     if several:
         table = np.array([[0.0 if a == b else usage.divergence(a, b) for b in names] for a in names])
         axis = axes[-1]
-        most = max(float(table.max()), _LEAST_SCALE)
-        axis.imshow(table, cmap="Oranges", vmin=0, vmax=most)
+        scale = max(float(table.max()), _MIN_SCALE)
+        axis.imshow(table, cmap="Oranges", vmin=0, vmax=scale)
         for i, j in np.ndindex(table.shape):
-            dark = table[i, j] > 0.6 * most
+            dark = table[i, j] > 0.6 * scale
             axis.text(
                 j, i, f"{table[i, j]:.3f}", ha="center", va="center", fontsize=8, color="white" if dark else "black"
             )
