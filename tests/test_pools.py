@@ -18,7 +18,7 @@ from growlm.modules import ModuleSet
 from growlm.modules.peer import Peer, PeerConfig
 from growlm.surgery.pruning import choose_experts
 from growlm.usage.figures import usage_figure
-from growlm.usage.pools import Pool, count_pools
+from growlm.usage.pools import PoolCounts, count_pools
 from growlm.usage.usage import Usage, count_usage
 from tiny import TEXT, VOCAB, make_base, make_tokenizer, perturb
 
@@ -85,10 +85,10 @@ def test_pools_are_counted_beside_routers(texts) -> None:
 
 
 def test_share_and_unevenness_by_hand() -> None:
-    pool = Pool(1, torch.tensor([3, 0, 1, 0]), torch.tensor([1.5, 0.0, 0.5, 0.0]).double())
+    pool = PoolCounts(1, torch.tensor([3, 0, 1, 0]), torch.tensor([1.5, 0.0, 0.5, 0.0]).double())
     assert pool.share_used == 0.5
     assert pool.unevenness == pytest.approx(math.log(4) + 0.75 * math.log(0.75) + 0.25 * math.log(0.25))
-    even = Pool(1, torch.ones(8, dtype=torch.int64), torch.full((8,), 0.25).double())
+    even = PoolCounts(1, torch.ones(8, dtype=torch.int64), torch.full((8,), 0.25).double())
     assert (even.share_used, even.unevenness) == (1.0, pytest.approx(0.0, abs=1e-12))
     assert "4 experts, 50.0% used" in pool.line()
 

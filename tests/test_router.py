@@ -29,8 +29,8 @@ from growlm.router import (
     gather_evidence,
     has_general,
     load_router,
+    mean_pool,
     names_of,
-    pool,
     write_general,
 )
 from growlm.store import Store, StoredModule
@@ -136,25 +136,25 @@ masks = st.integers(1, 6).flatmap(
 def test_pool_equals_a_loop(mask, seed):
     visible = torch.tensor(mask)
     hidden = torch.randn(*visible.shape, 5, generator=torch.Generator().manual_seed(seed))
-    torch.testing.assert_close(pool(hidden, visible).double(), pool_by_loop(hidden, visible), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mean_pool(hidden, visible).double(), pool_by_loop(hidden, visible), rtol=1e-4, atol=1e-5)
     whole = torch.ones_like(visible)
-    torch.testing.assert_close(pool(hidden).double(), pool_by_loop(hidden, whole), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mean_pool(hidden).double(), pool_by_loop(hidden, whole), rtol=1e-4, atol=1e-5)
 
 
 def test_pool_does_not_see_what_is_padded():
     hidden = torch.randn(1, 6, 8, generator=torch.Generator().manual_seed(0))
     padded = torch.cat([torch.full((1, 3, 8), 1e6), hidden], dim=1)
     visible = torch.tensor([[False] * 3 + [True] * 6])
-    torch.testing.assert_close(pool(padded, visible), pool(hidden))
+    torch.testing.assert_close(mean_pool(padded, visible), mean_pool(hidden))
 
 
 def test_pool_does_not_depend_on_the_scale_or_dtype_of_states():
     hidden = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
-    pooled = pool(hidden)
-    torch.testing.assert_close(pool(hidden * 300), pooled)
+    pooled = mean_pool(hidden)
+    torch.testing.assert_close(mean_pool(hidden * 300), pooled)
     torch.testing.assert_close(pooled.square().mean(-1), torch.ones(2))
-    assert pool(hidden.bfloat16()).dtype == torch.float32
-    assert pool(torch.zeros(1, 2, 4)).isfinite().all()
+    assert mean_pool(hidden.bfloat16()).dtype == torch.float32
+    assert mean_pool(torch.zeros(1, 2, 4)).isfinite().all()
 
 
 # What is kept of a text
@@ -181,7 +181,7 @@ def test_evidence_of_short_passages_is_that_of_the_whole_passage(base):
     texts = [passages(1, n, n)[0] for n in (2, 3, 5, 8, 1, 4)]
     found = gather_evidence(base, texts, texts)
     with torch.no_grad():
-        alone = [pool(base.norm(hidden_of(base, text))) for text in texts]
+        alone = [mean_pool(base.norm(hidden_of(base, text))) for text in texts]
     wanted = (torch.cat(alone) * 1024).round()
     for rows in found.values():
         apart = (rows.float()[:, None] - wanted[None]).abs().amax(-1)  # rows, texts

@@ -44,7 +44,7 @@ class Generation:
 
 
 class Answer:
-    """One row while it is written."""
+    """One answer while it is written."""
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...], emit: Callable[[str], bool] | None) -> None:
         self._tokenizer, self._stop, self._emit = tokenizer, stop, emit

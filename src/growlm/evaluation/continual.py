@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ForgettingMatrix:
-    """Log-loss in nats a token on every domain's test text, before and after each step of learning.
+    """Log-loss in nats a token on every domain's test text, before any was learned and after each.
 
     Attributes:
         domains: in the order of learning; columns are in the same order.

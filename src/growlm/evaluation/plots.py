@@ -201,21 +201,21 @@ def memory_figure(memory: Mapping[str, Any]) -> Figure:
 
 def growth_figure(memory: Mapping[str, Any]) -> Figure:
     """Resident against total bytes as the modules are added one by one, in the order of `growth`."""
-    steps = growth(memory)
+    so_far = growth(memory)
     lines = (("resident", "module", "-", "o"), ("total", "muted", "--", "s"))
     with _style():
         figure, axes = _new(WIDTH, 210)
         handles = []
         for which, (name, role, dash, marker) in enumerate(lines):
-            sizes = [step[which] for step in steps]
+            sizes = [pair[which] for pair in so_far]
             style: dict[str, Any] = {
                 "color": LIGHT[role], "linestyle": dash, "marker": marker, "markersize": 3.5,
                 "label": f"{name}: {human_bytes(sizes[-1])}",
             }  # fmt: skip
             axes.plot(range(len(sizes)), sizes, clip_on=False, zorder=3 - which, **style)
             handles.append(Line2D([], [], **style))
-        axes.set_xlim(0, max(1, len(steps) - 1))
-        axes.set_ylim(0, max(1, *(max(step) for step in steps)) * 1.08)
+        axes.set_xlim(0, max(1, len(so_far) - 1))
+        axes.set_ylim(0, max(1, *(max(pair) for pair in so_far)) * 1.08)
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: human_bytes(y)))

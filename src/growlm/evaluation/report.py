@@ -212,13 +212,13 @@ def _matrix(matrix: Mapping[str, Any]) -> str:
 
 
 def _memory(memory: Mapping[str, Any]) -> str:
-    steps = plots.growth(memory)
-    other = steps[0][1] - memory["base_bytes"] - memory["router_bytes"]
+    so_far = plots.growth(memory)
+    other = so_far[0][1] - memory["base_bytes"] - memory["router_bytes"]
     parts = [
         ["base", *_sizes(memory["base_bytes"]), "", ""],
-        ["router", *_sizes(memory["router_bytes"]), *map(human_bytes, steps[0])],
-        *([name, *_sizes(size), *map(human_bytes, step)]
-          for (name, size), step in zip(memory["modules"].items(), steps[1:], strict=True)),
+        ["router", *_sizes(memory["router_bytes"]), *map(human_bytes, so_far[0])],
+        *([name, *_sizes(size), *map(human_bytes, pair)]
+          for (name, size), pair in zip(memory["modules"].items(), so_far[1:], strict=True)),
         *([["other files", *_sizes(other), "", ""]] if other > 0 else []),
         ["resident", *_sizes(memory["resident_bytes"]), "", ""],
         ["total", *_sizes(memory["total_bytes"]), "", ""],
@@ -226,7 +226,7 @@ def _memory(memory: Mapping[str, Any]) -> str:
     resident, total = human_bytes(memory["resident_bytes"]), human_bytes(memory["total_bytes"])
     ends = f"resident {resident}, total {total}"
     bars = _svg(plots.memory_figure(memory), "memory", f"Two stacked bars: {ends}")
-    added = f"with {_count(len(steps) - 1, 'module')} added"
+    added = f"with {_count(len(so_far) - 1, 'module')} added"
     lines = _svg(plots.growth_figure(memory), "growth", f"Two lines, {added}: {ends}")
     text = (
         "Resident is what must be in memory to answer: base, router and the largest module. Total is "

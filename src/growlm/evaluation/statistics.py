@@ -33,10 +33,10 @@ class Bootstrap:
         assert values.shape == (count,)
         generator = torch.Generator().manual_seed(self._seed + group)
         values = values.double()
-        rows = max(_DRAWS // count, 1)
+        at_once = max(_DRAWS // count, 1)
         parts = [
-            values[torch.randint(count, (min(rows, self._resamples - at), count), generator=generator)].sum(1)
-            for at in range(0, self._resamples, rows)
+            values[torch.randint(count, (min(at_once, self._resamples - at), count), generator=generator)].sum(1)
+            for at in range(0, self._resamples, at_once)
         ]
         return torch.cat(parts)
 

@@ -13,7 +13,7 @@ from growlm.router.interface import NONE, Route, Router, names_of
 from growlm.router.loading import load_router
 from growlm.router.product_key import ProductKeyRouter
 from growlm.router.samples import SAMPLES, pack_samples, read_samples, unpack_samples
-from growlm.router.states import base_states, pool
+from growlm.router.states import base_states, mean_pool
 from growlm.router.transformer import TransformerRouter
 
 __all__ = [
@@ -33,9 +33,9 @@ __all__ = [
     "gather_evidence",
     "has_general",
     "load_router",
+    "mean_pool",
     "names_of",
     "pack_samples",
-    "pool",
     "read_samples",
     "unpack_samples",
     "write_general",

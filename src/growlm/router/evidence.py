@@ -15,7 +15,7 @@ from growlm.base.padding import pad_right
 from growlm.disk.tensors import read_tensors, require_kinds
 from growlm.errors import IntegrityError
 from growlm.progress import Phase, phase
-from growlm.router.states import base_states, pool
+from growlm.router.states import base_states, mean_pool
 from growlm.store import GENERAL, ROUTER_DERIVED
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 EVIDENCE = "router.safetensors"  # what every fit reads: the sum of the vectors, and the held-out texts
 VECTORS = "router-vectors.safetensors"
 
-SCALE = 1024  # steps a unit: pooled states have root mean square 1 and are kept as int16
+SCALE = 1024  # what 1 is kept as: pooled states have root mean square 1 and are kept as int16
 
 _KINDS = {
     EVIDENCE: {"heldout": (torch.int16, 2), "sum": (torch.int64, 1), "count": (torch.int64, 1)},
@@ -73,7 +73,7 @@ def _pooled_beginnings(base: Base, passages: Sequence[Sequence[int]], showing: P
     """Pooled states (n, d) of each passage cut to several lengths. Prompts are short, so lengths are log-uniform; one
     forward pass gives them all, because attention is causal."""
     generator = torch.Generator().manual_seed(seed)
-    rows: list[Tensor] = []
+    vectors: list[Tensor] = []
     for at in range(0, len(passages), 16):
         some = [list(p[:_LONGEST]) for p in passages[at : at + 16]]
         ids, real = pad_right(some)
@@ -83,9 +83,9 @@ def _pooled_beginnings(base: Base, passages: Sequence[Sequence[int]], showing: P
         for _ in range(_CUTS):
             share = torch.rand(len(some), generator=generator)
             cut = (shortest * (lengths / shortest) ** share).round().long()
-            rows.append(pool(states, torch.arange(ids.shape[1]) < cut[:, None]).cpu())
+            vectors.append(mean_pool(states, torch.arange(ids.shape[1]) < cut[:, None]).cpu())
         showing.advance(len(some))
-    return (torch.cat(rows) * SCALE).round().clamp(-32768, 32767).to(torch.int16)
+    return (torch.cat(vectors) * SCALE).round().clamp(-32768, 32767).to(torch.int16)
 
 
 def read_evidence(module: StoredModule, file: str, width: int) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from growlm.base import tensor_bytes
 from growlm.router.cells import squared_distances
 from growlm.router.interface import NONE, Route, Router
-from growlm.router.states import pool
+from growlm.router.states import mean_pool
 
 # b batch, t tokens, d hidden size, c classes
 
@@ -48,7 +48,7 @@ class GaussianRouter(Router):
         self.limits = limits
 
     def route(self, hidden: Tensor, visible: Tensor | None = None) -> list[Route]:
-        return self.route_pooled(pool(hidden, visible))
+        return self.route_pooled(mean_pool(hidden, visible))
 
     def route_pooled(self, vectors: Tensor) -> list[Route]:
         """Answers for pooled vectors (b, d)."""

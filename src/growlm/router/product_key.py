@@ -21,7 +21,7 @@ from growlm.router.cells import Cells, squared_distances
 from growlm.router.fitting import load_gaussian
 from growlm.router.gaussian import GaussianRouter, routes_of
 from growlm.router.interface import NONE, Route, Router
-from growlm.router.states import pool
+from growlm.router.states import mean_pool
 from growlm.store import ROUTER_FITTED, ROUTER_INDEX
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class ProductKeyRouter(Router):
         return min(self.top_k, len(self.names))
 
     def route(self, hidden: Tensor, visible: Tensor | None = None) -> list[Route]:
-        return self.route_pooled(pool(hidden, visible))
+        return self.route_pooled(mean_pool(hidden, visible))
 
     def route_pooled(self, vectors: Tensor) -> list[Route]:
         """Answers for pooled vectors (b, d)."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # b batch, t tokens, d hidden size
 
 
-def pool(hidden: Tensor, visible: Tensor | None = None) -> Tensor:
+def mean_pool(hidden: Tensor, visible: Tensor | None = None) -> Tensor:
     """One vector a text: the mean over tokens of (b, t, d), scaled to root mean square 1; (b, d) float32.
 
     The first token is left out of texts that have another: attention parks on it, and its state says little.

@@ -32,7 +32,7 @@ from growlm.training.general import HELDOUT_FILE
 from growlm.training.loop import require_finite, train
 from growlm.training.runs import run_folder
 from growlm.training.segments import check_segments, document_ids, final_states
-from growlm.usage.pools import Pool, count_pools
+from growlm.usage.pools import PoolCounts, count_pools
 
 _HELDOUT_DOCUMENTS = 256
 
@@ -54,7 +54,7 @@ class PoolUse:
     unevenness_after: float
 
     @classmethod
-    def of(cls, before: Pool, after: Pool) -> PoolUse:
+    def of(cls, before: PoolCounts, after: PoolCounts) -> PoolUse:
         return cls(
             before.layer, before.num_experts, before.share_used, after.share_used, before.unevenness, after.unevenness
         )
@@ -171,7 +171,7 @@ def _run(
     )
     autocast = placement.autocast()
 
-    def measure() -> tuple[float, list[Pool]]:
+    def measure() -> tuple[float, list[PoolCounts]]:
         """Loss on held-out text, and what of large pools it uses."""
         model.eval()
         with autocast, phase("scoring held-out text", len(heldout), "passages"):

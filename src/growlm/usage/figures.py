@@ -16,11 +16,12 @@ _MIN_SCALE = 0.2  # nats that the darkest colour of a divergence stands for at l
 
 
 def usage_figure(usage: Usage) -> Figure:
-    """Shares of choices, a row a router and a column an expert, one panel a text; then KL divergences (figure 2). A red
-    line stands before the experts of a module that joined others; grey is where a layer has no such expert.
+    """Shares of choices, a row an expert router, a column an expert, one panel a text; then KL divergences (figure 2).
+    A red line stands before the experts of a module that joined others; grey is where a layer has no such expert.
 
     Raises:
-        ConfigError: there are no routers, only pools of experts by product keys, whose columns could not be told apart.
+        ConfigError: there are no expert routers, only pools of experts by product keys, whose columns could not be told
+            apart.
     """
     if not usage.places:
         raise ConfigError("a figure shows routed experts, and there are none; product keys are in the table and --json")

@@ -1,6 +1,6 @@
-"""Pools: how many of a layer's very many experts a text retrieves, and how evenly. Knows product keys, not routers.
+"""Pools: how many of a layer's very many experts a text retrieves, and how evenly.
 
-Watches retrievals while text is read; changes nothing.
+Watches retrievals while text is read; changes nothing. Knows product keys, not expert routers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _BATCH = 8
 
 
 @dataclass(frozen=True)
-class Pool:
+class PoolCounts:
     """What a text retrieved by one layer's product keys.
 
     Attributes:
@@ -69,8 +69,8 @@ class PoolCounter:
     """
 
     def __init__(self, modules: ModuleSet) -> None:
-        self.pools: list[Pool] = []
-        self._layers = {id(step.layer): index for index, step in enumerate(modules.layers)}
+        self.pools: list[PoolCounts] = []
+        self._layers = {id(layer): index for index, (layer, _) in enumerate(modules.layers)}
         parts = (modules.base.model, *modules.modules)
         self._keys = {id(m) for part in parts for m in part.modules() if isinstance(m, ProductKeys)}
 
@@ -97,7 +97,9 @@ class PoolCounter:
         finally:
             hook.remove()
         if not self.pools:
-            self.pools = [Pool(index, torch.zeros(n, dtype=torch.int64), torch.zeros(n).double()) for index, n in asked]
+            self.pools = [
+                PoolCounts(index, torch.zeros(n, dtype=torch.int64), torch.zeros(n).double()) for index, n in asked
+            ]
         for pool, retrieval in zip(self.pools, found, strict=True):
             experts = retrieval.experts.cpu()[real].flatten()
             pool.counts.add_(torch.bincount(experts, minlength=pool.num_experts))
@@ -105,7 +107,7 @@ class PoolCounter:
 
 
 @torch.no_grad()
-def count_pools(modules: ModuleSet, passages: Sequence[Sequence[int]]) -> list[Pool]:
+def count_pools(modules: ModuleSet, passages: Sequence[Sequence[int]]) -> list[PoolCounts]:
     """What passages of token ids retrieve; empty for a model without product keys, which is then not run."""
     counter = PoolCounter(modules)
     if counter:

@@ -1,6 +1,6 @@
 """Usage: how often every expert is chosen on a text, and how far domains differ in that (ModuleFormer, figure 2).
 
-Counts what routers decide, and what product keys retrieve, while text is read; changes nothing.
+Counts what expert routers decide, and what product keys retrieve, while text is read; changes nothing.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from growlm.layers.routing import watched
 from growlm.modules import ModuleSet
 from growlm.progress import phase, track
 from growlm.store import Store
-from growlm.usage.pools import Pool, PoolCounter
+from growlm.usage.pools import PoolCounter, PoolCounts
 
 _BATCH = 8
 
 
 @dataclass(frozen=True)
 class Place:
-    """One router: the layer it is in, and which half of it."""
+    """One expert router: the layer it is in, and which half of it."""
 
     layer: int
     part: str  # "attention" or "feed_forward"
@@ -55,7 +55,7 @@ class Usage:
     counts: dict[str, list[Tensor]]
     tokens: dict[str, int]
     sources: dict[str, list[text_data.Source]] = field(default_factory=dict)
-    pools: dict[str, list[Pool]] = field(default_factory=dict)
+    pools: dict[str, list[PoolCounts]] = field(default_factory=dict)
 
     def share(self, domain: str, place: int) -> Tensor:
         """Of a domain's choices at a place, the share of every expert, (num_experts,); they sum to one."""
@@ -129,13 +129,13 @@ def _unevenness(share: Tensor) -> float:
 
 
 def places_of(modules: ModuleSet) -> list[Place]:
-    """The routers of base and modules in the order in which a forward pass asks them."""
+    """The expert routers of base and modules in the order in which a forward pass asks them."""
     anatomy, found = modules.base.anatomy, []
-    for index, step in enumerate(modules.layers):
-        attention = getattr(getattr(step.layer, anatomy.attention), "experts", None)
+    for index, (layer, _) in enumerate(modules.layers):
+        attention = getattr(getattr(layer, anatomy.attention), "experts", None)
         if isinstance(attention, AttentionExperts | AttentionUnion):
             found.append(Place(index, "attention", *_sizes(attention)))
-        feed_forward = getattr(step.layer, anatomy.feed_forward)
+        feed_forward = getattr(layer, anatomy.feed_forward)
         if isinstance(feed_forward, Beside):
             sizes = [part.router.num_experts for part in feed_forward.new]
             found += [Place(index, "feed_forward", size, size) for size in sizes]
@@ -204,7 +204,7 @@ def count_usage(
             "or of a store a module of kind experts or peer (--module)"
         )
     counts: dict[str, list[Tensor]] = {}
-    pools: dict[str, list[Pool]] = {}
+    pools: dict[str, list[PoolCounts]] = {}
     read: dict[str, int] = {}
     sources: dict[str, list[text_data.Source]] = {}
     for domain, paths in data.items():
