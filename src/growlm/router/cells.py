@@ -31,7 +31,10 @@ _ROUNDS = 6  # of k-means
 _AT_ONCE = 16_384  # points that are worked on together while building
 _FIRST = 512  # points of the nearest cells that are compared whole first, for a bound to begin with
 _GATHERED = 0.2  # share of the points up to which the rows of some cells are copied together; else all are read in turn
-_STEPS = 127  # of a number in one byte, to either side
+_STEPS = 127  # of a number of a point, in one byte, to either side
+# Of a number of a query, in each of two bytes. Processors without VNNI add two products of bytes in 16 bits, which hold
+# no larger ones: oneDNN makes the point's byte one from 0 to 255, and 2 * 255 * 64 is the most.
+_QUERY_STEPS = 63
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,7 @@ class Cells:
         if visited:
             step, code, left = _in_two_bytes(away)
             products = torch._int_mm(_at(t["codes"], rows), code).float()
-            products = torch.addcmul(products[:, 0], products[:, 1], products.new_tensor(0.5 / _STEPS)).mul_(step)
+            products = torch.addcmul(products[:, 0], products[:, 1], products.new_tensor(0.5 / _QUERY_STEPS)).mul_(step)
             near = torch.addcmul(_at(t["squares"], rows), products, _at(t["steps"], rows), value=-2).add_(length**2)
             first = near.topk(min(2 * top_k, len(near)), largest=False).indices
             best.compare(first if rows is None else rows[first])
@@ -269,11 +272,11 @@ def _gap(distances: Tensor, keys: Tensor, inner: Tensor, outer: Tensor) -> Tenso
 
 
 def _in_two_bytes(vector: Tensor) -> tuple[float, Tensor, float]:
-    """A vector as step * (high + low / 254): the step, both (d, 2) int8, and the length of what is left."""
-    step = float(vector.abs().max()) / _STEPS or 1.0
+    """A vector as step * (high + low / 126): the step, both (d, 2) int8, and the length of what is left."""
+    step = float(vector.abs().max()) / _QUERY_STEPS or 1.0
     high = (vector / step).round()
-    low = ((vector / step - high) * (2 * _STEPS)).round()
-    left = vector - step * (high + low / (2 * _STEPS))
+    low = ((vector / step - high) * (2 * _QUERY_STEPS)).round()
+    left = vector - step * (high + low / (2 * _QUERY_STEPS))
     return step, torch.stack([high, low], 1).to(torch.int8), float(left.norm())
 
 
