@@ -120,6 +120,7 @@ def test_points_are_ruled_out_by_no_more_than_the_error_of_their_copy(d, top_k):
         check(Cells.build(points, reaches), torch.zeros(d), points, reaches, top_k)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top_k", [1, 4, 16])
 @pytest.mark.parametrize("d", [4, 8])
 @pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])

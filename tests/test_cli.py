@@ -26,7 +26,10 @@ from stores import ALPHABETS, add_module, domain_text, make_store
 
 COMMANDS = ["pretrain", "new", "learn", "route", "generate", "chat", "eval", "status", "verify", "remove", "export"]
 COMMANDS += ["router", "demo", "doctor", "version"]
-LEARN = ["--num-layers", "1", "--sequence-length", "16", "--batch-size", "4", "--max-rows", "50"]
+LEARN = [
+    "--num-layers", "1", "--sequence-length", "16", "--batch-size", "4", "--max-rows", "50", "--learning-rate", "3e-3",
+    "--admit-anyway",
+]  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -400,6 +400,7 @@ def measured(out: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_a_demo_that_was_stopped_again_and_again_ends_as_one_that_was_not(short, tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     result = demo(whole, fast=True, progress=False)

@@ -220,6 +220,7 @@ def _rank(rank: int, store: str, masked: bool, results) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("masked", [False, True])
 def test_statistics_are_those_of_all_ranks(masked: bool, tmp_path) -> None:

@@ -57,7 +57,9 @@ def test_routers_choose_as_they_did(store, kind):
 def test_it_learns_and_forgets_as_a_new_one_does(home, store):
     before = {p: p.read_bytes() for p in (store.path / "modules").rglob("*") if p.is_file()}
     data = write_jsonl(home / "new.jsonl", [f"{n} k{n % 7} jj{n % 5} k" for n in range(120)])
-    settings = LearnConfig(tokens=640, sequence_length=32, batch_size=4, num_layers=1, precision="float32")
+    settings = LearnConfig(
+        tokens=640, sequence_length=32, batch_size=4, num_layers=1, precision="float32", admit_anyway=True
+    )
     learn(store, "new", [data], settings)
     learn(store, "law", [data], settings, update=True)
     assert store.module("law").version == 2

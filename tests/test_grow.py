@@ -38,6 +38,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 IDS = random_ids(2, 11)
 TRAINED: dict[str, Any] = {
     "sequence_length": 16, "batch_size": 4, "epochs": 1, "precision": "float32", "router_samples": 16,
+    "admit_anyway": True, "learning_rate": 3e-3,
 }  # fmt: skip
 POOL: dict[str, Any] = {"num_experts": 100, "num_heads": 2, "top_k": 4}  # 10 x 10 sub-keys
 

@@ -59,6 +59,7 @@ def lease(number: int) -> str:
 
 def config(**changes: Any) -> LearnConfig:
     short = {"sequence_length": 16, "batch_size": 4, "epochs": 1, "num_layers": 1, "precision": "float32"}
+    short |= {"admit_anyway": True, "learning_rate": 3e-3}
     return LearnConfig(**{**short, **changes})
 
 
@@ -516,6 +517,7 @@ def test_features_are_kept_as_they_were_computed(store, precision, monkeypatch):
     assert set(seen) == {(getattr(torch, precision), True)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", [0, 2.5, 4])
 def test_the_feature_cache_leaves_room_for_checkpoints(home, store, room, monkeypatch):
     """For the last one, the next one beside it, and the module."""
@@ -665,6 +667,7 @@ def code_of(processes: Path, name: str) -> int:
     return json.loads((processes / "codes.json").read_text())[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(KILLS)), ids=str)
 def test_a_killed_run_goes_on_to_the_same_bytes(home, store, processes, number):
     assert code_of(processes, f"kill {number}") == 0
@@ -818,6 +821,7 @@ def test_a_base_without_general_text_writes_its_own(home):
     assert load_router(store).names == ["law"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "growlm"])
 def test_what_a_base_writes_is_drawn_from_what_it_predicts(tmp_path, family):
     store = Store.create(tmp_path / "store", save_base(tmp_path / "base", family))

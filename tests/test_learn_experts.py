@@ -27,6 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL: dict[str, Any] = {
     "kind": "experts", "sequence_length": 16, "batch_size": 4, "epochs": 1, "precision": "float32",
     "num_experts": 3, "router_size": 8, "expert_size": 16, "router_samples": 16,
+    "admit_anyway": True, "learning_rate": 3e-3,
 }  # fmt: skip
 
 
@@ -120,6 +121,7 @@ def test_load_concentration_makes_use_uneven(store: Store) -> None:
     assert unevenness(1.0) > unevenness(0.0)
 
 
+@pytest.mark.slow
 def test_replayed_text_is_read_too_and_recorded(store: Store) -> None:
     other = store.path.parent / "drugs.jsonl"
     plain = run(store, tokens=1600)

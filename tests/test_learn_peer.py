@@ -25,7 +25,7 @@ from tiny import make_base, random_ids
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL: dict[str, Any] = {
     "kind": "peer", "sequence_length": 16, "batch_size": 4, "epochs": 1, "precision": "float32", "num_experts": 100,
-    "num_heads": 2, "top_k": 4, "router_samples": 16,
+    "num_heads": 2, "top_k": 4, "router_samples": 16, "admit_anyway": True, "learning_rate": 3e-3,
 }  # fmt: skip
 
 
@@ -237,7 +237,15 @@ def test_other_kinds_are_read_whole_where_tables_stay_on_the_disk(store: Store) 
         store,
         "drugs",
         [store.path.parent / "drugs.jsonl"],
-        LearnConfig(num_layers=1, sequence_length=16, batch_size=4, epochs=1, router_samples=8),
+        LearnConfig(
+            num_layers=1,
+            sequence_length=16,
+            batch_size=4,
+            epochs=1,
+            router_samples=8,
+            admit_anyway=True,
+            learning_rate=3e-3,
+        ),
         progress=False,
     )
     with Engine(store) as one, Engine(store, experts_on="disk") as other:

@@ -279,6 +279,7 @@ def test_a_device_that_is_not_there_is_one_line_and_leaves_nothing(command, run,
 def test_verbs_run_where_they_are_told(run, home, machine):
     machine(gpus=1)  # that is not there: what takes auto for an answer fails
     settings = ["--num-layers", "1", "--sequence-length", "16", "--batch-size", "4", "--max-rows", "50"]
+    settings.append("--admit-anyway")
     for command in (
         ("new", "brain", "--base", "base", "--general", "general.jsonl"),
         ("learn", "brain", "letters", "--data", "letters.jsonl", *settings),
@@ -307,7 +308,7 @@ def test_a_device_without_effect_is_refused(run):
 def test_a_run_is_the_same_however_its_device_is_named(home, store, machine):
     """What is recorded does not name the device that was asked for, which another machine may not have."""
     machine()
-    settings = {"num_layers": 1, "sequence_length": 16, "batch_size": 4, "max_rows": 50}
+    settings = {"num_layers": 1, "sequence_length": 16, "batch_size": 4, "max_rows": 50, "admit_anyway": True}
     records = []
     for name, device in (("one", "auto"), ("other", "cpu")):
         copy = store.beside(home / name)

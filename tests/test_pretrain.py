@@ -107,6 +107,7 @@ def test_the_folder_is_a_checkpoint_that_transformers_loads(home, family):
     assert_only(home, "out", *({family} - {"llama"}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_loss_falls_for_text_it_never_saw(home, precision):
     result = run(home, epochs=6, precision=precision)
@@ -176,7 +177,7 @@ def test_what_was_pretrained_is_a_base_to_learn_on(home):
     run(home)
     store = Store.create(home / "store", home / "out")
     law = write_jsonl(home / "law.jsonl", [f"Rule {n}: no toad shall pass gate {n % 9}." for n in range(80)])
-    config = LearnConfig(sequence_length=16, batch_size=4, num_layers=1)
+    config = LearnConfig(sequence_length=16, batch_size=4, num_layers=1, admit_anyway=True)
     result = learn(store, "law", [law], config, progress=False)
     assert result.loss_after < result.loss_before
     assert store.verify() == []
@@ -319,6 +320,7 @@ def test_the_same_seed_gives_the_same_bytes(home):
 TWICE, HALF, COUNTED = {"epochs": 2}, {"epochs": 2, "precision": "bfloat16"}, {"tokens": 9000}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "changes"),
     [("llama", COUNTED), ("llama", HALF), ("gpt2", TWICE), ("gpt2", HALF), ("peer", TWICE), ("peer", COUNTED)],

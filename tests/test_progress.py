@@ -326,10 +326,10 @@ def test_a_terminal_that_cannot_draw_gets_lines(monkeypatch, clock):
 # What every verb says: work that is not named here any more has gone silent
 
 TRAINING = ("--sequence-length", "16", "--batch-size", "8", "--precision", "float32", "--epochs", "1")
-LAYERS = ("--num-layers", "1", "--router-samples", "8", *TRAINING)
+LAYERS = ("--num-layers", "1", "--router-samples", "8", "--admit-anyway", *TRAINING)
 SETTINGS = {
     "sequence_length": 16, "batch_size": 8, "precision": "float32", "epochs": 1, "router_samples": 8,
-    "keep_samples": "2kB",
+    "keep_samples": "2kB", "admit_anyway": True,
 }  # fmt: skip
 POOL = {"kind": "peer", "num_experts": 64, "num_heads": 1, "top_k": 4}
 EXPERTS = {
@@ -338,7 +338,7 @@ EXPERTS = {
 }  # fmt: skip
 TEXT = ["reading law.jsonl", "holding text out", "tokenizing"]
 LEARNED = [
-    "training", "scoring held-out text by the base", "scoring held-out text by the module",
+    "training", "scoring held-out text by both",
     "showing the router the text", "writing module.safetensors", "hashing module.safetensors",
 ]  # fmt: skip
 WHOLE = [

@@ -191,7 +191,7 @@ def test_text_without_such_a_token_is_answered_and_text_with_it_refused(wide):
         list(chat.say(EXTRA))
 
 
-LEARN = {"sequence_length": 16, "batch_size": 4, "precision": "float32"}
+LEARN = {"sequence_length": 16, "batch_size": 4, "precision": "float32", "admit_anyway": True, "learning_rate": 3e-3}
 
 
 def test_no_verb_reads_text_with_a_token_that_the_base_has_no_row_for(made, home, monkeypatch):
@@ -216,7 +216,13 @@ def test_no_verb_reads_text_with_a_token_that_the_base_has_no_row_for(made, home
         lambda: describe_general(store, base, tokenizer, [extra]),
         lambda: evaluate(store, {"letters": [extra]}, EvalConfig(), progress=False),
         lambda: count_usage(modules, tokenizer, {"text": [extra]}),
-        lambda: finetune(home / "wide", home / "out", [extra], FinetuneConfig(**LEARN), progress=False),
+        lambda: finetune(
+            home / "wide",
+            home / "out",
+            [extra],
+            FinetuneConfig(sequence_length=16, batch_size=4, precision="float32"),
+            progress=False,
+        ),
     ]
     for verb in verbs:
         with pytest.raises(DataError, match=r"token id 320 \('<\|extra\|>'\)") as caught:

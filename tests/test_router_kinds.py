@@ -401,7 +401,14 @@ def test_kept_text_is_of_the_whole_corpus_whatever_its_tokens_take(tmp_path):
     corpus.write_text("".join(json.dumps({"text": letter * 31}) + "\n" for letter in letters))
     write_jsonl(tmp_path / "base" / "heldout.jsonl", [letter * 31 for letter in letters[:8]])
     store = Store.create(tmp_path / "store", tmp_path / "base")
-    small = {"num_layers": 1, "sequence_length": 16, "tokens": 76 * 32, "router_samples": 4, "max_rows": 8}
+    small = {
+        "num_layers": 1,
+        "sequence_length": 16,
+        "tokens": 76 * 32,
+        "router_samples": 4,
+        "max_rows": 8,
+        "admit_anyway": True,
+    }
     learn(store, "letters", [corpus], LearnConfig(**small, keep_samples=76 * 32 * 2))
     kept = {token - 66_000 for passage in read_samples(store.module("letters")) for token in passage if token}
     quarters = [len({n for n in kept if 23 * q <= n < 23 * (q + 1)}) for q in range(4)]
@@ -436,7 +443,10 @@ def corpus(tmp_path) -> Path:
     return path
 
 
-SMALL = {"num_layers": 1, "sequence_length": 32, "tokens": 2000, "router_samples": 16, "max_rows": 64}
+SMALL = {
+    "num_layers": 1, "sequence_length": 32, "tokens": 2000, "router_samples": 16, "max_rows": 64, "batch_size": 8,
+    "admit_anyway": True, "learning_rate": 3e-3,
+}  # fmt: skip
 
 
 def test_learning_trains_the_router_of_a_store_that_has_one(store, corpus):

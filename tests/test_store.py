@@ -868,6 +868,7 @@ def killed(made, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", list(SCENARIOS))
 def test_a_kill_at_any_instant_loses_nothing(made, base, killed, scenario):
     template = contents(made / "store")

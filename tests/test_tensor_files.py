@@ -157,6 +157,7 @@ entry = st.fixed_dictionaries(
 anything = st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner))
 
 
+@pytest.mark.slow
 @many
 @given(header=st.dictionaries(st.text(max_size=3), entry | anything, max_size=3) | anything)
 @example(header=b"[" * 100_000)

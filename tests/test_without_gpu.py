@@ -42,6 +42,7 @@ def run(*arguments: str, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_every_test_is_found_and_skipped_with_the_reason():
     out = run("tests/gpu", CUDA_VISIBLE_DEVICES="")
     outcomes = [line for line in out.splitlines() if line.startswith("tests/gpu/test_gpu_")]
@@ -52,6 +53,7 @@ def test_every_test_is_found_and_skipped_with_the_reason():
     assert "no CUDA device here; docs/guides/gpu.md says" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tests", [LAYERS, WHOLE], ids=["layers", "whole"])
 def test_nothing_mixes_devices(tests):
     out = run(*tests, GROWLM_TEST_DEVICE="pretended")

@@ -74,15 +74,14 @@ class Baseline:
             return linear_cross_entropy(hidden.flatten(0, 1), self.base.head_weight, batch[:, 1:].flatten())
 
         self.model.train()
-        assert config.learning_rate is not None
         with reporting(title):
-            seconds = train(
+            _, seconds = train(
                 self.parameters,
                 loss_of_step,
                 len(order),
                 lambda step: len(order[step]) * config.sequence_length,
                 config,
-                config.learning_rate,
+                config.rate_or(1e-3),
                 folder=folder,
                 resume_hint="run the same command again to go on",
             )

@@ -312,7 +312,8 @@ class Bench:
             config.num_hidden_layers += 4
             model = Baseline(new_model(config, self.seed), self.tokenizer)
             record = json.loads((self.base / "pretrain.json").read_text())
-            settings = replace(self.settings(record["settings"]["learning_rate"] or 1.5e-3, record["tokens"]))
+            rate = record["settings"]["learning_rate"]
+            settings = replace(self.settings(rate if isinstance(rate, float) else 1.5e-3, record["tokens"]))
             documents = self.documents(self.general, "train")
             model.learn(documents, settings, self.out / "runs" / "dense", "dense: pretraining")
             model.model.save_pretrained(folder)

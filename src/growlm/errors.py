@@ -32,6 +32,10 @@ class IntegrityError(StoreError):
     """A file of a store is not what its manifest says."""
 
 
+class NotBetterError(GrowlmError):
+    """What was learned does no better on held-out text than what was there, and was not saved."""
+
+
 class UnknownModuleError(StoreError):
     """A module name that the store does not hold. Never answered by the base in silence."""
 

@@ -37,7 +37,15 @@ KINDS = {
     "signs": {"kind": "experts", "num_experts": 2, "num_attention_experts": 2, "router_size": 8},
     "tales": {"kind": "peer", "num_experts": 64, "num_heads": 2, "top_k": 4, "layers": (1,)},
 }
-COMMON = {"tokens": 6400, "sequence_length": 32, "batch_size": 8, "precision": "float32", "router_samples": 16}
+COMMON = {
+    "tokens": 6400,
+    "sequence_length": 32,
+    "batch_size": 8,
+    "precision": "float32",
+    "router_samples": 16,
+    "admit_anyway": True,
+    "learning_rate": 3e-3,
+}
 
 
 def text(domain: str, seed: int, words: int = 24) -> str:

@@ -23,7 +23,13 @@ from tiny import random_ids
 
 pytestmark = pytest.mark.gpu
 
-QUICK: dict[str, Any] = {"sequence_length": 32, "batch_size": 8, "router_samples": 16, "epochs": 2}
+QUICK: dict[str, Any] = {
+    "sequence_length": 32,
+    "batch_size": 8,
+    "router_samples": 16,
+    "epochs": 2,
+    "admit_anyway": True,
+}
 KINDS: dict[str, dict[str, Any]] = {
     "blocks": {"num_layers": 1, "vocabulary": "both"},
     "experts": {"num_experts": 3, "router_size": 8, "expert_size": 16},

@@ -155,7 +155,7 @@ def from_config(
         parameters = list(own.values())
         for name, (default, hint, doc, panel) in {**made, **shaped}.items():
             # A number with a unit is written as text.
-            kind = {int | str: str, int | str | None: str | None}.get(hint, hint)
+            kind = {int | str: str, int | str | None: str | None, float | str | None: str | None}.get(hint, hint)
             flag = name.replace("_", "-")
             spelled = f"--{flag}/--no-{flag}" if kind in (bool, bool | None) else f"--{flag}"
             option = typer.Option(spelled, help=doc, rich_help_panel=panel)

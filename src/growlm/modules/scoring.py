@@ -15,7 +15,6 @@ _BATCH_TOKENS = 4096
 _PROJECTED = 512  # tokens whose logits are held at a time
 
 
-@torch.no_grad()
 def passage_losses(
     modules: ModuleSet,
     passages: Sequence[Sequence[int]],
@@ -28,29 +27,50 @@ def passage_losses(
         passages: token ids, at least two each.
         per_token: called with labels (n,) and their losses (n,) as they are computed.
     """
-    base = modules.base
+    return paired_losses([modules], passages, per_token=per_token)[0]
+
+
+@torch.no_grad()
+def paired_losses(
+    sets: Sequence[ModuleSet],
+    passages: Sequence[Sequence[int]],
+    *,
+    per_token: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
+) -> torch.Tensor:
+    """As `passage_losses`, under several module sets of one base, (sets, number of passages): the layers below the
+    lowest of their forks run once for all."""
+    base = sets[0].base
+    fork = min(modules.fork for modules in sets) if len(sets) > 1 else 0
     order = sorted(range(len(passages)), key=lambda i: len(passages[i]))
-    totals = torch.zeros(len(passages), dtype=torch.float64)
+    totals = torch.zeros(len(sets), len(passages), dtype=torch.float64)
     batches = _batches([len(passages[i]) for i in order])
     for batch in track(batches, "scoring", "passages", total=len(passages), count=len):
         chosen = [order[i] for i in batch]
         ids, real = pad_right([passages[i] for i in chosen], base.device)
         counted = real[:, 1:]
-        hidden = base.norm(modules.hidden(ids[:, :-1]))
         labels = ids[:, 1:][counted]
-        own = modules.rows.head
-        losses = token_losses(
-            hidden[counted],
-            base.head_weight,
-            labels,
-            rows=None if own is None else own.rows,
-            ids=None if own is None else own.ids,
-            softcap=base.softcap,
-        )
-        if per_token is not None:
-            per_token(labels, losses)
-        parts = losses.cpu().double().split(counted.sum(-1).tolist())  # not every device has float64
-        totals[chosen] = torch.stack([part.sum() for part in parts])
+        inputs = ids[:, :-1]
+        embedded, shared = base.begin(inputs)
+        if fork > 0:
+            embedded = base.run(base.embed_positions(embedded, shared.positions), sets[0].layers[:fork], shared)
+        for row, modules in enumerate(sets):
+            hidden = embedded
+            if fork == 0:
+                hidden = base.embed_positions(modules.embed(embedded, inputs), shared.positions)
+            hidden = base.norm(base.run(hidden, modules.layers[fork:], shared))
+            own = modules.rows.head
+            losses = token_losses(
+                hidden[counted],
+                base.head_weight,
+                labels,
+                rows=None if own is None else own.rows,
+                ids=None if own is None else own.ids,
+                softcap=base.softcap,
+            )
+            if per_token is not None:
+                per_token(labels, losses)
+            parts = losses.cpu().double().split(counted.sum(-1).tolist())  # not every device has float64
+            totals[row, chosen] = torch.stack([part.sum() for part in parts])
     return totals
 
 

@@ -14,6 +14,7 @@ from growlm.errors import ConfigError, first_error
 from growlm.modules.shapes import SHAPES, BlocksConfig, ModuleConfig
 from growlm.units import parse_count, parse_size
 
+AUTO = "auto"  # a learning rate that is found or computed
 _SEEDS = 2**63  # how many there are: torch takes no larger ones as they are
 
 # Sizes of a llama, or the file of a growlm model's config.
@@ -35,7 +36,8 @@ class TrainConfig:
         sequence_length: tokens a row.
         batch_size: rows a step.
         epochs: how often the data is read where --tokens is not given.
-        learning_rate: at its peak, then down a cosine to a tenth; by default set from the width.
+        learning_rate: at its peak, then down a cosine to a tenth; auto finds it by short trials, or where all of a
+            model is trained computes it from the width.
         warmup: share of all steps over which the learning rate rises.
         weight_decay: of matrices; norms and biases have none.
         clip: largest norm of the gradient; 0 does not clip.
@@ -51,8 +53,8 @@ class TrainConfig:
     tokens: int | str | None = None
     epochs: int = 1
     sequence_length: int = 512
-    batch_size: int = 8
-    learning_rate: float | None = None
+    batch_size: int | None = 8
+    learning_rate: float | str | None = AUTO
     warmup: float = 0.05
     weight_decay: float = 0.01
     clip: float = 1.0
@@ -67,12 +69,19 @@ class TrainConfig:
         if self.tokens is not None:
             object.__setattr__(self, "tokens", parse_count(self.tokens))
         for name in ("epochs", "sequence_length", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1")
         if self.tokens is not None and int(self.tokens) < self.sequence_length:
             raise ConfigError(f"tokens is {self.tokens}; it must be at least sequence_length, {self.sequence_length}")
-        if self.learning_rate is not None and not 0 < self.learning_rate < 1:
-            raise ConfigError(f"learning_rate is {self.learning_rate}; it must be between 0 and 1")
+        rate = AUTO if self.learning_rate is None else self.learning_rate
+        if rate != AUTO:
+            try:
+                rate = float(rate)
+            except (TypeError, ValueError):
+                raise ConfigError(f"learning_rate is {rate!r}; give a number, or auto") from None
+            if not 0 < rate < 1:
+                raise ConfigError(f"learning_rate is {rate}; it must be between 0 and 1")
+        object.__setattr__(self, "learning_rate", rate)
         if not 0 <= self.warmup < 1:
             raise ConfigError(f"warmup is {self.warmup}; it is a share of all steps, from 0 to below 1")
         for name in ("weight_decay", "clip", "checkpoint_seconds"):
@@ -82,6 +91,10 @@ class TrainConfig:
             raise ConfigError(f"seed is {self.seed}; it must be from 0 to below 2**63")
         if self.precision not in ("auto", "bfloat16", "float32"):
             raise ConfigError(f"precision {self.precision!r} is not one of auto, bfloat16, float32")
+
+    def rate_or(self, computed: float) -> float:
+        """The learning rate that is given; where it is auto, what was found or computed for it."""
+        return self.learning_rate if isinstance(self.learning_rate, float) else computed
 
     @property
     def max_tokens(self) -> int | None:
@@ -169,6 +182,8 @@ class ModuleTrainConfig(TrainConfig):
     """What verbs share that train parameters beside a frozen base.
 
     Attributes:
+        batch_size: rows a step, by default 1 to 8, so that a run has about a hundred steps.
+        admit_anyway: save what does no better than what was there before, as held-out text tells.
         feature_cache: disk space for the base's outputs when the data is read more than once.
         router_samples: passages of which the router keeps a trace (vectors, no text).
         keep_samples: text kept for a router that is trained on it, e.g. 2MB; 0 keeps none; by default what the store
@@ -178,6 +193,8 @@ class ModuleTrainConfig(TrainConfig):
     """
 
     epochs: int = 2
+    batch_size: int | None = None
+    admit_anyway: bool = False
     feature_cache: int | str = "2GB"
     router_samples: int = 512
     keep_samples: int | str | None = None

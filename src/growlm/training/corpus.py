@@ -22,11 +22,15 @@ from growlm.base import Base
 from growlm.disk.tensors import read_tensors
 from growlm.errors import ConfigError, DataError, StoreError
 from growlm.modules import ModuleSet
-from growlm.modules.scoring import num_labels, passage_losses
+from growlm.modules.scoring import paired_losses
 from growlm.progress import phase
 from growlm.store import MIN_SAMPLE_BYTES, WEIGHTS, Store, StoredModule
+from growlm.training.admission import Comparison
 from growlm.training.config import ModuleTrainConfig
 
+_BEGINNING = 256  # tokens of a passage that are scored, at most
+_DECIDING_SHARE = 10  # tokens of the run for each one by which it is decided whether a module is admitted,
+_DECIDING_TOKENS = 4096  # and so many at the least
 _HELDOUT_SAMPLES = 64  # passages from which the router learns how far its own text may be
 
 Files = dict[str, dict[str, Tensor]]  # tensors that lie beside a module's weights, by file
@@ -80,10 +84,11 @@ class TrainingCorpus:
         if self.replayed is not None:
             documents = self.replayed.documents
             replay = text_data.pack(documents, tokenizer, config.sequence_length, max_tokens=config.max_tokens)
-        heldout = [p.tokens for p in text_data.passages(rest, tokenizer, config.sequence_length)]
-        if not heldout:
+        passages = text_data.passages(rest, tokenizer, config.sequence_length)
+        if not passages:
             raise DataError(f"{self.where}: held-out text is shorter than two tokens; give more text")
-        return Tokens(packed, replay, heldout, text_data.start_tokens(tokenizer))
+        validation, heldout = halves(passages)
+        return Tokens(packed, replay, validation, heldout, text_data.start_tokens(tokenizer))
 
 
 @dataclass(frozen=True)
@@ -91,12 +96,14 @@ class Tokens:
     """A body in token ids.
 
     Attributes:
-        heldout: passages that are not trained on.
+        validation: passages that are not trained on, by which rate and step are chosen.
+        heldout: others, which choose nothing: by them it is decided whether a module is admitted.
         begin: what every prompt begins with.
     """
 
     packed: text_data.PackedTokens
     replay: text_data.PackedTokens | None
+    validation: list[list[int]]
     heldout: list[list[int]]
     begin: list[int]
 
@@ -108,13 +115,16 @@ class Tokens:
         for packed in (self.packed, self.replay):
             if packed is not None:
                 base.require_rows(packed.tokens, where, tokenizer)
-        base.require_rows([*self.begin, *itertools.chain(*self.heldout)], where, tokenizer)
+        base.require_rows([*self.begin, *itertools.chain(*self.validation, *self.heldout)], where, tokenizer)
 
-    def loss(self, modules: ModuleSet) -> float:
-        """Nats a token on held-out text."""
-        by = "module" if modules.modules else "base"
-        with phase(f"scoring held-out text by the {by}", len(self.heldout), "passages"):
-            return float(passage_losses(modules, self.heldout).sum()) / num_labels(self.heldout)
+    def compare(self, before: ModuleSet, after: ModuleSet, config: ModuleTrainConfig) -> Comparison:
+        """Two module sets of one base on held-out passages, each to at most so many tokens as suit a run of this size;
+        what they have in common is computed once."""
+        trained_on = config.rows_wanted(len(self.packed)) * config.sequence_length
+        passages = beginnings(self.heldout, max(trained_on // _DECIDING_SHARE, _DECIDING_TOKENS), config.seed)
+        with phase("scoring held-out text by both", len(passages), "passages"):
+            losses = paired_losses([before, after], passages)
+        return Comparison.of(losses[0], losses[1], torch.tensor([len(p) - 1 for p in passages]))
 
     def evidence(self, base: Base, config: ModuleTrainConfig, keep: int) -> Files:
         """What the router needs to know of this text, and `keep` bytes of it.
@@ -123,7 +133,8 @@ class Tokens:
             base: as it is served.
         """
         crops = sample_passages(self.packed, config.router_samples, config.seed, self.begin)
-        seen = router.gather_evidence(base, crops, self.heldout[:_HELDOUT_SAMPLES], seed=config.seed)
+        heldout = [*self.heldout, *self.validation][:_HELDOUT_SAMPLES]
+        seen = router.gather_evidence(base, crops, heldout, seed=config.seed)
         files = router.files_of(seen)
         if keep:
             # Two bytes a token at the least. Where tokens take four, half of these rows fit: any half, since they are
@@ -133,6 +144,33 @@ class Tokens:
             if len(samples["tokens"]):  # so few bytes that nothing fits keep nothing
                 files[router.SAMPLES] = samples
         return files
+
+
+def halves(passages: Sequence[text_data.Passage]) -> tuple[list[list[int]], list[list[int]]]:
+    """Held-out passages in two parts, no document in both; of a single document's, passages or at the least tokens."""
+    documents = sorted({p.document_index for p in passages})
+    if len(documents) > 1:
+        first = set(documents[::2])
+        return (
+            [p.tokens for p in passages if p.document_index in first],
+            [p.tokens for p in passages if p.document_index not in first],
+        )
+    tokens = [p.tokens for p in passages]
+    if len(tokens) > 1:
+        return tokens[::2], tokens[1::2]
+    middle = max(len(tokens[0]) // 2, 2)
+    return ([tokens[0][:middle]], [tokens[0][middle:]]) if len(tokens[0]) >= 4 else (tokens, tokens)
+
+
+def beginnings(passages: Sequence[Sequence[int]], num_tokens: int, seed: int) -> list[list[int]]:
+    """So many tokens at least, where there are so many: beginnings of passages, in an order drawn with `seed`."""
+    chosen: list[list[int]] = []
+    for index in np.random.default_rng(seed).permutation(len(passages)):
+        if num_tokens <= 0:
+            break
+        chosen.append(list(passages[index][:_BEGINNING]))
+        num_tokens -= len(chosen[-1])
+    return chosen
 
 
 def sample_passages(packed: text_data.PackedTokens, count: int, seed: int, begin: Sequence[int]) -> list[list[int]]:

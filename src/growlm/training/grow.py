@@ -25,6 +25,7 @@ from growlm.modules.peer import Peer, PeerConfig
 from growlm.modules.probe import probe
 from growlm.progress import reporting, say
 from growlm.store import ROUTER_TRAINED, WEIGHTS, Store, StoredModule
+from growlm.training.admission import require_better
 from growlm.training.config import GrowConfig
 from growlm.training.corpus import (
     Files,
@@ -203,18 +204,22 @@ def _train(
         if number is not None:
             module = module.grown(base, number, config.seed)
         module.float().train_new()
-        learning = ModuleTraining(base, module, config, tokens.packed, work, replay=tokens.replay)
+        learning = ModuleTraining(
+            base, module, config, tokens.packed, work, replay=tokens.replay, validation=tokens.validation
+        )
         # Sub-keys have a dense gradient, of which the old rows are zero: a decay would change them.
         seconds = learning.run(decay=lambda parameter, _: module.is_table(parameter))
-        num_tokens = learning.num_tokens
+        num_tokens, searched = learning.num_tokens, learning.record()
         del learning
         if placement.dtype != served:
             del base
             base = store.load_base(device=placement.device)
-        before = tokens.loss(ModuleSet(base, [store.load(name, base, version=stored.version)]))
         trained = as_served(base, module, name)
-        after = tokens.loss(ModuleSet(base, [trained]))
-        require_finite(f"{name}: the held-out loss after training", after)
+        former = ModuleSet(base, [store.load(name, base, version=stored.version)])
+        found = tokens.compare(former, ModuleSet(base, [trained]), config)
+        require_finite(f"{name}: the held-out loss after training", found.after)
+        if not config.admit_anyway:
+            require_better(name, found, f"version {stored.version} on the new text")
         files, counts = joined(evidence_beside(stored), tokens.evidence(base, config, keep))
         step |= {
             **body.record(),
@@ -223,8 +228,10 @@ def _train(
             "settings": config.to_json(),
             **placement.record(),
             "run": run,
-            "loss_before": before,
-            "loss_after": after,
+            "loss_before": found.before,
+            "loss_after": found.after,
+            "comparison": found.to_json(),
+            **searched,
             "seconds": seconds,
             "evidence": counts,
         }

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from growlm import router
+from growlm.base import Base
 from growlm.base.placement import Placement
 from growlm.errors import IntegrityError, StoreError
-from growlm.modules import ModuleSet, kind_of
+from growlm.modules import KnowledgeModule, ModuleSet, kind_of
 from growlm.modules.probe import probe
 from growlm.progress import reporting, say
 from growlm.store import MANIFEST, ROUTER_TRAINED, Store, StoredModule
+from growlm.training.admission import require_better, require_no_worse
 from growlm.training.config import LearnConfig
 from growlm.training.corpus import TrainingCorpus, bytes_to_keep, require_positions
 from growlm.training.general import ensure_general
@@ -29,7 +31,8 @@ from growlm.training.runs import empty, folder_of, module_run, run_folder
 
 @dataclass(frozen=True)
 class LearnResult:
-    """What was learned. Losses are in nats a token on held-out text; `tokens` counts every token trained on."""
+    """What was learned. Losses are in nats a token on held-out text; `tokens` counts every token trained on, in `steps`
+    steps, of which `best_step` is the one that was kept."""
 
     name: str
     version: int
@@ -38,6 +41,11 @@ class LearnResult:
     tokens: int
     seconds: float
     tokens_per_second: float
+    gain: float = 0.0  # by how much the loss is lower, on passages that chose nothing,
+    error: float | None = None  # and its standard error; None of a single passage
+    learning_rate: float | None = None
+    steps: int | None = None
+    best_step: int | None = None
     router: int | None = None  # version of the router that was trained with it, where the store's kind is trained
 
     def to_json(self) -> dict[str, Any]:
@@ -70,6 +78,8 @@ def learn(
         StoreError: `name` is not allowed or is taken, or the disk is full.
         DataError: data that is missing, malformed or too little.
         TrainingError: the loss became NaN or infinite; nothing is saved.
+        NotBetterError: the module does no better than the base on held-out text, or worse than the version that it is
+            to replace; nothing is saved.
         BaseModelError: the store's base is missing or has changed.
         ConfigError: there is no such device.
         Interrupted: stopped by the user; progress is saved.
@@ -117,17 +127,24 @@ def _learn(
         served = base.dtype
         if not router.has_general(store):
             ensure_general(store, base, tokenizer)
-        learning = ModuleTraining(base, kind, config, tokens.packed, work, tokens.begin, tokens.replay)
+        learning = ModuleTraining(
+            base, kind, config, tokens.packed, work, tokens.begin, tokens.replay, tokens.validation
+        )
         seconds = learning.run()
-        trained, num_tokens = learning.module, learning.num_tokens
+        trained, num_tokens, searched = learning.module, learning.num_tokens, learning.record()
         del learning
         if placement.dtype != served:
             del base
             base = store.load_base(device=placement.device)
         module = as_served(base, trained, name)
         alone, together = ModuleSet(base), ModuleSet(base, [module])
-        before, after = tokens.loss(alone), tokens.loss(together)
-        require_finite(f"{name}: the held-out loss after training", after)
+        found = tokens.compare(alone, together, config)
+        require_finite(f"{name}: the held-out loss after training", found.after)
+        if not config.admit_anyway:
+            require_better(name, found)
+            if old is not None and (former := _loadable(store, old, base)) is not None:
+                replaced = tokens.compare(ModuleSet(base, [former]), together, config)
+                require_no_worse(name, replaced, f"version {old.version}, which it would replace")
         files = tokens.evidence(base, config, keep)
         training = {
             **body.record(),
@@ -136,8 +153,10 @@ def _learn(
             "settings": config.to_json(),
             **placement.record(),
             "run": run,
-            "loss_before": before,
-            "loss_after": after,
+            "loss_before": found.before,
+            "loss_after": found.after,
+            "comparison": found.to_json(),
+            **searched,
             "seconds": seconds,
             "probe": {"base": probe(alone), "module": probe(together)},
         }
@@ -148,6 +167,14 @@ def _learn(
         empty(work)  # the disk is needed; the folder stays until the router knows the module as well
         version = router_after(store, restart=restart, base=base)
     return _result(stored, version)
+
+
+def _loadable(store: Store, old: StoredModule, base: Base) -> KnowledgeModule | None:
+    """A version that is to be replaced; None if it is damaged, so that nothing is lost with it."""
+    try:
+        return store.load(old.name, base, version=old.version)
+    except StoreError:
+        return None
 
 
 def _require_free(store: Store, current: StoredModule | None) -> None:
@@ -177,8 +204,21 @@ def _result(stored: StoredModule, trained_router: int | None) -> LearnResult:
         raise IntegrityError(
             f"{stored.folder / MANIFEST}: training: {error} is missing; restore it or learn {stored.name!r} again"
         ) from None
+    found = said.get("comparison", {})
     return LearnResult(
-        stored.name, stored.version, before, after, tokens, seconds, tokens / max(seconds, 1e-9), trained_router
+        stored.name,
+        stored.version,
+        before,
+        after,
+        tokens,
+        seconds,
+        tokens / max(seconds, 1e-9),
+        gain=found.get("gain", before - after),
+        error=found.get("error"),
+        learning_rate=said.get("learning_rate"),
+        steps=said.get("steps"),
+        best_step=said.get("best_step"),
+        router=trained_router,
     )
 
 

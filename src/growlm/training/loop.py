@@ -18,11 +18,12 @@ from types import FrameType
 from torch import Tensor, nn
 
 from growlm.errors import Interrupted, TrainingError
-from growlm.progress import phase
+from growlm.progress import phase, say
 from growlm.training import checkpoints
 from growlm.training.config import TrainConfig
 from growlm.training.memory import kept_pages
 from growlm.training.optim import clip_gradients, make_optimizer
+from growlm.training.validation import Validation
 
 _MIN_RATE = 0.1  # share of the peak that the cosine ends at
 
@@ -58,8 +59,10 @@ def train(
     resume_hint: str,
     decay: Callable[[str, nn.Parameter], bool] = matrices,
     buffers: Mapping[str, Tensor] | None = None,
-) -> float:
-    """Runs all steps that are left and returns the seconds that training took, earlier runs included.
+    validation: Validation | None = None,
+) -> tuple[int, float]:
+    """Runs all steps that are left. Returns the steps that were done, and the seconds that training took, earlier runs
+    included.
 
     Args:
         loss_of_step: the loss of step i, with gradients to follow; a function of i and the parameters alone.
@@ -67,6 +70,8 @@ def train(
         resume_hint: what to tell a user who interrupts.
         decay: which parameters get weight decay.
         buffers: what a forward pass changes besides, as running statistics; saved and restored with the parameters.
+        validation: scores some steps on held-out text, ends the run where they no longer help, and at the end has the
+            tensors of the best of them.
 
     Raises:
         Interrupted: by Ctrl-C or a termination signal, after a checkpoint.
@@ -77,32 +82,44 @@ def train(
     optimizer = make_optimizer(parameters, lr=learning_rate, weight_decay=config.weight_decay, decay=decay)
     buffers = buffers or {}
     done, spent = checkpoints.restore(folder, parameters, buffers, optimizer, num_steps)
+    if validation is not None:
+        validation.begin(done)
     started = saved = time.monotonic()
     smooth: float | None = None
     tokens = 0
     with kept_pages(), _signals() as stop, phase("training", num_steps, "steps", done=done) as training:
-        for step in range(done, num_steps):
+        last = done == num_steps or (validation is not None and validation.ended)
+        while not last:
             for group in optimizer.param_groups:
-                group["lr"] = rate_at(step, num_steps, learning_rate, config.warmup)
-            loss = loss_of_step(step)
+                group["lr"] = rate_at(done, num_steps, learning_rate, config.warmup)
+            loss = loss_of_step(done)
             loss.backward()
             value = float(loss.detach())
-            require_finite(f"the loss at step {step + 1} of {num_steps}", value)
+            require_finite(f"the loss at step {done + 1} of {num_steps}", value)
             norm = clip_gradients(parameters.values(), config.clip or math.inf)
-            require_finite(f"the gradient's norm at step {step + 1} of {num_steps}", float(norm))
+            require_finite(f"the gradient's norm at step {done + 1} of {num_steps}", float(norm))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            tokens += tokens_of_step(step)
-            now = time.monotonic()
+            tokens += tokens_of_step(done)
+            done += 1
             smooth = value if smooth is None else 0.9 * smooth + 0.1 * value
-            training.advance(note=f"loss {smooth:.3f}, {tokens / max(now - started, 1e-9):,.0f} tokens/s")
-            last = step + 1 == num_steps
+            heldout = ""
+            last = done == num_steps
+            if validation is not None:
+                last = validation.after(done, num_steps) or last
+                heldout = f", held-out {validation.losses[max(validation.losses)]:.3f}"
+            now = time.monotonic()
+            training.advance(note=f"loss {smooth:.3f}{heldout}, {tokens / max(now - started, 1e-9):,.0f} tokens/s")
             if stop.is_set() or last or now - saved > config.checkpoint_seconds:
-                checkpoints.save(folder, parameters, buffers, optimizer, step + 1, spent + now - started)
+                checkpoints.save(folder, parameters, buffers, optimizer, done, spent + now - started)
                 saved = time.monotonic()
             if stop.is_set() and not last:
-                raise Interrupted(f"stopped after step {step + 1} of {num_steps}; {resume_hint}")
-    return spent + time.monotonic() - started
+                raise Interrupted(f"stopped after step {done} of {num_steps}; {resume_hint}")
+        if done < num_steps:
+            say(f"ends after {done:,} of {num_steps:,} steps: more did not help on held-out text")
+    if validation is not None:
+        validation.keep_best()
+    return done, spent + time.monotonic() - started
 
 
 def require_finite(what: str, value: float) -> None:

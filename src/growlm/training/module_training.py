@@ -5,8 +5,12 @@ Knows token rows, a base and a kind of module; nothing of stores, files of text 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +18,9 @@ from torch import Tensor, nn
 
 from growlm import data as text_data
 from growlm.base import Base
+from growlm.base.padding import pad_right
 from growlm.base.placement import Placement
-from growlm.layers.cross_entropy import linear_cross_entropy
+from growlm.layers.cross_entropy import linear_cross_entropy, token_losses
 from growlm.layers.losses import load_concentration
 from growlm.layers.pools import imitation
 from growlm.layers.routing import watched
@@ -23,12 +28,24 @@ from growlm.modules import KnowledgeModule, ModuleSet
 from growlm.modules.scoring import passage_losses
 from growlm.modules.vocabulary import choose_rows
 from growlm.progress import phase
-from growlm.training.config import LearnConfig, ModuleTrainConfig
-from growlm.training.corpus import sample_passages
+from growlm.training.config import AUTO, LearnConfig, ModuleTrainConfig
+from growlm.training.corpus import beginnings, sample_passages
 from growlm.training.features import FeatureCache
-from growlm.training.loop import matrices, module_rate, train
+from growlm.training.loop import matrices, module_rate, rate_at, train
+from growlm.training.optim import clip_gradients, make_optimizer
+from growlm.training.rates import Trial, candidates, find_rate, rounds
+from growlm.training.validation import Validation
 
-_SAMPLE_ROWS = 64  # rows of training text on which the base is asked what it knows
+_SAMPLE_ROWS = 64  # rows of training text, at most, on which the base is asked what it knows
+_SAMPLE_SHARE = 20  # of these one for so many that are trained on
+_VALIDATION_SHARE = 30  # tokens of the run for each one that its steps are scored on
+_VALIDATION_LEAST, _VALIDATION_TOKENS = 512, 16_384  # at least, at most
+_TRIAL_LENGTH = 4  # a trial step reads one row of a batch, and of that such a part: no less than
+_LEAST_TRIAL = 32  # tokens
+_TRIAL_WARMUP = 0.5  # share of a trial's steps: the first ones of a whole run are as small
+_SCORED = 8  # passages that are scored at a time
+_STEPS = 100  # that a run should have, where the batch may be chosen
+_LARGEST_BATCH = 8
 _CHECKPOINTS = 3  # that the feature cache leaves room for: the last one, the next one, and what is learned
 
 
@@ -40,6 +57,13 @@ class ModuleTraining:
             gradient is trained and the rest stays as it is, batch statistics too.
         begin: what every prompt begins with.
         replay: other text, of which rows are read along.
+        validation: held-out passages by which rate and step are chosen.
+
+    Attributes:
+        rate: the peak learning rate, once `run` has found it.
+        trials: what was tried for it.
+        scores: held-out loss by steps done, after `run`.
+        steps_done: steps that `run` made; those after the best one are not in the module.
     """
 
     def __init__(
@@ -51,6 +75,7 @@ class ModuleTraining:
         work: Path,
         begin: Sequence[int] = (),
         replay: text_data.PackedTokens | None = None,
+        validation: Sequence[Sequence[int]] = (),
     ) -> None:
         self.base, self.config, self.text, self.work = base, config, packed, work
         self.dtype = Placement.of(base.device, config.precision).dtype
@@ -77,10 +102,9 @@ class ModuleTraining:
         self.fork = self.modules.fork
         self._upper = _Upper(self.modules)
         wanted = config.rows_wanted(len(packed))
-        self.packed, self._steps = (
-            packed,
-            text_data.schedule(len(packed), config.batch_size, wanted=wanted, seed=config.seed),
-        )
+        batch = config.batch_size or min(max(round(wanted / _STEPS), 1), _LARGEST_BATCH)
+        self.packed = packed
+        self._steps = text_data.schedule(len(packed), batch, wanted=wanted, seed=config.seed)
         if replay is not None:
             self.packed, self._steps = _with_replay(packed, replay, self._steps, config)
         self._imitated = round(self.module.imitation_share * len(self._steps))
@@ -96,33 +120,121 @@ class ModuleTraining:
                 reserve=_CHECKPOINTS * checkpoint,
             )
 
+        self._validation = _Passages(
+            self, beginnings(validation, _validation_tokens(wanted * config.sequence_length), config.seed)
+        )
+        self.rate: float | None = None
+        self.trials: list[Trial] = []
+        self.scores: dict[int, float] = {}
+        self.steps_done = 0
+
     @property
     def num_tokens(self) -> int:
-        return sum(self._tokens_of(i) for i in range(len(self._steps)))
+        """Tokens that were trained on."""
+        return sum(self._tokens_of(i) for i in range(self.steps_done))
 
     def run(self, decay: Callable[[str, nn.Parameter], bool] = matrices) -> float:
-        """Trains, and returns the seconds that it took.
+        """Trains, and returns the seconds that it took. The module is that of the step with the lowest held-out loss.
 
         Args:
             decay: which parameters get weight decay.
         """
         self.work.mkdir(parents=True, exist_ok=True)
+        trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        buffers = dict(self.module.named_buffers())
+        start = time.monotonic()
+        self.rate = self._given_or_found_rate(trained, buffers, decay)
+        trying = time.monotonic() - start
+        score = self._validation.loss if self._validation else None
+        validation = Validation(self.work, {**trained, **buffers}, score) if score else None
         try:
-            return train(
-                {name: p for name, p in self.module.named_parameters() if p.requires_grad},
+            self.steps_done, seconds = train(
+                trained,
                 self._loss,
                 len(self._steps),
                 self._tokens_of,
                 self.config,
-                self.config.learning_rate or module_rate(self.base.hidden_size),
+                self.rate,
                 folder=self.work,
                 resume_hint="run the same command again to go on",
                 decay=decay,
-                buffers=dict(self.module.named_buffers()),
+                buffers=buffers,
+                validation=validation,
             )
         finally:
             if self._cache is not None:
                 self._cache.close()
+        self.scores = dict(validation.losses) if validation else {}
+        return trying + seconds
+
+    def record(self) -> dict[str, Any]:
+        """What a manifest says of how it was trained."""
+        after = {step: loss for step, loss in self.scores.items() if step}
+        return {
+            "learning_rate": self.rate,
+            "trials": [asdict(trial) for trial in self.trials],
+            "steps": self.steps_done,
+            "best_step": min(after, key=lambda step: (after[step], step), default=self.steps_done),
+            "validation": {str(step): loss for step, loss in sorted(self.scores.items())},
+        }
+
+    # The rate
+
+    def _given_or_found_rate(
+        self, trained: Mapping[str, nn.Parameter], buffers: Mapping[str, Tensor], decay: Callable[..., bool]
+    ) -> float:
+        computed = module_rate(self.base.hidden_size)
+        if self.config.learning_rate != AUTO:
+            return self.config.rate_or(computed)
+        rates = candidates(computed)
+        plan = rounds(len(rates), len(self._steps), _TRIAL_LENGTH)
+        if not plan or self._imitated:  # what a pool imitates first says nothing of the rest
+            return computed
+        start = {name: t.detach().clone() for name, t in {**trained, **buffers}.items()}
+        random = torch.get_rng_state()
+        rows: list[tuple[Tensor, Tensor]] = []
+
+        def trial(rate: float, steps: int) -> float:
+            _put(start, {**trained, **buffers})
+            while len(rows) < steps:
+                rows.append(self._trial_row(len(rows)))
+            return self._trial(rows[:steps], rate, trained, decay)
+
+        found, self.trials = find_rate(rates, plan, trial, self.work / "trials.json")
+        _put(start, {**trained, **buffers})
+        torch.set_rng_state(random)
+        return found
+
+    def _trial_row(self, step: int) -> tuple[Tensor, Tensor]:
+        """What a trial step reads: what the layers above the fork are given, and labels (t,)."""
+        length = max(self.config.sequence_length // _TRIAL_LENGTH, _LEAST_TRIAL)
+        row = self.packed[self._steps[step % len(self._steps)][:1]][:, : length + 1].to(self.base.device)
+        return self._given(row[:, :-1]), row[0, 1:]
+
+    def _trial(
+        self,
+        rows: Sequence[tuple[Tensor, Tensor]],
+        rate: float,
+        trained: Mapping[str, nn.Parameter],
+        decay: Callable[..., bool],
+    ) -> float:
+        torch.manual_seed(self.config.seed)
+        optimizer = make_optimizer(trained, lr=rate, weight_decay=self.config.weight_decay, decay=decay)
+        losses = []
+        for step, (given, labels) in enumerate(rows):
+            for group in optimizer.param_groups:
+                group["lr"] = rate_at(step, len(rows), rate, _TRIAL_WARMUP)
+            loss = self._loss_of(given, labels)
+            loss.backward()
+            losses.append(float(loss.detach()))
+            norm = clip_gradients(trained.values(), self.config.clip or math.inf)
+            if not math.isfinite(losses[-1]) or not math.isfinite(float(norm)):
+                optimizer.zero_grad(set_to_none=True)
+                return math.inf
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        later = losses[len(losses) // 2 :]
+        return sum(later) / len(later)
 
     def _least_known(self, config: LearnConfig, begin: Sequence[int]) -> Tensor | None:
         """Of the tokens that the domain uses, those that the base knows least."""
@@ -134,7 +246,9 @@ class ModuleTraining:
         def per_token(labels: Tensor, losses: Tensor) -> None:
             lost.index_add_(0, labels.cpu(), losses.cpu().double())
 
-        sample = sample_passages(self.text, _SAMPLE_ROWS, config.seed, begin)
+        trained_on = config.rows_wanted(len(self.text))
+        count = min(max(trained_on // _SAMPLE_SHARE, 4), _SAMPLE_ROWS)
+        sample = sample_passages(self.text, count, config.seed, begin)
         with phase("choosing vocabulary rows", len(sample), "passages"):
             passage_losses(ModuleSet(self.base), sample, per_token=per_token)
         counts = np.bincount(self.text.tokens[:, 1:].reshape(-1), minlength=vocab)
@@ -144,43 +258,52 @@ class ModuleTraining:
         return len(self._steps[step]) * self.config.sequence_length
 
     def _features(self, rows: np.ndarray) -> Tensor:
-        input_ids = self.packed[rows][:, :-1].to(self.base.device)
-        with torch.no_grad():
-            hidden, shared = self.base.begin(input_ids)
-            hidden = self.base.embed_positions(hidden, shared.positions)
-            return self.base.run(hidden, self.modules.layers[: self.fork], shared)
+        return self._given(self.packed[rows][:, :-1].to(self.base.device))
+
+    @torch.no_grad()
+    def _given(self, ids: Tensor) -> Tensor:
+        """What runs above the fork is given for token ids (b, t): features (b, t, d), or at fork 0 the ids."""
+        if self.fork == 0:
+            return ids
+        hidden, shared = self.base.begin(ids)
+        hidden = self.base.embed_positions(hidden, shared.positions)
+        return self.base.run(hidden, self.modules.layers[: self.fork], shared)
 
     def _loss(self, step: int) -> Tensor:
-        base, rows = self.base, self._steps[step]
-        labels = self.packed[rows][:, 1:].to(base.device)
-        if self.fork == 0:
-            given = self.packed[rows][:, :-1].to(base.device)
-        elif self._cache is None:
+        rows = self._steps[step]
+        labels = self.packed[rows][:, 1:].flatten().to(self.base.device)
+        if self.fork == 0 or self._cache is None:
             given = self._features(rows)
         else:
-            given = self._cache.get(rows, self._features).to(base.device)
-        # The module's weights are float32; each step runs on a copy of them in the dtype of the matrix products. Unlike
-        # autocast this keeps norms and activations in that dtype too, and casts each weight once.
-        # Tables stay as they are: a step reads a few of their rows.
-        weights = {
+            given = self._cache.get(rows, self._features).to(self.base.device)
+        if step < self._imitated:
+            with imitation() as errors:
+                torch.func.functional_call(self._upper, self._weights(), (given,))
+            return torch.stack(errors).sum()
+        return self._loss_of(given, labels)
+
+    def _weights(self) -> dict[str, Tensor]:
+        """The module's weights are float32; each step runs on a copy of them in the dtype of the matrix products.
+        Unlike autocast this keeps norms and activations in that dtype too, and casts each weight once. Tables stay as
+        they are: a step reads a few of their rows."""
+        return {
             f"module.{name}": p.to(self.dtype)
             for name, p in self.module.named_parameters()
             if not name.startswith("rows.head.") and not self.module.is_table(name)
         }
-        if step < self._imitated:
-            with imitation() as errors:
-                torch.func.functional_call(self._upper, weights, (given,))
-            return torch.stack(errors).sum()
+
+    def _loss_of(self, given: Tensor, labels: Tensor) -> Tensor:
+        """Mean loss of labels (n,) for what the layers above the fork are given, with what the config adds."""
         with watched() as routings:
-            hidden = torch.func.functional_call(self._upper, weights, (given,))
+            hidden = torch.func.functional_call(self._upper, self._weights(), (given,))
         own = self.module.rows.head
         loss = linear_cross_entropy(
             hidden.flatten(0, 1),
-            base.head_weight,
-            labels.flatten(),
+            self.base.head_weight,
+            labels,
             rows=None if own is None else own.rows,
             ids=None if own is None else own.ids,
-            softcap=base.softcap,
+            softcap=self.base.softcap,
         )
         if not isinstance(self.config, LearnConfig):
             return loss
@@ -189,6 +312,51 @@ class ModuleTraining:
         if self.config.routing_regularisation and (weight := self.module.regularisation()) is not None:
             loss = loss + self.config.routing_regularisation * weight
         return loss
+
+    @torch.no_grad()
+    def heldout_losses(self, given: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
+        """Losses (n,) of the labels (b, t) that count, for what the layers above the fork are given, without dropout
+        and by running statistics."""
+        training = [m for m in self.module.modules() if m.training]
+        self.module.eval()
+        try:
+            hidden = torch.func.functional_call(self._upper, self._weights(), (given,))
+        finally:
+            for module in training:
+                module.training = True
+        own = self.module.rows.head
+        return token_losses(
+            hidden[counted],
+            self.base.head_weight,
+            labels[counted],
+            rows=None if own is None else own.rows,
+            ids=None if own is None else own.ids,
+            softcap=self.base.softcap,
+        )
+
+
+def _validation_tokens(trained_on: int) -> int:
+    """How many tokens a run can be scored on several times without taking much longer."""
+    return min(max(trained_on // _VALIDATION_SHARE, _VALIDATION_LEAST), _VALIDATION_TOKENS)
+
+
+class _Passages:
+    """Held-out passages, with what is computed of them below the fork once."""
+
+    def __init__(self, training: ModuleTraining, passages: Sequence[Sequence[int]]) -> None:
+        self._training, self._batches = training, []
+        order = sorted(passages, key=len)
+        for at in range(0, len(order), _SCORED):
+            ids, real = pad_right(order[at : at + _SCORED], training.base.device)
+            self._batches.append((training._given(ids[:, :-1]), ids[:, 1:], real[:, 1:]))
+
+    def __bool__(self) -> bool:
+        return bool(self._batches)
+
+    def loss(self) -> float:
+        """Nats a token with the module as it is now."""
+        losses = [self._training.heldout_losses(*batch) for batch in self._batches]
+        return float(torch.cat(losses).double().mean()) if losses else math.nan
 
 
 class _Upper(nn.Module):
@@ -224,6 +392,12 @@ def _with_replay(
     shares = np.array_split(drawn, len(steps))
     both = text_data.PackedTokens(np.concatenate([packed.tokens, replay.tokens]))
     return both, [np.concatenate(pair) for pair in zip(steps, shares, strict=True)]
+
+
+@torch.no_grad()
+def _put(values: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
+    for name, tensor in into.items():
+        tensor.copy_(values[name])
 
 
 def _set(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:

@@ -119,13 +119,13 @@ def _train_router(store: Store, config: RouterConfig, base: Base | None, restart
             spread = torch.where(asked, targets[:, None], -100).to(base.device)
             return torch.nn.functional.cross_entropy(logits.flatten(0, 1), spread.flatten(), ignore_index=-100)
 
-        seconds = train(
+        _, seconds = train(
             dict(layers.named_parameters()),
             loss_of_step,
             len(order),
             lambda step: int(rows.lengths[order[step]].sum()),
             config,
-            config.learning_rate or module_rate(base.hidden_size),
+            config.rate_or(module_rate(base.hidden_size)),
             folder=work,
             resume_hint="run the same command again to go on",
         )

@@ -70,7 +70,7 @@ def module_run(store: Store, what: Sequence[Any], config: ModuleTrainConfig, pla
         placement: what the config's device and precision have come to.
     """
     settings = config.to_json()
-    for key in ("checkpoint_seconds", "feature_cache", "keep_samples", "precision"):
+    for key in ("checkpoint_seconds", "feature_cache", "keep_samples", "precision", "admit_anyway"):
         settings.pop(key)
     where = [placement.device.type, str(placement.dtype), torch.get_num_threads()]
     parts = [*what, settings, store.manifest.base_fingerprint, *where]

@@ -180,6 +180,7 @@ def _run(
             return loss, count_pools(ModuleSet(base), heldout)
 
     wanted = config.rows_wanted(len(packed))
+    assert config.batch_size is not None
     order = text_data.schedule(len(packed), config.batch_size, wanted=wanted, seed=config.seed)
 
     def loss_of_step(step: int) -> Tensor:
@@ -196,13 +197,13 @@ def _run(
     before, pools_before = measure()
     model.train()
     saved = model.state_dict(keep_vars=True)
-    seconds = train(
+    _, seconds = train(
         dict(model.named_parameters()),
         loss_of_step,
         len(order),
         lambda step: len(order[step]) * config.sequence_length,
         config,
-        config.learning_rate or rate(base.hidden_size),
+        config.rate_or(rate(base.hidden_size)),
         folder=work,
         resume_hint="run the same command again to go on",
         buffers={name: b for name, b in model.named_buffers() if name in saved},

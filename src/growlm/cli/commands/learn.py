@@ -41,10 +41,11 @@ def learn(
     result = run(Store.open(store), name, data, config, update=update, restart=restart)
     if as_json:
         return print_json(result.to_json())
+    error = "" if result.error is None else f" ± {result.error:.3f}"
     print(
-        f"{name} version {result.version}: held-out loss {result.loss_before:.3f} -> {result.loss_after:.3f} after "
-        f"{result.tokens:,} tokens in {result.seconds:,.0f} s ({result.tokens_per_second:,.0f} tokens/s)"
-        + (f"; router version {result.router}" if result.router else "")
+        f"{name} version {result.version}: held-out loss {result.loss_before:.3f} -> {result.loss_after:.3f} (gain "
+        f"{result.gain:.3f}{error}) after {result.tokens:,} tokens in {result.seconds:,.0f} s "
+        f"({result.tokens_per_second:,.0f} tokens/s)" + (f"; router version {result.router}" if result.router else "")
     )
     if result.loss_after > result.loss_before:
         note(f"{name} does worse than the base on its own held-out text: give more text or --epochs, or remove it")

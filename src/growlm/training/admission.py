@@ -1,0 +1,89 @@
+"""Admission: whether what was learned does better than what was there, on held-out passages that chose nothing.
+
+Knows losses of the same passages under both; not where they come from.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from growlm.errors import NotBetterError
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on the same passages. Losses are in nats a token.
+
+    Attributes:
+        gain: by how much the loss is lower than before.
+        error: standard error of the gain, passages being drawn; None of a single passage.
+    """
+
+    before: float
+    after: float
+    gain: float
+    error: float | None
+    passages: int
+    tokens: int
+
+    @classmethod
+    def of(cls, before: Tensor, after: Tensor, tokens: Tensor) -> Comparison:
+        """
+        Args:
+            before, after: summed loss of every passage, (n,) each.
+            tokens: that were scored of it, (n,).
+        """
+        total, n = float(tokens.sum()), len(tokens)
+        gain = float((before - after).sum()) / total
+        error = None
+        if n > 1:
+            # Of a ratio of sums: passages differ in length, and the tokens of one depend on each other.
+            rest = (before - after).double() - gain * tokens.double()
+            error = math.sqrt(n / (n - 1) * float(rest.square().sum())) / total
+        return cls(float(before.sum()) / total, float(after.sum()) / total, gain, error, n, int(total))
+
+    @property
+    def better(self) -> bool:
+        """Whether the gain is more than its standard error."""
+        return self.gain > (self.error or 0.0)
+
+    @property
+    def worse(self) -> bool:
+        """Whether the loss is higher by more than the standard error."""
+        return -self.gain > (self.error or 0.0)
+
+    def told(self) -> str:
+        error = "" if self.error is None else f" ± {self.error:.3f}"
+        losses = f"held-out loss {self.before:.3f} -> {self.after:.3f}"
+        return f"{losses} (gain {self.gain:.3f}{error}, {self.passages} passages)"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def require_better(name: str, found: Comparison, than: str = "the base") -> None:
+    """
+    Raises:
+        NotBetterError: the gain is not more than its standard error.
+    """
+    if not found.better:
+        raise NotBetterError(
+            f"{name}: not better than {than}, so that nothing was saved: {found.told()}; give more text, more --epochs "
+            "or another --learning-rate, or save it all the same with --admit-anyway"
+        )
+
+
+def require_no_worse(name: str, found: Comparison, than: str) -> None:
+    """
+    Raises:
+        NotBetterError: the loss is higher by more than its standard error.
+    """
+    if found.worse:
+        raise NotBetterError(
+            f"{name}: worse than {than}, so that nothing was saved: {found.told()}; give the text of before as "
+            "--replay, or save it all the same with --admit-anyway"
+        )

@@ -1,0 +1,99 @@
+"""Rates: the peak learning rate that suits a base, a module and a text, found by short trials, successively halved.
+
+All candidates train for a few steps on the same text in the same order; the better half goes on for twice as many, from
+the start again, until one is left. Knows rates and losses; not what is trained. (Successive halving: Jamieson and
+Talwalkar, 2016.)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from growlm.disk.files import read_json, write_atomic
+from growlm.progress import phase, say
+
+_SPREAD = (0.1, 0.32, 1.0, 3.2)  # of the rate that is computed from the width
+_SHARE = 10  # trials take one step of so many
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What became of a rate.
+
+    Attributes:
+        loss: nats a token over the later half of the steps, each on text that was not trained on before.
+    """
+
+    rate: float
+    steps: int
+    loss: float
+
+
+def candidates(around: float) -> list[float]:
+    """Rates to try, about three times apart."""
+    return [float(f"{around * share:.2g}") for share in _SPREAD]
+
+
+def rounds(num_rates: int, num_steps: int, per_step: int) -> list[tuple[int, int]]:
+    """How many rates are tried in each round, and for how many trial steps; empty where a run is too short for trials.
+
+    Args:
+        num_steps: of the run.
+        per_step: trial steps that cost as much as one of its steps.
+    """
+    kept = [num_rates]
+    while kept[-1] > 2:
+        kept.append(math.ceil(kept[-1] / 2))
+    # Each round doubles the steps of a rate.
+    unit = num_steps * per_step // _SHARE // sum(rates * 2**i for i, rates in enumerate(kept))
+    return [(rates, unit * 2**i) for i, rates in enumerate(kept)] if unit >= 2 else []
+
+
+def find_rate(
+    rates: Sequence[float], plan: Sequence[tuple[int, int]], trial: Callable[[float, int], float], file: Path
+) -> tuple[float, list[Trial]]:
+    """The best rate, and all that was tried.
+
+    Args:
+        plan: as `rounds` makes it, at least one.
+        trial: trains from the start at a rate for so many steps; the loss, infinite where it became no number.
+        file: what is found is kept there, so that a run that is started again goes on with it.
+    """
+    known = _read(file)
+    done: list[Trial] = []
+    left = sorted(rates)
+    total = sum(number * steps for number, steps in plan)
+    with phase("trying learning rates", total, "steps") as trying:
+        for number, steps in plan:
+            assert number == len(left)
+            losses: dict[float, float] = {}
+            for rate in left:
+                loss = known.get((rate, steps))
+                if loss is None:
+                    loss = trial(rate, steps)
+                losses[rate] = loss
+                done.append(Trial(rate, steps, loss))
+                _write(file, done)
+                trying.advance(steps, note=f"{rate:.2g}: {loss:.3f}")
+            # Of two that do as well the lower: a whole run has more steps to go wrong in.
+            left = sorted(sorted(left, key=lambda rate: (losses[rate], rate))[: max(number // 2, 1)])
+    (best,) = left
+    told = ", ".join(f"{t.rate:.2g}: {t.loss:.3f}" for t in done)
+    say(f"learning rate {best:.2g}, of short trials ({told})")
+    return best, done
+
+
+def _read(file: Path) -> dict[tuple[float, int], float]:
+    try:
+        return {(float(t["rate"]), int(t["steps"])): float(t["loss"]) for t in read_json(file)}
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+
+
+def _write(file: Path, done: Sequence[Trial]) -> None:
+    finite = [asdict(t) for t in done if math.isfinite(t.loss)]
+    write_atomic(file, json.dumps(finite).encode())

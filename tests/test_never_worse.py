@@ -1,0 +1,327 @@
+"""What is learned is never worse: the rate is found, the best step is kept, and what does not help is not admitted."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from disk import write_jsonl
+from growlm import Engine, GrowConfig, LearnConfig, Store, learn
+from growlm import data as text_data
+from growlm.cli import main
+from growlm.errors import Interrupted, NotBetterError
+from growlm.modules import ModuleSet
+from growlm.modules.scoring import paired_losses, passage_losses
+from growlm.training import module_training, rates
+from growlm.training.admission import Comparison
+from growlm.training.corpus import beginnings, halves
+from growlm.training.grow import grow
+from growlm.training.rates import candidates, find_rate, rounds
+from growlm.training.validation import Validation
+from interruptions import at_step, interrupt, steps_of
+from stores import make_store, store_with_texts
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def config(**changes: Any) -> LearnConfig:
+    short = {"sequence_length": 32, "batch_size": 2, "epochs": 2, "num_layers": 1, "precision": "float32"}
+    return LearnConfig(**{**short, "max_rows": 50, "router_samples": 8, **changes})
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return store_with_texts(tmp_path, "llama")
+
+
+@pytest.fixture
+def spoilt(monkeypatch) -> None:
+    """Every step makes it worse: it climbs."""
+    loss = module_training.linear_cross_entropy
+    monkeypatch.setattr(module_training, "linear_cross_entropy", lambda *a, **options: -loss(*a, **options))
+
+
+# The rate
+
+
+@given(number=st.integers(2, 9), steps=st.integers(1, 10_000), per_step=st.integers(1, 8))
+def test_trials_take_a_tenth_of_the_run_at_most(number, steps, per_step):
+    plan = rounds(number, steps, per_step)
+    assert sum(rates_tried * length for rates_tried, length in plan) * 10 <= steps * per_step
+    if plan:
+        assert plan[0][0] == number
+        for (many, short), (few, long) in itertools.pairwise(plan):
+            assert few == math.ceil(many / 2)
+            assert long == 2 * short
+
+
+@pytest.mark.parametrize("best", [1e-4, 1e-3, 2e-2])
+def test_the_best_rate_is_left(tmp_path, best):
+    tried: list[tuple[float, int]] = []
+
+    def trial(rate: float, steps: int) -> float:
+        tried.append((rate, steps))
+        return abs(math.log(rate / best)) / steps if rate < 1 else math.inf
+
+    found, trials = find_rate([1e-4, 1e-3, 2e-2, 5.0], [(4, 3), (2, 6)], trial, tmp_path / "trials.json")
+    assert found == best
+    assert [(t.rate, t.steps) for t in trials] == tried
+    assert len(tried) == 6
+    assert sorted(rate for rate, steps in tried if steps == 3) == [1e-4, 1e-3, 2e-2, 5.0]
+    # And again from what was written, but for what is no number in JSON.
+    tried.clear()
+    assert find_rate([1e-4, 1e-3, 2e-2, 5.0], [(4, 3), (2, 6)], trial, tmp_path / "trials.json")[0] == best
+    assert tried == [(5.0, 3)]
+
+
+def test_rates_are_tried_around_what_the_width_says():
+    assert candidates(2e-3) == [2e-4, 6.4e-4, 2e-3, 6.4e-3]
+
+
+def test_a_run_finds_its_rate_and_says_what_it_tried(store, capfd):
+    source = store.path.parent / "law.jsonl"
+    result = learn(store, "law", [source], config(epochs=4))
+    said = store.module("law").manifest.training
+    assert [t["steps"] for t in said["trials"]] == sorted(t["steps"] for t in said["trials"])
+    assert len(said["trials"]) == 6
+    last = [t for t in said["trials"] if t["steps"] == said["trials"][-1]["steps"]]
+    assert result.learning_rate == said["learning_rate"] == min(last, key=lambda t: t["loss"])["rate"]
+    assert f"learning rate {result.learning_rate:.2g}, of short trials" in capfd.readouterr().err
+    # A rate that is given is not looked for.
+    assert learn(store, "lease", [source], config(learning_rate=1e-3), progress=False).learning_rate == 1e-3
+    assert store.module("lease").manifest.training["trials"] == []
+
+
+def test_a_run_that_was_stopped_at_its_trials_ends_with_the_same_bytes(store, monkeypatch):
+    source, settings = store.path.parent / "law.jsonl", config(epochs=4)
+    whole = store.beside(store.path.parent / "whole")
+    learn(whole, "law", [source], settings, progress=False)
+    trial, calls = find_rate.__globals__["_write"], []
+
+    def stopping(*arguments: Any) -> None:
+        trial(*arguments)
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rates, "_write", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            learn(store, "law", [source], settings, progress=False)
+    with at_step(20, interrupt), pytest.raises(Interrupted):
+        learn(store, "law", [source], settings, progress=False)
+    learn(store, "law", [source], settings, progress=False)
+    one, other = (s.module("law").manifest for s in (store, whole))
+    assert one.files == other.files
+    assert one.training["trials"] == other.training["trials"]
+    assert one.training["validation"] == other.training["validation"]
+
+
+# The best step
+
+
+class Scored:
+    """A run of so many steps whose scores are given: one for the beginning, and one for each time that it is scored."""
+
+    def __init__(self, folder: Path, losses: list[float], steps: int = 50) -> None:
+        self.now, self.steps = torch.zeros(1), steps
+        due = {0: 0} | {math.ceil(steps * i / 5): i for i in range(1, 6)}
+        self.scored: list[int] = []
+
+        def score() -> float:
+            self.scored.append(int(self.now))
+            return losses[due[int(self.now)]]
+
+        self.validation = Validation(folder, {"step": self.now}, score)
+
+    def run(self, done: int = 0, stop: int | None = None) -> int:
+        self.now.fill_(done)
+        self.validation.begin(done)
+        while done < (self.steps if stop is None else stop) and not self.validation.ended:
+            done += 1
+            self.now.fill_(done)
+            self.validation.after(done, self.steps)
+        return done
+
+
+def test_the_best_step_is_put_back(tmp_path):
+    run = Scored(tmp_path, [3.0, 2.0, 1.0, 1.5, 0.9, 0.95])
+    assert run.run() == 50
+    assert run.scored == [0, 10, 20, 30, 40, 50]
+    run.validation.keep_best()
+    assert run.now == run.validation.best == 40
+
+
+def test_a_run_ends_where_it_no_longer_helps(tmp_path):
+    run = Scored(tmp_path, [3.0, 2.0, 2.5, 2.2, 0.1, 0.1])
+    assert run.run() == 30
+    run.validation.keep_best()
+    assert run.now == 10
+
+
+def test_what_became_no_number_is_not_the_best(tmp_path):
+    run = Scored(tmp_path, [3.0, math.nan, 2.5, math.inf, 2.6, 2.7])
+    run.run()
+    run.validation.keep_best()
+    assert run.now == 20
+
+
+@pytest.mark.parametrize("stop", [0, 9, 10, 11, 25, 30, 45])
+@pytest.mark.parametrize("lost", [0, 5, 15])
+def test_a_run_that_was_killed_scores_and_keeps_the_same(tmp_path, stop, lost):
+    """Killed after a step, with a checkpoint from some steps before."""
+    losses = [3.0, 2.0, 1.0, 1.5, 0.9, 0.95]
+    whole = Scored(tmp_path / "whole", losses)
+    whole.run()
+    Scored(tmp_path / "killed", losses).run(stop=stop)
+    again = Scored(tmp_path / "killed", losses)
+    again.run(done=max(stop - lost, 0))
+    assert again.validation.losses == whole.validation.losses
+    again.validation.keep_best()
+    assert again.now == 40
+
+
+def test_read_too_often_a_text_is_kept_at_its_best(store):
+    """Few words, very often, at a high rate: what was held out gets worse while the text itself is learned by heart."""
+    source = write_jsonl(store.path.parent / "few.jsonl", [f"{n} {chr(0x4E00 + n * 37 % 500) * 9}" for n in range(20)])
+    settings = config(epochs=200, batch_size=1, sequence_length=16, learning_rate=1e-2, admit_anyway=True)
+    result = learn(store, "few", [source], settings, progress=False)
+    validation = {int(k): v for k, v in store.module("few").manifest.training["validation"].items()}
+    assert result.best_step == min((s for s in validation if s), key=lambda s: (validation[s], s))
+    assert result.best_step < result.steps == max(validation)
+    assert result.tokens == result.steps * 16
+
+
+# Admission
+
+
+def test_gain_and_error_are_those_of_the_passages():
+    g = torch.Generator().manual_seed(0)
+    tokens = torch.randint(5, 60, (40,), generator=g)
+    before = tokens * (3 + 0.1 * torch.randn(40, generator=g)).double()
+    after = before - tokens * (0.05 + 0.2 * torch.randn(40, generator=g)).double()
+    found = Comparison.of(before, after, tokens)
+    assert found.gain == pytest.approx(float((before - after).sum() / tokens.sum()))
+    draws = []
+    for _ in range(4000):
+        some = torch.randint(40, (40,), generator=g)
+        draws.append(float((before - after)[some].sum() / tokens[some].sum()))
+    assert found.error == pytest.approx(torch.tensor(draws).std().item(), rel=0.15)
+    assert found.before - found.after == pytest.approx(found.gain)
+    turned = Comparison.of(after, before, tokens)
+    assert (turned.gain, turned.error) == pytest.approx((-found.gain, found.error))
+
+
+@pytest.mark.parametrize(("gain", "better", "worse"), [(0.5, True, False), (0.0, False, False), (-0.5, False, True)])
+def test_a_gain_must_be_more_than_its_error(gain, better, worse):
+    tokens = torch.tensor([10, 10, 10, 10])
+    before = torch.tensor([30.0, 31.0, 29.0, 30.0])
+    spread = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    found = Comparison.of(before, before - 10 * gain + spread, tokens)
+    assert (found.better, found.worse) == (better, worse)
+    alone = Comparison.of(before[:1], before[:1] - 10 * gain, tokens[:1])
+    assert alone.error is None
+    assert (alone.better, alone.worse) == (better, worse)
+
+
+def test_what_chooses_and_what_decides_share_no_document(store):
+    tokenizer = store.load_tokenizer()
+    documents = [text_data.Document(f"Rule {n}. " * 30, str(n)) for n in range(5)]
+    passages = text_data.passages(documents, tokenizer, 32)
+    validation, heldout = halves(passages)
+    assert sorted([*validation, *heldout]) == sorted(p.tokens for p in passages)
+    of = {tuple(p.tokens): p.document_index for p in passages}
+    assert not {of[tuple(p)] for p in validation} & {of[tuple(p)] for p in heldout}
+    for single in (text_data.passages(documents[:1], tokenizer, 32), passages[:1]):
+        one, other = halves(single)
+        assert one
+        assert other
+        assert sorted(t for p in [*one, *other] for t in p) == sorted(t for p in single for t in p.tokens)
+
+
+@given(lengths=st.lists(st.integers(2, 400), min_size=1, max_size=30), wanted=st.integers(1, 3000))
+def test_so_many_tokens_are_scored_as_were_asked_for(lengths, wanted):
+    passages = [list(range(n)) for n in lengths]
+    chosen = beginnings(passages, wanted, seed=1)
+    total = sum(map(len, chosen))
+    assert total >= min(wanted, sum(min(n, 256) for n in lengths))
+    assert total - len(chosen[-1]) < wanted
+    assert all(p == list(range(len(p))) for p in chosen)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("shape", [{}, {"placement": "interleaved"}, {"vocabulary": "both"}])
+def test_what_two_module_sets_share_changes_no_loss(tmp_path, family, shape):
+    store = make_store(tmp_path, family, {"letters": shape})
+    base = store.load_base()
+    sets = [ModuleSet(base), ModuleSet(base, [store.load("letters", base)])]
+    tokenizer = store.load_tokenizer()
+    passages = [tokenizer.encode("abcde " * n) for n in (2, 9, 5, 30)]
+    together = paired_losses(sets, passages)
+    assert torch.equal(together, torch.stack([passage_losses(s, passages) for s in sets]))
+
+
+def test_what_does_not_help_is_not_admitted(store, spoilt):
+    source = store.path.parent / "law.jsonl"
+    with pytest.raises(NotBetterError, match=r"law: not better than the base.*--admit-anyway") as caught:
+        learn(store, "law", [source], config(learning_rate=1e-3), progress=False)
+    assert "\n" not in str(caught.value)
+    assert store.modules == {}
+    with Engine(store) as engine:
+        assert engine.generate("The", max_new_tokens=2).module is None
+    # Who wants it all the same need not train again.
+    anyway = config(learning_rate=1e-3, admit_anyway=True)
+    assert steps_of(lambda: learn(store, "law", [source], anyway, progress=False)) == []
+    said = store.module("law").manifest.training
+    assert said["comparison"]["gain"] <= said["comparison"]["error"]
+
+
+def test_the_command_says_so_and_fails(store, spoilt, capfd):
+    arguments = ["--sequence-length", "32", "--batch-size", "2", "--num-layers", "1", "--learning-rate", "1e-3"]
+    with pytest.raises(SystemExit) as stop:
+        main(["learn", str(store.path), "law", "--data", str(store.path.parent / "law.jsonl"), *arguments])
+    assert stop.value.code == 1
+    err = capfd.readouterr().err
+    assert "growlm: law: not better than the base, so that nothing was saved: held-out loss" in err
+    assert store.modules == {}
+
+
+def test_an_update_that_is_worse_than_what_it_replaces_is_refused(store):
+    source = store.path.parent / "law.jsonl"
+    learn(store, "law", [source], config(epochs=6, learning_rate=1e-2), progress=False)
+    little = config(tokens=64, learning_rate=1e-3, admit_anyway=False)
+    with pytest.raises(NotBetterError, match="law: "):
+        learn(store, "law", [source], little, update=True, progress=False)
+    assert store.module("law").version == 1
+    with pytest.raises(NotBetterError, match="law: worse than version 1, which it would replace"):
+        learn(store, "law", [source], config(tokens=640, learning_rate=3e-3), update=True, progress=False)
+    assert store.module("law").version == 1
+    assert learn(store, "law", [source], config(epochs=7, learning_rate=1e-2), update=True, progress=False).version == 2
+
+
+def test_growth_that_does_not_help_is_not_admitted(store, request):
+    pools = {"kind": "peer", "num_experts": 100, "num_heads": 2, "top_k": 4}
+    shape = {"sequence_length": 32, "batch_size": 2, "router_samples": 8, "precision": "float32"}
+    law, drugs = (store.path.parent / f"{name}.jsonl" for name in ("law", "drugs"))
+    learn(store, "law", [law], LearnConfig(**pools, **shape, learning_rate=1e-2), progress=False)
+    request.getfixturevalue("spoilt")
+    spoilt = {**shape, "learning_rate": 1e-3}
+    with pytest.raises(NotBetterError, match="law: not better than version 1 on the new text"):
+        grow(store, "law", "+50", [drugs], GrowConfig(**spoilt), progress=False)
+    assert store.module("law").version == 1
+    assert grow(store, "law", "+50", [drugs], GrowConfig(**spoilt, admit_anyway=True)).version == 2
+
+
+def test_a_result_says_how_sure_it_is(store):
+    result = learn(store, "law", [store.path.parent / "law.jsonl"], config(learning_rate=5e-3), progress=False)
+    assert result.gain == pytest.approx(result.loss_before - result.loss_after)
+    assert 0 < result.error < result.gain
+    assert json.loads(json.dumps(result.to_json()))["best_step"] == result.best_step
