@@ -7,8 +7,9 @@ again leaves the same bits (guarantee 9), and no old text is needed. Knows evide
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -51,11 +52,11 @@ def add_domain(store: Store, new: StoredModule, old: StoredModule | None) -> Non
         if sums is None:
             return
         gram, digest = sums
-        gram += _gram(read_evidence(new, VECTORS, len(gram))["vectors"])
+        gram += gram_of(read_evidence(new, VECTORS, len(gram))["vectors"])
         digest = _combine(digest, new, +1)
         if old is not None:
             try:
-                gram -= _gram(read_evidence(old, VECTORS, len(gram))["vectors"])
+                gram -= gram_of(read_evidence(old, VECTORS, len(gram))["vectors"])
                 digest = _combine(digest, old, -1)
             except StoreError:  # it had no evidence, or is damaged: that is no reason to fail, the new one is saved
                 store.router_files(ROUTER_SUMS).drop()
@@ -145,20 +146,29 @@ def _current_gram(store: Store, modules: Sequence[StoredModule], general: dict[s
 
 
 def _total_gram(modules: Sequence[StoredModule], general: dict[str, Tensor]) -> Tensor:
-    gram = _gram(general["vectors"])
+    gram = gram_of(general["vectors"])
     for module in track(modules, "reading the router's evidence", "modules"):
-        gram += _gram(read_evidence(module, VECTORS, len(gram))["vectors"])
+        gram += gram_of(read_evidence(module, VECTORS, len(gram))["vectors"])
     return gram
 
 
 def _fit(modules: Sequence[StoredModule], general: dict[str, Tensor], gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return fit([partial(read_evidence, module, EVIDENCE, len(gram)) for module in modules], general, gram)
+
+
+def fit(
+    evidence: Sequence[Callable[[], Mapping[str, Tensor]]], general: Mapping[str, Tensor], gram: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Whitened means (c, d), the whitening (d, d), and how far each domain reaches (c - 1,).
 
-    Modules' files are read one at a time: memory does not grow with what is kept of a domain.
+    Args:
+        evidence: of each domain in turn, what reads its summary (`EVIDENCE`): one is in memory at a time.
+        general: vectors and held-out ones, the last class.
+        gram: (d, d) int64, the sum of squares over all vectors, general ones too.
     """
     sums, counts = [], []
-    for module in track(modules, "means", "modules"):
-        kept = read_evidence(module, EVIDENCE, len(gram))
+    for read in track(evidence, "means", "modules"):
+        kept = read()
         sums.append(kept["sum"].clone())  # not a view of the whole file
         counts.append(int(kept["count"]))
     total = torch.stack([*sums, general["vectors"].long().sum(0)]).double()
@@ -177,8 +187,8 @@ def _fit(modules: Sequence[StoredModule], general: dict[str, Tensor], gram: Tens
     means, whiten = ((means / SCALE) @ whiten).float(), whiten.float().contiguous()
     other = _whitened(general["heldout"], whiten)
     limits = [
-        _limit(_whitened(read_evidence(module, EVIDENCE, len(gram))["heldout"], whiten) - mean, other - mean)
-        for module, mean in zip(track(modules, "limits", "modules"), means[:-1], strict=True)
+        _limit(_whitened(read()["heldout"], whiten) - mean, other - mean)
+        for read, mean in zip(track(evidence, "limits", "modules"), means[:-1], strict=True)
     ]
     return means, whiten, torch.stack(limits)
 
@@ -195,7 +205,7 @@ def _limit(own: Tensor, general: Tensor) -> Tensor:
     return torch.maximum(reach, (reach * others).sqrt())
 
 
-def _gram(vectors: Tensor) -> Tensor:
+def gram_of(vectors: Tensor) -> Tensor:
     """Sum over samples of x x^T, exact: products below 2^30 and their sums below 2^53 are whole in float64."""
     assert len(vectors) < 1 << 22
     x = vectors.double()
