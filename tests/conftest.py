@@ -60,6 +60,7 @@ def _no_lines_of_progress(monkeypatch):
     from growlm import progress
 
     monkeypatch.setattr(progress, "_LOG_SECONDS", 86_400.0)
+    monkeypatch.setattr(progress, "_FIRST_SECONDS", 86_400.0)
 
 
 @pytest.fixture

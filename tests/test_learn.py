@@ -40,7 +40,6 @@ from growlm.router.samples import GENERAL_SAMPLES
 from growlm.store import Store
 from growlm.training.config import LearnConfig
 from growlm.training.features import FeatureCache
-from growlm.training.general import ensure_general
 from growlm.training.learn import LearnResult, learn
 from growlm.training.loop import train
 from interruptions import at_step, each_step, exit_code, forked, in_new_process, interrupt, kill, steps_of
@@ -814,26 +813,17 @@ def test_general_text_that_is_too_little_is_refused(home):
     refused(DataError, Store.create(home / "other", home / "base"))
 
 
-def test_a_base_without_general_text_writes_its_own(home):
+def test_without_general_text_beside_the_base_the_router_is_shown_a_sample(home):
     (home / "base" / "heldout.jsonl").unlink()
     store = Store.create(home / "other", home / "base")
     run(store)
     assert load_router(store).names == ["law"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "growlm"])
-def test_what_a_base_writes_is_drawn_from_what_it_predicts(tmp_path, family):
-    store = Store.create(tmp_path / "store", save_base(tmp_path / "base", family))
-    base, tokenizer = store.load_base(), store.load_tokenizer()
-    ensure_general(store, base, tokenizer)
-    ids, generator = torch.full((96, 1), tokenizer.eos_token_id), torch.Generator().manual_seed(0)
-    for _ in range(64):
-        with torch.no_grad():
-            chances = base.logits(ids)[:, -1].softmax(-1)
-        ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator)], dim=-1)
-    texts = ids[:, 1:].tolist()
-    assert unpack_samples(store.router_files(GENERAL_SAMPLES).read()) == [*texts[::2], *texts[1::2]]
+    kept = unpack_samples(store.router_files(GENERAL_SAMPLES).read())
+    tokenizer = store.load_tokenizer()
+    texts = [tokenizer.decode(ids) for ids in kept]
+    assert len(kept) >= 96
+    for piece in ("breakfast is from seven until ten", "Vocês podem me ajudar"):
+        assert sum(piece in text for text in texts) == 1
 
 
 def test_a_full_disk_stops_the_run_with_the_number_of_bytes(home, store):

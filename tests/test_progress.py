@@ -17,12 +17,13 @@ from growlm.training.learn import learn
 from stores import store_with_texts
 from tiny import save_base
 
-LOG_SECONDS = progress._LOG_SECONDS
+LOG_SECONDS, FIRST_SECONDS = progress._LOG_SECONDS, progress._FIRST_SECONDS
 
 
 @pytest.fixture(autouse=True)
 def _listening(monkeypatch):
     monkeypatch.setattr(progress, "_LOG_SECONDS", LOG_SECONDS)
+    monkeypatch.setattr(progress, "_FIRST_SECONDS", FIRST_SECONDS)
 
 
 class Clock:
@@ -76,6 +77,15 @@ def test_a_log_gets_a_line_every_ten_seconds_with_how_far_and_how_long_still(clo
         "law: scoring held-out text: 85% (3,000 of 3,500 passages), 30 s, about 5 s left",
         "law: scoring held-out text: 3,400 passages in 34 s",
     ]
+
+
+def test_what_takes_minutes_is_heard_after_a_second_and_then_every_ten(clock, capsys):
+    with reporting("law", long=True), phase("training", 60, "steps") as training:
+        for _ in range(22):
+            clock.now += 1
+            training.advance()
+    told = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[1] for line in told[:3]] == [" 1 s", " 11 s", " 21 s"]
 
 
 def test_what_takes_less_than_ten_seconds_is_silent(clock, capsys):
@@ -414,7 +424,8 @@ def made(tmp_path_factory):
 @pytest.mark.parametrize("line", VERBS)
 def test_every_phase_of_every_verb_is_heard(home, monkeypatch, capsys, line):
     monkeypatch.chdir(home)
-    monkeypatch.setattr(progress, "_LOG_SECONDS", 0.0)  # a line at every look
+    for pause in ("_LOG_SECONDS", "_FIRST_SECONDS"):
+        monkeypatch.setattr(progress, pause, 0.0)  # a line at every look
     monkeypatch.setattr("growlm.router.product_key._FEW", 0)
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:

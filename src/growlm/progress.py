@@ -35,13 +35,14 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _LOG_SECONDS = 10.0  # between two lines in a log
+_FIRST_SECONDS = 1.0  # before the first one of a verb that takes long
 _BAR_SECONDS = 0.5  # between two drawings of bars; what is over sooner has none, which would only flicker
 
 _Item = TypeVar("_Item")
 
 
 @contextmanager
-def reporting(subject: str, show: bool | None = None) -> Iterator[None]:
+def reporting(subject: str, show: bool | None = None, *, long: bool = False) -> Iterator[None]:
     """Shows the phases of what is done inside, and its remarks (`say`), each after the name of its subject.
 
     Args:
@@ -49,13 +50,14 @@ def reporting(subject: str, show: bool | None = None) -> Iterator[None]:
         show: False for nothing at all. None is automatic: what is shown is up to the verb that calls this one, where
             there is one, and else as for True: bars where stderr is a terminal, and where it is not, at most a line
             every ten seconds, the first one after ten seconds.
+        long: the first line comes after one second: who waits for minutes should know that it has begun.
     """
     outer = _report.get()
     display, own = None if outer is None else outer.display, None
     if show is False:
         display = None
     elif outer is None or (show and display is None):
-        display = own = _new_display(subject)
+        display = own = _new_display(subject, long)
     token = _report.set(_Report(subject, display))
     try:
         yield
@@ -181,8 +183,8 @@ class _Log:
     Phases are looked at when they begin and get on, and by a thread, for the sake of those that are silent for long.
     """
 
-    def __init__(self, subject: str) -> None:
-        self._subject = subject
+    def __init__(self, subject: str, long: bool = False) -> None:
+        self._subject, self._soon = subject, long
         self._phases: list[Phase] = []
         self._lock = threading.RLock()
         self._began = self._shown = monotonic()
@@ -223,7 +225,7 @@ class _Log:
 
     def pause(self) -> float:
         """Seconds between two times that they are shown."""
-        return _LOG_SECONDS
+        return _FIRST_SECONDS if self._soon else _LOG_SECONDS
 
     def show(self, now: float) -> None:
         for current in self._phases:
@@ -237,6 +239,7 @@ class _Log:
         return old.spoke
 
     def write(self, line: str) -> None:
+        self._soon = False
         with self._lock, _broken_is_silent():
             self._shown = monotonic()
             print(line, file=sys.stderr, flush=True)
@@ -249,7 +252,7 @@ class _Log:
 class _Bars(_Log):
     """On a terminal: bars of phases that last; those that took long leave a line."""
 
-    def __init__(self, subject: str) -> None:
+    def __init__(self, subject: str, long: bool = False) -> None:
         from rich.console import Console
         from rich.live import Live
 
@@ -259,7 +262,7 @@ class _Bars(_Log):
             transient=True,
             redirect_stdout=False,  # results are not for stderr
         )
-        super().__init__(subject)
+        super().__init__(subject, long)
 
     def close(self) -> None:
         with self._lock, _broken_is_silent():
@@ -276,7 +279,7 @@ class _Bars(_Log):
         return _BAR_SECONDS
 
     def show(self, now: float) -> None:
-        if any(now - p.began >= _BAR_SECONDS for p in self._phases):
+        if any(now - p.began >= _BAR_SECONDS for p in self._phases) or (self._soon and self._doing):
             self._live.start()
             self._live.update(self._table(now), refresh=True)
 
@@ -293,6 +296,8 @@ class _Bars(_Log):
         from rich.table import Table
 
         table = Table.grid(padding=(0, 1))
+        if not self._phases:
+            table.add_row(escape(f"{self._subject}: {self._doing}{format_seconds(now - self._began)}"))
         for p in self._phases:
             bar = ProgressBar(p.total, p.done, width=min(self._live.console.width // 8, 20), pulse=not p.total)
             table.add_row(escape(f"{p.subject}: {p.title}"), bar, escape(p.told(now)))
@@ -316,8 +321,8 @@ _SILENT = _Report("", None)
 _report: ContextVar[_Report | None] = ContextVar("growlm.progress", default=None)
 
 
-def _new_display(subject: str) -> _Log | None:
+def _new_display(subject: str, long: bool) -> _Log | None:
     if sys.stderr is None:
         return None
     draws = os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
-    return _Bars(subject) if sys.stderr.isatty() and draws else _Log(subject)
+    return (_Bars if sys.stderr.isatty() and draws else _Log)(subject, long)

@@ -17,13 +17,17 @@ def plural(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
-def reports(subject: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Shows the progress of a command, under the name in its argument `subject`, from before its imports on."""
+def reports(subject: str, *, long: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Shows the progress of a command, under the name in its argument `subject`, from before its imports on.
+
+    Args:
+        long: it takes minutes, and soon says that it has begun: the imports alone take seconds.
+    """
 
     def wrap(command: Callable[..., None]) -> Callable[..., None]:
         @wraps(command)
         def run(**arguments: Any) -> None:
-            with reporting(name_of(arguments[subject])):
+            with reporting(name_of(arguments[subject]), long=long):
                 command(**arguments)
 
         return run

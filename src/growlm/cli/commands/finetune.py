@@ -20,7 +20,7 @@ from growlm.units import format_count
 
 
 @app.command()
-@reports("out")
+@reports("out", long=True)
 @from_config(FinetuneConfig)
 def finetune(
     source: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder, or a hub id.", show_default=False)],

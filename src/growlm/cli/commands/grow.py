@@ -21,7 +21,7 @@ from growlm.training.config import GrowConfig
 
 
 @app.command()
-@reports("name")
+@reports("name", long=True)
 @from_config(GrowConfig)
 def grow(
     context: typer.Context,

@@ -14,7 +14,7 @@ from growlm.training.config import LearnConfig
 
 
 @app.command(cls=Grouped)
-@reports("name")
+@reports("name", long=True)
 @from_config(LearnConfig, SHAPES)
 def learn(
     store: StorePath,

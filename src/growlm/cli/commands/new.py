@@ -45,7 +45,7 @@ def new(
             "--general",
             metavar="PATH...",
             help="General text, from which the router learns what belongs to no module; up to 512 passages of it stay "
-            "in the store. By default the held-out text beside the base, or else text that the base writes.",
+            "in the store. By default the held-out text beside the base, or else a sample of everyday text.",
         ),
     ] = None,
     device: Annotated[

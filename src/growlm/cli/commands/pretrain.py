@@ -12,7 +12,7 @@ from growlm.units import format_count
 
 
 @app.command()
-@reports("out")
+@reports("out", long=True)
 @from_config(PretrainConfig)
 def pretrain(
     out: OutPath,
