@@ -20,9 +20,11 @@ from growlm.cli import main
 from growlm.errors import Interrupted, NotBetterError
 from growlm.modules import ModuleSet
 from growlm.modules.scoring import paired_losses, passage_losses
-from growlm.training import module_training, rates
+from growlm.training import module_training, rates, whole_model
 from growlm.training.admission import Comparison
+from growlm.training.config import FinetuneConfig
 from growlm.training.corpus import beginnings, halves
+from growlm.training.finetune import finetune
 from growlm.training.grow import grow
 from growlm.training.rates import candidates, find_rate, rounds
 from growlm.training.validation import Validation
@@ -325,3 +327,23 @@ def test_a_result_says_how_sure_it_is(store):
     assert result.gain == pytest.approx(result.loss_before - result.loss_after)
     assert 0 < result.error < result.gain
     assert json.loads(json.dumps(result.to_json()))["best_step"] == result.best_step
+
+
+# Whole models
+
+
+def test_finetuning_keeps_its_best_step_and_is_no_worse(store, monkeypatch):
+    home = store.path.parent
+    settings = {"sequence_length": 32, "batch_size": 2, "precision": "float32", "epochs": 2, "learning_rate": 3e-3}
+    result = finetune(home / "base", home / "tuned", [home / "law.jsonl"], FinetuneConfig(**settings), progress=False)
+    assert result.gain > result.error > 0
+    assert 0 < result.best_step <= result.steps
+    loss = whole_model.linear_cross_entropy
+    monkeypatch.setattr(whole_model, "linear_cross_entropy", lambda *a, **options: -loss(*a, **options))
+    with pytest.raises(NotBetterError, match=r"worse: worse than the checkpoint that it began with.*--admit-anyway"):
+        finetune(home / "base", home / "worse", [home / "law.jsonl"], FinetuneConfig(**settings), progress=False)
+    assert not (home / "worse").exists()
+    anyway = FinetuneConfig(**settings, admit_anyway=True)
+    arguments = (home / "base", home / "worse", [home / "law.jsonl"], anyway)
+    assert steps_of(lambda: finetune(*arguments, progress=False)) == []
+    assert (home / "worse" / "model.safetensors").exists()

@@ -77,13 +77,16 @@ def require_better(name: str, found: Comparison, than: str = "the base") -> None
         )
 
 
-def require_no_worse(name: str, found: Comparison, than: str) -> None:
+def require_no_worse(name: str, found: Comparison, than: str, hint: str) -> None:
     """
+    Args:
+        hint: what to try.
+
     Raises:
         NotBetterError: the loss is higher by more than its standard error.
     """
     if found.worse:
         raise NotBetterError(
-            f"{name}: worse than {than}, so that nothing was saved: {found.told()}; give the text of before as "
-            "--replay, or save it all the same with --admit-anyway"
+            f"{name}: worse than {than}, so that nothing was saved: {found.told()}; {hint}, or save it all the same "
+            "with --admit-anyway"
         )

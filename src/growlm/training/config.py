@@ -167,9 +167,11 @@ class FinetuneConfig(WholeModelConfig):
 
     Attributes:
         load_concentration: weight of the loss that makes a growlm model use fewer experts, instead of its own.
+        admit_anyway: save what does worse than the checkpoint did, as held-out text tells.
     """
 
     load_concentration: float = 0.0
+    admit_anyway: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

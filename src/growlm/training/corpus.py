@@ -29,8 +29,10 @@ from growlm.training.admission import Comparison
 from growlm.training.config import ModuleTrainConfig
 
 _BEGINNING = 256  # tokens of a passage that are scored, at most
-_DECIDING_SHARE = 10  # tokens of the run for each one by which it is decided whether a module is admitted,
-_DECIDING_TOKENS = 4096  # and so many at the least
+_DECIDING_SHARE = 20  # tokens of the run for each one by which it is decided whether a module is admitted,
+_DECIDING_TOKENS = 2048  # and so many at the least
+_VALIDATION_SHARE = 30  # tokens of the run for each one on which its steps are scored
+_VALIDATION_LEAST, _VALIDATION_MOST = 512, 16_384
 _HELDOUT_SAMPLES = 64  # passages from which the router learns how far its own text may be
 
 Files = dict[str, dict[str, Tensor]]  # tensors that lie beside a module's weights, by file
@@ -171,6 +173,11 @@ def beginnings(passages: Sequence[Sequence[int]], num_tokens: int, seed: int) ->
         chosen.append(list(passages[index][:_BEGINNING]))
         num_tokens -= len(chosen[-1])
     return chosen
+
+
+def validation_tokens(trained_on: int) -> int:
+    """On how many tokens a run of so many can be scored several times without taking much longer."""
+    return min(max(trained_on // _VALIDATION_SHARE, _VALIDATION_LEAST), _VALIDATION_MOST)
 
 
 def sample_passages(packed: text_data.PackedTokens, count: int, seed: int, begin: Sequence[int]) -> list[list[int]]:

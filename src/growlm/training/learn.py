@@ -144,7 +144,8 @@ def _learn(
             require_better(name, found)
             if old is not None and (former := _loadable(store, old, base)) is not None:
                 replaced = tokens.compare(ModuleSet(base, [former]), together, config)
-                require_no_worse(name, replaced, f"version {old.version}, which it would replace")
+                before = f"version {old.version}, which it would replace"
+                require_no_worse(name, replaced, before, "give the text of before as --replay")
         files = tokens.evidence(base, config, keep)
         training = {
             **body.record(),

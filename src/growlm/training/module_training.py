@@ -29,7 +29,7 @@ from growlm.modules.scoring import passage_losses
 from growlm.modules.vocabulary import choose_rows
 from growlm.progress import phase
 from growlm.training.config import AUTO, LearnConfig, ModuleTrainConfig
-from growlm.training.corpus import beginnings, sample_passages
+from growlm.training.corpus import beginnings, sample_passages, validation_tokens
 from growlm.training.features import FeatureCache
 from growlm.training.loop import matrices, module_rate, rate_at, train
 from growlm.training.optim import clip_gradients, make_optimizer
@@ -38,8 +38,6 @@ from growlm.training.validation import Validation
 
 _SAMPLE_ROWS = 64  # rows of training text, at most, on which the base is asked what it knows
 _SAMPLE_SHARE = 20  # of these one for so many that are trained on
-_VALIDATION_SHARE = 30  # tokens of the run for each one that its steps are scored on
-_VALIDATION_LEAST, _VALIDATION_TOKENS = 512, 16_384  # at least, at most
 _TRIAL_LENGTH = 4  # a trial step reads one row of a batch, and of that such a part: no less than
 _LEAST_TRIAL = 32  # tokens
 _TRIAL_WARMUP = 0.5  # share of a trial's steps: the first ones of a whole run are as small
@@ -121,7 +119,7 @@ class ModuleTraining:
             )
 
         self._validation = _Passages(
-            self, beginnings(validation, _validation_tokens(wanted * config.sequence_length), config.seed)
+            self, beginnings(validation, validation_tokens(wanted * config.sequence_length), config.seed)
         )
         self.rate: float | None = None
         self.trials: list[Trial] = []
@@ -333,11 +331,6 @@ class ModuleTraining:
             ids=None if own is None else own.ids,
             softcap=self.base.softcap,
         )
-
-
-def _validation_tokens(trained_on: int) -> int:
-    """How many tokens a run can be scored on several times without taking much longer."""
-    return min(max(trained_on // _VALIDATION_SHARE, _VALIDATION_LEAST), _VALIDATION_TOKENS)
 
 
 class _Passages:

@@ -27,11 +27,14 @@ from growlm.layers.cross_entropy import linear_cross_entropy
 from growlm.modules import ModuleSet
 from growlm.modules.scoring import num_labels, passage_losses
 from growlm.progress import phase, say
+from growlm.training.admission import Comparison, require_no_worse
 from growlm.training.config import WholeModelConfig
+from growlm.training.corpus import beginnings, halves, validation_tokens
 from growlm.training.general import HELDOUT_FILE
 from growlm.training.loop import require_finite, train
 from growlm.training.runs import run_folder
 from growlm.training.segments import check_segments, document_ids, final_states
+from growlm.training.validation import Validation
 from growlm.usage.pools import PoolCounts, count_pools
 
 _HELDOUT_DOCUMENTS = 256
@@ -69,7 +72,13 @@ class PoolUse:
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """What was trained. Losses are in nats a token on held-out text; `pools` has the layers of product keys."""
+    """What was trained. Losses are in nats a token on held-out text; `pools` has the layers of product keys.
+
+    Attributes:
+        gain: by how much the loss is lower.
+        error: its standard error; None of a single passage.
+        steps, best_step: that were made, and the one that was kept.
+    """
 
     path: str
     parameters: int
@@ -79,6 +88,10 @@ class TrainedModel:
     tokens: int
     seconds: float
     tokens_per_second: float
+    gain: float
+    error: float | None
+    steps: int
+    best_step: int
     pools: list[PoolUse] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -95,6 +108,7 @@ def train_whole(
     rate: Callable[[int], float],
     identity: str = "",
     restart: bool = False,
+    never_worse: bool = False,
 ) -> TrainedModel:
     """Trains all parameters of a model on `data` and saves it to `out`, as a transformers checkpoint.
 
@@ -106,8 +120,11 @@ def train_whole(
         verb: what is being done.
         rate: the peak learning rate by the width of the model, where the config gives none.
         identity: of what `make` starts from, for telling runs apart.
+        never_worse: what `make` gives knows something: half of the held-out text chooses the step that is kept, and by
+            the other half the result must be no worse.
 
     Raises:
+        NotBetterError: it is worse; nothing is saved.
         StoreError: `out` exists and holds something else, or the disk is full.
         DataError: data that is missing, malformed or too little.
         ConfigError: settings that contradict each other, or a device that is not there.
@@ -121,7 +138,8 @@ def train_whole(
 
     settings = config.to_json() | {"threads": torch.get_num_threads(), "device": placement.device.type}
     settings |= {"precision": str(placement.dtype)}
-    settings.pop("checkpoint_seconds")
+    for key in ("checkpoint_seconds", "admit_anyway"):
+        settings.pop(key, None)
     told = [corpus.digest, settings, *([identity] if identity else [])]
     run = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
     folder = out.parent / f".{out.name}-{run}"
@@ -131,7 +149,7 @@ def train_whole(
         work.mkdir(parents=True, exist_ok=True)
         return _run(
             out, work, corpus, train_documents, heldout_documents, config, model.to(placement.device), tokenizer,
-            placement, verb, rate,
+            placement, verb, rate, never_worse,
         )  # fmt: skip
 
 
@@ -147,6 +165,7 @@ def _run(
     placement: Placement,
     verb: str,
     rate: Callable[[int], float],
+    never_worse: bool,
 ) -> TrainedModel:
     packed = text_data.pack(
         train_documents,
@@ -154,14 +173,15 @@ def _run(
         config.sequence_length,
         max_tokens=config.max_tokens,
     )
-    heldout = [p.tokens for p in text_data.passages(heldout_documents, tokenizer, config.sequence_length)]
-    if not heldout:
+    passages = text_data.passages(heldout_documents, tokenizer, config.sequence_length)
+    if not passages:
         raise DataError("the held-out text is shorter than two tokens; give more text")
+    validation, heldout = halves(passages) if never_worse else ([], [p.tokens for p in passages])
 
     base = Base(model, str(out), freeze=False)
     if base.max_positions is not None and config.sequence_length > base.max_positions:
         raise ConfigError(f"sequence_length is {config.sequence_length}; the config has {base.max_positions} positions")
-    for read in (packed.tokens, np.concatenate(heldout)):
+    for read in (packed.tokens, np.concatenate([*validation, *heldout])):
         base.require_rows(read, f"{out}: its text", tokenizer)
     check_segments(
         base,
@@ -171,13 +191,13 @@ def _run(
     )
     autocast = placement.autocast()
 
-    def measure() -> tuple[float, list[PoolCounts]]:
-        """Loss on held-out text, and what of large pools it uses."""
+    def measure() -> tuple[Tensor, list[PoolCounts]]:
+        """Losses of held-out passages, and what of large pools they use."""
         model.eval()
         with autocast, phase("scoring held-out text", len(heldout), "passages"):
-            loss = float(passage_losses(ModuleSet(base), heldout).sum()) / num_labels(heldout)
+            losses = passage_losses(ModuleSet(base), heldout)
         with autocast:
-            return loss, count_pools(ModuleSet(base), heldout)
+            return losses, count_pools(ModuleSet(base), heldout)
 
     wanted = config.rows_wanted(len(packed))
     assert config.batch_size is not None
@@ -194,11 +214,23 @@ def _run(
         )
         return loss if auxiliary is None else loss + auxiliary
 
+    scored = beginnings(validation, validation_tokens(wanted * config.sequence_length), config.seed)
+
+    def score() -> float:
+        model.eval()
+        with autocast:
+            loss = float(passage_losses(ModuleSet(base), scored).sum()) / num_labels(scored)
+        model.train()
+        return loss
+
     before, pools_before = measure()
     model.train()
     saved = model.state_dict(keep_vars=True)
-    _, seconds = train(
-        dict(model.named_parameters()),
+    parameters = dict(model.named_parameters())
+    buffers = {name: b for name, b in model.named_buffers() if name in saved}
+    chosen = Validation(work, {**parameters, **buffers}, score) if scored else None
+    steps, seconds = train(
+        parameters,
         loss_of_step,
         len(order),
         lambda step: len(order[step]) * config.sequence_length,
@@ -206,20 +238,28 @@ def _run(
         config.rate_or(rate(base.hidden_size)),
         folder=work,
         resume_hint="run the same command again to go on",
-        buffers={name: b for name, b in model.named_buffers() if name in saved},
+        buffers=buffers,
+        validation=chosen,
     )
-    tokens = sum(len(rows) for rows in order) * config.sequence_length
+    tokens = sum(len(rows) for rows in order[:steps]) * config.sequence_length
     after, pools_after = measure()
-    require_finite(f"{out}: the held-out loss after training", after)
+    found = Comparison.of(before, after, torch.tensor([len(p) - 1 for p in heldout]))
+    require_finite(f"{out}: the held-out loss after training", found.after)
+    if never_worse and not getattr(config, "admit_anyway", False):
+        require_no_worse(str(out), found, "the checkpoint that it began with", "give a lower --learning-rate")
     result = TrainedModel(
         path=str(out),
         parameters=sum(p.numel() for p in model.parameters()),
         vocab_size=len(tokenizer),
-        loss_before=before,
-        loss_after=after,
+        loss_before=found.before,
+        loss_after=found.after,
         tokens=tokens,
         seconds=seconds,
         tokens_per_second=tokens / max(seconds, 1e-9),
+        gain=found.gain,
+        error=found.error,
+        steps=steps,
+        best_step=chosen.best if chosen else steps,
         pools=[PoolUse.of(b, a) for b, a in zip(pools_before, pools_after, strict=True)],
     )
     for pool in result.pools:
