@@ -35,7 +35,7 @@ _KINDS = {
     VECTORS: {"vectors": (torch.int16, 2)},
     GENERAL: {"vectors": (torch.int16, 2), "heldout": (torch.int16, 2)},
 }
-_SHORTEST, _LONGEST = 8, 256  # tokens of the texts that the router is shown while learning
+_SHORTEST, _LONGEST = 8, 64  # tokens of the texts that the router is shown while learning
 _CUTS = 4  # lengths that each passage is cut to
 
 

@@ -198,7 +198,7 @@ class ModuleTrainConfig(TrainConfig):
     batch_size: int | None = None
     admit_anyway: bool = False
     feature_cache: int | str = "2GB"
-    router_samples: int = 512
+    router_samples: int = 96
     keep_samples: int | str | None = None
     replay: str | None = None
     replay_ratio: float = 0.2

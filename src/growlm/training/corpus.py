@@ -33,7 +33,7 @@ _DECIDING_SHARE = 20  # tokens of the run for each one by which it is decided wh
 _DECIDING_TOKENS = 2048  # and so many at the least
 _VALIDATION_SHARE = 30  # tokens of the run for each one on which its steps are scored
 _VALIDATION_LEAST, _VALIDATION_MOST = 512, 16_384
-_HELDOUT_SAMPLES = 64  # passages from which the router learns how far its own text may be
+_HELDOUT_SAMPLES = 32  # passages from which the router learns how far its own text may be
 
 Files = dict[str, dict[str, Tensor]]  # tensors that lie beside a module's weights, by file
 

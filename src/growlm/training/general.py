@@ -24,6 +24,7 @@ HELDOUT_FILE = "heldout.jsonl"  # what pretrain leaves beside a base
 _SAMPLE = Path(__file__).with_name("general.txt")  # everyday text in seven languages, written for growlm
 _SAMPLES = 512
 _LENGTH = 256  # tokens of a sample; whatever is learned first, none of the modules is the same class to the router
+_SHOWN = 96  # of those that are trained on, to a router that is not trained
 _KEPT = _SAMPLES * (_LENGTH + 1) * 4  # bytes in which all of it has room
 
 
@@ -57,7 +58,7 @@ def _show(store: Store, base: Base, train: list[list[int]], heldout: list[list[i
     # The vectors last: a store that has them is not shown general text again, so that a kill must not leave them alone.
     with store.lock():
         store.router_files(GENERAL_SAMPLES).write(pack_samples([*train, *heldout], _KEPT))
-    router.write_general(store, base, train, heldout)
+    router.write_general(store, base, train[:_SHOWN], heldout[: _SHOWN // 3])
 
 
 def _texts(store: Store, base: Base, tokenizer: Any) -> tuple[list[list[int]], list[list[int]]]:
