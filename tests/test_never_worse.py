@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import math
+import operator
+import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +17,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disk import write_jsonl
+from disk import flip, write_jsonl
 from growlm import Engine, GrowConfig, LearnConfig, Store, learn
 from growlm import data as text_data
 from growlm.cli import main
-from growlm.errors import Interrupted, NotBetterError
+from growlm.errors import ConfigError, IntegrityError, Interrupted, NotBetterError
 from growlm.modules import ModuleSet
+from growlm.modules.blocks import Blocks
 from growlm.modules.scoring import paired_losses, passage_losses
-from growlm.training import module_training, rates, whole_model
+from growlm.modules.shapes import PeerConfig
+from growlm.training import corpus, module_training, rates, whole_model
 from growlm.training.admission import Comparison
 from growlm.training.config import FinetuneConfig
 from growlm.training.corpus import beginnings, halves
@@ -78,10 +84,10 @@ def test_the_best_rate_is_left(tmp_path, best):
     assert [(t.rate, t.steps) for t in trials] == tried
     assert len(tried) == 6
     assert sorted(rate for rate, steps in tried if steps == 3) == [1e-4, 1e-3, 2e-2, 5.0]
-    # And again from what was written, but for what is no number in JSON.
+    # And again from what was written.
     tried.clear()
-    assert find_rate([1e-4, 1e-3, 2e-2, 5.0], [(4, 3), (2, 6)], trial, tmp_path / "trials.json")[0] == best
-    assert tried == [(5.0, 3)]
+    assert find_rate([1e-4, 1e-3, 2e-2, 5.0], [(4, 3), (2, 6)], trial, tmp_path / "trials.json") == (best, trials)
+    assert tried == []
 
 
 def test_rates_are_tried_around_what_the_width_says():
@@ -146,7 +152,7 @@ class Scored:
 
     def run(self, done: int = 0, stop: int | None = None) -> int:
         self.now.fill_(done)
-        self.validation.begin(done)
+        self.validation.begin(done, self.steps)
         while done < (self.steps if stop is None else stop) and not self.validation.ended:
             done += 1
             self.now.fill_(done)
@@ -189,6 +195,34 @@ def test_a_run_that_was_killed_scores_and_keeps_the_same(tmp_path, stop, lost):
     assert again.validation.losses == whole.validation.losses
     again.validation.keep_best()
     assert again.now == 40
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "list", "other"])
+def test_scores_that_are_damaged_are_named(tmp_path, damage):
+    losses = [3.0, 2.0, 1.0, 1.5, 0.9, 0.95]
+    Scored(tmp_path, losses).run(stop=31)
+    file = tmp_path / "validation.json"
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_text(
+            {"cut": file.read_text()[:20], "list": "[1]", "other": '{"losses": {"0": 3.0}, "sha256": null}'}[damage]
+        )
+    with pytest.raises(IntegrityError, match=r"validation\.json: this part of a stopped run is .*--restart"):
+        Scored(tmp_path, losses).run(done=30)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "gone"])
+def test_a_best_step_that_is_damaged_is_named(tmp_path, damage):
+    run = Scored(tmp_path, [3.0, 2.0, 1.0, 1.5, 0.9, 0.95])
+    run.run()
+    file = tmp_path / "best.safetensors"
+    if damage == "gone":
+        file.unlink()
+    else:
+        flip(file)
+    with pytest.raises(IntegrityError, match=r"best\.safetensors: this part of a stopped run is .*--restart"):
+        run.validation.keep_best()
 
 
 def test_read_too_often_a_text_is_kept_at_its_best(store):
@@ -239,14 +273,50 @@ def test_what_chooses_and_what_decides_share_no_document(store):
     documents = [text_data.Document(f"Rule {n}. " * 30, str(n)) for n in range(5)]
     passages = text_data.passages(documents, tokenizer, 32)
     validation, heldout = halves(passages)
-    assert sorted([*validation, *heldout]) == sorted(p.tokens for p in passages)
-    of = {tuple(p.tokens): p.document_index for p in passages}
-    assert not {of[tuple(p)] for p in validation} & {of[tuple(p)] for p in heldout}
+    key = operator.attrgetter("tokens")
+    assert sorted([*validation, *heldout], key=key) == sorted(passages, key=key)
+    assert not {p.document_index for p in validation} & {p.document_index for p in heldout}
     for single in (text_data.passages(documents[:1], tokenizer, 32), passages[:1]):
         one, other = halves(single)
         assert one
         assert other
-        assert sorted(t for p in [*one, *other] for t in p) == sorted(t for p in single for t in p.tokens)
+        tokens = sorted(t for p in [*one, *other] for t in p.tokens)
+        assert tokens == sorted(t for p in single for t in p.tokens)
+
+
+@pytest.mark.parametrize("grows", [False, True])
+def test_admission_is_decided_by_passages_that_chose_nothing(store, monkeypatch, grows):
+    """Neither those that it was trained on nor those that chose rate and step."""
+    scored, chose = [], []
+    pair, passages = corpus.paired_losses, module_training._Passages
+
+    def pairs(sets, some, **options):
+        scored.extend(tuple(p) for p in some)
+        return pair(sets, some, **options)
+
+    class Watched(passages):
+        def __init__(self, training, some):
+            chose.extend(tuple(p) for p in some)
+            super().__init__(training, some)
+
+    law, drugs = (store.path.parent / f"{name}.jsonl" for name in ("law", "drugs"))
+    shape = {"sequence_length": 32, "batch_size": 2, "router_samples": 8, "precision": "float32", "admit_anyway": True}
+    pools = {"kind": "peer", "num_experts": 100, "num_heads": 2, "top_k": 4}
+    if grows:
+        learn(store, "law", [law], LearnConfig(**pools, **shape), progress=False)
+    monkeypatch.setattr(corpus, "paired_losses", pairs)
+    monkeypatch.setattr(module_training, "_Passages", Watched)
+    if grows:
+        grow(store, "law", "+50", [drugs], GrowConfig(**shape), progress=False)
+    else:
+        learn(store, "law", [law], LearnConfig(num_layers=1, **shape), progress=False)
+    assert scored
+    assert chose
+    assert not set(scored) & set(chose)
+    tokenizer = store.load_tokenizer()
+    held, rest = text_data.split(text_data.read([drugs if grows else law]), seed=0)[::-1]
+    assert {tokenizer.decode(p) for p in [*scored, *chose]} <= {d.text for d in held}
+    assert not {tokenizer.decode(p) for p in [*scored, *chose]} & {d.text for d in rest}
 
 
 @given(lengths=st.lists(st.integers(2, 400), min_size=1, max_size=30), wanted=st.integers(1, 3000))
@@ -307,6 +377,97 @@ def test_an_update_that_is_worse_than_what_it_replaces_is_refused(store):
         learn(store, "law", [source], config(tokens=640, learning_rate=3e-3), update=True, progress=False)
     assert store.module("law").version == 1
     assert learn(store, "law", [source], config(epochs=7, learning_rate=1e-2), update=True, progress=False).version == 2
+
+
+def test_an_update_is_compared_with_what_is_current_when_it_is_saved(store, monkeypatch):
+    """Another run has saved a better version meanwhile."""
+    source = store.path.parent / "law.jsonl"
+    learn(store, "law", [source], config(tokens=640, learning_rate=3e-3), progress=False)
+    compare, first = corpus.Tokens.compare, []
+
+    def meanwhile(tokens, before, after, settings):
+        if not first:
+            first.append(1)
+            learn(store, "law", [source], config(epochs=6, learning_rate=1e-2), update=True, progress=False)
+        return compare(tokens, before, after, settings)
+
+    monkeypatch.setattr(corpus.Tokens, "compare", meanwhile)
+    with pytest.raises(NotBetterError, match="law: worse than version 2, which it would replace"):
+        learn(store, "law", [source], config(tokens=960, learning_rate=3e-3), update=True, progress=False)
+    assert store.module("law").version == 2
+
+
+def test_of_refused_runs_the_last_one_stays(store, spoilt):
+    source = store.path.parent / "law.jsonl"
+    for rate in (1e-3, 2e-3, 3e-3):
+        with pytest.raises(NotBetterError):
+            learn(store, "law", [source], config(learning_rate=rate), progress=False)
+        assert len([p for p in (store.path / "work").iterdir() if p.is_dir()]) == 1
+    with pytest.raises(NotBetterError):
+        learn(store, "law-2", [source], config(learning_rate=1e-3), progress=False)
+    assert len([p for p in (store.path / "work").iterdir() if p.is_dir()]) == 2
+    learn(store, "law", [source], config(learning_rate=3e-3, admit_anyway=True), progress=False)
+    assert [p.name.rpartition("-")[0] for p in (store.path / "work").iterdir() if p.is_dir()] == ["law-2"]
+
+
+def test_passages_of_one_document_count_as_one():
+    """Sixteen documents of four passages each, which say the same: no more sure than of sixteen passages."""
+    g = torch.Generator().manual_seed(0)
+    gains = torch.randn(16, generator=g).double()
+    tokens = torch.full((64,), 10)
+    before = torch.full((64,), 30.0, dtype=torch.float64)
+    after = before - 10 * gains.repeat_interleave(4)
+    documents = [n // 4 for n in range(64)]
+    alone = Comparison.of(before[::4], after[::4], tokens[::4])
+    assert Comparison.of(before, after, tokens, documents).error == pytest.approx(alone.error)
+    assert Comparison.of(before, after, tokens).error < 0.6 * alone.error
+    assert Comparison.of(before[:4], after[:4], tokens[:4], [7] * 4).passages == 4
+
+
+def test_a_base_is_let_go_of_after_training(store):
+    """Where the run's dtype is not the store's, another one is loaded then."""
+    base = store.load_base()
+    settings = config(learning_rate=1e-3)
+    tokens = corpus.TrainingCorpus.read([store.path.parent / "law.jsonl"], settings)
+    packed = tokens.tokenized(store.load_tokenizer(), settings)
+    work = store.path.parent / "work"
+    training = module_training.ModuleTraining(base, Blocks, settings, packed.packed, work, validation=packed.validation)
+    training.run()
+    gone = weakref.ref(base)
+    gc.disable()
+    try:
+        del training, base
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize(("length", "batch"), [(16, 1), (32, 1), (32, 8), (256, 1), (256, 8)])
+def test_trials_read_a_tenth_of_what_the_run_reads(store, monkeypatch, length, batch):
+    read: list[int] = []
+    trial = module_training.ModuleTraining._trial
+
+    def watched(training, rows, *rest):
+        read.append(sum(len(labels) for _, labels in rows))
+        return trial(training, rows, *rest)
+
+    monkeypatch.setattr(module_training.ModuleTraining, "_trial", watched)
+    source = write_jsonl(store.path.parent / "long.jsonl", [f"Rule {n} of {n * 7 % 90}. " * 12 for n in range(100)])
+    settings = config(sequence_length=length, batch_size=batch, epochs=1, tokens=24_576, admit_anyway=True)
+    result = learn(store, "law", [source], settings, progress=False)
+    assert sum(read) * 10 <= result.steps * length * batch
+
+
+def test_a_shape_of_another_kind_is_refused() -> None:
+    with pytest.raises(ConfigError, match="shape is a PeerConfig; a module of kind blocks has a BlocksConfig"):
+        LearnConfig(shape=PeerConfig(num_experts=100))
+    assert replace(LearnConfig(kind="peer", top_k=3), seed=4).shape.top_k == 3
+    assert replace(LearnConfig(), kind="peer").shape == PeerConfig()
+    for wrong in ({"batch_size": "8"}, {"batch_size": 2.5}, {"kind": ["peer"]}):
+        with pytest.raises(ConfigError):
+            LearnConfig(**wrong)
+    with pytest.raises(ConfigError, match="batch_size is None"):
+        FinetuneConfig(batch_size=None)
 
 
 def test_growth_that_does_not_help_is_not_admitted(store, request):

@@ -135,7 +135,13 @@ class Bench:
 
         def learn(store: growlm.Store, name: str, rate: float, tokens: int) -> growlm.LearnResult:
             config = LearnConfig(
-                tokens=tokens, sequence_length=LENGTH, batch_size=8, learning_rate=rate, seed=self.seed, **options
+                admit_anyway=True,
+                tokens=tokens,
+                sequence_length=LENGTH,
+                batch_size=8,
+                learning_rate=rate,
+                seed=self.seed,
+                **options,
             )
             return growlm.learn(store, name, [self.training_text(name)], config)
 

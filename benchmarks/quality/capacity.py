@@ -218,7 +218,11 @@ class Capacity:
 
     def learn(self, store: growlm.Store, group: int, rate: float, exposures: int) -> None:
         config = LearnConfig(
-            **self.settings(rate, exposures), num_layers=self.scale.module_layers, vocabulary="none", router_samples=256
+            admit_anyway=True,
+            **self.settings(rate, exposures),
+            num_layers=self.scale.module_layers,
+            vocabulary="none",
+            router_samples=256,
         )
         growlm.learn(store, name_of(group), [self.texts[group]], config)
 

@@ -75,7 +75,7 @@ class Choices(Bench):
         folder = self.out / "trials" / domain
         shutil.rmtree(folder, ignore_errors=True)
         store = growlm.Store.create(folder, base=self.base)
-        config = LearnConfig(
+        config = LearnConfig(admit_anyway=True,
             tokens=epochs * self.tokens, sequence_length=LENGTH, batch_size=8, learning_rate=rate, seed=self.seed,
             router_samples=32, **SHAPES[shape],
         )  # fmt: skip

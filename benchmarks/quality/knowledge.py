@@ -69,7 +69,7 @@ class Bench:
         work = self.out / "work"
         shutil.rmtree(work, ignore_errors=True)
         store = growlm.Store.create(work, base=self.base)
-        config = LearnConfig(
+        config = LearnConfig(admit_anyway=True,
             tokens=self.tokens, sequence_length=LENGTH, batch_size=8, learning_rate=rate, seed=seed, separator="\n\n",
             router_samples=16, vocabulary="none", **self.settings(way),
         )  # fmt: skip

@@ -243,7 +243,7 @@ class Bench:
         shutil.rmtree(work, ignore_errors=True)
         store = growlm.Store.create(work, folder)
         weight = float(way.split("regularisation ")[1].split(",")[0])
-        config = LearnConfig(
+        config = LearnConfig(admit_anyway=True,
             kind="experts", vocabulary="none", tokens=self.learn_tokens, sequence_length=LENGTH, batch_size=8,
             learning_rate=3e-3, seed=seed, separator="\n\n", routing_regularisation=weight, router_samples=16,
             replay=str(self.data / GENERAL / "train.txt") if "replayed" in way else None,

@@ -37,6 +37,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.t
 _TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 # Keys that say how a config was written, not what the model computes.
 _VOLATILE = ("transformers_version", "_name_or_path", "architectures", "torch_dtype", "dtype", "use_cache")
+_MAX_HEADER = 100_000_000  # bytes; the format allows no longer one
 _ROWS = 4096  # of two weights, compared at a time
 
 
@@ -288,7 +289,7 @@ def _entries(folder: Path) -> dict[str, _Entry]:
     for file in weight_files(folder):
         with open(file, "rb") as f:
             size = int.from_bytes(f.read(8), "little")
-            if not 0 < size < os.path.getsize(file):
+            if not 0 < size < min(os.path.getsize(file), _MAX_HEADER):
                 raise BaseModelError(f"{file}: truncated or not a safetensors file")
             try:
                 header = json.loads(f.read(size))

@@ -6,9 +6,11 @@ Knows losses of the same passages under both; not where they come from.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from growlm.errors import NotBetterError
@@ -20,7 +22,8 @@ class Comparison:
 
     Attributes:
         gain: by how much the loss is lower than before.
-        error: standard error of the gain, passages being drawn; None of a single passage.
+        error: standard error of the gain, documents being drawn, or of a single one passages; None of a single passage.
+        passages: how many of these.
     """
 
     before: float
@@ -31,12 +34,20 @@ class Comparison:
     tokens: int
 
     @classmethod
-    def of(cls, before: Tensor, after: Tensor, tokens: Tensor) -> Comparison:
+    def of(cls, before: Tensor, after: Tensor, tokens: Tensor, documents: Sequence[int] | None = None) -> Comparison:
         """
         Args:
             before, after: summed loss of every passage, (n,) each.
             tokens: that were scored of it, (n,).
+            documents: (n,) which each passage is of: those of one document depend on each other, and count as one
+                where there are several documents.
         """
+        if documents is not None and len(set(documents)) > 1:
+            found, of = torch.tensor(documents).unique(return_inverse=True)
+            before, after, tokens = (
+                torch.zeros(len(found), dtype=torch.float64).index_add_(0, of, values.double())
+                for values in (before, after, tokens)
+            )
         total, n = float(tokens.sum()), len(tokens)
         gain = float((before - after).sum()) / total
         error = None

@@ -53,11 +53,12 @@ def _pointer(folder: Path) -> _Pointer | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:
-        raise _damaged(path) from error
+        raise damaged(path) from error
     return pointer
 
 
-def _damaged(path: Path) -> IntegrityError:
+def damaged(path: Path) -> IntegrityError:
+    """What to say of a file of a stopped run that is not as it was written."""
     # It is not passed over: who has a copy of the file loses no hours of training.
     state = "damaged" if path.exists() else "missing"
     return IntegrityError(f"{path}: this part of a stopped run is {state}; restore it, or use --restart to begin anew")
@@ -116,7 +117,7 @@ def restore(
     if pointer is None:
         return 0, 0.0
     if pointer.step > num_steps:  # more than this run has: not its checkpoint
-        raise _damaged(folder / _POINTER)
+        raise damaged(folder / _POINTER)
     path = folder / pointer.file
     try:
         tensors = read_tensors(path, sha256=pointer.sha256)
@@ -136,7 +137,7 @@ def restore(
         for name, buffer in buffers.items():
             buffer.copy_(tensors[f"buffer.{name}"])
     except (IntegrityError, KeyError, RuntimeError, ValueError) as error:
-        raise _damaged(path) from error
+        raise damaged(path) from error
     return pointer.step, pointer.seconds
 
 

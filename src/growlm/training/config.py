@@ -69,7 +69,12 @@ class TrainConfig:
         if self.tokens is not None:
             object.__setattr__(self, "tokens", parse_count(self.tokens))
         for name in ("epochs", "sequence_length", "batch_size"):
-            if (value := getattr(self, name)) is not None and value < 1:
+            value = getattr(self, name)
+            if value is None and type(self).__dataclass_fields__[name].default is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ConfigError(f"{name} is {value!r}; it must be a whole number")
+            if value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
         if self.tokens is not None and int(self.tokens) < self.sequence_length:
             raise ConfigError(f"tokens is {self.tokens}; it must be at least sequence_length, {self.sequence_length}")
@@ -248,7 +253,7 @@ class LearnConfig(ModuleTrainConfig):
         Raises:
             ConfigError: no such kind, a setting that nothing has or only other kinds have, or a value that cannot be.
         """
-        if kind not in SHAPES:
+        if not isinstance(kind, str) or kind not in SHAPES:
             raise ConfigError(f"module kind {kind!r} does not exist; kinds are {', '.join(SHAPES)}")
         own = {f.name: f.default for f in fields(self)}
         of_shape = {name: settings.pop(name) for name in list(settings) if name not in own}
@@ -258,8 +263,13 @@ class LearnConfig(ModuleTrainConfig):
                 if not have:
                     raise ConfigError(f"there is no setting {name}; growlm learn --help lists them")
                 raise ConfigError(f"{name} is for modules of kind {' or '.join(have)}; this one is of kind {kind}")
-        if not isinstance(settings.get("shape"), SHAPES[kind]):
-            settings["shape"] = SHAPES[kind]()
+        shape = settings.get("shape")
+        if shape is None or shape in (other() for other in SHAPES.values()):  # of which nothing was chosen
+            settings["shape"] = shape if isinstance(shape, SHAPES[kind]) else SHAPES[kind]()
+        elif not isinstance(shape, SHAPES[kind]):
+            raise ConfigError(
+                f"shape is a {type(shape).__name__}; a module of kind {kind} has a {SHAPES[kind].__name__}"
+            )
         try:
             settings["shape"] = SHAPES[kind](**{**settings["shape"].model_dump(exclude_unset=True), **of_shape})
         except ValidationError as error:

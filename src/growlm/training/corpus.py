@@ -90,7 +90,14 @@ class TrainingCorpus:
         if not passages:
             raise DataError(f"{self.where}: held-out text is shorter than two tokens; give more text")
         validation, heldout = halves(passages)
-        return Tokens(packed, replay, validation, heldout, text_data.start_tokens(tokenizer))
+        return Tokens(
+            packed,
+            replay,
+            [p.tokens for p in validation],
+            [p.tokens for p in heldout],
+            [p.document_index for p in heldout],
+            text_data.start_tokens(tokenizer),
+        )
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,7 @@ class Tokens:
     replay: text_data.PackedTokens | None
     validation: list[list[int]]
     heldout: list[list[int]]
+    documents: list[int]  # of which each of `heldout` is
     begin: list[int]
 
     def require_rows(self, base: Base, where: str, tokenizer: Any) -> None:
@@ -123,10 +131,12 @@ class Tokens:
         """Two module sets of one base on held-out passages, each to at most so many tokens as suit a run of this size;
         what they have in common is computed once."""
         trained_on = config.rows_wanted(len(self.packed)) * config.sequence_length
-        passages = beginnings(self.heldout, max(trained_on // _DECIDING_SHARE, _DECIDING_TOKENS), config.seed)
+        chosen = drawn(self.heldout, max(trained_on // _DECIDING_SHARE, _DECIDING_TOKENS), config.seed)
+        passages = [self.heldout[i][:_BEGINNING] for i in chosen]
         with phase("scoring held-out text by both", len(passages), "passages"):
             losses = paired_losses([before, after], passages)
-        return Comparison.of(losses[0], losses[1], torch.tensor([len(p) - 1 for p in passages]))
+        tokens = torch.tensor([len(p) - 1 for p in passages])
+        return Comparison.of(losses[0], losses[1], tokens, [self.documents[i] for i in chosen])
 
     def evidence(self, base: Base, config: ModuleTrainConfig, keep: int) -> Files:
         """What the router needs to know of this text, and `keep` bytes of it.
@@ -148,31 +158,38 @@ class Tokens:
         return files
 
 
-def halves(passages: Sequence[text_data.Passage]) -> tuple[list[list[int]], list[list[int]]]:
+def halves(passages: Sequence[text_data.Passage]) -> tuple[list[text_data.Passage], list[text_data.Passage]]:
     """Held-out passages in two parts, no document in both; of a single document's, passages or at the least tokens."""
     documents = sorted({p.document_index for p in passages})
     if len(documents) > 1:
         first = set(documents[::2])
-        return (
-            [p.tokens for p in passages if p.document_index in first],
-            [p.tokens for p in passages if p.document_index not in first],
-        )
-    tokens = [p.tokens for p in passages]
-    if len(tokens) > 1:
-        return tokens[::2], tokens[1::2]
-    middle = max(len(tokens[0]) // 2, 2)
-    return ([tokens[0][:middle]], [tokens[0][middle:]]) if len(tokens[0]) >= 4 else (tokens, tokens)
+        return [p for p in passages if p.document_index in first], [
+            p for p in passages if p.document_index not in first
+        ]
+    if len(passages) > 1:
+        return list(passages[::2]), list(passages[1::2])
+    tokens, document = passages[0].tokens, passages[0].document_index
+    if len(tokens) < 4:
+        return list(passages), list(passages)
+    middle = len(tokens) // 2
+    return [text_data.Passage(tokens[:middle], document)], [text_data.Passage(tokens[middle:], document)]
+
+
+def drawn(passages: Sequence[Sequence[int]], num_tokens: int, seed: int) -> list[int]:
+    """Which passages are scored, in an order drawn with `seed`: so many that their beginnings hold `num_tokens`, where
+    there are so many."""
+    chosen: list[int] = []
+    for index in np.random.default_rng(seed).permutation(len(passages)).tolist():
+        if num_tokens <= 0:
+            break
+        chosen.append(index)
+        num_tokens -= len(passages[index][:_BEGINNING])
+    return chosen
 
 
 def beginnings(passages: Sequence[Sequence[int]], num_tokens: int, seed: int) -> list[list[int]]:
-    """So many tokens at least, where there are so many: beginnings of passages, in an order drawn with `seed`."""
-    chosen: list[list[int]] = []
-    for index in np.random.default_rng(seed).permutation(len(passages)):
-        if num_tokens <= 0:
-            break
-        chosen.append(list(passages[index][:_BEGINNING]))
-        num_tokens -= len(chosen[-1])
-    return chosen
+    """Beginnings of passages as `drawn` chooses them."""
+    return [list(passages[i][:_BEGINNING]) for i in drawn(passages, num_tokens, seed)]
 
 
 def validation_tokens(trained_on: int) -> int:

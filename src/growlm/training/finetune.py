@@ -76,7 +76,7 @@ def finetune(
             rate=lambda width: default_rate(width) / 2,
             identity=f"{fingerprint(folder)} {tokenizer_fingerprint(folder)}",
             restart=restart,
-            never_worse=True,
+            never_worse=not config.load_concentration,  # which trades loss for fewer experts
         )
 
 

@@ -65,20 +65,33 @@ def _texts(store: Store, base: Base, tokenizer: Any) -> tuple[list[list[int]], l
     beside = store.base_folder / HELDOUT_FILE
     if beside.is_file():
         return _from_files(base, tokenizer, [beside])
-    return _from_files(base, tokenizer, [_SAMPLE], separator="\n\n")
+    documents = text_data.read([_SAMPLE], separator="\n\n").documents
+    found = [p.tokens for p in text_data.passages(documents, tokenizer, _length(base))]
+    # Of a tokenizer that knows more tokens than the base has rows for.
+    found = [tokens for tokens in found if max(tokens) < base.vocab_size]
+    return _parted(found, f"{base.where}: the sample of general text")
 
 
-def _from_files(
-    base: Base, tokenizer: Any, paths: Sequence[str | Path], *, separator: str | None = None
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Passages to train on, and held-out ones."""
-    documents = text_data.read(paths, separator=separator).documents
-    length = min(_LENGTH, base.max_positions or _LENGTH)
-    found = [p.tokens for p in text_data.passages(documents, tokenizer, length)]
+def _length(base: Base) -> int:
+    return min(_LENGTH, base.max_positions or _LENGTH)
+
+
+def _from_files(base: Base, tokenizer: Any, paths: Sequence[str | Path]) -> tuple[list[list[int]], list[list[int]]]:
+    documents = text_data.read(paths).documents
+    found = [p.tokens for p in text_data.passages(documents, tokenizer, _length(base))]
     if found:
         base.require_rows([t for tokens in found for t in tokens], ", ".join(map(str, paths)), tokenizer)
+    return _parted(found, ", ".join(map(str, paths)))
+
+
+def _parted(found: Sequence[list[int]], where: str) -> tuple[list[list[int]], list[list[int]]]:
+    """Passages to train on, and held-out ones.
+
+    Raises:
+        DataError: too few.
+    """
     if len(found) < 4:
-        raise DataError(f"{', '.join(map(str, paths))}: too little text to learn what general text is; give more")
+        raise DataError(f"{where}: too little text to learn what general text is; give more (growlm new --general)")
     order = np.random.default_rng(0).permutation(len(found))[:_SAMPLES]
     chosen = [found[i] for i in order]
     heldout = max(len(chosen) // 4, 1)

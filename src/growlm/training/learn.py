@@ -14,7 +14,7 @@ from typing import Any
 from growlm import router
 from growlm.base import Base
 from growlm.base.placement import Placement
-from growlm.errors import IntegrityError, StoreError
+from growlm.errors import BaseModelError, IntegrityError, StoreError
 from growlm.modules import KnowledgeModule, ModuleSet, kind_of
 from growlm.modules.probe import probe
 from growlm.progress import reporting, say
@@ -142,10 +142,6 @@ def _learn(
         require_finite(f"{name}: the held-out loss after training", found.after)
         if not config.admit_anyway:
             require_better(name, found)
-            if old is not None and (former := _loadable(store, old, base)) is not None:
-                replaced = tokens.compare(ModuleSet(base, [former]), together, config)
-                before = f"version {old.version}, which it would replace"
-                require_no_worse(name, replaced, before, "give the text of before as --replay")
         files = tokens.evidence(base, config, keep)
         training = {
             **body.record(),
@@ -161,20 +157,33 @@ def _learn(
             "seconds": seconds,
             "probe": {"base": probe(alone), "module": probe(together)},
         }
-        now = store.find(name)
-        if now is not None and not update and (old is None or now.version != old.version):
-            raise StoreError(f"{store.path}: module {name!r} exists (learned meanwhile); use --update")
-        stored = router.commit_and_route(store, name, module, training, files, old)
+        while True:
+            now = store.find(name)
+            if now is not None and not update and (old is None or now.version != old.version):
+                raise StoreError(f"{store.path}: module {name!r} exists (learned meanwhile); use --update")
+            # The version that is current now, which another run may have saved while this one learned.
+            if now is not None and not config.admit_anyway and (former := _loadable(store, now, base)) is not None:
+                replaced = tokens.compare(ModuleSet(base, [former]), together, config)
+                replacing = f"version {now.version}, which it would replace"
+                require_no_worse(name, replaced, replacing, "give the text of before as --replay")
+            made_from = None if now is None else now.version
+            try:
+                stored = router.commit_and_route(store, name, module, training, files, now, made_from=made_from)
+                break
+            except StoreError:
+                again = store.find(name)
+                if made_from is None or again is None or again.version == made_from:
+                    raise
         empty(work)  # the disk is needed; the folder stays until the router knows the module as well
         version = router_after(store, restart=restart, base=base)
     return _result(stored, version)
 
 
 def _loadable(store: Store, old: StoredModule, base: Base) -> KnowledgeModule | None:
-    """A version that is to be replaced; None if it is damaged, so that nothing is lost with it."""
+    """A version that is to be replaced; None if it is damaged or of another base, so that nothing is lost with it."""
     try:
         return store.load(old.name, base, version=old.version)
-    except StoreError:
+    except (StoreError, BaseModelError):
         return None
 
 

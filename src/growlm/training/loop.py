@@ -83,7 +83,7 @@ def train(
     buffers = buffers or {}
     done, spent = checkpoints.restore(folder, parameters, buffers, optimizer, num_steps)
     if validation is not None:
-        validation.begin(done)
+        validation.begin(done, num_steps)
     started = saved = time.monotonic()
     smooth: float | None = None
     tokens = 0

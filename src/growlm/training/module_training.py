@@ -40,6 +40,7 @@ _SAMPLE_ROWS = 64  # rows of training text, at most, on which the base is asked 
 _SAMPLE_SHARE = 20  # of these one for so many that are trained on
 _TRIAL_LENGTH = 4  # a trial step reads one row of a batch, and of that such a part: no less than
 _LEAST_TRIAL = 32  # tokens
+_TRIALS_A_STEP = 8  # trial steps that are taken to cost as much as one of the run, at most: the optimiser's part stays
 _TRIAL_WARMUP = 0.5  # share of a trial's steps: the first ones of a whole run are as small
 _SCORED = 8  # passages that are scored at a time
 _STEPS = 100  # that a run should have, where the batch may be chosen
@@ -118,7 +119,7 @@ class ModuleTraining:
                 reserve=_CHECKPOINTS * checkpoint,
             )
 
-        self._validation = _Passages(
+        self._validation: _Passages | None = _Passages(
             self, beginnings(validation, validation_tokens(wanted * config.sequence_length), config.seed)
         )
         self.rate: float | None = None
@@ -160,6 +161,7 @@ class ModuleTraining:
                 validation=validation,
             )
         finally:
+            self._validation = None  # it holds this object, which holds the base
             if self._cache is not None:
                 self._cache.close()
         self.scores = dict(validation.losses) if validation else {}
@@ -171,6 +173,7 @@ class ModuleTraining:
         return {
             "learning_rate": self.rate,
             "trials": [asdict(trial) for trial in self.trials],
+            "batch_size": max(map(len, self._steps)),
             "steps": self.steps_done,
             "best_step": min(after, key=lambda step: (after[step], step), default=self.steps_done),
             "validation": {str(step): loss for step, loss in sorted(self.scores.items())},
@@ -185,11 +188,11 @@ class ModuleTraining:
         if self.config.learning_rate != AUTO:
             return self.config.rate_or(computed)
         rates = candidates(computed)
-        plan = rounds(len(rates), len(self._steps), _TRIAL_LENGTH)
+        per_step = min(self._tokens_of(0) // self._trial_length, _TRIALS_A_STEP)
+        plan = rounds(len(rates), len(self._steps), per_step)
         if not plan or self._imitated:  # what a pool imitates first says nothing of the rest
             return computed
         start = {name: t.detach().clone() for name, t in {**trained, **buffers}.items()}
-        random = torch.get_rng_state()
         rows: list[tuple[Tensor, Tensor]] = []
 
         def trial(rate: float, steps: int) -> float:
@@ -198,15 +201,22 @@ class ModuleTraining:
                 rows.append(self._trial_row(len(rows)))
             return self._trial(rows[:steps], rate, trained, decay)
 
-        found, self.trials = find_rate(rates, plan, trial, self.work / "trials.json")
+        device = self.base.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            found, self.trials = find_rate(rates, plan, trial, self.work / "trials.json")
         _put(start, {**trained, **buffers})
-        torch.set_rng_state(random)
         return found
+
+    @property
+    def _trial_length(self) -> int:
+        """Tokens of a row that a trial step reads."""
+        length = self.config.sequence_length
+        return min(max(length // _TRIAL_LENGTH, _LEAST_TRIAL), length)
 
     def _trial_row(self, step: int) -> tuple[Tensor, Tensor]:
         """What a trial step reads: what the layers above the fork are given, and labels (t,)."""
-        length = max(self.config.sequence_length // _TRIAL_LENGTH, _LEAST_TRIAL)
-        row = self.packed[self._steps[step % len(self._steps)][:1]][:, : length + 1].to(self.base.device)
+        rows = self._steps[step % len(self._steps)][:1]
+        row = self.packed[rows][:, : self._trial_length + 1].to(self.base.device)
         return self._given(row[:, :-1]), row[0, 1:]
 
     def _trial(

@@ -89,11 +89,12 @@ def find_rate(
 
 def _read(file: Path) -> dict[tuple[float, int], float]:
     try:
-        return {(float(t["rate"]), int(t["steps"])): float(t["loss"]) for t in read_json(file)}
+        known = [(float(t["rate"]), int(t["steps"]), t["loss"]) for t in read_json(file)]
+        return {(rate, steps): math.inf if loss is None else float(loss) for rate, steps, loss in known}
     except (OSError, ValueError, TypeError, KeyError):
         return {}
 
 
 def _write(file: Path, done: Sequence[Trial]) -> None:
-    finite = [asdict(t) for t in done if math.isfinite(t.loss)]
-    write_atomic(file, json.dumps(finite).encode())
+    told = [{**asdict(t), "loss": t.loss if math.isfinite(t.loss) else None} for t in done]
+    write_atomic(file, json.dumps(told).encode())

@@ -14,11 +14,13 @@ import torch
 
 from growlm.base.placement import Placement
 from growlm.disk.files import locked
-from growlm.errors import StoreError, TrainingError
+from growlm.errors import NotBetterError, StoreError, TrainingError
 from growlm.progress import say
 from growlm.store import Store
 from growlm.training.checkpoints import saved_step
 from growlm.training.config import ModuleTrainConfig
+
+_REFUSED = "refused"  # marks the folder of a run that ended and was not admitted
 
 
 @contextmanager
@@ -35,6 +37,7 @@ def run_folder(folder: Path, busy: str, *, restart: bool) -> Iterator[Path]:
     with locked(folder.with_name(f"{folder.name}.lock"), wait=False, keep=False) as mine:
         if not mine:
             raise StoreError(f"{busy}; wait for it")
+        _drop_refused(folder)
         if restart:
             empty(folder)
         if done := saved_step(folder):
@@ -44,7 +47,19 @@ def run_folder(folder: Path, busy: str, *, restart: bool) -> Iterator[Path]:
         except TrainingError:
             shutil.rmtree(folder, ignore_errors=True)  # the same run would end the same
             raise
+        except NotBetterError:
+            # --admit-anyway goes on from here; the next run under the name takes it away.
+            (folder / _REFUSED).touch()
+            raise
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _drop_refused(folder: Path) -> None:
+    """Takes away what other runs under the same name have left that were not admitted."""
+    name, dash, _ = folder.name.rpartition("-")
+    for other in folder.parent.glob(f"{name}-*") if dash else ():
+        if other != folder and other.name.rpartition("-")[0] == name and (other / _REFUSED).is_file():
+            shutil.rmtree(other, ignore_errors=True)
 
 
 def empty(folder: Path) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from growlm.disk.files import read_json, write_atomic
 from growlm.disk.tensors import read_tensors, write_tensors
 from growlm.errors import IntegrityError
+from growlm.training.checkpoints import damaged as _damaged
 
 _SCORES = "validation.json"
 _BEST = "best.safetensors"
@@ -40,28 +41,44 @@ class Validation:
     def __init__(self, folder: Path, tensors: Mapping[str, Tensor], score: Callable[[], float]) -> None:
         self._folder, self._tensors, self._score = folder, tensors, score
         self.losses: dict[int, float] = {}
+        self._digest: str | None = None  # of the best step's file
 
     @property
     def best(self) -> int:
         """Of the steps that were scored but 0, the one with the lowest loss; 0 if there is none."""
         return min((step for step in self.losses if step), key=lambda step: (self.losses[step], step), default=0)
 
-    def begin(self, done: int) -> None:
-        """Takes up the scores of a stopped run of which `done` steps are there; what came after is scored again."""
-        try:
-            known = dict(read_json(self._folder / _SCORES))
-            self.losses = {int(step): float(loss) for step, loss in known.items() if int(step) <= done}
-        except (OSError, ValueError, TypeError):
-            self.losses = {}
-        if 0 not in self.losses and not done:
+    def begin(self, done: int, num_steps: int) -> None:
+        """Takes up the scores of a stopped run of which `done` steps are there; what came after is scored again.
+
+        Raises:
+            IntegrityError: they are damaged or not there.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if not done:
             self._record(0)
+            return
+        path = self._folder / _SCORES
+        try:
+            known = read_json(path)
+            self.losses = {int(step): float(loss) for step, loss in known["losses"].items() if int(step) <= done}
+            self._digest = known["sha256"]
+            if not isinstance(self._digest, str | None) or not self._due(num_steps, done) <= self.losses.keys():
+                raise ValueError
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            raise _damaged(path) from None
 
     def after(self, step: int, num_steps: int) -> bool:
         """Scores a step if it is one of those to be scored; whether the run should end with it."""
-        due = {math.ceil(num_steps * i / _TIMES) for i in range(1, _TIMES + 1)}
-        if step in due and step not in self.losses:
+        if step in self._due(num_steps, step) and step not in self.losses:
             self._record(step)
         return self.ended
+
+    @staticmethod
+    def _due(num_steps: int, done: int) -> set[int]:
+        """The steps that have been scored after so many."""
+        due = {math.ceil(num_steps * i / _TIMES) for i in range(_TIMES + 1)}
+        return {step for step in due if step <= done}
 
     @property
     def ended(self) -> bool:
@@ -73,9 +90,8 @@ class Validation:
         loss = self._score()
         self.losses[step] = loss if math.isfinite(loss) else _NO_NUMBER
         if step and self.best == step:
-            write_tensors(self._folder / _BEST, dict(self._tensors))
-        self._folder.mkdir(parents=True, exist_ok=True)
-        told = {str(step): loss for step, loss in self.losses.items()}
+            self._digest = write_tensors(self._folder / _BEST, dict(self._tensors))
+        told = {"losses": {str(step): loss for step, loss in self.losses.items()}, "sha256": self._digest}
         write_atomic(self._folder / _SCORES, json.dumps(told).encode())
 
     @torch.no_grad()
@@ -87,8 +103,9 @@ class Validation:
         """
         if not self.losses or self.best == max(self.losses):
             return
-        kept = read_tensors(self._folder / _BEST)
-        if kept.keys() != self._tensors.keys():
-            raise IntegrityError(f"{self._folder / _BEST}: not of this run; use --restart to begin anew")
+        try:
+            kept = read_tensors(self._folder / _BEST, sha256=self._digest)
+        except IntegrityError:
+            raise _damaged(self._folder / _BEST) from None
         for name, tensor in self._tensors.items():
             tensor.copy_(kept[name])

@@ -176,7 +176,8 @@ def _run(
     passages = text_data.passages(heldout_documents, tokenizer, config.sequence_length)
     if not passages:
         raise DataError("the held-out text is shorter than two tokens; give more text")
-    validation, heldout = halves(passages) if never_worse else ([], [p.tokens for p in passages])
+    chosen_by, decided_by = halves(passages) if never_worse else ([], passages)
+    validation, heldout = ([p.tokens for p in part] for part in (chosen_by, decided_by))
 
     base = Base(model, str(out), freeze=False)
     if base.max_positions is not None and config.sequence_length > base.max_positions:
@@ -243,7 +244,8 @@ def _run(
     )
     tokens = sum(len(rows) for rows in order[:steps]) * config.sequence_length
     after, pools_after = measure()
-    found = Comparison.of(before, after, torch.tensor([len(p) - 1 for p in heldout]))
+    counted = torch.tensor([len(p) - 1 for p in heldout])
+    found = Comparison.of(before, after, counted, [p.document_index for p in decided_by])
     require_finite(f"{out}: the held-out loss after training", found.after)
     if never_worse and not getattr(config, "admit_anyway", False):
         require_no_worse(str(out), found, "the checkpoint that it began with", "give a lower --learning-rate")
