@@ -1,18 +1,16 @@
 """GGUF: a base that comes as one file of llama.cpp's, written as a checkpoint folder.
 
-transformers reads the tensors; the config and the tokenizer are made here from what the file says, so that every
-release of transformers gives the same folder and the same fingerprints. Knows which architectures go by which family,
-and what of them transformers does not read; knows no stores.
+The `gguf` package unpacks the tensors. All else is made here from what the file says, so that every release of
+transformers finds the same folder and the same fingerprints: their own readers differ, and leave out what they do not
+know. Knows which architectures go by which family, and how their tensors were changed; knows no stores.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from importlib import import_module, metadata
+from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,7 @@ __all__ = ["FILES", "is_gguf", "write_checkpoint"]
 # What a folder that was made of a file consists of.
 FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
-# The family of each architecture that transformers reads and growlm runs.
+# The family of each architecture that is read.
 _FAMILIES = {
     "llama": "llama",
     "qwen2": "qwen2",
@@ -64,8 +62,9 @@ def write_checkpoint(path: Path, folder: Path) -> str:
         tokenizer = tokenizer_of(file, context)
         settings = _settings(file, architecture, tokenizer)
         with foreign(path):
-            _require_tensors(file, architecture, settings)
-    weights = _read_weights(file, settings)
+            names = _names(file, architecture, settings)
+    with foreign(path, "cannot be read: "):
+        weights = _read_weights(file, architecture, settings, names)
     version = {"transformers_version": metadata.version("transformers")}  # which some releases ask for
     generation = {"bos_token_id": tokenizer.ids.get("bos"), "eos_token_id": _one_or_all(tokenizer.ends)}
     generation["pad_token_id"] = tokenizer.ids.get("pad")
@@ -189,7 +188,7 @@ def _epsilon(file: GGUFFile, key: str) -> float:
 
 
 def _rope(file: GGUFFile, name: str, width: int) -> dict[str, Any]:
-    """How positions turn, and how they were stretched. transformers reads the base alone."""
+    """How positions turn, and how they were stretched."""
     theta = file.get(f"{name}.rope.freq_base", float, 10_000.0)
     kind = file.get(f"{name}.rope.scaling.type", str, "none")
     factor = file.get(f"{name}.rope.scaling.factor", float, 1.0)
@@ -224,11 +223,11 @@ def _llama3(file: GGUFFile, plain: dict[str, Any], width: int) -> dict[str, Any]
     return {**plain, "rope_type": "llama3", "factor": factor, **_LLAMA3_BANDS}
 
 
-def _require_tensors(file: GGUFFile, architecture: str, settings: Mapping[str, Any]) -> None:
-    """
+def _names(file: GGUFFile, architecture: str, settings: Mapping[str, Any]) -> dict[str, str]:
+    """What transformers calls each tensor.
+
     Raises:
-        BaseModelError: tensors that the model has and the file has not, or the other way round, which transformers
-            would leave out without a word; tensors of another shape.
+        BaseModelError: tensors that the model has and the file has not, or the other way round, or of another shape.
     """
     import torch
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
@@ -238,11 +237,11 @@ def _require_tensors(file: GGUFFile, architecture: str, settings: Mapping[str, A
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
     kind = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == architecture)
     names = get_tensor_name_map(kind, model.config.num_hidden_layers)
-    wanted = {}
+    wanted, shapes = {}, {}
     for parameter, tensor in model.state_dict().items():
         name, _, suffix = parameter.rpartition(".")
         if found := names.get_name(name):  # that of a head which is always tied has none
-            wanted[f"{found}.{suffix}"] = tuple(tensor.shape)
+            wanted[f"{found}.{suffix}"], shapes[f"{found}.{suffix}"] = parameter, tuple(tensor.shape)
     if settings["tie_word_embeddings"]:
         wanted.pop("output.weight", None)
     missing = sorted(wanted.keys() - file.tensors.keys())
@@ -254,50 +253,37 @@ def _require_tensors(file: GGUFFile, architecture: str, settings: Mapping[str, A
             f"{file.path}: {told}{f' and {more} others' if more else ''}: no model of the family "
             f"{settings['model_type']} as growlm runs it; give the model as a checkpoint folder"
         )
-    for name, shape in wanted.items():
-        stored = file.tensors[name].shape
+    for name in wanted:
+        stored, shape = file.tensors[name].shape, shapes[name]
         if sorted(stored) != sorted(shape):  # some are stored turned
             raise BaseModelError(f"{file.path}: tensor {name} has shape {stored}, expected {shape}; get the file again")
+    return wanted
 
 
-def _read_weights(file: GGUFFile, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's parameters in float32, a tied one once."""
+def _read_weights(file: GGUFFile, architecture: str, settings: Mapping[str, Any], names: Mapping[str, str]) -> Any:
+    """The model's parameters in float32, by transformers' names."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
+    from gguf import GGMLQuantizationType, dequantize
 
-    # Alone in a folder: of another file beside it, as an adapter's, transformers would make something too.
-    with (
-        foreign(file.path, "cannot be read: "),
-        _progress_of_our_own(f"reading {file.path.name}", len(file.tensors)),
-        tempfile.TemporaryDirectory() as alone,
-    ):
-        (Path(alone) / "model.gguf").symlink_to(file.path.resolve())
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            alone,
-            gguf_file="model.gguf",
-            config=AutoConfig.for_model(**settings),
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.float32,
-            output_loading_info=True,
-            local_files_only=True,
-        )
-    model, report = loaded
-    if missing := sorted(report.get("missing_keys") or ()):
-        raise BaseModelError(f"{file.path}: transformers did not read {missing[0]} and {len(missing) - 1} more of it")
-    return dict(model.named_parameters())
+    content = np.memmap(file.path, np.uint8, "r")
+    weights = {}
+    for name in track(names, f"reading {file.path.name}", "tensors"):
+        stored = file.tensors[name]
+        rows = content[stored.offset : stored.offset + stored.bytes].reshape(*stored.shape[:-1], -1)
+        values = dequantize(rows, GGMLQuantizationType[stored.kind])
+        values = np.require(_restored(values, name, architecture, settings), requirements=["C", "W"])
+        weights[names[name]] = torch.from_numpy(values)
+    return weights
 
 
-@contextmanager
-def _progress_of_our_own(title: str, tensors: int) -> Iterator[None]:
-    """In the place of transformers' bars, one of which nothing turns off."""
-    from transformers.utils import logging
-
-    reader: Any = import_module("transformers.modeling_gguf_pytorch_utils")
-    logging.disable_progress_bar()
-    theirs = reader.tqdm
-    try:
-        reader.tqdm = lambda items, **_: track(items, title, "tensors")
-        with phase(title, tensors, "tensors"):
-            yield
-    finally:
-        reader.tqdm = theirs
+def _restored(values: np.ndarray, name: str, architecture: str, settings: Mapping[str, Any]) -> np.ndarray:
+    """A tensor as it was before llama.cpp's converter changed it."""
+    if architecture == "llama" and name.endswith((".attn_q.weight", ".attn_k.weight")):
+        # There the two values that a position turns together lie side by side, in transformers half a head apart.
+        heads = settings["num_attention_heads" if ".attn_q." in name else "num_key_value_heads"]
+        return values.reshape(heads, -1, 2, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+    if architecture.startswith("gemma") and name.endswith("norm.weight"):
+        return values - 1  # transformers adds one
+    if architecture == "gpt2" and values.ndim == 2 and name.startswith("blk."):
+        return values.T
+    return values
