@@ -18,6 +18,8 @@ VARIANTS = [
     ("mistral", {"sliding_window": None}),
     ("gemma2", {"final_logit_softcapping": None}),
     ("gemma2", {"layer_types": ["full_attention"] * 4}),
+    ("gemma3_text", {"layer_types": ["full_attention"] * 4}),
+    ("gemma3_text", {"layer_types": ["sliding_attention"] * 4, "final_logit_softcapping": 5.0}),
     ("gpt_neox", {"use_parallel_residual": False}),
     ("phi3", {"sliding_window": None}),
     ("gpt2", {"scale_attn_weights": False}),
@@ -102,7 +104,7 @@ def test_logits_equal_transformers_bitwise_in_bfloat16(family):
         assert torch.equal(logits, base.model(input_ids).logits), tokens
 
 
-@pytest.mark.parametrize("family", ["mistral", "gemma2", "phi3"])
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3_text", "phi3"])
 @torch.no_grad()
 def test_tokens_beyond_the_window_are_not_seen(family):
     """Else the lengths above would test nothing."""
@@ -245,6 +247,19 @@ def test_unknown_family_names_the_ten():
 def test_weights_tied_to_a_layers_position_are_refused():
     with pytest.raises(BaseModelError, match="scale_attn_by_inverse_layer_idx"):
         make_base("gpt2", scale_attn_by_inverse_layer_idx=True)
+
+
+def test_attention_that_looks_ahead_is_refused():
+    with pytest.raises(BaseModelError, match="looks ahead"):
+        make_base("gemma3_text", use_bidirectional_attention=True)
+
+
+def test_each_attention_pattern_turns_by_its_own_frequencies():
+    """Else the logits above would be equal where both were the same."""
+    base = make_base("gemma3_text")
+    _, shared = base.begin(random_ids(1, 5))
+    (cos, _), (other, _) = shared.rotary["sliding_attention"], shared.rotary["full_attention"]
+    assert not torch.equal(cos, other)
 
 
 def test_cross_attention_is_refused():

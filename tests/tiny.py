@@ -39,6 +39,18 @@ SETTINGS: dict[str, dict] = {
     "qwen3": {**_SIZES, "head_dim": 8},
     "mistral": {**_SIZES, "sliding_window": WINDOW, "head_dim": 8},
     "gemma2": {**_SIZES, "head_dim": 8, "sliding_window": WINDOW, "query_pre_attn_scalar": 8, "num_hidden_layers": 4},
+    "gemma3_text": {
+        **_SIZES,
+        "head_dim": 8,
+        "sliding_window": WINDOW,
+        "query_pre_attn_scalar": 8,
+        "num_hidden_layers": 4,
+        "sliding_window_pattern": 2,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0},
+        },
+    },
     "gpt_neox": {**_SIZES, "rotary_pct": 0.5},
     "olmo2": dict(_SIZES),
     "phi3": {**_SIZES, "sliding_window": WINDOW},

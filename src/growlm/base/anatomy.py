@@ -34,6 +34,7 @@ class Anatomy:
     masks_padding_only: bool = False  # attention is causal by itself: a mask (b, 1, 1, s) says what is padded
     unbounded: bool = False  # attention without positions: no text is too long
     scaled_embedding: bool = False  # the embedding multiplies its rows by sqrt(hidden_size)
+    rotary_by_pattern: bool = False  # each attention pattern turns by frequencies of its own
 
 
 _PRE_NORM = (
@@ -42,6 +43,8 @@ _PRE_NORM = (
     ("mlp.down_proj.weight", 0.0),
     ("mlp.down_proj.bias", 0.0),
 )
+# Behind the projections: the gain of this family's RMSNorm is 1 + weight.
+_GEMMA_NORMS = (("post_attention_layernorm.weight", -1.0), ("post_feedforward_layernorm.weight", -1.0))
 _LLAMA: dict[str, Any] = {
     "decoder": "model",
     "embedding": "embed_tokens",
@@ -57,12 +60,8 @@ FAMILIES: dict[str, Anatomy] = {
     "qwen2": Anatomy(**_LLAMA, zeroed=_PRE_NORM),
     "qwen3": Anatomy(**_LLAMA, zeroed=_PRE_NORM),
     "mistral": Anatomy(**_LLAMA, zeroed=_PRE_NORM, sliding_everywhere=True),
-    "gemma2": Anatomy(
-        **_LLAMA,
-        # The gain of this family's RMSNorm is 1 + weight.
-        zeroed=(("post_attention_layernorm.weight", -1.0), ("post_feedforward_layernorm.weight", -1.0)),
-        scaled_embedding=True,
-    ),
+    "gemma2": Anatomy(**_LLAMA, zeroed=_GEMMA_NORMS, scaled_embedding=True),
+    "gemma3_text": Anatomy(**_LLAMA, zeroed=_GEMMA_NORMS, scaled_embedding=True, rotary_by_pattern=True),
     "gpt_neox": Anatomy(
         decoder="gpt_neox",
         embedding="embed_in",
@@ -137,4 +136,6 @@ def anatomy_of(config: Any, where: str) -> Anatomy:
         )
     if getattr(config, "add_cross_attention", False):
         raise BaseModelError(f"{where}: cross-attention is not supported; use a decoder-only base")
+    if getattr(config, "use_bidirectional_attention", False):
+        raise BaseModelError(f"{where}: its attention looks ahead, as an embedding model's; use one that writes text")
     return FAMILIES[family]

@@ -9,7 +9,7 @@ Computes what the family's own `forward` computes, operation for operation: the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -39,8 +39,18 @@ class Pass:
 
     positions: Tensor  # (b or 1, t)
     masks: dict[str, Tensor | None]  # per attention pattern: (b, 1, t, s), or None for plain causal
-    rotary: tuple[Tensor, Tensor] | None
+    rotary: dict[str, tuple[Tensor, Tensor] | None]  # per attention pattern: cosines and sines, where there are any
     cache: Cache | None
+
+    def part(self, of: Callable[[Tensor], Tensor], cache: Cache) -> Pass:
+        """The pass of some rows of the batch, with their own cache.
+
+        Args:
+            of: what takes these rows out of a tensor (b, ...), and leaves one alone that all rows share, (1, ...).
+        """
+        masks = {pattern: None if mask is None else of(mask) for pattern, mask in self.masks.items()}
+        rotary = {p: None if turned is None else (of(turned[0]), of(turned[1])) for p, turned in self.rotary.items()}
+        return Pass(of(self.positions), masks, rotary, cache)
 
 
 class Base:
@@ -188,10 +198,7 @@ class Base:
     ) -> Pass:
         """The pass for hidden states (b, t, d) that already exist, at `positions` (b or 1, t)."""
         masks = {p: self._mask(p, hidden, past=past, visible=visible) for p in self._patterns}
-        rotary = None
-        if self.anatomy.positions is None:
-            rotary = self.decoder.rotary_emb(hidden, position_ids=positions)
-        return Pass(positions, masks, rotary, cache)
+        return Pass(positions, masks, self._rotary(hidden, positions), cache)
 
     def embed_positions(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """Adds learned positions, where the family has them: the input of layer 0."""
@@ -201,14 +208,17 @@ class Base:
 
     def run(self, hidden: Tensor, layers: Sequence[LayerToRun], shared: Pass) -> Tensor:
         """Runs layers in order: (b, t, d) -> (b, t, d)."""
-        arguments = self._call.arguments(
-            position_ids=shared.positions,
-            use_cache=shared.cache is not None,
-            cache=shared.cache,
-            position_embeddings=shared.rotary,
-        )
+        arguments = {
+            pattern: self._call.arguments(
+                position_ids=shared.positions,
+                use_cache=shared.cache is not None,
+                cache=shared.cache,
+                position_embeddings=turned,
+            )
+            for pattern, turned in shared.rotary.items()
+        }
         for layer, attention in layers:
-            hidden = layer(hidden, attention_mask=shared.masks[attention], **arguments)
+            hidden = layer(hidden, attention_mask=shared.masks[attention], **arguments[attention])
         return hidden
 
     def norm(self, hidden: Tensor) -> Tensor:
@@ -225,6 +235,14 @@ class Base:
         hidden, shared = self.begin(input_ids, visible=visible)
         hidden = self.run(self.embed_positions(hidden, shared.positions), self.layers_to_run(), shared)
         return self.cap(self.head(self.norm(hidden)))
+
+    def _rotary(self, hidden: Tensor, positions: Tensor) -> dict[str, tuple[Tensor, Tensor] | None]:
+        if self.anatomy.positions is not None:
+            return dict.fromkeys(self._patterns)
+        turn = self.decoder.rotary_emb
+        if self.anatomy.rotary_by_pattern:
+            return {pattern: turn(hidden, position_ids=positions, layer_type=pattern) for pattern in self._patterns}
+        return dict.fromkeys(self._patterns, turn(hidden, position_ids=positions))
 
     def _mask(self, pattern: str, hidden: Tensor, *, past: int, visible: Tensor | None) -> Tensor | None:
         if self.anatomy.masks_padding_only:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from growlm.base import tensor_bytes
 from growlm.base.anatomy import FAMILIES, anatomy_of
+from growlm.base.gguf_file import is_gguf
 from growlm.base.settings import (
     check_generation_config,
     config_settings,
@@ -61,11 +62,18 @@ def resolve(base: str | Path, *, revision: str | None = None) -> Path:
     folder = Path(base).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise BaseModelError(f"{folder}: no config.json in it; give the folder of a transformers checkpoint")
+            other = next((f", or the GGUF file {file.name}" for file in sorted(folder.glob("*.gguf"))), "")
+            raise BaseModelError(f"{folder}: no config.json in it; give the folder of a transformers checkpoint{other}")
         return folder
     text = str(base)
     if folder.exists():
+        if is_gguf(folder):
+            raise BaseModelError(
+                f'{text}: is a GGUF file; make a checkpoint folder of it first, with "growlm convert {text} FOLDER"'
+            )
         raise BaseModelError(f"{text}: is a file; give the folder of a transformers checkpoint")
+    if is_gguf(folder):
+        raise BaseModelError(f"{text}: no such file; give a GGUF file or the folder of a transformers checkpoint")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", text) or text.startswith((".", "/")):
         raise BaseModelError(f"{text}: no such folder; give the folder of a transformers checkpoint, or a hub id")
     from huggingface_hub import snapshot_download

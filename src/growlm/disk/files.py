@@ -221,6 +221,28 @@ def checkpoint_folder(out: Path, num_bytes: int = 0) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def undone_on_failure(folder: Path) -> Iterator[None]:
+    """If what follows fails, takes away what it has put into a folder that was empty or not there. One that holds
+    something when it begins is left alone."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    ours = bool(made) or (folder.is_dir() and not any(folder.iterdir()))
+    try:
+        yield
+    except BaseException:
+        if ours:
+            with suppress(OSError):
+                for path in list(folder.iterdir()):
+                    if path.is_dir():
+                        shutil.rmtree(path)
+                    else:
+                        path.unlink()
+            with suppress(OSError):
+                for path in made:
+                    path.rmdir()
+        raise
+
+
 def refuse_existing(out: Path) -> None:
     """
     Raises:

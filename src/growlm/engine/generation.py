@@ -97,11 +97,7 @@ class _Running:
         return tensor[self.start : self.stop] if tensor.shape[0] > 1 else tensor
 
     def share(self, shared: Pass) -> Pass:
-        masks = {k: None if m is None else self.part(m) for k, m in shared.masks.items()}
-        rotary = shared.rotary
-        if rotary is not None:
-            rotary = (self.part(rotary[0]), self.part(rotary[1]))
-        return Pass(self.part(shared.positions), masks, rotary, self.cache)
+        return shared.part(self.part, self.cache)
 
 
 @torch.inference_mode()
@@ -196,10 +192,7 @@ def begin_group(
         def part(tensor: Tensor) -> Tensor:
             return tensor[rows] if tensor.shape[0] > 1 else tensor
 
-        before = prefilled.shared
-        masks = {k: None if m is None else part(m) for k, m in before.masks.items()}
-        rotary = None if before.rotary is None else (part(before.rotary[0]), part(before.rotary[1]))
-        shared = Pass(part(before.positions), masks, rotary, cache)
+        shared = prefilled.shared.part(part, cache)
     if modules.fork == 0:
         input_ids = prefilled.input_ids if rows is None else prefilled.input_ids[rows]
         hidden = modules.embed(base.embedding(input_ids), input_ids)

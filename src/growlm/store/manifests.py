@@ -59,8 +59,9 @@ class StoreManifest(Manifest):
     format: int = Field(default=FORMAT, ge=1)
     growlm: Name = __version__
     created: Date
-    base: Place  # a hub id, or a folder: relative to the store where possible
+    base: Place  # a hub id, or a folder or GGUF file: relative to the store where possible
     base_revision: Revision | None = None  # of a hub id: the commit that the store was made for
+    base_gguf: Digest | None = None  # of a base that is a GGUF file: that file's sha256
     base_fingerprint: Digest
     tokenizer_fingerprint: Digest
     dtype: DType  # in which the base is held and run, and modules are saved

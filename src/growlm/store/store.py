@@ -6,6 +6,7 @@ A module is a folder that appears by one rename, its manifest written last. Noth
 from __future__ import annotations
 
 import os
+import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,12 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from growlm.base import checkpoint, tensor_bytes
+from growlm.base.gguf import is_gguf
 from growlm.disk.files import (
     clear_scratch,
     locked,
     make_folders,
     new_folder,
     remove_folder,
+    sha256_file,
+    undone_on_failure,
     write_atomic,
 )
 from growlm.disk.tensors import map_tensors, read_tensors, write_tensors
@@ -37,7 +41,7 @@ from growlm.store.router_files import (
     ROUTER_TRAINED,
     ROUTERS,
 )
-from growlm.store.store_base import StoreBase
+from growlm.store.store_base import StoreBase, write_base, written_base
 from growlm.store.stored_module import MANIFEST, WEIGHTS, StoredModule, check_name, is_name
 from growlm.store.verify import verify
 from growlm.store.versions import TensorVersions, complete_versions, now
@@ -78,7 +82,7 @@ class Store(StoreBase):
         router: str = ROUTERS[0],
         keep_samples: str | int | None = None,
     ) -> Store:
-        """Makes a new store for a base: a local checkpoint folder or a hub id.
+        """Makes a new store for a base: a local checkpoint folder, a GGUF file or a hub id.
 
         Args:
             dtype: in which the base is held and run: float32, bfloat16, float16, or auto for the checkpoint's own.
@@ -89,7 +93,7 @@ class Store(StoreBase):
         Raises:
             StoreError: the folder exists and is not empty.
             ConfigError: no such router, or one that needs samples without any.
-            BaseModelError: no such base, or a family that is not supported.
+            BaseModelError: no such base, or a family that is not supported; a GGUF file that cannot be read.
         """
         path = Path(path).expanduser()
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -98,22 +102,29 @@ class Store(StoreBase):
         if dtype not in ("auto", *checkpoint.DTYPES):
             raise StoreError(f"dtype {dtype!r} is not one of auto, {', '.join(checkpoint.DTYPES)}")
         kept = _samples_for(router, keep_samples)
-        folder = checkpoint.resolve(base)
-        for remark in checkpoint.check(folder):
-            warnings.warn(remark, GrowlmWarning, stacklevel=2)
-        local = Path(base).expanduser().is_dir()
-        manifest = StoreManifest(
-            created=now(),
-            base=os.path.relpath(folder.resolve(), path.resolve()) if local else str(base),
-            base_revision=None if local else checkpoint.hub_revision(folder),
-            base_fingerprint=checkpoint.fingerprint(folder),
-            tokenizer_fingerprint=checkpoint.tokenizer_fingerprint(folder),
-            dtype=checkpoint.stored_dtype(folder) if dtype == "auto" else dtype,
-            router=router,
-            keep_samples=kept,
-        )
-        make_folders(path / "modules")
-        write_atomic(path / "store.json", manifest.model_dump_json(indent=2).encode())
+        given = Path(base).expanduser()
+        with undone_on_failure(path):
+            digest = None
+            if is_gguf(given):
+                folder, digest = write_base(given, path), sha256_file(given)
+            else:
+                folder = checkpoint.resolve(base)
+            for remark in checkpoint.check(folder):
+                warnings.warn(remark, GrowlmWarning, stacklevel=2)
+            local = digest is not None or given.is_dir()
+            manifest = StoreManifest(
+                created=now(),
+                base=os.path.relpath(given.resolve(), path.resolve()) if local else str(base),
+                base_revision=None if local else checkpoint.hub_revision(folder),
+                base_gguf=digest,
+                base_fingerprint=checkpoint.fingerprint(folder),
+                tokenizer_fingerprint=checkpoint.tokenizer_fingerprint(folder),
+                dtype=checkpoint.stored_dtype(folder) if dtype == "auto" else dtype,
+                router=router,
+                keep_samples=kept,
+            )
+            make_folders(path / "modules")
+            write_atomic(path / "store.json", manifest.model_dump_json(indent=2).encode())
         return cls(path, manifest)
 
     @classmethod
@@ -134,11 +145,13 @@ class Store(StoreBase):
         Raises:
             BaseModelError: the base is not there.
         """
-        base = self.manifest.base
-        if (self.path / base).is_dir():
-            base = os.path.relpath(self.base_folder.resolve(), path.resolve())
+        base, folder = self.manifest.base, self.base_folder
+        if self.manifest.base_gguf is not None or (self.path / base).is_dir():
+            base = os.path.relpath((self.path / base).resolve(), path.resolve())
         manifest = self.manifest.model_copy(update={"created": now(), "base": base})
         make_folders(path / "modules")
+        if self.manifest.base_gguf is not None:  # the file need not be there, nor read again
+            shutil.copytree(folder, written_base(path), copy_function=_link_or_copy)
         write_atomic(path / "store.json", manifest.model_dump_json(indent=2).encode())
         return Store(path, manifest)
 
@@ -406,6 +419,13 @@ class Store(StoreBase):
 
     def _current(self, name: str, versions: list[int]) -> StoredModule:
         return StoredModule(name, versions[-1], self.path / "modules" / name / str(versions[-1]))
+
+
+def _link_or_copy(source: str, copy: str) -> None:
+    try:
+        os.link(source, copy)
+    except OSError:
+        shutil.copyfile(source, copy)
 
 
 def _no_table(name: str) -> bool:

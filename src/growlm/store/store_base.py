@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from growlm.base import checkpoint
-from growlm.disk.files import HashMemo
+from growlm.base import checkpoint, gguf
+from growlm.disk.files import HashMemo, checkpoint_folder, locked, remove_folder
 from growlm.errors import BaseModelError
 from growlm.store.manifests import StoreManifest
 
@@ -15,6 +15,26 @@ if TYPE_CHECKING:
     import torch
 
     from growlm.base import Base
+
+
+def written_base(store: Path) -> Path:
+    """Where a store keeps the checkpoint that was made of a GGUF file; may be deleted while the file is there."""
+    return store / "cache" / "base"
+
+
+def write_base(file: Path, store: Path) -> Path:
+    """Makes a checkpoint of a GGUF file in a store's folder, unless another process has just done so.
+
+    Raises:
+        BaseModelError: the file cannot be read.
+        StoreError: the disk is full.
+    """
+    folder = written_base(store)
+    with locked(folder.with_suffix(".lock"), keep=False):
+        if not folder.exists():
+            with checkpoint_folder(folder) as work:
+                gguf.write_checkpoint(file, work)
+    return folder
 
 
 class StoreBase:
@@ -36,6 +56,11 @@ class StoreBase:
             BaseModelError: it is not there any more.
         """
         recorded = self.manifest.base
+        if self.manifest.base_gguf is not None:
+            folder = written_base(self.path)
+            if not all((folder / name).is_file() for name in gguf.FILES):
+                self._write_again()
+            return folder
         local = self.path / recorded
         there = os.path.isdir(local)  # False for what can be no path too
         if there or recorded.startswith((".", "/")):
@@ -53,8 +78,10 @@ class StoreBase:
         Raises:
             BaseModelError: it is missing or has changed.
         """
-        folder = self.base_folder
         memo = HashMemo(self.path / "cache" / "hashes.json")
+        if self.manifest.base_gguf is not None:
+            self._check_file(memo)
+        folder = self.base_folder
         found = checkpoint.fingerprint(folder, memo.sha256)
         if found != self.manifest.base_fingerprint:
             raise BaseModelError(
@@ -66,6 +93,42 @@ class StoreBase:
                 f"{folder}: its tokenizer has changed since {self.path} was made; restore it, or make a new store"
             )
         return folder
+
+    def _check_file(self, memo: HashMemo) -> None:
+        """Compares the GGUF file, where it still is, and repairs what was written of it.
+
+        Raises:
+            BaseModelError: the file has changed.
+        """
+        file = self.path / self.manifest.base
+        if not file.is_file():
+            return  # what was written of it is all that is needed
+        if (found := memo.sha256(file)) != self.manifest.base_gguf:
+            raise BaseModelError(
+                f"{file}: not the file that {self.path} was made for (sha256 {found[:12]}..., the store says "
+                f"{str(self.manifest.base_gguf)[:12]}...); restore it, or make a new store"
+            )
+        folder = self.base_folder
+        try:
+            found = checkpoint.fingerprint(folder, memo.sha256)
+            whole = (found, checkpoint.tokenizer_fingerprint(folder)) == (
+                self.manifest.base_fingerprint, self.manifest.tokenizer_fingerprint,
+            )  # fmt: skip
+        except BaseModelError:
+            whole = False
+        if not whole:
+            self._write_again()
+
+    def _write_again(self) -> None:
+        file, folder = self.path / self.manifest.base, written_base(self.path)
+        if not file.is_file():
+            raise BaseModelError(
+                f'{file}: the base of {self.path} is not there; put it back, or change "base" in '
+                f"{self.path / 'store.json'}"
+            )
+        if folder.exists():
+            remove_folder(folder, self.path / "scratch")
+        write_base(file, self.path)
 
     def base_bytes(self) -> int:
         """Bytes that the base takes once loaded, from its files' headers."""

@@ -43,6 +43,7 @@ def _problems(store: Store) -> list[str]:
     problems: list[str] = []
     depth: int | None = None
     try:
+        problems += _check_gguf(store)
         folder = store.base_folder
         if checkpoint.fingerprint(folder, sha256_file) != store.manifest.base_fingerprint:
             problems.append(f"{folder}: not the base that this store was made for")
@@ -77,6 +78,14 @@ def _problems(store: Store) -> list[str]:
                 f"{file}: not named in the manifest" for file in sorted(folder.iterdir()) if file.name not in known
             ]
     return problems
+
+
+def _check_gguf(store: Store) -> list[str]:
+    """Of a base that is a GGUF file, which may be gone once a checkpoint was made of it."""
+    file, digest = store.path / store.manifest.base, store.manifest.base_gguf
+    if digest is None or not file.is_file() or sha256_file(file) == digest:
+        return []
+    return [f"{file}: not the file that this store was made for"]
 
 
 def _check_files(folder: Path, files: Mapping[str, str]) -> list[str]:

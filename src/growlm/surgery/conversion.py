@@ -1,4 +1,4 @@
-"""Conversion of checkpoint folders: published layouts into ours, and ours back into MoLM's.
+"""Conversion of checkpoints: published layouts into ours, ours back into MoLM's, and GGUF files into folders.
 
 Which layout a folder has is read from its config. What the tensors are called is known to `model/convert.py`.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from growlm.base import tensor_bytes
+from growlm.base import gguf, tensor_bytes
 from growlm.base.checkpoint import resolve, weight_files
 from growlm.base.settings import read_object
 from growlm.disk.files import checkpoint_folder, refuse_existing
@@ -33,8 +33,9 @@ def convert_checkpoint(source: str | Path, out: str | Path, *, to: str | None = 
     where, the model type that was read, and the layout that was written.
 
     Args:
-        source: a folder or hub id: MoLM (model type `moduleformer`), JetMoE, or ours.
-        to: `growlm` or `molm`; by default ours, and MoLM's for a checkpoint of ours.
+        source: a folder or hub id: MoLM (model type `moduleformer`), JetMoE, or ours; or a GGUF file, of which an
+            ordinary checkpoint of its family is made, with weights in float32.
+        to: `growlm` or `molm`; by default ours, and MoLM's for a checkpoint of ours. Not for a GGUF file.
 
     Raises:
         BaseModelError: an unknown layout, or tensors that are missing, unexpected or of another shape (named).
@@ -43,6 +44,11 @@ def convert_checkpoint(source: str | Path, out: str | Path, *, to: str | None = 
     """
     out = Path(out).expanduser()
     refuse_existing(out)
+    if gguf.is_gguf(source):
+        if to is not None:
+            raise ConfigError(f"{source}: a GGUF file becomes a checkpoint of its own family; leave out --to {to}")
+        with checkpoint_folder(out) as work:
+            return out, "gguf", gguf.write_checkpoint(Path(source).expanduser(), work)
     folder = resolve(source)
     where = str(folder)
     settings = read_object(folder / "config.json")

@@ -17,7 +17,9 @@ from growlm.cli.output import note, print_json, reports
 @app.command()
 @reports("source")
 def convert(
-    source: Annotated[str, typer.Argument(metavar="IN", help="Checkpoint folder, or a hub id.", show_default=False)],
+    source: Annotated[
+        str, typer.Argument(metavar="IN", help="Checkpoint folder, hub id, or a GGUF file.", show_default=False)
+    ],
     out: OutPath,
     to: Annotated[
         str | None,
@@ -25,13 +27,16 @@ def convert(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Read a published MoLM or JetMoE checkpoint and write it as a growlm model, or one of ours in MoLM's layout.
+    """Read a published MoLM or JetMoE checkpoint and write it as a growlm model, or one of ours in MoLM's layout; or
+    make a checkpoint folder in float32 of a GGUF file.
 
     Examples:
 
         growlm convert ibm/MoLM-350M-4B molm/
 
         growlm convert molm/ published/ --to molm
+
+        growlm convert SmolLM2-135M-Instruct.Q4_1.gguf smollm2/
     """
     from growlm.surgery.conversion import convert_checkpoint
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,7 +17,9 @@ from growlm.units import format_size
 @reports("store")
 def new(
     store: StorePath,
-    base: Annotated[str, typer.Option("--base", help="Checkpoint folder, or a hub id.", show_default=False)],
+    base: Annotated[
+        str, typer.Option("--base", help="Checkpoint folder, a GGUF file, or a hub id.", show_default=False)
+    ],
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16, or auto.")] = "auto",
     router: Annotated[
         str,
@@ -61,8 +59,11 @@ def new(
 
         growlm new brain --base Qwen/Qwen2.5-0.5B --dtype bfloat16 --general news.jsonl
 
+        growlm new brain --base SmolLM2-135M-Instruct.Q4_1.gguf --dtype bfloat16
+
         growlm new brain --base base/ --router transformer --keep-samples 2MB
     """
+    from growlm.disk.files import undone_on_failure
     from growlm.store import Store
 
     if general:
@@ -71,35 +72,13 @@ def new(
         find_device(device)  # before anything is made
     elif device != "auto":
         raise ConfigError("--device is where --general is read; give general text, or leave it out")
-    missing = [path for path in (store.expanduser(), *store.expanduser().parents) if not path.exists()]
-    made = Store.create(store, base, dtype=dtype, router=router, keep_samples=keep_samples)
-    if general:
-        from growlm.training.general import describe_general
+    with undone_on_failure(store.expanduser()):
+        made = Store.create(store, base, dtype=dtype, router=router, keep_samples=keep_samples)
+        if general:
+            from growlm.training.general import describe_general
 
-        with _undone_on_failure(made.path, missing):
             describe_general(made, made.load_base(device=device), made.load_tokenizer(), general)
     if as_json:
         return print_json(made.manifest.model_dump())
     print(f"{store}: made for {base} ({made.manifest.dtype}, {format_size(made.base_bytes())})")
     return None
-
-
-@contextmanager
-def _undone_on_failure(folder: Path, made: Sequence[Path]) -> Iterator[None]:
-    """If what follows fails, takes away what was put into a folder that was empty or not there.
-
-    Args:
-        made: of the folder and those above it those that were not there before, the deepest first.
-    """
-    try:
-        yield
-    except BaseException:
-        with suppress(OSError):
-            for path in list(folder.iterdir()):
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
-            for path in made:
-                path.rmdir()
-        raise
