@@ -26,7 +26,7 @@ help:
 # What pip says goes to a file, because --quiet hides which packages are in conflict; errors are seen all the same.
 PIP_ARGS ?=
 define install
-@echo 'pip install $(1)'
+@echo 'pip install $(strip $(1)) (some minutes; what pip says is in $(VENV)/pip.log)'
 @$(BIN)/python -m pip install --constraint constraints.txt $(1) > $(VENV)/pip.log || \
 	{ sed -n '/^The conflict is caused by/,/^$$/p' $(VENV)/pip.log >&2; \
 	echo "setup: pip failed; all that it said is in $(VENV)/pip.log" >&2; exit 1; }
@@ -37,7 +37,8 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(call install,$(PIP_ARGS) torch)
 	$(call install,--editable ".[dev]")
-	touch $@
+	@touch $@
+	@echo 'ready: source $(BIN)/activate, then growlm doctor'
 
 setup: $(VENV)/ready
 

@@ -146,6 +146,7 @@ def from_config(
         shaped = _of_kinds(kinds or {})
         if kinds:
             del made["shape"]
+            made = {"kind": made["kind"], **made}  # it decides which of the others there are
 
         def run(**arguments: Any) -> None:
             settings = {name: arguments.pop(name) for name in made}

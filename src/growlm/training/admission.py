@@ -15,6 +15,8 @@ from torch import Tensor
 
 from growlm.errors import NotBetterError
 
+_LEAST_GAIN = 1e-3  # nats a token
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -59,8 +61,8 @@ class Comparison:
 
     @property
     def better(self) -> bool:
-        """Whether the gain is more than its standard error."""
-        return self.gain > (self.error or 0.0)
+        """Whether the gain is more than its standard error, and than nothing to speak of."""
+        return self.gain > max(self.error or 0.0, _LEAST_GAIN)
 
     @property
     def worse(self) -> bool:
@@ -70,7 +72,7 @@ class Comparison:
     def told(self) -> str:
         error = "" if self.error is None else f" ± {self.error:.3f}"
         losses = f"held-out loss {self.before:.3f} -> {self.after:.3f}"
-        return f"{losses} (gain {self.gain:.3f}{error}, {self.passages} passages)"
+        return f"{losses} (gain {self.gain:.3f}{error}, {self.passages} held-out texts)"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

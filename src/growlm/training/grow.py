@@ -59,6 +59,8 @@ class GrowResult:
     tokens: int | None = None
     seconds: float | None = None
     tokens_per_second: float | None = None
+    gain: float | None = None  # by how much the loss is lower,
+    error: float | None = None  # and its standard error; None of a single text
     router: int | None = None  # version of the router that was trained with it, where the store's kind is trained
 
     def to_json(self) -> dict[str, Any]:
@@ -274,10 +276,15 @@ def _result(stored: StoredModule, before: PeerConfig, step: dict[str, Any] | Non
         speed = step["tokens"] / max(step["seconds"], 1e-9)
         return GrowResult(
             name, version, step["experts"][0], experts, opened, step["loss_before"], step["loss_after"],
-            step["tokens"], step["seconds"], speed, router,
+            step["tokens"], step["seconds"], speed, *_gain(step), router,
         )  # fmt: skip
     except KeyError:
         raise _unrecorded(stored) from None
+
+
+def _gain(step: dict[str, Any]) -> tuple[float, float | None]:
+    found = step.get("comparison", {})
+    return found.get("gain", step["loss_before"] - step["loss_after"]), found.get("error")
 
 
 def _number(experts: int | str) -> int:

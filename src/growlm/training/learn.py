@@ -42,7 +42,8 @@ class LearnResult:
     seconds: float
     tokens_per_second: float
     gain: float = 0.0  # by how much the loss is lower, on passages that chose nothing,
-    error: float | None = None  # and its standard error; None of a single passage
+    error: float | None = None  # its standard error; None of a single text
+    texts: int | None = None  # and of how many held-out texts
     learning_rate: float | None = None
     steps: int | None = None
     best_step: int | None = None
@@ -225,6 +226,7 @@ def _result(stored: StoredModule, trained_router: int | None) -> LearnResult:
         tokens / max(seconds, 1e-9),
         gain=found.get("gain", before - after),
         error=found.get("error"),
+        texts=found.get("passages"),
         learning_rate=said.get("learning_rate"),
         steps=said.get("steps"),
         best_step=said.get("best_step"),

@@ -107,7 +107,7 @@ def train(
             last = done == num_steps
             if validation is not None:
                 last = validation.after(done, num_steps) or last
-                heldout = f", held-out {validation.losses[max(validation.losses)]:.3f}"
+                heldout = f", validation {validation.losses[max(validation.losses)]:.3f}"
             now = time.monotonic()
             training.advance(note=f"loss {smooth:.3f}{heldout}, {tokens / max(now - started, 1e-9):,.0f} tokens/s")
             if stop.is_set() or last or now - saved > config.checkpoint_seconds:

@@ -27,7 +27,7 @@ from growlm.layers.routing import watched
 from growlm.modules import KnowledgeModule, ModuleSet
 from growlm.modules.scoring import passage_losses
 from growlm.modules.vocabulary import choose_rows
-from growlm.progress import phase
+from growlm.progress import phase, say
 from growlm.training.config import AUTO, LearnConfig, ModuleTrainConfig
 from growlm.training.corpus import beginnings, sample_passages, validation_tokens
 from growlm.training.features import FeatureCache
@@ -191,6 +191,7 @@ class ModuleTraining:
         per_step = min(self._tokens_of(0) // self._trial_length, _TRIALS_A_STEP)
         plan = rounds(len(rates), len(self._steps), per_step)
         if not plan or self._imitated:  # what a pool imitates first says nothing of the rest
+            say(f"learning rate {computed:.2g}, computed from the base's width: the run is too short for trials")
             return computed
         start = {name: t.detach().clone() for name, t in {**trained, **buffers}.items()}
         rows: list[tuple[Tensor, Tensor]] = []

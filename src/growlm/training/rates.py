@@ -1,15 +1,16 @@
 """Rates: the peak learning rate that suits a base, a module and a text, found by short trials, successively halved.
 
 All candidates train for a few steps on the same text in the same order; the better half goes on for twice as many, from
-the start again, until one is left. Knows rates and losses; not what is trained. (Successive halving: Jamieson and
-Talwalkar, 2016.)
+the start again, until one is left. Few steps speak for low rates, since what a high one loses at first it wins back
+later: of those that do nearly as well as the best, the highest counts as the better one. Knows rates and losses; not
+what is trained. (Successive halving: Jamieson and Talwalkar, 2016.)
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from growlm.disk.files import read_json, write_atomic
 from growlm.progress import phase, say
 
 _SPREAD = (0.1, 0.32, 1.0, 3.2)  # of the rate that is computed from the width
+_NEARLY = 0.05  # share of the best loss by which a higher rate may do worse, and still counts as the better one
 _SHARE = 10  # trials take one step of so many
 
 
@@ -68,7 +70,7 @@ def find_rate(
     left = sorted(rates)
     total = sum(number * steps for number, steps in plan)
     with phase("trying learning rates", total, "steps") as trying:
-        for number, steps in plan:
+        for turn, (number, steps) in enumerate(plan, start=1):
             assert number == len(left)
             losses: dict[float, float] = {}
             for rate in left:
@@ -79,12 +81,20 @@ def find_rate(
                 done.append(Trial(rate, steps, loss))
                 _write(file, done)
                 trying.advance(steps, note=f"{rate:.2g}: {loss:.3f}")
-            # Of two that do as well the lower: a whole run has more steps to go wrong in.
-            left = sorted(sorted(left, key=lambda rate: (losses[rate], rate))[: max(number // 2, 1)])
+            told = ", ".join(f"{losses[rate]:.3f} at {rate:.2g}" for rate in left)
+            say(f"learning rates, round {turn}: loss after {steps} short steps {told}")
+            left = sorted(_better_first(losses)[: max(number // 2, 1)])
     (best,) = left
-    told = ", ".join(f"{t.rate:.2g}: {t.loss:.3f}" for t in done)
-    say(f"learning rate {best:.2g}, of short trials ({told})")
+    say(f"learning rate {best:.2g}, the highest that does nearly as well as the best")
     return best, done
+
+
+def _better_first(losses: Mapping[float, float]) -> list[float]:
+    """Rates that do nearly as well as the best, the highest first; then the others, the best first."""
+    best = min(losses.values())
+    near = [rate for rate, loss in losses.items() if loss <= best + _NEARLY * abs(best)]
+    rest = [rate for rate in losses if rate not in near]
+    return [*sorted(near, reverse=True), *sorted(rest, key=lambda rate: (losses[rate], rate))]
 
 
 def _read(file: Path) -> dict[tuple[float, int], float]:

@@ -72,7 +72,8 @@ def grow(
     line = f"{name} version {result.version}: {result.experts_before:,} -> {result.experts:,} experts"
     if result.loss_before is not None and result.loss_after is not None:
         line += (
-            f"; held-out loss {result.loss_before:.3f} -> {result.loss_after:.3f} after {result.tokens:,} tokens in "
+            f"; held-out loss {result.loss_before:.3f} -> {result.loss_after:.3f} (gain {result.gain:.3f}"
+            f"{'' if result.error is None else f' ± {result.error:.3f}'}) after {result.tokens:,} tokens in "
             f"{result.seconds:,.0f} s ({result.tokens_per_second:,.0f} tokens/s)"
             + (f"; router version {result.router}" if result.router else "")
         )

@@ -8,7 +8,7 @@ import typer
 
 from growlm.cli.app import app
 from growlm.cli.options import DataPaths, Grouped, Json, Restart, StorePath, from_config
-from growlm.cli.output import note, print_json, reports
+from growlm.cli.output import note, plural, print_json, reports
 from growlm.modules.shapes import SHAPES
 from growlm.training.config import LearnConfig
 
@@ -44,7 +44,7 @@ def learn(
     error = "" if result.error is None else f" ± {result.error:.3f}"
     print(
         f"{name} version {result.version}: held-out loss {result.loss_before:.3f} -> {result.loss_after:.3f} (gain "
-        f"{result.gain:.3f}{error}) after {result.tokens:,} tokens in {result.seconds:,.0f} s "
+        f"{result.gain:.3f}{error}, {plural(result.texts or 0, 'held-out text')}) after {result.tokens:,} tokens in {result.seconds:,.0f} s "
         f"({result.tokens_per_second:,.0f} tokens/s)" + (f"; router version {result.router}" if result.router else "")
     )
     if result.loss_after > result.loss_before:
