@@ -42,7 +42,7 @@ class TrainConfig:
         weight_decay: of matrices; norms and biases have none.
         clip: largest norm of the gradient; 0 does not clip.
         seed: of everything random.
-        text_key: key of the text in JSONL, column in Parquet.
+        text_key: key of the text in JSON, column in tables.
         device: where to compute: cpu, cuda, cuda:N, mps, or auto: a CUDA GPU where there is one, else the processor.
         precision: of matrix products: bfloat16, float32, or auto: bfloat16 on a CUDA GPU or a processor that is made
             for it, else float32.
