@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from growlm.data.extracting import EXTRACTED, Extraction
 from growlm.data.records import (
     RECORDS,
     Fields,
@@ -26,13 +27,14 @@ from growlm.errors import ConfigError, DataError
 from growlm.progress import phase, say, track
 
 # What is read from a folder, packed or not.
-PROSE = ".txt .md .rst .tex .html"
+PROSE = ".txt .md .rst .tex"
 CODE = (
     ".py .pyi .c .h .cc .cpp .hpp .cu .cuh .cs .css .go .hs .java .jl .js .jsx .kt .lua .php .r .rb .rs"
     " .scala .sh .sql .swift .ts .tsx"
 )
 # No .json: in a folder it is settings more often than text.
-SUFFIXES = frozenset(f"{PROSE} {CODE}".split()) | RECORDS - {".json"}
+SUFFIXES = frozenset(f"{PROSE} {CODE}".split()) | RECORDS - {".json"} | EXTRACTED
+_BINARY = EXTRACTED | {".parquet", ".arrow"}
 
 FILES_LISTED = 1000  # a folder with more files than this is recorded as one source
 _ROWS = 1000  # of a hub dataset that are read at a time
@@ -80,7 +82,8 @@ def read(paths: Sequence[str | Path], *, text_key: str = "text", separator: str 
     `SUFFIXES`), and so is `.json`, with a remark. A file that is named itself is read as UTF-8 text if its suffix
     is unknown. A text file is one document, or several with `separator` (such as a blank line, `"\\n\\n"`).
     `.json` (a list of objects, or one object around it), `.jsonl`, `.csv`, `.tsv`, `.parquet` and `.arrow` hold one a
-    record, under the key or in the column `text_key`. Text, JSON and tables may be packed: `.gz`, `.xz`, `.zst`.
+    record, under the key or in the column `text_key`. Of `.html`, `.htm`, `.pdf` and `.docx` the extra `documents`
+    reads the text. All of these may be packed: `.gz`, `.xz`, `.zst`.
     `hub:owner/name[:split]` is loaded with `datasets` (split `train` unless told; `train[:1000]` works), and so is
     `hub:folder`. Blank documents are dropped, as are nulls in Parquet, Arrow and hub columns.
 
@@ -91,16 +94,18 @@ def read(paths: Sequence[str | Path], *, text_key: str = "text", separator: str 
         paths = [paths]
     if separator == "":
         raise ConfigError("the separator is empty; leave it out, or give one such as a blank line")
-    data = TextData([], [])
+    data, extraction = TextData([], []), Extraction()
     for spec in paths:
         try:
-            documents, sources = _read_spec(spec, text_key, separator)
+            documents, sources = _read_spec(spec, text_key, separator, extraction)
         except OSError as error:
             where = spec if error.filename is None else error.filename
             reason = one_line(error.strerror or error)
             raise DataError(f"{where}: cannot be read ({reason}); check its permissions") from error
         data.documents.extend(documents)
         data.sources.extend(sources)
+    for line in extraction.lines():
+        say(line)
     if not data.documents:
         names = ", ".join(str(spec) for spec in paths[:3]) + (", ..." if len(paths) > 3 else "")
         found = f"no text in {names}: all of it is empty" if names else "no source of text was named"
@@ -108,7 +113,9 @@ def read(paths: Sequence[str | Path], *, text_key: str = "text", separator: str 
     return data
 
 
-def _read_spec(spec: str | Path, text_key: str, separator: str | None) -> tuple[list[Document], list[Source]]:
+def _read_spec(
+    spec: str | Path, text_key: str, separator: str | None, extraction: Extraction
+) -> tuple[list[Document], list[Source]]:
     path, name = Path(spec), str(spec)
     if not name or not os.path.exists(path):
         hub = re.fullmatch(r"hub:([^:]+)(?::(.+))?", name)
@@ -132,7 +139,7 @@ def _read_spec(spec: str | Path, text_key: str, separator: str | None) -> tuple[
     with phase(f"reading {path.name or name}", sum(file.stat().st_size for file in files), "bytes") as reading:
         for file in files:
             before = reading.done
-            found, sha256, size = _read_file(file, _name(file), text_key, separator)
+            found, sha256, size = _read_file(file, _name(file), text_key, separator, extraction)
             reading.advance(before + size - reading.done)  # what was not counted on the way
             documents.extend(found)
             sources.append(Source(_name(file), sha256, size, len(found)))
@@ -162,14 +169,16 @@ def _walk(folder: Path) -> Iterator[Path]:
             kind, packing = kind_of(path)
             if name.startswith(".") or kind not in SUFFIXES | {".json"} or not path.is_file():
                 continue
-            if not packing and kind not in (".parquet", ".arrow"):
+            if not packing and kind not in _BINARY:
                 with path.open("rb") as file:
                     if b"\0" in file.read(8192):
                         continue
             yield path
 
 
-def _read_file(path: Path, name: str, key: str, separator: str | None) -> tuple[list[Document], str, int]:
+def _read_file(
+    path: Path, name: str, key: str, separator: str | None, extraction: Extraction
+) -> tuple[list[Document], str, int]:
     """(documents, sha256, bytes); the hash is of the very bytes that were read."""
     kind, packing = kind_of(path)
     if kind in RECORDS:
@@ -183,9 +192,12 @@ def _read_file(path: Path, name: str, key: str, separator: str | None) -> tuple[
     else:
         content = path.read_bytes()
         sha256, size = hashlib.sha256(content).hexdigest(), len(content)
-    if b"\0" in content:
+    if kind in EXTRACTED:
+        text = extraction.text(kind, content, name)
+    elif b"\0" in content:
         raise DataError(f"{name}: a binary file (zero byte at offset {content.index(0)}); give text in UTF-8")
-    text = decode(content, name).replace("\r\n", "\n")
+    else:
+        text = decode(content, name).replace("\r\n", "\n")
     documents = [Document(text, name)]
     if separator is not None:
         documents = [Document(part, f"{name}:{n}") for n, part in enumerate(text.split(separator), 1)]
