@@ -20,7 +20,7 @@ from growlm.errors import DataError
 from growlm.progress import reporting
 
 # White space, quotes, separators and ends of lines: what a reader could stumble over.
-TEXTS = ["one", "two, or\nmore\tof \"it\"", "ünicode", "'", "l" * 200_000]
+TEXTS = ["one", 'two, or\nmore\tof "it"', "ünicode", "'", "l" * 200_000]
 RECORDS = [{"id": n, "text": text} for n, text in enumerate(TEXTS)]
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from growlm.data.conversations import FORMATS, KEYS, MORE_KEYS, Turn, format_of, turns_of, written
 from growlm.data.extracting import EXTRACTED, Extraction
 from growlm.data.records import (
     RECORDS,
@@ -20,8 +21,8 @@ from growlm.data.records import (
     one_line,
     opened,
     read_records,
+    string_at,
     take_rows,
-    type_of,
 )
 from growlm.errors import ConfigError, DataError
 from growlm.progress import phase, say, track
@@ -42,10 +43,21 @@ _ROWS = 1000  # of a hub dataset that are read at a time
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text, and where it came from: `notes/a.md`, or `more.jsonl:17` (line, row or number, counted from 1)."""
+    """One text or conversation, and where it came from: `notes/a.md`, or `more.jsonl:17` (line, row or number, counted
+    from 1).
+
+    Attributes:
+        turns: of a conversation; `text` is then a form of it that tells it from all others.
+    """
 
     text: str
     source: str
+    turns: tuple[Turn, ...] = ()
+
+    @property
+    def plain(self) -> str:
+        """For readers: the text, or what the turns say."""
+        return "\n\n".join(turn.content for turn in self.turns) if self.turns else self.text
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +87,9 @@ class TextData:
         return _digest_of(self.documents)[0]
 
 
-def read(paths: Sequence[str | Path], *, text_key: str = "text", separator: str | None = None) -> TextData:
+def read(
+    paths: Sequence[str | Path], *, text_key: str = "text", separator: str | None = None, format: str = "text"
+) -> TextData:
     """Documents of files, folders and hub datasets, in the order given.
 
     A folder is walked in sorted order, links followed; hidden, binary and unknown files are skipped (see
@@ -87,24 +101,29 @@ def read(paths: Sequence[str | Path], *, text_key: str = "text", separator: str 
     `hub:owner/name[:split]` is loaded with `datasets` (split `train` unless told; `train[:1000]` works), and so is
     `hub:folder`. Blank documents are dropped, as are nulls in Parquet, Arrow and hub columns.
 
+    Records are conversations where `format` is `messages`, `sharegpt`, `alpaca` or `prompt`; with `auto` where they
+    have no `text_key` and the keys of one of these (`growlm.data.conversations`). A file holds one form alone.
+
     Raises `DataError` for what is missing, unreadable, malformed or empty, `ConfigError` for an empty
-    separator.
+    separator or an unknown format.
     """
     if isinstance(paths, str | Path):
         paths = [paths]
     if separator == "":
         raise ConfigError("the separator is empty; leave it out, or give one such as a blank line")
-    data, extraction = TextData([], []), Extraction()
+    if format not in FORMATS:
+        raise ConfigError(f"format {format!r} is not one of {', '.join(FORMATS)}")
+    data, how = TextData([], []), _How(text_key, separator, format, Extraction())
     for spec in paths:
         try:
-            documents, sources = _read_spec(spec, text_key, separator, extraction)
+            documents, sources = _read_spec(spec, how)
         except OSError as error:
             where = spec if error.filename is None else error.filename
             reason = one_line(error.strerror or error)
             raise DataError(f"{where}: cannot be read ({reason}); check its permissions") from error
         data.documents.extend(documents)
         data.sources.extend(sources)
-    for line in extraction.lines():
+    for line in how.extraction.lines():
         say(line)
     if not data.documents:
         names = ", ".join(str(spec) for spec in paths[:3]) + (", ..." if len(paths) > 3 else "")
@@ -113,23 +132,31 @@ def read(paths: Sequence[str | Path], *, text_key: str = "text", separator: str 
     return data
 
 
-def _read_spec(
-    spec: str | Path, text_key: str, separator: str | None, extraction: Extraction
-) -> tuple[list[Document], list[Source]]:
+@dataclass(frozen=True, slots=True)
+class _How:
+    """Arguments of `read`, and what is counted over all that it reads."""
+
+    text_key: str
+    separator: str | None
+    format: str
+    extraction: Extraction
+
+
+def _read_spec(spec: str | Path, how: _How) -> tuple[list[Document], list[Source]]:
     path, name = Path(spec), str(spec)
     if not name or not os.path.exists(path):
         hub = re.fullmatch(r"hub:([^:]+)(?::(.+))?", name)
         if hub is None:
             advice = "check the path, or name a dataset as hub:owner/name"
             raise DataError(f"{name!r}: no such file or folder; {advice}")
-        documents = _read_hub(name, hub[1], hub[2] or "train", text_key)
+        documents = _read_hub(name, hub[1], hub[2] or "train", how)
         return documents, [Source(name, *_digest_of(documents), len(documents))]
     files = [path]
     if path.is_dir():
-        found = list(_walk(path))
-        files = [file for file in found if kind_of(file)[0] != ".json"]
-        if len(files) < len(found):
-            say(f"{name}: {len(found) - len(files)} .json left out, as they may be settings; name those that are text")
+        walked = list(_walk(path))
+        files = [file for file in walked if kind_of(file)[0] != ".json"]
+        if len(files) < len(walked):
+            say(f"{name}: {len(walked) - len(files)} .json left out, as they may be settings; name those that are text")
     if not files:
         kinds = " ".join(sorted(SUFFIXES))
         raise DataError(
@@ -139,7 +166,7 @@ def _read_spec(
     with phase(f"reading {path.name or name}", sum(file.stat().st_size for file in files), "bytes") as reading:
         for file in files:
             before = reading.done
-            found, sha256, size = _read_file(file, _name(file), text_key, separator, extraction)
+            found, sha256, size = _read_file(file, _name(file), how)
             reading.advance(before + size - reading.done)  # what was not counted on the way
             documents.extend(found)
             sources.append(Source(_name(file), sha256, size, len(found)))
@@ -176,13 +203,11 @@ def _walk(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _read_file(
-    path: Path, name: str, key: str, separator: str | None, extraction: Extraction
-) -> tuple[list[Document], str, int]:
+def _read_file(path: Path, name: str, how: _How) -> tuple[list[Document], str, int]:
     """(documents, sha256, bytes); the hash is of the very bytes that were read."""
     kind, packing = kind_of(path)
     if kind in RECORDS:
-        fields = _TextFields(key)
+        fields = _Documents(how)
         sha256, size = read_records(path, name, fields)
         return _not_blank(fields.documents), sha256, size
     if packing:
@@ -193,39 +218,71 @@ def _read_file(
         content = path.read_bytes()
         sha256, size = hashlib.sha256(content).hexdigest(), len(content)
     if kind in EXTRACTED:
-        text = extraction.text(kind, content, name)
+        text = how.extraction.text(kind, content, name)
     elif b"\0" in content:
         raise DataError(f"{name}: a binary file (zero byte at offset {content.index(0)}); give text in UTF-8")
     else:
         text = decode(content, name).replace("\r\n", "\n")
     documents = [Document(text, name)]
-    if separator is not None:
-        documents = [Document(part, f"{name}:{n}") for n, part in enumerate(text.split(separator), 1)]
+    if how.separator is not None:
+        documents = [Document(part, f"{name}:{n}") for n, part in enumerate(text.split(how.separator), 1)]
     return _not_blank(documents), sha256, size
 
 
-class _TextFields(Fields):
-    """Records that hold a text under one key: each becomes a document."""
+class _Documents(Fields):
+    """Records of one file: each becomes a document, a text or a conversation."""
 
-    def __init__(self, text_key: str) -> None:
-        self._key = text_key
+    def __init__(self, how: _How) -> None:
+        self._how = how
+        self._format: str | None = None  # that the file has
+        self._columns = False
         self.documents: list[Document] = []
 
     def columns(self, names: Sequence[str], where: str) -> list[str]:
-        if self._key not in names:
-            raise DataError(f"{where}: {_lacks('column', self._key, names)}")
-        return [self._key]
+        self._format, self._columns = self._format_of(names, where, "column"), True
+        if self._format == "text":
+            return [self._how.text_key]
+        return [*KEYS[self._format], *(key for key in MORE_KEYS.get(self._format, ()) if key in names)]
 
     def is_record(self, record: Record) -> bool:
-        return self._key in record
+        return self._how.text_key in record or format_of(record) is not None
 
     def take(self, record: Record, where: str) -> None:
-        if self._key not in record:
-            raise DataError(f"{where}: {_lacks('key', self._key, record)}")
-        self.documents.append(Document(_string(record[self._key], self._key, where), where))
+        found = self._format
+        if found is None or not self._columns:  # of a table the columns have said it
+            found = self._format_of(record, where, "key")
+        if self._format is None:
+            self._format = found
+        elif found != self._format:
+            raise DataError(
+                f"{where}: a record of format {found} among those of format {self._format}; put each in a file of its "
+                "own, or name one with --format"
+            )
+        if found == "text":
+            text = string_at(record[self._how.text_key], self._how.text_key, where)
+            self.documents.append(Document(text, where))
+        else:
+            turns = turns_of(record, found, where)
+            self.documents.append(Document(written(turns), where, turns))
+
+    def _format_of(self, names: Collection[str], where: str, what: str) -> str:
+        key, wanted = self._how.text_key, self._how.format
+        if wanted in ("auto", "text"):
+            if key in names:
+                return "text"
+            if wanted == "auto" and (found := format_of(names)):
+                return found
+            advice = "name the one that holds the text with --text-key"
+            if wanted == "auto":
+                advice += ", or see --format for conversations"
+            raise DataError(f"{where}: {_lacks(what, key, names)}; {advice}")
+        for key in KEYS[wanted]:
+            if key not in names:
+                raise DataError(f"{where}: {_lacks(what, key, names)}, as --format {wanted} has it; see --format")
+        return wanted
 
 
-def _read_hub(name: str, dataset: str, split: str, text_key: str) -> list[Document]:
+def _read_hub(name: str, dataset: str, split: str, how: _How) -> list[Document]:
     import datasets
 
     try:
@@ -233,7 +290,7 @@ def _read_hub(name: str, dataset: str, split: str, text_key: str) -> list[Docume
     except Exception as error:  # no common class: hub, network, cache, split and format errors all end here
         advice = "check its name, split and your network, or download it and give its files"
         raise DataError(f"{name}: the dataset cannot be loaded ({one_line(error)}); {advice}") from error
-    fields = _TextFields(text_key)
+    fields = _Documents(how)
 
     def batches(columns: list[str]) -> Iterator[Sequence[Record]]:
         groups = table.select_columns(columns).iter(batch_size=_ROWS)
@@ -242,16 +299,6 @@ def _read_hub(name: str, dataset: str, split: str, text_key: str) -> list[Docume
 
     take_rows(table.column_names, batches, name, fields)
     return _not_blank(fields.documents)
-
-
-def _string(value: object, text_key: str, where: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{where}: {text_key!r} is {type_of(value)}, expected a string; correct it or drop it")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell what is no text; a tokenizer would refuse it later
-        raise DataError(f"{where}: {text_key!r} holds half of a surrogate pair; remove it") from error
-    return value
 
 
 def _not_blank(documents: list[Document]) -> list[Document]:
@@ -273,7 +320,7 @@ def _name(path: Path) -> str:
     return os.fsencode(path.as_posix()).decode(errors="replace")
 
 
-def _lacks(what: str, text_key: str, found: Iterable[str]) -> str:
+def _lacks(what: str, key: str, found: Iterable[str]) -> str:
     names = [repr(name) for name in found]
     shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-    return f"no {what} {text_key!r} among {shown or 'none'}; name the one that holds the text with --text-key"
+    return f"no {what} {key!r} among {shown or 'none'}"

@@ -190,7 +190,8 @@ def _read_json(text: str, name: str, fields: Fields) -> None:
         content = json.loads(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and error.lineno > 1:  # one object a line
-            return _read_lines(io.StringIO(text), name, fields)
+            _read_lines(io.StringIO(text), name, fields)
+            return
         raise DataError(f"{name}:{error.lineno}: not JSON ({one_line(error)}); {advice}") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{name}: not JSON ({one_line(error)}); {advice}") from error
@@ -306,7 +307,22 @@ def _of_arrow(source: Any) -> tuple[list[str], Callable[[list[str]], Iterable[Se
     return table.schema.names, lambda columns: (batch.select(columns).to_pylist() for batch in found)
 
 
-# For messages
+# Values
+
+
+def string_at(value: object, key: str, where: str) -> str:
+    """The text under a key.
+
+    Raises:
+        DataError: it is something else.
+    """
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {key!r} is {type_of(value)}, expected a string; correct it or drop it")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell what is no text; a tokenizer would refuse it later
+        raise DataError(f"{where}: {key!r} holds half of a surrogate pair; remove it") from error
+    return value
 
 
 def type_of(value: object) -> str:
