@@ -25,7 +25,7 @@ from growlm.store import ROUTER_DERIVED, Store
 from stores import ALPHABETS, add_module, domain_text, make_store
 
 COMMANDS = ["pretrain", "new", "learn", "route", "generate", "chat", "eval", "status", "verify", "remove", "export"]
-COMMANDS += ["router", "demo", "doctor", "version"]
+COMMANDS += ["router", "demo", "doctor", "version", "data"]
 LEARN = [
     "--num-layers", "1", "--sequence-length", "16", "--batch-size", "4", "--max-rows", "50", "--learning-rate", "3e-3",
     "--admit-anyway",
@@ -142,6 +142,18 @@ def test_learn_json(home, answer):
     assert again["version"] == 2
     sources = Store.open(home / "store").module("other").manifest.training["sources"]
     assert len(sources) == 2
+
+
+def test_data_show_json(home, answer, run):
+    found = answer("data", "show", "digits.jsonl", "letters.jsonl", "--base", "base", "--samples", "2")
+    assert (found["documents"], found["conversations"], len(found["samples"])) == (24, 0, 2)
+    assert found["tokens"] == found["learned"] > 0
+    code, out, _ = run("data", "show", "digits.jsonl", "--base", "base", "--sequence-length", "8")
+    assert (code, out.count("«")) == (0, 3)
+    assert "all of which are learned" in out.splitlines()[0]
+    code, out, err = run("data", "show", "digits.jsonl", "--base", "base", "--text-key", "body")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "digits.jsonl:1: no key 'body' among 'text'" in err
 
 
 def test_eval_json(home, answer):

@@ -271,3 +271,29 @@ def test_only_a_chunk_of_logits_exists_at_a_time(grad, monkeypatch):
         if grad:
             loss.backward()
     assert made.elements <= n * 4
+
+
+@pytest.mark.parametrize("r", [None, 5])
+@pytest.mark.parametrize("ignored", [0.0, 0.5, 0.97])
+def test_labels_below_zero_are_not_counted(r, ignored):
+    p = problem(40, 8, 30, r, seed=3)
+    labels = p.labels.masked_fill(torch.rand(40, generator=torch.Generator().manual_seed(1)) < ignored, -1)
+    names = ["hidden", "weight"] if r is None else ["hidden", "rows"]
+    ours, wanting = trained(p, names)
+    theirs, wanted = trained(in_float64(p), names)
+    loss = linear_cross_entropy(ours.hidden, ours.weight, labels, rows=ours.rows, ids=ours.ids)
+    head = theirs.weight if theirs.rows is None else theirs.weight.index_add(0, theirs.ids, theirs.rows)
+    reference = torch.nn.functional.cross_entropy(theirs.hidden @ head.T, labels, ignore_index=-1)
+    torch.testing.assert_close(loss.detach().double(), reference.detach(), atol=1e-5, rtol=1e-5)
+    loss.backward()
+    reference.backward()
+    for mine, other in zip(wanting, wanted, strict=True):
+        torch.testing.assert_close(mine.grad.double(), other.grad, atol=1e-5, rtol=1e-5)
+
+
+def test_nothing_that_counts_is_a_loss_of_zero():
+    p, wanting = trained(problem(6, 8, 30, 5), ["hidden", "weight", "rows"])
+    loss = linear_cross_entropy(p.hidden, p.weight, torch.full((6,), -1), rows=p.rows, ids=p.ids)
+    assert (loss.dtype, loss.ndim, float(loss.detach())) == (torch.float32, 0, 0.0)
+    loss.backward()
+    assert all(t.grad is not None and not t.grad.any() for t in wanting)

@@ -104,7 +104,7 @@ def test_a_linked_folder_is_read(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_named_is_read_whatever_its_suffix(tmp_path: Path) -> None:
-    for name in ["Makefile", ".hidden", "a.json"]:
+    for name in ["Makefile", ".hidden", "a.log"]:
         (tmp_path / name).write_text(name)
         assert texts_of(read([tmp_path / name]).documents) == [name]
 

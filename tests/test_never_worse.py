@@ -296,7 +296,7 @@ def test_admission_is_decided_by_passages_that_chose_nothing(store, monkeypatch,
 
     class Watched(passages):
         def __init__(self, training, some):
-            chose.extend(tuple(p) for p in some)
+            chose.extend(tuple(p.tokens) for p in some)
             super().__init__(training, some)
 
     law, drugs = (store.path.parent / f"{name}.jsonl" for name in ("law", "drugs"))
@@ -321,12 +321,20 @@ def test_admission_is_decided_by_passages_that_chose_nothing(store, monkeypatch,
 
 @given(lengths=st.lists(st.integers(2, 400), min_size=1, max_size=30), wanted=st.integers(1, 3000))
 def test_so_many_tokens_are_scored_as_were_asked_for(lengths, wanted):
-    passages = [list(range(n)) for n in lengths]
-    chosen = beginnings(passages, wanted, seed=1)
+    passages = [text_data.Passage(list(range(n)), 0) for n in lengths]
+    chosen = [p.tokens for p in beginnings(passages, wanted, seed=1)]
     total = sum(map(len, chosen))
     assert total >= min(wanted, sum(min(n, 256) for n in lengths))
     assert total - len(chosen[-1]) < wanted
     assert all(p == list(range(len(p))) for p in chosen)
+
+
+def test_a_conversation_is_read_as_far_as_its_first_answer():
+    long, late = [False] * 300, [False] * 300
+    long[7] = long[290] = late[290] = True
+    found = beginnings([text_data.Passage([1] * 300, n, c) for n, c in enumerate((long, late))], 9999, seed=1)
+    assert {p.document_index: (len(p.tokens), p.num_scored) for p in found} == {0: (256, 1), 1: (300, 1)}
+    assert halves([found[0]]) == ([found[0]], [found[0]])
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])

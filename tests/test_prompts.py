@@ -45,7 +45,7 @@ def made(tmp_path_factory) -> Path:
     make_store(home, modules={"letters": {}})
     base = save_base(home / "wide")
     tokenizer = AutoTokenizer.from_pretrained(base)
-    tokenizer.add_tokens([EXTRA], special_tokens=True)
+    tokenizer.add_tokens([EXTRA])
     tokenizer.save_pretrained(base)
     write_jsonl(base / "heldout.jsonl", [f"{text} {n}" for n in range(6) for text in TEXT])
     with pytest.warns(GrowlmWarning):
@@ -108,6 +108,15 @@ def test_a_prompt_of_what_is_no_token_is_refused_everywhere(engine, ids, named):
         with pytest.raises(DataError, match=named) as caught:
             ask()
         one_line(caught)
+
+
+def test_what_a_prompt_spells_like_a_special_token_is_letters(engine):
+    prompt = "abc <|endoftext|> de"
+    ids = engine._prompts.encode(prompt)
+    assert engine.tokenizer.eos_token_id not in ids
+    assert engine.tokenizer.decode(ids) == prompt
+    assert engine._prompts.encode_all([prompt, "abc"], 1)[0] == ids
+    assert engine._prompts.encode("abc") == engine.tokenizer.encode("abc", add_special_tokens=False)
 
 
 def test_an_error_names_the_id_the_vocabulary_and_the_prompt(engine):

@@ -73,8 +73,8 @@ Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 _DATA = typer.Option(
     "--data",
     metavar="PATH...",
-    help="Files or folders of .txt, .md, .jsonl, .parquet or source code, or hub:owner/name; everything up to the "
-    "next option.",
+    help="Files or folders of text or source code, of records (.json, .jsonl, .csv, .tsv, .parquet, .arrow), or "
+    "hub:owner/name; everything up to the next option.",
     show_default=False,
 )
 DataPaths = Annotated[list[str], _DATA]
@@ -85,7 +85,7 @@ NamedData = Annotated[
     typer.Option("--data", metavar="NAME=PATH...", help="Text by name; a name can be repeated.", show_default=False),
 ]
 
-TextKey = Annotated[str, typer.Option("--text-key", help="Key of the text in JSONL, column in Parquet.")]
+TextKey = Annotated[str, typer.Option("--text-key", help="Key of the text in JSON, column in tables.")]
 Separator = Annotated[
     str | None,
     typer.Option(

@@ -1,15 +1,20 @@
-"""Data: files -> documents -> packed token batches.
+"""Data: files -> documents or conversations -> packed token batches, with a mask of what is learned.
 
-Reads text, source code, JSONL, Parquet and Hugging Face datasets into documents in a stable order, holds some
-of them out, and packs token ids into windows. A tokenizer is passed in; nothing here knows of models,
+Reads text, source code, records (JSON, CSV, Parquet, ...), pages and Hugging Face datasets into documents in a stable
+order, holds some of them out, and packs token ids into rows. A tokenizer is passed in; nothing here knows of models,
 modules, devices or training.
 """
 
-from growlm.data.packing import PackedTokens, Passage, batches, pack, passages, schedule, start_tokens
+from growlm.data.conversations import FORMATS, Turn, asked
+from growlm.data.encoding import encode_texts, start_tokens
+from growlm.data.packing import LOSSES, PackedTokens, Passage, batches, masks_of, pack, passages, schedule
 from growlm.data.reading import SUFFIXES, Document, Source, TextData, read
+from growlm.data.showing import Sample, Shown, marked, show, summary
 from growlm.data.splitting import split
+from growlm.data.template import Template, has_template
 
 __all__ = [
-    "SUFFIXES", "Document", "PackedTokens", "Passage", "Source", "TextData", "batches", "pack", "passages", "read",
-    "schedule", "split", "start_tokens",
+    "FORMATS", "LOSSES", "SUFFIXES", "Document", "PackedTokens", "Passage", "Sample", "Shown", "Source", "Template",
+    "TextData", "Turn", "asked", "batches", "encode_texts", "has_template", "marked", "masks_of", "pack", "passages",
+    "read", "schedule", "show", "split", "start_tokens", "summary",
 ]  # fmt: skip

@@ -3,36 +3,61 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from growlm.data.conversations import FORMATS, KEYS, MORE_KEYS, Turn, format_of, turns_of, written
+from growlm.data.extracting import EXTRACTED, Extraction
+from growlm.data.records import (
+    RECORDS,
+    Fields,
+    Record,
+    decode,
+    kind_of,
+    one_line,
+    opened,
+    read_records,
+    string_at,
+    take_rows,
+)
 from growlm.errors import ConfigError, DataError
-from growlm.progress import phase, track
+from growlm.progress import phase, say, track
 
-# What is read from a folder. No .json: it is settings and data more often than text.
-PROSE = ".txt .md .rst .tex .html"
+# What is read from a folder, packed or not.
+PROSE = ".txt .md .rst .tex"
 CODE = (
     ".py .pyi .c .h .cc .cpp .hpp .cu .cuh .cs .css .go .hs .java .jl .js .jsx .kt .lua .php .r .rb .rs"
     " .scala .sh .sql .swift .ts .tsx"
 )
-SUFFIXES = frozenset(f"{PROSE} {CODE} .jsonl .parquet".split())
+# No .json: in a folder it is settings more often than text.
+SUFFIXES = frozenset(f"{PROSE} {CODE}".split()) | RECORDS - {".json"} | EXTRACTED
+_BINARY = EXTRACTED | {".parquet", ".arrow"}
 
 FILES_LISTED = 1000  # a folder with more files than this is recorded as one source
-_TOLD = 1 << 20  # bytes of a file after which it is told how far it is read
 _ROWS = 1000  # of a hub dataset that are read at a time
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text, and where it came from: `notes/a.md`, or `more.jsonl:17` (line or row, counted from 1)."""
+    """One text or conversation, and where it came from: `notes/a.md`, or `more.jsonl:17` (line, row or number, counted
+    from 1).
+
+    Attributes:
+        turns: of a conversation; `text` is then a form of it that tells it from all others.
+    """
 
     text: str
     source: str
+    turns: tuple[Turn, ...] = ()
+
+    @property
+    def plain(self) -> str:
+        """For readers: the text, or what the turns say."""
+        return "\n\n".join(turn.content for turn in self.turns) if self.turns else self.text
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,33 +87,44 @@ class TextData:
         return _digest_of(self.documents)[0]
 
 
-def read(paths: Sequence[str | Path], *, text_key: str = "text", separator: str | None = None) -> TextData:
+def read(
+    paths: Sequence[str | Path], *, text_key: str = "text", separator: str | None = None, format: str = "text"
+) -> TextData:
     """Documents of files, folders and hub datasets, in the order given.
 
     A folder is walked in sorted order, links followed; hidden, binary and unknown files are skipped (see
-    `SUFFIXES`). A file that is named itself is read as UTF-8 text if its suffix is unknown. A text file is
-    one document, or several with `separator` (such as a blank line, `"\\n\\n"`). `.jsonl` and `.parquet` hold
-    one a line or row, under `text_key`. `hub:owner/name[:split]` is loaded with `datasets` (split `train`
-    unless told; `train[:1000]` works), and so is `hub:folder`. Blank documents are dropped, as are nulls in
-    Parquet and hub columns.
+    `SUFFIXES`), and so is `.json`, with a remark. A file that is named itself is read as UTF-8 text if its suffix
+    is unknown. A text file is one document, or several with `separator` (such as a blank line, `"\\n\\n"`).
+    `.json` (a list of objects, or one object around it), `.jsonl`, `.csv`, `.tsv`, `.parquet` and `.arrow` hold one a
+    record, under the key or in the column `text_key`. Of `.html`, `.htm`, `.pdf` and `.docx` the extra `documents`
+    reads the text. All of these may be packed: `.gz`, `.xz`, `.zst`.
+    `hub:owner/name[:split]` is loaded with `datasets` (split `train` unless told; `train[:1000]` works), and so is
+    `hub:folder`. Blank documents are dropped, as are nulls in Parquet, Arrow and hub columns.
+
+    Records are conversations where `format` is `messages`, `sharegpt`, `alpaca` or `prompt`; with `auto` where they
+    have no `text_key` and the keys of one of these (`growlm.data.conversations`). A file holds one form alone.
 
     Raises `DataError` for what is missing, unreadable, malformed or empty, `ConfigError` for an empty
-    separator.
+    separator or an unknown format.
     """
     if isinstance(paths, str | Path):
         paths = [paths]
     if separator == "":
         raise ConfigError("the separator is empty; leave it out, or give one such as a blank line")
-    data = TextData([], [])
+    if format not in FORMATS:
+        raise ConfigError(f"format {format!r} is not one of {', '.join(FORMATS)}")
+    data, how = TextData([], []), _How(text_key, separator, format, Extraction())
     for spec in paths:
         try:
-            documents, sources = _read_spec(spec, text_key, separator)
+            documents, sources = _read_spec(spec, how)
         except OSError as error:
             where = spec if error.filename is None else error.filename
-            reason = _one_line(error.strerror or error)
+            reason = one_line(error.strerror or error)
             raise DataError(f"{where}: cannot be read ({reason}); check its permissions") from error
         data.documents.extend(documents)
         data.sources.extend(sources)
+    for line in how.extraction.lines():
+        say(line)
     if not data.documents:
         names = ", ".join(str(spec) for spec in paths[:3]) + (", ..." if len(paths) > 3 else "")
         found = f"no text in {names}: all of it is empty" if names else "no source of text was named"
@@ -96,16 +132,31 @@ def read(paths: Sequence[str | Path], *, text_key: str = "text", separator: str 
     return data
 
 
-def _read_spec(spec: str | Path, text_key: str, separator: str | None) -> tuple[list[Document], list[Source]]:
+@dataclass(frozen=True, slots=True)
+class _How:
+    """Arguments of `read`, and what is counted over all that it reads."""
+
+    text_key: str
+    separator: str | None
+    format: str
+    extraction: Extraction
+
+
+def _read_spec(spec: str | Path, how: _How) -> tuple[list[Document], list[Source]]:
     path, name = Path(spec), str(spec)
     if not name or not os.path.exists(path):
         hub = re.fullmatch(r"hub:([^:]+)(?::(.+))?", name)
         if hub is None:
             advice = "check the path, or name a dataset as hub:owner/name"
             raise DataError(f"{name!r}: no such file or folder; {advice}")
-        documents = _read_hub(name, hub[1], hub[2] or "train", text_key)
+        documents = _read_hub(name, hub[1], hub[2] or "train", how)
         return documents, [Source(name, *_digest_of(documents), len(documents))]
-    files = list(_walk(path)) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        walked = list(_walk(path))
+        files = [file for file in walked if kind_of(file)[0] != ".json"]
+        if len(files) < len(walked):
+            say(f"{name}: {len(walked) - len(files)} .json left out, as they may be settings; name those that are text")
     if not files:
         kinds = " ".join(sorted(SUFFIXES))
         raise DataError(
@@ -115,7 +166,7 @@ def _read_spec(spec: str | Path, text_key: str, separator: str | None) -> tuple[
     with phase(f"reading {path.name or name}", sum(file.stat().st_size for file in files), "bytes") as reading:
         for file in files:
             before = reading.done
-            found, sha256, size = _read_file(file, _name(file), text_key, separator)
+            found, sha256, size = _read_file(file, _name(file), how)
             reading.advance(before + size - reading.done)  # what was not counted on the way
             documents.extend(found)
             sources.append(Source(_name(file), sha256, size, len(found)))
@@ -142,117 +193,112 @@ def _walk(folder: Path) -> Iterator[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             path = Path(root, name)
-            suffix = path.suffix.lower()
-            if name.startswith(".") or suffix not in SUFFIXES or not path.is_file():
+            kind, packing = kind_of(path)
+            if name.startswith(".") or kind not in SUFFIXES | {".json"} or not path.is_file():
                 continue
-            if suffix != ".parquet":
+            if not packing and kind not in _BINARY:
                 with path.open("rb") as file:
                     if b"\0" in file.read(8192):
                         continue
             yield path
 
 
-def _read_file(path: Path, name: str, key: str, separator: str | None) -> tuple[list[Document], str, int]:
+def _read_file(path: Path, name: str, how: _How) -> tuple[list[Document], str, int]:
     """(documents, sha256, bytes); the hash is of the very bytes that were read."""
-    suffix = path.suffix.lower()
-    if suffix == ".jsonl":
-        return _read_jsonl(path, name, key)
-    if suffix == ".parquet":
-        return _read_parquet(path, name, key)
-    content = path.read_bytes()
-    if b"\0" in content:
+    kind, packing = kind_of(path)
+    if kind in RECORDS:
+        fields = _Documents(how)
+        sha256, size = read_records(path, name, fields)
+        return _not_blank(fields.documents), sha256, size
+    if packing:
+        with opened(path, name) as (stream, file):
+            content = stream.read()
+        sha256, size = file.sha256.hexdigest(), file.size
+    else:
+        content = path.read_bytes()
+        sha256, size = hashlib.sha256(content).hexdigest(), len(content)
+    if kind in EXTRACTED:
+        text = how.extraction.text(kind, content, name)
+    elif b"\0" in content:
         raise DataError(f"{name}: a binary file (zero byte at offset {content.index(0)}); give text in UTF-8")
-    text = _decode(content, name).replace("\r\n", "\n")
+    else:
+        text = decode(content, name).replace("\r\n", "\n")
     documents = [Document(text, name)]
-    if separator is not None:
-        documents = [Document(part, f"{name}:{n}") for n, part in enumerate(text.split(separator), 1)]
-    return _not_blank(documents), hashlib.sha256(content).hexdigest(), len(content)
+    if how.separator is not None:
+        documents = [Document(part, f"{name}:{n}") for n, part in enumerate(text.split(how.separator), 1)]
+    return _not_blank(documents), sha256, size
 
 
-def _read_jsonl(path: Path, name: str, text_key: str) -> tuple[list[Document], str, int]:
-    documents: list[Document] = []
-    sha256, offset, told = hashlib.sha256(), 0, 0
-    with path.open("rb") as file, phase("reading", unit="bytes") as reading:
-        for number, line in enumerate(file, 1):
-            sha256.update(line)
-            text, where = _decode(line, name, offset), f"{name}:{number}"
-            offset += len(line)
-            if offset - told >= _TOLD:
-                reading.advance(offset - told)
-                told = offset
-            if not text.strip():
-                continue
-            try:
-                record = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                reason = f"not JSON ({_one_line(error)})"
-                raise DataError(f"{where}: {reason}; every line must be one JSON object") from error
-            if not isinstance(record, dict):
-                raise DataError(f"{where}: {_kind(record)}, expected a JSON object with key {text_key!r}")
-            if text_key not in record:
-                raise DataError(f"{where}: {_lacks('key', text_key, record)}")
-            documents.append(Document(_string(record[text_key], text_key, where), where))
-    return _not_blank(documents), sha256.hexdigest(), offset
+class _Documents(Fields):
+    """Records of one file: each becomes a document, a text or a conversation."""
 
+    def __init__(self, how: _How) -> None:
+        self._how = how
+        self._format: str | None = None  # that the file has
+        self._columns = False
+        self.documents: list[Document] = []
 
-def _read_parquet(path: Path, name: str, text_key: str) -> tuple[list[Document], str, int]:
-    import pyarrow
-    import pyarrow.parquet
+    def columns(self, names: Sequence[str], where: str) -> list[str]:
+        self._format, self._columns = self._format_of(names, where, "column"), True
+        if self._format == "text":
+            return [self._how.text_key]
+        return [*KEYS[self._format], *(key for key in MORE_KEYS.get(self._format, ()) if key in names)]
 
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            if text_key not in table.schema_arrow.names:
-                raise DataError(f"{name}: {_lacks('column', text_key, table.schema_arrow.names)}")
-            size, rows = path.stat().st_size, max(table.metadata.num_rows, 1)
-            groups = track(
-                table.iter_batches(columns=[text_key]), "reading", "bytes", count=lambda g: size * g.num_rows // rows
+    def is_record(self, record: Record) -> bool:
+        return self._how.text_key in record or format_of(record) is not None
+
+    def take(self, record: Record, where: str) -> None:
+        found = self._format
+        if found is None or not self._columns:  # of a table the columns have said it
+            found = self._format_of(record, where, "key")
+        if self._format is None:
+            self._format = found
+        elif found != self._format:
+            raise DataError(
+                f"{where}: a record of format {found} among those of format {self._format}; put each in a file of its "
+                "own, or name one with --format"
             )
-            values = (value for group in groups for value in group.column(0).to_pylist())
-            return _rows(values, text_key, name), sha256, size
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{name}: not a Parquet file ({_one_line(error)}); write it again") from error
+        if found == "text":
+            text = string_at(record[self._how.text_key], self._how.text_key, where)
+            self.documents.append(Document(text, where))
+        else:
+            turns = turns_of(record, found, where)
+            self.documents.append(Document(written(turns), where, turns))
+
+    def _format_of(self, names: Collection[str], where: str, what: str) -> str:
+        key, wanted = self._how.text_key, self._how.format
+        if wanted in ("auto", "text"):
+            if key in names:
+                return "text"
+            if wanted == "auto" and (found := format_of(names)):
+                return found
+            advice = "name the one that holds the text with --text-key"
+            if wanted == "auto":
+                advice += ", or see --format for conversations"
+            raise DataError(f"{where}: {_lacks(what, key, names)}; {advice}")
+        for key in KEYS[wanted]:
+            if key not in names:
+                raise DataError(f"{where}: {_lacks(what, key, names)}, as --format {wanted} has it; see --format")
+        return wanted
 
 
-def _read_hub(name: str, dataset: str, split: str, text_key: str) -> list[Document]:
+def _read_hub(name: str, dataset: str, split: str, how: _How) -> list[Document]:
     import datasets
 
     try:
         table = datasets.load_dataset(dataset, split=split)
     except Exception as error:  # no common class: hub, network, cache, split and format errors all end here
         advice = "check its name, split and your network, or download it and give its files"
-        raise DataError(f"{name}: the dataset cannot be loaded ({_one_line(error)}); {advice}") from error
-    if text_key not in table.column_names:
-        raise DataError(f"{name}: {_lacks('column', text_key, table.column_names)}")
-    groups = table.select_columns([text_key]).iter(batch_size=_ROWS)
-    told = track(groups, f"reading {name}", "batches", total=-(-len(table) // _ROWS))
-    return _rows((value for group in told for value in group[text_key]), text_key, name)
+        raise DataError(f"{name}: the dataset cannot be loaded ({one_line(error)}); {advice}") from error
+    fields = _Documents(how)
 
+    def batches(columns: list[str]) -> Iterator[Sequence[Record]]:
+        groups = table.select_columns(columns).iter(batch_size=_ROWS)
+        for group in track(groups, f"reading {name}", "batches", total=-(-len(table) // _ROWS)):
+            yield [dict(zip(group, row, strict=True)) for row in zip(*group.values(), strict=True)]
 
-def _rows(values: Iterable[object], text_key: str, name: str) -> list[Document]:
-    """Documents of a column. A null is how a column says "nothing here", so unlike JSONL's it is no error."""
-    rows = ((value, f"{name}:{number}") for number, value in enumerate(values, 1) if value is not None)
-    return _not_blank([Document(_string(value, text_key, where), where) for value, where in rows])
-
-
-def _string(value: object, text_key: str, where: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{where}: {text_key!r} is {_kind(value)}, expected a string; correct it or drop it")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell what is no text; a tokenizer would refuse it later
-        raise DataError(f"{where}: {text_key!r} holds half of a surrogate pair; remove it") from error
-    return value
-
-
-def _decode(content: bytes, name: str, offset: int = 0) -> str:
-    try:
-        text = content.decode()
-    except UnicodeDecodeError as error:
-        found = f"byte 0x{content[error.start]:02x} at offset {offset + error.start}"
-        raise DataError(f"{name}: not UTF-8 ({found}); convert it to UTF-8") from error
-    return text.removeprefix("\ufeff") if offset == 0 else text
+    take_rows(table.column_names, batches, name, fields)
+    return _not_blank(fields.documents)
 
 
 def _not_blank(documents: list[Document]) -> list[Document]:
@@ -274,15 +320,7 @@ def _name(path: Path) -> str:
     return os.fsencode(path.as_posix()).decode(errors="replace")
 
 
-def _kind(value: object) -> str:
-    return "null" if value is None else f"of type {type(value).__name__}"
-
-
-def _lacks(what: str, text_key: str, found: Iterable[str]) -> str:
+def _lacks(what: str, key: str, found: Iterable[str]) -> str:
     names = [repr(name) for name in found]
     shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-    return f"no {what} {text_key!r} among {shown or 'none'}; name the one that holds the text with --text-key"
-
-
-def _one_line(reason: object) -> str:
-    return " ".join(str(reason).split())[:300]
+    return f"no {what} {key!r} among {shown or 'none'}"

@@ -25,7 +25,8 @@ def split(
 ) -> tuple[list[Document], list[Document]]:
     """(train, held-out), both in the order of `data`.
 
-    Whole documents are held out if at least `4 * at_least` differ, each truncated to a few passages.
+    Whole documents are held out if at least `4 * at_least` differ, each truncated to a few passages. Conversations
+    are held out whole, and never cut.
     Otherwise every document is cut into passages of about `passage_chars` characters, some passages are held
     out, and the stretches between them are the training documents. No copy of a held-out text, white space
     around it aside, stays in train.
@@ -43,7 +44,10 @@ def split(
     require("passage_chars", passage_chars, 1)
     units = [[document.text] for document in data.documents]
     if len({document.text.strip() for document in data.documents}) < 4 * at_least:
-        units = [list(cut_text(document.text, passage_chars)) for document in data.documents]
+        units = [
+            [document.text] if document.turns else list(cut_text(document.text, passage_chars))
+            for document in data.documents
+        ]
     ranks = [[_rank(text, seed) for text in unit] for unit in track(units, "holding text out", "documents")]
     candidates = sorted(set(itertools.chain.from_iterable(ranks)) - {_rank("", seed)})
     below = bisect_left(candidates, int(fraction * 2**64).to_bytes(8, "big"))
@@ -55,6 +59,12 @@ def split(
     train: list[Document] = []
     held: dict[bytes, Document] = {}
     for document, unit, ranked in zip(data.documents, units, ranks, strict=True):
+        if document.turns:
+            if ranked[0] in chosen:
+                held.setdefault(ranked[0], document)
+            else:
+                train.append(document)
+            continue
         for out, stretch in itertools.groupby(zip(unit, ranked, strict=True), lambda pair: pair[1] in chosen):
             if not out:
                 train.append(Document("".join(text for text, _ in stretch), document.source))

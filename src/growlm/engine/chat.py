@@ -1,4 +1,4 @@
-"""Chat: a conversation as prompts. Knows turns and templates; the engine does the rest."""
+"""Chat: a conversation as prompts. Knows turns; `growlm.data.template` writes them, and the engine does the rest."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from growlm.base.settings import foreign
+from growlm.data import Template, Turn, has_template
 from growlm.engine.answers import Generation
 from growlm.engine.engine import Engine
 from growlm.engine.sampling import SamplingConfig
@@ -49,7 +50,7 @@ class Chat:
         if module == AUTO:
             route = self._engine.route("\n".join(m["content"] for m in said if m["role"] == "user"))
             module, scores = route.module, route.scores
-        templated = bool(getattr(self._engine.tokenizer, "chat_template", None))
+        templated = has_template(self._engine.tokenizer)
         stop = () if templated else (_STOP,)
         prompt = self._prompt(said, templated)
         for piece in self._engine.stream(prompt, module=module, reuse=True, seed=seed, stop=stop, **self._sampling):
@@ -62,8 +63,6 @@ class Chat:
         if templated:
             # Token ids: a template writes its own start of text.
             with foreign(self._engine.base.where, "its chat template cannot write this conversation: "):
-                return self._engine.tokenizer.apply_chat_template(
-                    messages, add_generation_prompt=True, return_dict=False
-                )
+                return Template(self._engine.tokenizer).prompt([Turn(m["role"], m["content"]) for m in messages])
         turns = [f"{m['role'].capitalize()}: {m['content'].strip()}" for m in messages]
         return "\n".join([*turns, "Assistant:"])

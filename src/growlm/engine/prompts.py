@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from growlm.base import Base
-from growlm.data import start_tokens
+from growlm.data import encode_texts, start_tokens
 from growlm.errors import ConfigError, DataError, GrowlmWarning
 
 Prompt = str | Sequence[int]  # text, or token ids as they are
@@ -77,7 +77,7 @@ class Prompts:
                 prompt.encode()
             except UnicodeEncodeError:
                 raise DataError(f"{called} is not valid UTF-8; check the terminal's encoding") from None
-            text = self._tokenizer.encode(prompt, add_special_tokens=False)
+            (text,) = encode_texts(self._tokenizer, [prompt])
             tokens = [*self._start, *text] if prompt.strip() else []
         else:
             tokens = _whole_numbers(prompt, called)

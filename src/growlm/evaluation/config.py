@@ -22,7 +22,7 @@ class EvalConfig:
         row_cache: of each such module on the disk, memory for rows read last; 64MB by default.
         device: where to compute: cpu, cuda, cuda:N, mps, or auto: a CUDA GPU where there is one, else the processor.
         matrix: replay the order of learning: what the router knew after each domain, and what that cost the others.
-        text_key: key of the text in JSONL, column in Parquet.
+        text_key: key of the text in JSON, column in tables.
         separator: cuts text files into documents, e.g. a blank line; by default a file is one document.
     """
 

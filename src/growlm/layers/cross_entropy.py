@@ -62,14 +62,19 @@ def linear_cross_entropy(
     Args:
         hidden: (n, d), after the final norm; its dtype is that of the matrix products.
         weight: output head (v, d).
-        labels: (n,).
+        labels: (n,); one below 0 is not counted, and neither its logits nor gradients are computed.
         rows, ids: (r, d) and (r,), ids ascending: added to the head's rows `ids`; gradients reach `rows` alone if
             `weight` is frozen.
         softcap: logits are bounded to +-softcap by tanh, as gemma2 does.
 
     Returns:
-        A float32 scalar in nats a token.
+        A float32 scalar in nats a token that counts; 0 where none does.
     """
+    counted = labels >= 0
+    if not counted.all():
+        if not counted.any():  # of nothing: zero, and so are all gradients
+            return sum(t[:0].sum(dtype=torch.float32) for t in (hidden, weight, rows) if t is not None)  # type: ignore
+        hidden, labels = hidden[counted], labels[counted]
     return _LinearCrossEntropy.apply(hidden, weight, rows, ids, labels, softcap)
 
 

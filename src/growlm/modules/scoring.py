@@ -19,15 +19,17 @@ def passage_losses(
     modules: ModuleSet,
     passages: Sequence[Sequence[int]],
     *,
+    counted: Sequence[Sequence[bool]] | None = None,
     per_token: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
     """Summed log-loss in nats of each passage's tokens but the first, float64 (number of passages,).
 
     Args:
         passages: token ids, at least two each.
+        counted: of each passage's tokens, whether its loss counts; by default all do.
         per_token: called with labels (n,) and their losses (n,) as they are computed.
     """
-    return paired_losses([modules], passages, per_token=per_token)[0]
+    return paired_losses([modules], passages, counted=counted, per_token=per_token)[0]
 
 
 @torch.no_grad()
@@ -35,6 +37,7 @@ def paired_losses(
     sets: Sequence[ModuleSet],
     passages: Sequence[Sequence[int]],
     *,
+    counted: Sequence[Sequence[bool]] | None = None,
     per_token: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
     """As `passage_losses`, under several module sets of one base, (sets, number of passages): the layers below the
@@ -47,8 +50,10 @@ def paired_losses(
     for batch in track(batches, "scoring", "passages", total=len(passages), count=len):
         chosen = [order[i] for i in batch]
         ids, real = pad_right([passages[i] for i in chosen], base.device)
-        counted = real[:, 1:]
-        labels = ids[:, 1:][counted]
+        scored = real[:, 1:]
+        if counted is not None:
+            scored = scored & pad_right([[int(c) for c in counted[i]] for i in chosen], base.device)[0][:, 1:].bool()
+        labels = ids[:, 1:][scored]
         inputs = ids[:, :-1]
         embedded, shared = base.begin(inputs)
         if fork > 0:
@@ -60,7 +65,7 @@ def paired_losses(
             hidden = base.norm(base.run(hidden, modules.layers[fork:], shared))
             own = modules.rows.head
             losses = token_losses(
-                hidden[counted],
+                hidden[scored],
                 base.head_weight,
                 labels,
                 rows=None if own is None else own.rows,
@@ -69,7 +74,7 @@ def paired_losses(
             )
             if per_token is not None:
                 per_token(labels, losses)
-            parts = losses.cpu().double().split(counted.sum(-1).tolist())  # not every device has float64
+            parts = losses.cpu().double().split(scored.sum(-1).tolist())  # not every device has float64
             totals[row, chosen] = torch.stack([part.sum() for part in parts])
     return totals
 
@@ -86,9 +91,9 @@ def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
         yield batch
 
 
-def num_labels(passages: Sequence[Sequence[int]]) -> int:
+def num_labels(passages: Sequence[Sequence[int]], counted: Sequence[Sequence[bool]] | None = None) -> int:
     """Tokens that `passage_losses` scores."""
-    return sum(len(p) - 1 for p in passages)
+    return sum(len(p) - 1 for p in passages) if counted is None else sum(sum(c[1:]) for c in counted)
 
 
 @torch.no_grad()

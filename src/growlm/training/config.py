@@ -42,7 +42,7 @@ class TrainConfig:
         weight_decay: of matrices; norms and biases have none.
         clip: largest norm of the gradient; 0 does not clip.
         seed: of everything random.
-        text_key: key of the text in JSONL, column in Parquet.
+        text_key: key of the text in JSON, column in tables.
         device: where to compute: cpu, cuda, cuda:N, mps, or auto: a CUDA GPU where there is one, else the processor.
         precision: of matrix products: bfloat16, float32, or auto: bfloat16 on a CUDA GPU or a processor that is made
             for it, else float32.
@@ -121,6 +121,36 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class ConversationConfig(TrainConfig):
+    """What verbs share that learn conversations as well as text.
+
+    Attributes:
+        format: of records: text, messages (role and content), sharegpt (conversations of from and value), alpaca
+            (instruction, input, output) or prompt (prompt, completion); auto tells by their keys.
+        loss: of conversations: answers learns what the assistant says, with the end of its turn; all learns all of it.
+    """
+
+    format: str = "auto"
+    loss: str = "answers"
+
+    def __post_init__(self) -> None:
+        from growlm.data import FORMATS, LOSSES  # which brings numpy: not for --help
+
+        super().__post_init__()
+        for name, known in (("format", FORMATS), ("loss", LOSSES)):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
+
+    def to_json(self) -> dict[str, Any]:
+        """As of all; what is said of conversations only where it was said: a run on text goes on that knew of none."""
+        settings = super().to_json()
+        for name in ("format", "loss"):
+            if settings[name] == getattr(ConversationConfig, name):
+                del settings[name]
+        return settings
+
+
+@dataclass(frozen=True)
 class WholeModelConfig(TrainConfig):
     """What verbs share that train all of a model.
 
@@ -167,7 +197,7 @@ class PretrainConfig(WholeModelConfig):
 
 
 @dataclass(frozen=True)
-class FinetuneConfig(WholeModelConfig):
+class FinetuneConfig(WholeModelConfig, ConversationConfig):
     """Settings of `growlm finetune`.
 
     Attributes:
@@ -185,7 +215,7 @@ class FinetuneConfig(WholeModelConfig):
 
 
 @dataclass(frozen=True)
-class ModuleTrainConfig(TrainConfig):
+class ModuleTrainConfig(ConversationConfig):
     """What verbs share that train parameters beside a frozen base.
 
     Attributes:

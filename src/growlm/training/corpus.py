@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence, Sized
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -56,10 +56,9 @@ class TrainingCorpus:
         Raises:
             DataError: data that is missing or malformed.
         """
-        text = text_data.read(data, text_key=config.text_key, separator=config.separator)
-        replayed = None
-        if config.replay is not None:
-            replayed = text_data.read([config.replay], text_key=config.text_key, separator=config.separator)
+        how: dict[str, Any] = {"text_key": config.text_key, "separator": config.separator, "format": config.format}
+        text = text_data.read(data, **how)
+        replayed = None if config.replay is None else text_data.read([config.replay], **how)
         return cls(", ".join(map(str, data)), text, replayed)
 
     @cached_property
@@ -75,29 +74,33 @@ class TrainingCorpus:
             "documents": len(self.text.documents),
         }
 
+    def lines(self, tokens: Tokens, tokenizer: Any) -> list[str]:
+        """For people, before it is learned: how much it is, how much of that is learned, and a piece as the base will
+        see it."""
+        return text_data.summary(self.text.documents, tokens.packed, tokenizer)
+
     def tokenized(self, tokenizer: Any, config: ModuleTrainConfig) -> Tokens:
         """
         Raises:
-            DataError: too little text.
+            DataError: too little text, or a conversation that the base's chat template cannot write.
+            ConfigError: conversations, and the base has no chat template.
         """
         train, rest = text_data.split(self.text, seed=config.seed)
-        packed = text_data.pack(train, tokenizer, config.sequence_length, max_tokens=config.max_tokens)
+        length, limits = config.sequence_length, {"max_tokens": config.max_tokens}
+        packed = text_data.pack(train, tokenizer, length, loss=config.loss, **limits)
         replay = None
         if self.replayed is not None:
-            documents = self.replayed.documents
-            replay = text_data.pack(documents, tokenizer, config.sequence_length, max_tokens=config.max_tokens)
-        passages = text_data.passages(rest, tokenizer, config.sequence_length)
+            replay = text_data.pack(self.replayed.documents, tokenizer, length, loss=config.loss, **limits)
+        passages = text_data.passages(rest, tokenizer, length, loss=config.loss)
         if not passages:
-            raise DataError(f"{self.where}: held-out text is shorter than two tokens; give more text")
+            found = "has no answer within a row" if any(d.turns for d in rest) else "is shorter than two tokens"
+            raise DataError(f"{self.where}: held-out text {found}; give more text")
         validation, heldout = halves(passages)
-        return Tokens(
-            packed,
-            replay,
-            [p.tokens for p in validation],
-            [p.tokens for p in heldout],
-            [p.document_index for p in heldout],
-            text_data.start_tokens(tokenizer),
-        )
+        begin, prompts = text_data.start_tokens(tokenizer), None
+        if any(d.turns for d in self.text.documents):
+            shown = [_prompts(documents, tokenizer, length) for documents in (train, rest)]
+            prompts = (shown[0], shown[1]) if all(shown) else None  # of those who say nothing
+        return Tokens(packed, replay, validation, heldout, begin, prompts)
 
 
 @dataclass(frozen=True)
@@ -108,14 +111,15 @@ class Tokens:
         validation: passages that are not trained on, by which rate and step are chosen.
         heldout: others, which choose nothing: by them it is decided whether a module is admitted.
         begin: what every prompt begins with.
+        prompts: of conversations, what the router is shown: those that are trained on, and held-out ones.
     """
 
     packed: text_data.PackedTokens
     replay: text_data.PackedTokens | None
-    validation: list[list[int]]
-    heldout: list[list[int]]
-    documents: list[int]  # of which each of `heldout` is
+    validation: list[text_data.Passage]
+    heldout: list[text_data.Passage]
     begin: list[int]
+    prompts: tuple[list[list[int]], list[list[int]]] | None = None
 
     def require_rows(self, base: Base, where: str, tokenizer: Any) -> None:
         """
@@ -125,18 +129,21 @@ class Tokens:
         for packed in (self.packed, self.replay):
             if packed is not None:
                 base.require_rows(packed.tokens, where, tokenizer)
-        base.require_rows([*self.begin, *itertools.chain(*self.validation, *self.heldout)], where, tokenizer)
+        others = [p.tokens for p in (*self.validation, *self.heldout)]
+        for prompts in self.prompts or ():
+            others += prompts
+        base.require_rows([*self.begin, *itertools.chain(*others)], where, tokenizer)
 
     def compare(self, before: ModuleSet, after: ModuleSet, config: ModuleTrainConfig) -> Comparison:
         """Two module sets of one base on held-out passages, each to at most so many tokens as suit a run of this size;
         what they have in common is computed once."""
         trained_on = config.rows_wanted(len(self.packed)) * config.sequence_length
-        chosen = drawn(self.heldout, max(trained_on // _DECIDING_SHARE, _DECIDING_TOKENS), config.seed)
-        passages = [self.heldout[i][:_BEGINNING] for i in chosen]
+        passages = beginnings(self.heldout, max(trained_on // _DECIDING_SHARE, _DECIDING_TOKENS), config.seed)
         with phase("scoring held-out text by both", len(passages), "passages"):
-            losses = paired_losses([before, after], passages)
-        tokens = torch.tensor([len(p) - 1 for p in passages])
-        return Comparison.of(losses[0], losses[1], tokens, [self.documents[i] for i in chosen])
+            found = [p.tokens for p in passages]
+            losses = paired_losses([before, after], found, counted=text_data.masks_of(passages))
+        scored = torch.tensor([p.num_scored for p in passages])
+        return Comparison.of(losses[0], losses[1], scored, [p.document_index for p in passages])
 
     def evidence(self, base: Base, config: ModuleTrainConfig, keep: int) -> Files:
         """What the router needs to know of this text, and `keep` bytes of it.
@@ -144,18 +151,35 @@ class Tokens:
         Args:
             base: as it is served.
         """
-        crops = sample_passages(self.packed, config.router_samples, config.seed, self.begin)
-        heldout = [*self.heldout, *self.validation][:_HELDOUT_SAMPLES]
-        seen = router.gather_evidence(base, crops, heldout, seed=config.seed)
+        crops = self._shown(config.router_samples, config.seed)
+        heldout = [p.tokens for p in (*self.heldout, *self.validation)] if self.prompts is None else self.prompts[1]
+        seen = router.gather_evidence(base, crops, heldout[:_HELDOUT_SAMPLES], seed=config.seed)
         files = router.files_of(seen)
         if keep:
             # Two bytes a token at the least. Where tokens take four, half of these rows fit: any half, since they are
             # in no order.
             rows = -(-keep // (2 * config.sequence_length))
-            samples = router.pack_samples(sample_passages(self.packed, rows, config.seed, self.begin), keep)
+            samples = router.pack_samples(self._shown(rows, config.seed), keep)
             if len(samples["tokens"]):  # so few bytes that nothing fits keep nothing
                 files[router.SAMPLES] = samples
         return files
+
+    def _shown(self, count: int, seed: int) -> list[list[int]]:
+        """What stands for this text's prompts, in random order."""
+        if self.prompts is None:
+            return sample_passages(self.packed, count, seed, self.begin)
+        prompts = self.prompts[0]
+        return [prompts[i] for i in np.random.default_rng(seed).permutation(len(prompts))[:count]]
+
+
+def _prompts(documents: Sequence[text_data.Document], tokenizer: Any, length: int) -> list[list[int]]:
+    """Documents as a user would prompt, since it is prompts that are routed: of a conversation what the user says, of
+    other text passages of it."""
+    begin = text_data.start_tokens(tokenizer)
+    asked = [text_data.asked(d.turns) for d in documents if d.turns]
+    found = [[*begin, *ids][:length] for ids in text_data.encode_texts(tokenizer, [a for a in asked if a.strip()])]
+    texts = [d for d in documents if not d.turns]
+    return [*found, *(p.tokens for p in text_data.passages(texts, tokenizer, length))]
 
 
 def halves(passages: Sequence[text_data.Passage]) -> tuple[list[text_data.Passage], list[text_data.Passage]]:
@@ -163,33 +187,30 @@ def halves(passages: Sequence[text_data.Passage]) -> tuple[list[text_data.Passag
     documents = sorted({p.document_index for p in passages})
     if len(documents) > 1:
         first = set(documents[::2])
-        return [p for p in passages if p.document_index in first], [
-            p for p in passages if p.document_index not in first
-        ]
+        return (
+            [p for p in passages if p.document_index in first],
+            [p for p in passages if p.document_index not in first],
+        )
     if len(passages) > 1:
         return list(passages[::2]), list(passages[1::2])
-    tokens, document = passages[0].tokens, passages[0].document_index
-    if len(tokens) < 4:
-        return list(passages), list(passages)
-    middle = len(tokens) // 2
-    return [text_data.Passage(tokens[:middle], document)], [text_data.Passage(tokens[middle:], document)]
+    (one,) = passages
+    if len(one.tokens) < 4 or one.counted is not None:  # a conversation is no conversation in halves
+        return [one], [one]
+    middle = len(one.tokens) // 2
+    return [replace(one, tokens=one.tokens[:middle])], [replace(one, tokens=one.tokens[middle:])]
 
 
-def drawn(passages: Sequence[Sequence[int]], num_tokens: int, seed: int) -> list[int]:
-    """Which passages are scored, in an order drawn with `seed`: so many that their beginnings hold `num_tokens`, where
-    there are so many."""
-    chosen: list[int] = []
-    for index in np.random.default_rng(seed).permutation(len(passages)).tolist():
+def beginnings(passages: Sequence[text_data.Passage], num_tokens: int, seed: int) -> list[text_data.Passage]:
+    """So many tokens at least, where there are so many: beginnings of passages, in an order drawn with `seed`. A
+    conversation whose beginning has no answer is read as far as it is there."""
+    chosen: list[text_data.Passage] = []
+    for index in np.random.default_rng(seed).permutation(len(passages)):
         if num_tokens <= 0:
             break
-        chosen.append(index)
-        num_tokens -= len(passages[index][:_BEGINNING])
+        cut = passages[index].beginning(_BEGINNING)
+        chosen.append(cut if cut.num_scored else passages[index])
+        num_tokens -= len(chosen[-1].tokens)
     return chosen
-
-
-def beginnings(passages: Sequence[Sequence[int]], num_tokens: int, seed: int) -> list[list[int]]:
-    """Beginnings of passages as `drawn` chooses them."""
-    return [list(passages[i][:_BEGINNING]) for i in drawn(passages, num_tokens, seed)]
 
 
 def validation_tokens(trained_on: int) -> int:

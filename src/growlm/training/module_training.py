@@ -74,7 +74,7 @@ class ModuleTraining:
         work: Path,
         begin: Sequence[int] = (),
         replay: text_data.PackedTokens | None = None,
-        validation: Sequence[Sequence[int]] = (),
+        validation: Sequence[text_data.Passage] = (),
     ) -> None:
         self.base, self.config, self.text, self.work = base, config, packed, work
         self.dtype = Placement.of(base.device, config.precision).dtype
@@ -216,9 +216,12 @@ class ModuleTraining:
 
     def _trial_row(self, step: int) -> tuple[Tensor, Tensor]:
         """What a trial step reads: what the layers above the fork are given, and labels (t,)."""
-        rows = self._steps[step % len(self._steps)][:1]
-        row = self.packed[rows][:, : self._trial_length + 1].to(self.base.device)
-        return self._given(row[:, :-1]), row[0, 1:]
+        row = self._steps[step % len(self._steps)][:1]
+        labels, length = self.packed.labels(row), self._trial_length
+        if not bool((labels[:, :length] >= 0).any()):  # of a conversation whose first answer comes later
+            length = labels.shape[1]
+        given = self._given(self.packed[row][:, :-1][:, :length].to(self.base.device))
+        return given, labels[0, :length].to(self.base.device)
 
     def _trial(
         self,
@@ -257,10 +260,15 @@ class ModuleTraining:
 
         trained_on = config.rows_wanted(len(self.text))
         count = min(max(trained_on // _SAMPLE_SHARE, 4), _SAMPLE_ROWS)
-        sample = sample_passages(self.text, count, config.seed, begin)
+        sample, counted = sample_passages(self.text, count, config.seed, begin), None
+        used = self.text.tokens[:, 1:]
+        if self.text.counted is not None:  # tokens that are not learned need no rows
+            rows = np.random.default_rng(config.seed).permutation(len(self.text))[:count]
+            sample, counted = self.text.tokens[rows].tolist(), self.text.counted[rows].tolist()
+            used = used[self.text.counted[:, 1:]]
         with phase("choosing vocabulary rows", len(sample), "passages"):
-            passage_losses(ModuleSet(self.base), sample, per_token=per_token)
-        counts = np.bincount(self.text.tokens[:, 1:].reshape(-1), minlength=vocab)
+            passage_losses(ModuleSet(self.base), sample, counted=counted, per_token=per_token)
+        counts = np.bincount(used.reshape(-1), minlength=vocab)
         return choose_rows(lost, torch.from_numpy(counts), config.max_rows or min(max(vocab // 4, 1), 8192))
 
     def _tokens_of(self, step: int) -> int:
@@ -280,7 +288,7 @@ class ModuleTraining:
 
     def _loss(self, step: int) -> Tensor:
         rows = self._steps[step]
-        labels = self.packed[rows][:, 1:].flatten().to(self.base.device)
+        labels = self.packed.labels(rows).flatten().to(self.base.device)
         if self.fork == 0 or self._cache is None:
             given = self._features(rows)
         else:
@@ -302,7 +310,8 @@ class ModuleTraining:
         }
 
     def _loss_of(self, given: Tensor, labels: Tensor) -> Tensor:
-        """Mean loss of labels (n,) for what the layers above the fork are given, with what the config adds."""
+        """Mean loss of labels (n,), those that count, for what the layers above the fork are given, with what the
+        config adds."""
         with watched() as routings:
             hidden = torch.func.functional_call(self._upper, self._weights(), (given,))
         own = self.module.rows.head
@@ -347,12 +356,15 @@ class ModuleTraining:
 class _Passages:
     """Held-out passages, with what is computed of them below the fork once."""
 
-    def __init__(self, training: ModuleTraining, passages: Sequence[Sequence[int]]) -> None:
+    def __init__(self, training: ModuleTraining, passages: Sequence[text_data.Passage]) -> None:
         self._training, self._batches = training, []
-        order = sorted(passages, key=len)
+        order = sorted(passages, key=lambda p: len(p.tokens))
         for at in range(0, len(order), _SCORED):
-            ids, real = pad_right(order[at : at + _SCORED], training.base.device)
-            self._batches.append((training._given(ids[:, :-1]), ids[:, 1:], real[:, 1:]))
+            some = order[at : at + _SCORED]
+            ids, scored = pad_right([p.tokens for p in some], training.base.device)
+            if (masks := text_data.masks_of(some)) is not None:
+                scored = scored & pad_right([[int(c) for c in mask] for mask in masks], training.base.device)[0].bool()
+            self._batches.append((training._given(ids[:, :-1]), ids[:, 1:], scored[:, 1:]))
 
     def __bool__(self) -> bool:
         return bool(self._batches)
@@ -394,7 +406,7 @@ def _with_replay(
     order = text_data.schedule(len(replay), extra, wanted=extra, seed=config.seed)
     drawn = np.concatenate(order)[:extra] + len(packed)
     shares = np.array_split(drawn, len(steps))
-    both = text_data.PackedTokens(np.concatenate([packed.tokens, replay.tokens]))
+    both = text_data.PackedTokens.joined([packed, replay])
     return both, [np.concatenate(pair) for pair in zip(steps, shares, strict=True)]
 
 

@@ -28,7 +28,7 @@ from growlm.modules import ModuleSet
 from growlm.modules.scoring import num_labels, passage_losses
 from growlm.progress import phase, say
 from growlm.training.admission import Comparison, require_no_worse
-from growlm.training.config import WholeModelConfig
+from growlm.training.config import ConversationConfig, WholeModelConfig
 from growlm.training.corpus import beginnings, halves, validation_tokens
 from growlm.training.general import HELDOUT_FILE
 from growlm.training.loop import require_finite, train
@@ -133,7 +133,8 @@ def train_whole(
     """
     refuse_existing(out)
     placement = Placement.of(config.device, config.precision)
-    corpus = text_data.read(data, text_key=config.text_key, separator=config.separator)
+    form = config.format if isinstance(config, ConversationConfig) else "text"
+    corpus = text_data.read(data, text_key=config.text_key, separator=config.separator, format=form)
     train_documents, heldout_documents = text_data.split(corpus, at_most=_HELDOUT_DOCUMENTS, seed=config.seed)
 
     settings = config.to_json() | {"threads": torch.get_num_threads(), "device": placement.device.type}
@@ -167,22 +168,24 @@ def _run(
     rate: Callable[[int], float],
     never_worse: bool,
 ) -> TrainedModel:
+    learned = config.loss if isinstance(config, ConversationConfig) else "all"
     packed = text_data.pack(
         train_documents,
         tokenizer,
         config.sequence_length,
         max_tokens=config.max_tokens,
+        loss=learned,
     )
-    passages = text_data.passages(heldout_documents, tokenizer, config.sequence_length)
+    passages = text_data.passages(heldout_documents, tokenizer, config.sequence_length, loss=learned)
     if not passages:
         raise DataError("the held-out text is shorter than two tokens; give more text")
     chosen_by, decided_by = halves(passages) if never_worse else ([], passages)
-    validation, heldout = ([p.tokens for p in part] for part in (chosen_by, decided_by))
+    heldout = [p.tokens for p in decided_by]
 
     base = Base(model, str(out), freeze=False)
     if base.max_positions is not None and config.sequence_length > base.max_positions:
         raise ConfigError(f"sequence_length is {config.sequence_length}; the config has {base.max_positions} positions")
-    for read in (packed.tokens, np.concatenate([*validation, *heldout])):
+    for read in (packed.tokens, np.concatenate([p.tokens for p in passages])):
         base.require_rows(read, f"{out}: its text", tokenizer)
     check_segments(
         base,
@@ -196,7 +199,7 @@ def _run(
         """Losses of held-out passages, and what of large pools they use."""
         model.eval()
         with autocast, phase("scoring held-out text", len(heldout), "passages"):
-            losses = passage_losses(ModuleSet(base), heldout)
+            losses = passage_losses(ModuleSet(base), heldout, counted=text_data.masks_of(decided_by))
         with autocast:
             return losses, count_pools(ModuleSet(base), heldout)
 
@@ -205,22 +208,24 @@ def _run(
     order = text_data.schedule(len(packed), config.batch_size, wanted=wanted, seed=config.seed)
 
     def loss_of_step(step: int) -> Tensor:
-        batch = packed[order[step]].to(placement.device)
-        inputs = batch[:, :-1]
+        inputs = packed[order[step]][:, :-1].to(placement.device)
+        labels = packed.labels(order[step]).to(placement.device)
         documents = document_ids(inputs, tokenizer.eos_token_id) if config.separate_documents else None
         with autocast:
             hidden, auxiliary = final_states(base, inputs, documents=documents, segment_length=config.segment_length)
         loss = linear_cross_entropy(
-            hidden.to(placement.dtype).flatten(0, 1), base.head_weight, batch[:, 1:].flatten(), softcap=base.softcap
+            hidden.to(placement.dtype).flatten(0, 1), base.head_weight, labels.flatten(), softcap=base.softcap
         )
         return loss if auxiliary is None else loss + auxiliary
 
-    scored = beginnings(validation, validation_tokens(wanted * config.sequence_length), config.seed)
+    some = beginnings(chosen_by, validation_tokens(wanted * config.sequence_length), config.seed)
+    scored, counted = [p.tokens for p in some], text_data.masks_of(some)
 
     def score() -> float:
         model.eval()
         with autocast:
-            loss = float(passage_losses(ModuleSet(base), scored).sum()) / num_labels(scored)
+            losses = passage_losses(ModuleSet(base), scored, counted=counted)
+            loss = float(losses.sum()) / num_labels(scored, counted)
         model.train()
         return loss
 
@@ -244,8 +249,8 @@ def _run(
     )
     tokens = sum(len(rows) for rows in order[:steps]) * config.sequence_length
     after, pools_after = measure()
-    counted = torch.tensor([len(p) - 1 for p in heldout])
-    found = Comparison.of(before, after, counted, [p.document_index for p in decided_by])
+    scored_of_each = torch.tensor([p.num_scored for p in decided_by])
+    found = Comparison.of(before, after, scored_of_each, [p.document_index for p in decided_by])
     require_finite(f"{out}: the held-out loss after training", found.after)
     if never_worse and not getattr(config, "admit_anyway", False):
         require_no_worse(str(out), found, "the checkpoint that it began with", "give a lower --learning-rate")
@@ -286,7 +291,7 @@ def _save(
     shutil.rmtree(ready, ignore_errors=True)
     save_model(model.to("cpu"), ready)
     tokenizer.save_pretrained(ready)
-    lines = [json.dumps({"text": d.text}, ensure_ascii=False) for d in heldout]
+    lines = [json.dumps({"text": d.plain}, ensure_ascii=False) for d in heldout]
     (ready / HELDOUT_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
     record["sources"] = [asdict(s) for s in corpus.sources]
     write_atomic(ready / f"{verb}.json", json.dumps(record, indent=2).encode())

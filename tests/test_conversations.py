@@ -1,0 +1,443 @@
+"""Conversations: read from every known form, packed with a mask of their answers, and learned by these alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chats import VOCAB_WITH_MARKERS, chat_tokenizer
+from disk import write_jsonl
+from growlm.data import Document, Template, TextData, Turn, pack, passages, read, show, split, summary
+from growlm.errors import ConfigError, DataError
+from growlm.layers import cross_entropy
+from growlm.modules import ModuleSet
+from growlm.progress import reporting
+from growlm.store import Store
+from growlm.training.config import FinetuneConfig, LearnConfig, PretrainConfig
+from growlm.training.corpus import TrainingCorpus
+from growlm.training.finetune import finetune
+from growlm.training.learn import learn
+from growlm.training.pretrain import pretrain
+from tiny import TEXT, make_model
+
+CHATML = chat_tokenizer()
+END = CHATML.eos_token_id
+TURNS = (Turn("user", "Who pays?"), Turn("assistant", "The tenant."))
+FORMS: dict[str, dict[str, Any]] = {
+    "messages": {
+        "messages": [{"role": "user", "content": "Who pays?"}, {"role": "assistant", "content": "The tenant."}]
+    },
+    "sharegpt": {"conversations": [{"from": "human", "value": "Who pays?"}, {"from": "gpt", "value": "The tenant."}]},
+    "alpaca": {"instruction": "Who pays?", "input": "", "output": "The tenant."},
+    "prompt": {"prompt": "Who pays?", "completion": "The tenant."},
+}
+QUESTIONS = ["kitchen", "cellar", "attic", "garage", "garden", "hall"]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+fast = settings(max_examples=30, deadline=None)
+texts = st.text(alphabet="abc ", min_size=1, max_size=30).filter(lambda text: not text.isspace())
+
+
+def chat(number: int) -> dict[str, Any]:
+    room = QUESTIONS[number % 6]
+    return {"prompt": f"Who pays for {room} {number}?", "completion": f"The tenant of {room} pays."}
+
+
+def write_records(path: Path, *records: Any) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def documents(*pairs: tuple[str, str]) -> list[Document]:
+    return [
+        Document(f"{pair}", f"d:{n}", (Turn("user", pair[0]), Turn("assistant", pair[1])))
+        for n, pair in enumerate(pairs)
+    ]
+
+
+def refused(path: Path, error: type[Exception] = DataError, **options: Any) -> str:
+    with pytest.raises(error) as caught:
+        read([path], **{"format": "auto", **options})
+    message = str(caught.value)
+    assert "\n" not in message
+    return message.removeprefix(f"{path.parent.as_posix()}/")
+
+
+# Reading
+
+
+@pytest.mark.parametrize("format", FORMS)
+def test_every_form_is_found_by_its_keys_or_by_its_name(tmp_path, format):
+    file = write_records(tmp_path / "a.jsonl", FORMS[format])
+    for asked in ("auto", format):
+        (document,) = read([file], format=asked).documents
+        assert document.turns == TURNS
+        assert document.source.endswith("a.jsonl:1")
+        assert document.plain == "Who pays?\n\nThe tenant."
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([FORMS[format]]), tmp_path / "a.parquet")
+    (tmp_path / "a.json").write_text(json.dumps(FORMS[format]))  # one record, not a list of messages
+    for name in ("a.parquet", "a.json"):
+        assert read([tmp_path / name], format="auto").documents[0].turns == TURNS
+
+
+def test_more_than_question_and_answer(tmp_path):
+    parts = [{"type": "text", "text": "Who "}, {"type": "text", "text": "pays?"}]
+    said = [{"role": "developer", "content": "Be short."}, {"role": "user", "content": parts}]
+    said += [{"role": "assistant", "content": "The tenant."}, {"role": "tool", "content": "7"}]
+    records = [
+        {"messages": said, "id": 7},
+        {"messages": [{"from": "human", "value": "Who pays?"}, {"from": "gpt", "value": "The tenant."}]},
+    ]
+    long, other = read([write_records(tmp_path / "a.jsonl", *records)], format="auto").documents
+    assert long.turns == (Turn("system", "Be short."), *TURNS, Turn("tool", "7"))
+    assert other.turns == TURNS
+    (tmp_path / "a.csv").write_text("instruction,input,output,system\nWho pays?,The rent.,The tenant.,Be short.\n")
+    (found,) = read([tmp_path / "a.csv"], format="auto").documents
+    assert found.turns == (Turn("system", "Be short."), Turn("user", "Who pays?\n\nThe rent."), TURNS[1])
+
+
+def test_text_stays_text(tmp_path):
+    """Where a record has both, and wherever conversations were not asked for."""
+    file = write_records(tmp_path / "a.jsonl", {"text": "one", **FORMS["messages"]})
+    assert read([file], format="auto").documents == [Document("one", f"{file.as_posix()}:1")]
+    assert read([file], format="messages").documents[0].turns == TURNS
+    assert "no key 'text' among 'messages'" in refused(write_records(file, FORMS["messages"]), format="text")
+
+
+def test_what_is_said_and_by_whom_is_what_a_body_is(tmp_path):
+    one = read([write_records(tmp_path / "a.jsonl", FORMS["prompt"])], format="auto")
+    same = read([write_records(tmp_path / "b.jsonl", FORMS["sharegpt"])], format="auto")
+    other = [{"role": "assistant", "content": "Who pays?"}, {"role": "user", "content": "The tenant."}]
+    turned = read([write_records(tmp_path / "c.jsonl", {"messages": other})], format="auto")
+    assert one.digest == same.digest != turned.digest
+
+
+ANSWER = {"role": "assistant", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"messages": [{"role": "bot", "content": "a"}, ANSWER]}, "message 1: role is 'bot', expected one of system"),
+        ({"messages": [ANSWER, {"role": "user"}]}, "message 2: 'content' is null, expected a string"),
+        ({"messages": [ANSWER, {"content": "a"}]}, "message 2: role is None, expected"),
+        ({"messages": [{"from": "x", "value": "a"}, ANSWER]}, "message 1: from is 'x', expected"),
+        ({"messages": [ANSWER, "a"]}, "message 2 is of type str, expected an object"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "no answer of the assistant's"),
+        ({"messages": [{"role": "assistant", "content": " "}]}, "no answer of the assistant's"),
+        ({"messages": []}, "no answer of the assistant's"),
+        ({"messages": "a"}, "'messages' is of type str, expected a list"),
+        ({"messages": [{**ANSWER, "content": [{"type": "image"}]}]}, "message 1: 'content' is of type list"),
+        ({"prompt": "a", "completion": None}, "'completion' is null"),
+        ({"prompt": "a", "completion": "\ud800"}, "'completion' holds half of a surrogate pair"),
+        ({"instruction": "a", "input": 7, "output": "a"}, "'input' is of type int"),
+        ({"question": "a"}, "no key 'text' among 'question'; name the one that holds the text with --text-key, or see"),
+        ({"text": "a"}, "a record of format text among those of format messages; put each in a file of its own"),
+        (FORMS["prompt"], "a record of format prompt among those of format messages"),
+    ],
+)
+def test_a_bad_record_is_named(tmp_path, record, expected):
+    records = [FORMS["messages"], record]
+    if not expected.startswith("a record of format") and "messages" not in record:
+        records = [*([FORMS["prompt"]] if "prompt" in record else [FORMS["alpaca"]]), record]
+    assert refused(write_records(tmp_path / "a.jsonl", *records)).startswith(f"a.jsonl:2: {expected}")
+
+
+def test_a_form_that_was_asked_for_must_be_there(tmp_path):
+    file = write_records(tmp_path / "a.jsonl", FORMS["alpaca"])
+    told = refused(file, format="sharegpt")
+    assert told.startswith("a.jsonl:1: no key 'conversations' among 'instruction', 'input', 'output'")
+    assert "format 'chat' is not one of auto, text, messages" in refused(file, ConfigError, format="chat")
+    (tmp_path / "a.csv").write_text("prompt,answer\na,b\n")
+    assert "no column 'completion' among 'prompt', 'answer'" in refused(tmp_path / "a.csv", format="prompt")
+
+
+def test_conversations_are_held_out_whole():
+    many = TextData([d for n in range(40) for d in documents((f"q{n} " + "x" * 5000, f"a{n}"))], [])
+    train, held = split(many, passage_chars=10)
+    assert len(held) == 10  # a quarter
+    assert sorted(d.text for d in train + held) == sorted(d.text for d in many.documents)
+    assert all(d.turns for d in train + held)
+    again, whole = split(TextData([d for n in range(100) for d in documents((f"q{n}" + "x" * 50_000, "a"))], []))
+    assert len(again) + len(whole) == 100
+    assert all(len(d.text) > 50_000 for d in whole)
+
+
+# Packing
+
+
+def rows_of(packed: Any) -> list[tuple[list[int], list[bool]]]:
+    return list(zip(packed.tokens.tolist(), packed.counted.tolist(), strict=True))
+
+
+@fast
+@given(pairs=st.lists(st.tuples(texts, texts), min_size=1, max_size=12), length=st.integers(8, 60))
+def test_every_conversation_stands_in_one_row_from_its_beginning(pairs, length):
+    talks = documents(*pairs)
+    written = [Template(CHATML).write(d.turns) for d in talks]
+    expected = [(w.tokens[: length + 1], w.answers[: length + 1]) for w in written]
+    expected = [(tokens, answers) for tokens, answers in expected if any(answers[1:])]
+    if not expected:
+        with pytest.raises(DataError, match="no conversation has an answer within"):
+            pack(talks, CHATML, length)
+        return
+    packed = pack(talks, CHATML, length)
+    assert packed.tokens.shape == packed.counted.shape == (len(packed), length + 1)
+    assert packed.counted[:, 1:].any(-1).all()  # no row without anything to learn
+    assert packed.num_counted == sum(sum(answers) for _, answers in expected)
+    found = [(tokens, counted) for tokens, counted in rows_of(packed)]
+    for tokens, answers in expected:
+        for row, counted in found:
+            at = next((i for i in range(len(row)) if row[i : i + len(tokens)] == tokens), None)
+            if at is not None and counted[at : at + len(tokens)] == answers:
+                break
+        else:
+            pytest.fail(f"{tokens} is nowhere whole")
+    labels = packed.labels(slice(None))
+    assert labels.dtype == torch.int64
+    mask = torch.from_numpy(packed.counted[:, 1:])
+    assert torch.equal(labels[mask], torch.from_numpy(packed.tokens[:, 1:].astype(np.int64))[mask])
+    assert bool((labels[~mask] < 0).all())
+    # What is held out is scored by the same tokens.
+    for passage, (tokens, answers) in zip(passages(talks, CHATML, length + 1), expected, strict=True):
+        assert (passage.tokens, passage.counted) == (tokens, answers)
+
+
+def test_rows_are_filled():
+    talks = documents(*[("a" * (n % 40), "b" * (n % 7 + 1)) for n in range(300)])
+    packed = pack(talks, CHATML, 256)
+    used = sum(len(Template(CHATML).write(d.turns).tokens) + 1 for d in talks)
+    assert used / packed.tokens.size > 0.9
+
+
+def test_all_of_a_conversation_is_learned_if_asked():
+    (talk,) = documents(("one two", "three"))
+    packed = pack([talk], CHATML, 40, loss="all")
+    size = len(Template(CHATML).write(talk.turns).tokens)
+    assert packed.counted[0].tolist() == [False] + [True] * (size - 1) + [False] * (41 - size)
+    (passage,) = passages([talk], CHATML, 40, loss="all")
+    assert sum(passage.counted[1:]) == size - 1
+    with pytest.raises(ConfigError, match="loss 'some' is not one of answers, all"):
+        pack([talk], CHATML, 40, loss="some")
+
+
+def test_records_without_anything_left_to_learn_are_named(capsys):
+    talks = documents(("one", "two"), *[("long " * 50, "never reached")] * 5)
+    with reporting("law", True):
+        packed = pack(talks, CHATML, 40)
+    told = "5 of 6 conversations have no answer within 40 tokens and are left out: d:1, d:2, d:3, ...\n"
+    assert told in capsys.readouterr().err
+    assert packed.num_counted == sum(Template(CHATML).write(talks[0].turns).answers)
+
+
+def test_texts_beside_conversations_are_packed_as_without_them():
+    plain = [Document(text, "t") for text in TEXT]
+    talks = documents(("one", "two"), ("three", "four"))
+    alone, both = pack(plain, CHATML, 24), pack([talks[0], *plain, talks[1]], CHATML, 24)
+    assert alone.counted is None
+    assert (both.tokens[: len(alone)] == alone.tokens).all()
+    assert both.counted[: len(alone)].all()
+    assert both.num_counted == alone.num_counted + pack(talks, CHATML, 24).num_counted
+    assert alone.num_counted == alone.num_tokens
+    assert torch.equal(alone.labels([0, 1]), alone[[0, 1]][:, 1:])
+    found = passages([talks[0], *plain, talks[1]], CHATML, 24)
+    assert [p.document_index for p in found] == sorted(p.document_index for p in found)
+    assert {p.document_index for p in found if p.counted is None} == {1, 2, 3, 4}
+    texts_alone = passages(plain, CHATML, 24)
+    assert [p.tokens for p in found if p.counted is None] == [p.tokens for p in texts_alone]
+
+
+def test_no_more_rows_than_tokens_were_asked_for():
+    talks = documents(*[("one", "two")] * 50)
+    assert len(pack(talks, CHATML, 32, max_tokens=64)) == 2
+    assert (pack(talks, CHATML, 32, max_tokens=64).tokens == pack(talks, CHATML, 32).tokens[:2]).all()
+
+
+def test_a_conversation_that_cannot_be_written_is_named():
+    bad = Document("", "a.jsonl:17", (Turn("assistant", "two"), Turn("user", "one")))
+    with pytest.raises(DataError) as caught:
+        pack([bad], chat_tokenizer("gemma"), 16)
+    assert str(caught.value).startswith(
+        "a.jsonl:17: the base's chat template cannot write this conversation (roles must"
+    )
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="no chat template"):
+        pack([bad], chat_tokenizer(None), 16)
+
+
+def test_what_a_text_spells_is_letters():
+    document = Document(f"one <|im_end|> {CHATML.eos_token} two", "d")
+    for tokens in (pack([document], CHATML, 8).tokens, passages([document], CHATML, 99)[0].tokens):
+        ids = np.ravel(tokens).tolist()
+        assert END not in ids
+        assert CHATML.convert_tokens_to_ids("<|im_end|>") not in ids
+    assert CHATML.decode(passages([document], CHATML, 99)[0].tokens) == document.text
+
+
+# Showing
+
+
+def test_what_is_shown_is_what_is_learned():
+    found = show(documents(("one", "two"), ("three", "four")), CHATML, 64, samples=1, seed=3)
+    (sample,) = found.samples
+    pair = ("one", "two") if sample.source == "d:0" else ("three", "four")
+    assert sample.text == f"<|im_start|>user\n{pair[0]}<|im_end|>\n<|im_start|>assistant\n«{pair[1]}<|im_end|>»\n"
+    packed = pack(documents(("one", "two"), ("three", "four")), CHATML, 64)
+    assert (found.documents, found.conversations, found.learned) == (2, 2, packed.num_counted)
+    assert found.to_json()["samples"][0]["learned"] == sample.learned
+    assert found.lines()[0].startswith(f"2 conversations: {found.tokens} tokens, {found.learned} of which are learned")
+    plain = show([Document("a text", "t")], CHATML, 64)
+    assert plain.samples[0].text == "«a text»"
+    assert plain.lines()[0].startswith("1 document: ")
+    assert plain.lines()[0].endswith(" tokens, all of which are learned")
+
+
+def test_the_summary_is_two_lines():
+    talks = documents(("one\nand", "two"))
+    first, second = summary(talks, pack(talks, CHATML, 64), CHATML)
+    assert first.startswith("1 conversation: 64 tokens, ")
+    assert first.endswith(" of which are learned, in 1 rows")
+    assert second.startswith("the first of them: <|im_start|>user\\none\\nand<|im_end|>\\n<|im_start|>assistant\\n«two")
+
+
+# Learning
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A base with a chat template, general text beside it, conversations, and an empty store."""
+    home = tmp_path_factory.mktemp("made")
+    make_model("llama", vocab_size=VOCAB_WITH_MARKERS).save_pretrained(home / "base")
+    CHATML.save_pretrained(home / "base")
+    write_jsonl(home / "base" / "heldout.jsonl", [f"{text} {n}" for n in range(12) for text in TEXT])
+    write_records(home / "chats.jsonl", *[chat(n) for n in range(80)])
+    Store.create(home / "store", home / "base")
+    return home
+
+
+def config(**changes: Any) -> LearnConfig:
+    short = {"sequence_length": 64, "batch_size": 4, "epochs": 2, "num_layers": 1, "precision": "float32"}
+    return LearnConfig(**{**short, **changes})
+
+
+def expected_loss(store: Store, heldout: list[Document], *modules: Any) -> float:
+    """Nats a token of answers and of the ends of their turns, by whole logits."""
+    base, losses = store.load_base(), []
+    for document in heldout:
+        found = Template(store.load_tokenizer()).write(document.turns)
+        with torch.no_grad():
+            logits = ModuleSet(base, [store.load(name, base) for name in modules]).logits(torch.tensor([found.tokens]))
+        each = torch.nn.functional.cross_entropy(logits[0, :-1], torch.tensor(found.tokens[1:]), reduction="none")
+        losses.append(each[torch.tensor(found.answers[1:])])
+    return float(torch.cat(losses).mean())
+
+
+@pytest.mark.parametrize("vocabulary", ["head", "both"])
+def test_answers_are_learned_and_scored(home, store, vocabulary):
+    result = learn(store, "law", [home / "chats.jsonl"], config(vocabulary=vocabulary), progress=False)
+    validation, heldout = (split(read([home / "chats.jsonl"], format="auto"))[1][at::2] for at in (0, 1))
+    chosen_by = store.module("law").manifest.training["validation"]
+    assert chosen_by["0"] == pytest.approx(expected_loss(store, validation), rel=1e-4)
+    assert result.loss_before == pytest.approx(expected_loss(store, heldout), rel=1e-4)
+    assert result.loss_after == pytest.approx(expected_loss(store, heldout, "law"), rel=1e-4)
+    assert result.loss_after < 0.8 * result.loss_before
+
+
+def test_rates_are_tried_on_answers(home, store):
+    """Of a row a trial reads the beginning, in which there may be no answer yet."""
+    asked = [{"prompt": f"{n} is the room. " * 9, "completion": f"The tenant of {n} pays."} for n in range(80)]
+    source = write_records(home / "long.jsonl", *asked)
+    learn(store, "law", [source], config(sequence_length=128, batch_size=1), progress=False)
+    trials = store.module("law").manifest.training["trials"]
+    assert trials
+    assert min(trial["loss"] for trial in trials) > 0.5
+
+
+def test_nothing_but_answers_reaches_the_weights(home, store, monkeypatch):
+    """Labels that are not counted may be anything: here, other tokens."""
+    learn(store, "law", [home / "chats.jsonl"], config(), progress=False)
+    labels = (
+        TrainingCorpus.read([home / "chats.jsonl"], config()).tokenized(CHATML, config()).packed.labels(slice(None))
+    )
+    answers = {CHATML.decode([token]) for token in labels[labels >= 0].unique().tolist()}
+    assert "<|im_end|>" in answers
+    assert not answers & {"<|im_start|>", "?", "W"}
+    seen = []
+    whole = cross_entropy.linear_cross_entropy
+
+    def watched(hidden: Any, weight: Any, labels: Any, **options: Any) -> Any:
+        seen.append(labels)
+        return whole(hidden, weight, labels, **options)
+
+    monkeypatch.setattr("growlm.training.module_training.linear_cross_entropy", watched)
+    learn(store, "again", [home / "chats.jsonl"], config(epochs=1), progress=False)
+    assert {token for step in seen for token in step[step >= 0].tolist()} <= set(labels.unique().tolist())
+    assert all(bool((step < 0).any()) for step in seen)
+
+
+def test_the_router_is_shown_what_users_ask(home, store):
+    tokens = TrainingCorpus.read([home / "chats.jsonl"], config()).tokenized(CHATML, config())
+    train, held = split(read([home / "chats.jsonl"], format="auto"))
+    asked = [CHATML(d.turns[0].content)["input_ids"] for d in train]
+    assert tokens.prompts == (asked, [CHATML(d.turns[0].content)["input_ids"] for d in held])
+    shown = tokens._shown(10, 0)
+    assert len(shown) == 10
+    assert all(prompt in asked for prompt in shown)
+    learn(store, "law", [home / "chats.jsonl"], config(keep_samples="1MB"), progress=False)
+    from growlm.router.samples import read_samples
+
+    kept = read_samples(store.module("law"))
+    assert kept
+    assert all(prompt in asked for prompt in kept)
+
+
+def test_replay_of_other_kinds_is_read_along(home, store):
+    write_jsonl(home / "texts.jsonl", [f"{text} {n}" for n in range(20) for text in TEXT])
+    result = learn(store, "law", [home / "chats.jsonl"], config(replay=str(home / "texts.jsonl")), progress=False)
+    assert result.loss_after < result.loss_before
+    both = [home / "chats.jsonl", home / "texts.jsonl"]
+    assert learn(store, "both", both, config(epochs=1), progress=False).loss_after > 0
+
+
+def test_settings_of_conversations_are_recorded_only_where_they_were_given():
+    for made_of in (LearnConfig, FinetuneConfig):
+        assert not {"format", "loss"} & set(made_of().to_json())
+        told = made_of(format="alpaca", loss="all").to_json()
+        assert (told["format"], told["loss"]) == ("alpaca", "all")
+        with pytest.raises(ConfigError, match="loss 'none' is not one of"):
+            made_of(loss="none")
+        with pytest.raises(ConfigError, match="format 'chat' is not one of"):
+            made_of(format="chat")
+
+
+def test_a_base_without_a_template_says_what_to_do(home):
+    chat_tokenizer(None).save_pretrained(home / "base")
+    (home / "base" / "chat_template.jinja").unlink(missing_ok=True)
+    store = Store.create(home / "bare", home / "base")
+    with pytest.raises(ConfigError, match="has no chat template"):
+        learn(store, "law", [home / "chats.jsonl"], config(), progress=False)
+
+
+def test_finetune_learns_answers_and_pretrain_reads_text(home):
+    settings = FinetuneConfig(sequence_length=64, batch_size=4, epochs=2, precision="float32")
+    result = finetune(home / "base", home / "tuned", [home / "chats.jsonl"], settings, progress=False)
+    kept_out = split(read([home / "chats.jsonl"], format="auto"), at_most=256)[1]
+    heldout = kept_out[1::2]  # the half that decides
+    store = Store.create(home / "of-base", home / "base")
+    assert result.loss_before == pytest.approx(expected_loss(store, heldout), rel=1e-4)
+    tuned = Store.create(home / "of-tuned", home / "tuned")
+    assert result.loss_after == pytest.approx(expected_loss(tuned, heldout), rel=1e-4)
+    assert result.loss_after < 0.8 * result.loss_before
+    kept = [json.loads(line)["text"] for line in (home / "tuned" / "heldout.jsonl").read_text().splitlines()]
+    assert kept == [d.plain for d in kept_out]
+    with pytest.raises(DataError, match="no key 'text' among 'prompt', 'completion'"):
+        pretrain(home / "new", [home / "chats.jsonl"], PretrainConfig(preset="tiny"), progress=False)
