@@ -283,7 +283,7 @@ def test_a_module_that_does_worse_than_the_base_is_said_to(home, run):
         "learn", "store", "other", "--data", "other.jsonl", *LEARN, "--learning-rate", "0.9", "--epochs", "1"
     )
     assert code == 0, err
-    before, after = map(float, out.split("loss ")[1].split(" after")[0].split(" -> "))
+    before, after = map(float, out.split("loss ")[1].split(" (gain")[0].split(" -> "))
     assert ("does worse than the base" in err) == (after > before)
     assert after > before
 

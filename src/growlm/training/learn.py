@@ -118,6 +118,8 @@ def _learn(
     store.check_base()
     tokenizer = store.load_tokenizer()
     tokens = body.tokenized(tokenizer, config)
+    for line in body.lines(tokens, tokenizer):
+        say(line)
 
     run = _run_id(store, name, old.version if old else 0, body, config, placement)
     with run_folder(folder_of(store, name, run), busy, restart=restart) as work:

@@ -42,10 +42,11 @@ def learn(
     if as_json:
         return print_json(result.to_json())
     error = "" if result.error is None else f" ± {result.error:.3f}"
+    gain = f"gain {result.gain:.3f}{error}, {plural(result.texts or 0, 'held-out text')}"
     print(
-        f"{name} version {result.version}: held-out loss {result.loss_before:.3f} -> {result.loss_after:.3f} (gain "
-        f"{result.gain:.3f}{error}, {plural(result.texts or 0, 'held-out text')}) after {result.tokens:,} tokens in {result.seconds:,.0f} s "
-        f"({result.tokens_per_second:,.0f} tokens/s)" + (f"; router version {result.router}" if result.router else "")
+        f"{name} version {result.version}: held-out loss {result.loss_before:.3f} -> {result.loss_after:.3f} ({gain}) "
+        f"after {result.tokens:,} tokens in {result.seconds:,.0f} s ({result.tokens_per_second:,.0f} tokens/s)"
+        + (f"; router version {result.router}" if result.router else "")
     )
     if result.loss_after > result.loss_before:
         note(f"{name} does worse than the base on its own held-out text: give more text or --epochs, or remove it")
