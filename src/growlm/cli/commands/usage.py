@@ -67,10 +67,12 @@ def usage(
         text_key=text_key,
         separator=separator,
     )
-    if figure is not None:
+    if figure is not None and found.places:
         from growlm.usage.figures import write_usage
 
         note(f"figure: {write_usage(found, figure)}")
+    elif figure is not None:
+        note(f"--figure {figure}: not drawn: a figure shows routed experts, and there are none; product keys are below")
     if as_json:
         return print_json(found.to_json())
     print("\n".join(found.lines()))
