@@ -218,12 +218,15 @@ def test_results_are_on_stdout_and_remarks_on_stderr(home, run):
         (("export", "store", "out", "--module", "digits"), "from_pretrained"),
         (("remove", "store", "signs", "--yes"), "removed signs"),
         (("new", "fresh", "--base", "base"), "made for base"),
-        (("learn", "store", "other", "--data", "other.jsonl", *LEARN), "other version 1"),
         (("version",), __version__),
     ]:
         code, out, err = run(*arguments)
         assert (code, err) == (0, ""), arguments
         assert word in out
+    code, out, err = run("learn", "store", "other", "--data", "other.jsonl", *LEARN)
+    assert (code, out.startswith("other version 1: held-out loss")) == (0, True)
+    assert all(line.startswith("other: ") for line in err.splitlines())
+    assert "12 documents: 512 tokens, all of which are learned" in err
 
 
 def test_eval_writes_its_report(home, run):
@@ -475,7 +478,9 @@ def interrupted(*arguments, **options):
 def test_ctrl_c_says_what_is_true(home, run, answer, monkeypatch, arguments, where, message):
     with monkeypatch.context() as patch:
         patch.setattr(where, interrupted)
-        assert run(*arguments) == (1, "", message + "\n")
+        status, out, err = run(*arguments)
+    assert (status, out, err.splitlines()[-1]) == (1, "", message)
+    assert all(line.startswith("other: ") for line in err.splitlines()[:-1])
     if arguments[0] == "learn":
         assert list((home / "store" / "work").glob("other-*/checkpoint.json"))  # so it was not true of nothing
         assert answer(*arguments)["version"] == 1

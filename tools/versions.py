@@ -113,7 +113,7 @@ def lock(torch: str) -> int:
     with tempfile.TemporaryDirectory() as folder:
         env = Environment(Path(folder))
         env.install_torch(torch)
-        env.install("--editable", ".[dev]")
+        env.install("--editable", ".[dev,documents]")
         found = env.versions()
     before = tested() if CONSTRAINTS.exists() else {}
     head = _HEAD.format(date=date.today(), python=".".join(map(str, sys.version_info[:2])))
