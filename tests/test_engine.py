@@ -863,6 +863,7 @@ def test_a_module_in_memory_answers_on_when_it_grows_on_the_disk(pools, place):
             engine.logits(IDS, "letters")
 
 
+@pytest.mark.slow
 @PLACES
 @pytest.mark.parametrize("ask", ["logits", "generate", "many", "mix"])
 def test_a_version_in_memory_gives_way_where_the_smaller_one_on_the_disk_fits_beside_others(

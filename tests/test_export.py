@@ -46,6 +46,7 @@ def reload(folder: Path, input_ids: Tensor) -> tuple[AutoModelForCausalLM, Tenso
     return model, model.eval()(input_ids).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("family", FAMILIES)

@@ -156,6 +156,7 @@ def test_a_family_of_another_shape_learns(home):
     assert result.loss_after < 0.95 * result.loss_before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "fork", "rows"),
     [
@@ -347,6 +348,7 @@ def test_the_same_seed_gives_the_same_bytes(home, store, precision):
     assert weights_of(other, version=2) != weights_of(store)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "limit"), [("float32", 0), ("float32", "4kB"), ("bfloat16", 0)])
 def test_the_feature_cache_changes_the_speed_and_not_the_result(home, store, precision, limit):
     other = Store.create(home / "other", home / "base")
@@ -404,6 +406,7 @@ def test_restart_begins_anew_and_ends_the_same(home, store):
     assert_nothing_left(store)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("instant", ["growlm.router.committing.add_domain", "growlm.training.learn.empty"])
 @pytest.mark.parametrize("update", [False, True])
 def test_a_run_that_was_killed_once_its_module_was_saved_only_has_to_end(home, store, monkeypatch, instant, update):
@@ -575,6 +578,7 @@ def test_a_module_that_overflows_where_it_is_served_is_not_committed(home):
     assert "--learning-rate" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["flipped", "missing", "empty", "list", "numbers", "elsewhere"])
 def test_a_damaged_checkpoint_is_named_and_restart_begins_anew(home, store, damage):
     with at_step(9, interrupt), pytest.raises(Interrupted):

@@ -43,6 +43,7 @@ def tensors(store: Store, name: str = "law") -> dict[str, torch.Tensor]:
     return dict(store.load(name, store.load_base()).state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("replace", "precision"), [(False, "bfloat16"), (True, "float32")])
 def test_it_is_learned_and_changes_nothing_else(store: Store, replace: bool, precision: str) -> None:
     ids = random_ids(2, 9)

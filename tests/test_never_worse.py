@@ -118,6 +118,7 @@ def test_a_run_finds_its_rate_and_says_what_it_tried(store, capfd):
     assert store.module("lease").manifest.training["trials"] == []
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_at_its_trials_ends_with_the_same_bytes(store, monkeypatch):
     source, settings = store.path.parent / "law.jsonl", config(epochs=4)
     whole = store.beside(store.path.parent / "whole")
@@ -235,6 +236,7 @@ def test_a_best_step_that_is_damaged_is_named(tmp_path, damage):
         run.validation.keep_best()
 
 
+@pytest.mark.slow
 def test_read_too_often_a_text_is_kept_at_its_best(store):
     """Few words, very often, at a high rate: what was held out gets worse while the text itself is learned by heart."""
     source = write_jsonl(store.path.parent / "few.jsonl", [f"{n} {chr(0x4E00 + n * 37 % 500) * 9}" for n in range(20)])
@@ -397,6 +399,7 @@ def test_an_update_that_is_worse_than_what_it_replaces_is_refused(store):
     assert learn(store, "law", [source], config(epochs=7, learning_rate=1e-2), update=True, progress=False).version == 2
 
 
+@pytest.mark.slow
 def test_an_update_is_compared_with_what_is_current_when_it_is_saved(store, monkeypatch):
     """Another run has saved a better version meanwhile."""
     source = store.path.parent / "law.jsonl"
@@ -460,6 +463,7 @@ def test_a_base_is_let_go_of_after_training(store):
         gc.enable()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("length", "batch"), [(16, 1), (32, 1), (32, 8), (256, 1), (256, 8)])
 def test_trials_read_a_tenth_of_what_the_run_reads(store, monkeypatch, length, batch):
     read: list[int] = []

@@ -420,6 +420,7 @@ def made(tmp_path_factory):
     return home
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("line", VERBS)
 def test_every_phase_of_every_verb_is_heard(home, monkeypatch, capsys, line):

@@ -162,6 +162,7 @@ def test_unknown_kinds_are_refused(home, store):
 # The trained router
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_runs_layers_of_every_family(tmp_path, family):
     store = make_store(tmp_path, family, {"letters": {}, "digits": {}}, keep_samples=100_000)

@@ -60,6 +60,7 @@ def sizes(store: Store) -> dict[str, int]:
     return {name: module.bytes for name, module in store.modules.items()}
 
 
+@pytest.mark.slow
 def test_an_answer_is_that_of_the_set(engine: Engine) -> None:
     answers = set()
     for names in [BOTH, ("letters", "signs"), ("digits", "letters", "signs")]:
