@@ -51,7 +51,7 @@ def case_of(kind: str, name: str, settings: dict[str, Any], vocabulary: str) -> 
 def marks_of(family: str, kind: str, name: str) -> Any:
     """One case a kind, of families that differ most, runs under other releases of transformers too."""
     first = name == next(iter(SHAPES[kind]))
-    return pytest.mark.versions if first and family in ("llama", "gemma2", "gemma3_text", "gpt_neox", "growlm") else ()
+    return pytest.mark.versions if first and family in ("llama", "gemma3_text", "gpt_neox", "growlm") else ()
 
 
 def pairs_of(families: Sequence[str], kinds: Container[str] = KINDS) -> Any:
