@@ -336,7 +336,7 @@ def test_so_many_tokens_are_scored_as_were_asked_for(lengths, wanted):
     passages = [text_data.Passage(list(range(n)), 0) for n in lengths]
     chosen = [p.tokens for p in beginnings(passages, wanted, seed=1)]
     total = sum(map(len, chosen))
-    assert total >= min(wanted, sum(min(n, 256) for n in lengths))
+    assert total >= min(wanted, sum(min(n, 128) for n in lengths))
     assert total - len(chosen[-1]) < wanted
     assert all(p == list(range(len(p))) for p in chosen)
 
@@ -345,7 +345,7 @@ def test_a_conversation_is_read_as_far_as_its_first_answer():
     long, late = [False] * 300, [False] * 300
     long[7] = long[290] = late[290] = True
     found = beginnings([text_data.Passage([1] * 300, n, c) for n, c in enumerate((long, late))], 9999, seed=1)
-    assert {p.document_index: (len(p.tokens), p.num_scored) for p in found} == {0: (256, 1), 1: (300, 1)}
+    assert {p.document_index: (len(p.tokens), p.num_scored) for p in found} == {0: (128, 1), 1: (300, 1)}
     assert halves([found[0]]) == ([found[0]], [found[0]])
 
 

@@ -28,7 +28,7 @@ from growlm.store import MIN_SAMPLE_BYTES, WEIGHTS, Store, StoredModule
 from growlm.training.admission import Comparison
 from growlm.training.config import ModuleTrainConfig
 
-_BEGINNING = 256  # tokens of a passage that are scored, at most
+_BEGINNING = 128  # tokens of a passage that are scored, at most: many short ones are surer than few long ones
 _DECIDING_SHARE = 20  # tokens of the run for each one by which it is decided whether a module is admitted,
 _DECIDING_TOKENS = 2048  # and so many at the least
 _VALIDATION_SHARE = 30  # tokens of the run for each one on which its steps are scored
