@@ -7,7 +7,7 @@ nothing that grows with the pool but the sub-keys' scores: gradients of the tabl
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,22 @@ Scores = Literal["softmax", "sigmoid"]
 _MEAN_SQUARE = 0.42  # of gelu on a unit normal; other activations are near enough
 
 
+class KeyOptions(TypedDict, total=False):
+    """Of the product keys of a pool.
+
+    Attributes:
+        key_size: width of a whole key, by default d / 2.
+        query_norm, sub_keys, num_open: see `ProductKeys`.
+        query_dropout: of the queries, in training.
+    """
+
+    key_size: int | None
+    query_norm: QueryNorm
+    query_dropout: float
+    sub_keys: tuple[int, int] | None
+    num_open: int | None
+
+
 class PEER(nn.Module):
     """Parameter-efficient expert retrieval, (batch, tokens, d) -> (batch, tokens, d).
 
@@ -35,11 +51,9 @@ class PEER(nn.Module):
         scores: gates are the `softmax` of a head's retrieved scores, or the `sigmoid` of each.
         neurons_per_expert: hidden neurons, f.
         gated: the activation of one half of an expert's 2 f products multiplies the other half (as SwiGLU).
-        key_size: width of a whole key, by default d / 2.
-        query_norm, sub_keys, num_open: see `ProductKeys`.
         dropout: of the hidden neurons, in training.
-        query_dropout: of the queries, in training.
         dtype: of the tables' rows, by default torch's.
+        keys: see `KeyOptions`.
 
     Attributes:
         up: (N, f d), or (N, 2 f d) if gated; row i holds the u of expert i, one after the other.
@@ -61,24 +75,18 @@ class PEER(nn.Module):
         scores: Scores = "softmax",
         neurons_per_expert: int = 1,
         gated: bool = False,
-        key_size: int | None = None,
-        query_norm: QueryNorm = "batch",
         dropout: float = 0.0,
-        query_dropout: float = 0.0,
-        sub_keys: tuple[int, int] | None = None,
-        num_open: int | None = None,
         output_rms: float = 0.1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **keys: Unpack[KeyOptions],
     ) -> None:
         super().__init__()
         _check(scores, neurons_per_expert, dropout)
         width = neurons_per_expert * hidden_size
         widths = (width * 2 if gated else width, width)
         require_room_for_rows(num_experts, sum(widths), device, dtype)
-        self.keys = _product_keys(
-            hidden_size, num_experts, num_heads, top_k, key_size, query_norm, query_dropout, sub_keys, num_open, device
-        )
+        self.keys = _product_keys(hidden_size, num_experts, num_heads, top_k, device, **keys)
         self.scores, self.activation, self.dropout = scores, activation, dropout
         self.neurons_per_expert, self.gated, self.output_rms = neurons_per_expert, gated, output_rms
         self.up = nn.Parameter(new_table(num_experts, widths[0], device=device, dtype=dtype))
@@ -139,22 +147,16 @@ class ProductKeyMemory(nn.Module):
         top_k: int = 16,
         *,
         scores: Scores = "softmax",
-        key_size: int | None = None,
-        query_norm: QueryNorm = "batch",
         dropout: float = 0.0,
-        query_dropout: float = 0.0,
-        sub_keys: tuple[int, int] | None = None,
-        num_open: int | None = None,
         output_rms: float = 0.1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **keys: Unpack[KeyOptions],
     ) -> None:
         super().__init__()
         _check(scores, 1, dropout)
         require_room_for_rows(num_experts, hidden_size, device, dtype)
-        self.keys = _product_keys(
-            hidden_size, num_experts, num_heads, top_k, key_size, query_norm, query_dropout, sub_keys, num_open, device
-        )
+        self.keys = _product_keys(hidden_size, num_experts, num_heads, top_k, device, **keys)
         self.scores, self.dropout, self.output_rms = scores, dropout, output_rms
         self.values = nn.Parameter(new_table(num_experts, hidden_size, device=device, dtype=dtype))
         self.reset_tables()
@@ -176,19 +178,16 @@ def _product_keys(
     num_experts: int,
     num_heads: int,
     top_k: int,
-    key_size: int | None,
-    query_norm: QueryNorm,
-    dropout: float,
-    sub_keys: tuple[int, int] | None,
-    num_open: int | None,
     device: torch.device | str | None,
+    *,
+    key_size: int | None = None,
+    query_dropout: float = 0.0,
+    **others: Any,
 ) -> ProductKeys:
-    if key_size is None:
-        key_size = max(hidden_size // 4 * 2, 2)
+    width = max(hidden_size // 4 * 2, 2) if key_size is None else key_size
     return ProductKeys(
-        hidden_size, num_experts, num_heads, top_k, key_size=key_size, query_norm=query_norm, dropout=dropout,
-        sub_keys=sub_keys, num_open=num_open, device=device,
-    )  # fmt: skip
+        hidden_size, num_experts, num_heads, top_k, key_size=width, dropout=query_dropout, device=device, **others
+    )
 
 
 def _retrieve(keys: ProductKeys, kind: Scores, tokens: Tensor, mask: Tensor | None) -> Retrieval:
