@@ -17,6 +17,7 @@ from growlm.layers import PEER, retrievals
 from growlm.training import checkpoints, loop, optim
 from growlm.training.config import TrainConfig
 from growlm.training.optim import RowAdamW, _Rounding, clip_gradients, make_optimizer, rows_of, untouched_zeros
+from interruptions import in_new_process, kill_everywhere
 
 
 def sparse_of(rows: list[int], values: Tensor, size: int) -> Tensor:
@@ -404,3 +405,35 @@ def test_a_parameter_is_either_a_table_or_dense() -> None:
         optimizer.step()
     with pytest.raises(ValueError, match="second_moment 'none'"):
         make_optimizer({"t": table}, lr=0.1, second_moment="none")  # type: ignore[arg-type]
+
+
+def at_checkpoint(step: int) -> tuple[nn.Sequential, RowAdamW]:
+    """A model and its optimiser as a run has them after so many steps."""
+    net = model(16, seed=step)
+    optimizer = make_optimizer(net, lr=0.01)
+    run(net, optimizer, range(1))
+    return net, optimizer
+
+
+def save_second(folder: Path) -> None:
+    net, optimizer = at_checkpoint(2)
+    checkpoints.save(folder, dict(net.named_parameters()), dict(net.named_buffers()), optimizer, 2, 2.0)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_a_kill_cut_short_is_the_one_before(tmp_path):
+    """Killed at whatever it asks of the disk."""
+    net, optimizer = at_checkpoint(1)
+    checkpoints.save(tmp_path / "run", dict(net.named_parameters()), dict(net.named_buffers()), optimizer, 1, 1.0)
+    in_new_process(kill_everywhere, save_second, tmp_path / "run", tmp_path / "killed")
+    found = []
+    for killed in (tmp_path / "killed").iterdir():
+        other = model(16, seed=7)
+        named, buffers = dict(other.named_parameters()), dict(other.named_buffers())
+        step, seconds = checkpoints.restore(killed, named, buffers, make_optimizer(other, lr=0.01), 10)
+        assert seconds == step
+        wanted = at_checkpoint(step)[0].state_dict()
+        assert all(torch.equal(tensor, wanted[name]) for name, tensor in other.state_dict().items())
+        found.append(step)
+    assert set(found) == {1, 2}
+    assert len(found) > 4
