@@ -99,6 +99,11 @@ def test_few_steps_speak_for_low_rates_so_that_a_higher_one_counts_as_better(tmp
     assert find_rate([1, 2, 3, 4], [(4, 1), (2, 2)], lambda rate, steps: of[rate], tmp_path / "t.json")[0] == best
 
 
+def test_where_all_rates_diverge_the_lowest_is_left(tmp_path):
+    found = find_rate([1, 2, 3, 4], [(4, 1), (2, 2)], lambda rate, steps: math.inf, tmp_path / "t.json")
+    assert found[0] == 1
+
+
 def test_rates_are_tried_around_what_the_width_says():
     assert candidates(2e-3) == [2e-4, 6.4e-4, 2e-3, 6.4e-3]
 

@@ -23,11 +23,10 @@ from growlm.base.settings import (
     foreign,
     read_object,
     require_read_settings,
-    shortened,
 )
 from growlm.base.tokenizer import read_tokenizer
 from growlm.disk.files import sha256_file
-from growlm.errors import BaseModelError
+from growlm.errors import BaseModelError, shortened
 from growlm.progress import phase
 
 if TYPE_CHECKING:

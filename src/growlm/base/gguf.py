@@ -18,9 +18,9 @@ import numpy as np
 
 from growlm.base.gguf_file import GGUFFile, is_gguf, read_gguf
 from growlm.base.gguf_tokenizer import GGUFTokenizer, tokenizer_of
-from growlm.base.settings import foreign, shortened
+from growlm.base.settings import foreign
 from growlm.disk.tensors import write_tensors
-from growlm.errors import BaseModelError
+from growlm.errors import BaseModelError, shortened
 from growlm.progress import phase, track
 
 __all__ = ["FILES", "is_gguf", "write_checkpoint"]

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from growlm.base.settings import shortened
-from growlm.errors import BaseModelError
+from growlm.errors import BaseModelError, shortened
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)

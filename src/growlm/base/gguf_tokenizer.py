@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from growlm.base.gguf_file import GGUFFile
-from growlm.base.settings import shortened
-from growlm.errors import BaseModelError
+from growlm.errors import BaseModelError, shortened
 
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6  # types of tokens; 1 is a normal one, 5 one that is not used
 _ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # what transformers and a file call them

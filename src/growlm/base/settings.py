@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from growlm.disk.files import read_json
-from growlm.errors import BaseModelError, GrowlmError
+from growlm.errors import BaseModelError, GrowlmError, shortened
 
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -170,9 +170,3 @@ def foreign(where: Path | str, what: str = "") -> Iterator[None]:
 def _reason(error: BaseException) -> str:
     told = " ".join(str(error).split())
     return f"{type(error).__name__}: {told}"[:300] if told else type(error).__name__
-
-
-def shortened(value: Any) -> str:
-    """A value for a message of one line."""
-    told = repr(value)
-    return told if len(told) <= 60 else f"{told[:60]}..."

@@ -13,6 +13,7 @@ import json
 import lzma
 import sys
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,28 +30,28 @@ _BUFFER = 1 << 20  # bytes of a file that are read at a time, after which it is 
 Record = Mapping[str, Any]
 
 
-class Fields:
+class Fields(ABC):
     """What is looked for in records, for `read_records`."""
 
+    @abstractmethod
     def columns(self, names: Sequence[str], where: str) -> list[str]:
         """Of a table's columns, those that are read.
 
         Raises:
             DataError: what is looked for is not among them.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def is_record(self, record: Record) -> bool:
         """Whether an object has what is looked for; else it may be one around a list of records."""
-        raise NotImplementedError
 
+    @abstractmethod
     def take(self, record: Record, where: str) -> None:
         """Receives each record in turn.
 
         Raises:
             DataError: it lacks what is looked for.
         """
-        raise NotImplementedError
 
 
 def kind_of(path: Path) -> tuple[str, str]:

@@ -191,7 +191,8 @@ class ModuleTraining:
         per_step = min(self._tokens_of(0) // self._trial_length, _TRIALS_A_STEP)
         plan = rounds(len(rates), len(self._steps), per_step)
         if not plan or self._imitated:  # what a pool imitates first says nothing of the rest
-            say(f"learning rate {computed:.2g}, computed from the base's width: the run is too short for trials")
+            why = "trials would only see it imitate" if plan else "the run is too short for trials"
+            say(f"learning rate {computed:.2g}, computed from the base's width: {why}")
             return computed
         start = {name: t.detach().clone() for name, t in {**trained, **buffers}.items()}
         rows: list[tuple[Tensor, Tensor]] = []

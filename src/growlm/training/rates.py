@@ -92,7 +92,7 @@ def find_rate(
 def _better_first(losses: Mapping[float, float]) -> list[float]:
     """Rates that do nearly as well as the best, the highest first; then the others, the best first."""
     best = min(losses.values())
-    near = [rate for rate, loss in losses.items() if loss <= best + _NEARLY * abs(best)]
+    near = [rate for rate, loss in losses.items() if math.isfinite(loss) and loss <= best + _NEARLY * abs(best)]
     rest = [rate for rate in losses if rate not in near]
     return [*sorted(near, reverse=True), *sorted(rest, key=lambda rate: (losses[rate], rate))]
 

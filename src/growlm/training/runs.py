@@ -59,7 +59,9 @@ def _drop_refused(folder: Path) -> None:
     name, dash, _ = folder.name.rpartition("-")
     for other in folder.parent.glob(f"{name}-*") if dash else ():
         if other != folder and other.name.rpartition("-")[0] == name and (other / _REFUSED).is_file():
-            shutil.rmtree(other, ignore_errors=True)
+            with locked(other.with_name(f"{other.name}.lock"), wait=False, keep=False) as mine:
+                if mine:  # else it is being admitted after all
+                    shutil.rmtree(other, ignore_errors=True)
 
 
 def empty(folder: Path) -> None:
