@@ -59,7 +59,7 @@ def add_module(
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:]).backward()
         optimizer.step()
-    seen = router.gather_evidence(base, texts[:30], texts[30:])
+    seen = router.gather_evidence(base, texts[:30], texts[30:], layer=store.manifest.routing_layer)
     record = {"probe": {"base": probe(ModuleSet(base)), "module": probe(ModuleSet(base, [module]))}}
     files = router.files_of(seen)
     if store.manifest.keep_samples:
@@ -80,7 +80,8 @@ def add_experts(store: Store, base: Base, name: str, seed: int, *, domain: str |
 def commit_experts(store: Store, base: Base, name: str, module: Experts, *, domain: str | None = None) -> StoredModule:
     texts = domain_ids(store.load_tokenizer(), domain or name)
     record = {"probe": {"base": probe(ModuleSet(base)), "module": probe(ModuleSet(base, [module]))}}
-    return store.commit(name, module, record, router.files_of(router.gather_evidence(base, texts[:30], texts[30:])))
+    seen = router.gather_evidence(base, texts[:30], texts[30:], layer=store.manifest.routing_layer)
+    return store.commit(name, module, record, router.files_of(seen))
 
 
 def save_lively_base(folder: Path, family: str = "llama", **changes: Any) -> Path:

@@ -814,7 +814,12 @@ def add_pools(store: Store, base: Base, name: str, seed: int, num_experts: int) 
     with torch.no_grad():
         perturb(module, seed, strength=0.3)
     texts = domain_ids(store.load_tokenizer(), name)
-    store.commit(name, module, {}, router.files_of(router.gather_evidence(base, texts[:8], texts[8:12])))
+    store.commit(
+        name,
+        module,
+        {},
+        router.files_of(router.gather_evidence(base, texts[:8], texts[8:12], layer=store.manifest.routing_layer)),
+    )
 
 
 @pytest.fixture(scope="module")

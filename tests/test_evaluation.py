@@ -24,7 +24,7 @@ from growlm.evaluation.statistics import Bootstrap
 from growlm.evaluation.summary import summary
 from growlm.modules import ModuleSet
 from growlm.modules.probe import probe
-from growlm.router import GaussianRouter, Route, Router, base_states, load_router
+from growlm.router import GaussianRouter, Route, Router, load_router
 from growlm.store import Store
 from stores import PLAIN, Watch, add_module, domain_text, make_store
 
@@ -302,7 +302,7 @@ def test_modules_of_the_same_instant_are_in_the_order_of_their_names(store, data
 def loss_of_route(store: Store, router: Router, number: int) -> tuple[float, int]:
     """What a router's choice makes of a document of digits."""
     ids = store.load_tokenizer().encode(text_of("digits", number))[:24]
-    (route,) = router.route(*base_states(store.load_base(), [ids]))
+    (route,) = router.route(*router.states(store.load_base(), [ids]))
     return losses_of(store, route.module, "digits")[number]
 
 

@@ -22,7 +22,7 @@ from growlm.evaluation.forgetting import forgetting
 from growlm.layers.product_keys import retrievals
 from growlm.modules import ModuleSet
 from growlm.modules.peer import Peer, PeerConfig
-from growlm.router import base_states, load_router, names_of
+from growlm.router import load_router, names_of
 from growlm.store import Store
 from growlm.surgery.module_pruning import prune_module
 from growlm.training.config import GrowConfig, LearnConfig, RouterConfig
@@ -236,10 +236,11 @@ def test_the_manifest_records_every_step(home: Path, store: Store) -> None:
 
 def test_the_router_knows_old_and_new_text(home: Path, store: Store) -> None:
     base, tokenizer = store.load_base(), store.load_tokenizer()
+    first = load_router(store)
     states = [
-        base_states(base, [tokenizer(text)["input_ids"]]) for text in ("Drug 77 inhibits", "The tenant of room 7")
+        first.states(base, [tokenizer(text)["input_ids"]]) for text in ("Drug 77 inhibits", "The tenant of room 7")
     ]
-    assert names_of(load_router(store).route(*states[0])) != ["law"]
+    assert names_of(first.route(*states[0])) != ["law"]
     more(store, "+50", "drugs")
     for given in states:
         assert names_of(load_router(store).route(*given)) == ["law"]

@@ -35,7 +35,7 @@ from growlm.errors import (
 from growlm.layers.cross_entropy import linear_cross_entropy
 from growlm.modules import ModuleSet
 from growlm.modules.scoring import num_labels, passage_losses
-from growlm.router import base_states, load_router, names_of, unpack_samples
+from growlm.router import load_router, names_of, unpack_samples
 from growlm.router.samples import GENERAL_SAMPLES
 from growlm.store import Store
 from growlm.training.config import LearnConfig
@@ -278,7 +278,7 @@ def test_the_router_knows_what_was_learned(home, store):
     router = load_router(store)
     assert router.names == ["law", "med"]
     for name, text in (("law", lease(777)), ("med", "Drug 500 inhibits enzyme 9 and reduces fever.")):
-        answers = names_of(router.route(*base_states(base, [tokenizer(text)["input_ids"]])))
+        answers = names_of(router.route(*router.states(base, [tokenizer(text)["input_ids"]])))
         assert answers == [name]
     assert store.verify() == []
 

@@ -85,7 +85,7 @@ def test_every_key_of_a_manifest_has_a_type_and_bounds(made, tmp_path, file, mod
         elif key in ("config", "modules", "training") and value == {}:
             wrongs = ["x", 7, [], None]
         else:
-            wrongs = wrong_values(value)
+            wrongs = [w for w in wrong_values(value) if not (w is None and key == "routing_layer")]  # of old stores
         for wrong in wrongs:
             path.write_text(json.dumps({**content, key: wrong}))
             with pytest.raises(GrowlmError) as caught:

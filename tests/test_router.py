@@ -22,7 +22,6 @@ from growlm.router import (
     Route,
     Router,
     add_domain,
-    base_states,
     evidence,
     files_of,
     fitting,
@@ -164,8 +163,9 @@ def passages(count: int, tokens: int, seed: int) -> list[list[int]]:
     return random_ids(count, tokens, seed=seed).tolist()
 
 
-def test_evidence_is_vectors_only(base):
-    found = gather_evidence(base, passages(20, 30, 0), passages(5, 30, 1))
+@pytest.mark.parametrize("layer", [None, 1])
+def test_evidence_is_vectors_only(base, layer):
+    found = gather_evidence(base, passages(20, 30, 0), passages(5, 30, 1), layer=layer)
     assert set(found) == {"vectors", "heldout"}
     for name, count in (("vectors", 20), ("heldout", 5)):
         rows = found[name]
@@ -176,12 +176,13 @@ def test_evidence_is_vectors_only(base):
         torch.testing.assert_close(size, torch.full((len(rows),), 1024.0), rtol=0.01, atol=0)
 
 
-def test_evidence_of_short_passages_is_that_of_the_whole_passage(base):
+@pytest.mark.parametrize("layer", [None, 1])
+def test_evidence_of_short_passages_is_that_of_the_whole_passage(base, layer):
     """Up to eight tokens nothing is cut, so that it must equal each text run by itself."""
     texts = [passages(1, n, n)[0] for n in (2, 3, 5, 8, 1, 4)]
-    found = gather_evidence(base, texts, texts)
+    found = gather_evidence(base, texts, texts, layer=layer)
     with torch.no_grad():
-        alone = [mean_pool(base.norm(hidden_of(base, text))) for text in texts]
+        alone = [mean_pool(hidden_of(base, text, layer)) for text in texts]
     wanted = (torch.cat(alone) * 1024).round()
     for rows in found.values():
         apart = (rows.float()[:, None] - wanted[None]).abs().amax(-1)  # rows, texts
@@ -189,18 +190,19 @@ def test_evidence_of_short_passages_is_that_of_the_whole_passage(base):
         assert apart.amin(0).max() <= 1
 
 
-def hidden_of(base: Base, text: Sequence[int]) -> Tensor:
+def hidden_of(base: Base, text: Sequence[int], layer: int | None) -> Tensor:
     hidden, shared = base.begin(torch.tensor([text]))
-    return base.run(base.embed_positions(hidden, shared.positions), base.layers_to_run(), shared)
+    hidden = base.run(base.embed_positions(hidden, shared.positions), base.layers_to_run(0, layer), shared)
+    return base.norm(hidden) if layer is None else hidden
 
 
 def test_evidence_follows_its_seed_and_the_text_alone(base):
     train, heldout = passages(20, 40, 0), passages(9, 40, 1)
-    first = gather_evidence(base, train, heldout, seed=3)
+    first = gather_evidence(base, train, heldout, layer=1, seed=3)
     torch.rand(100)
-    again = gather_evidence(base, train, heldout, seed=3)
+    again = gather_evidence(base, train, heldout, layer=1, seed=3)
     assert all(torch.equal(first[k], again[k]) for k in first)
-    other = gather_evidence(base, train, heldout, seed=4)
+    other = gather_evidence(base, train, heldout, layer=1, seed=4)
     assert not torch.equal(first["vectors"], other["vectors"])
 
 
@@ -210,7 +212,9 @@ def test_a_store_keeps_no_text_and_no_tokens(base_folder, base, tmp_path):
     texts = passages(12, 64, 0)
     write_general(store, base, texts, texts[:3])
     module = Blocks.create(base, BlocksConfig(num_layers=1, vocabulary="none"))
-    stored = store.commit("law", module, {}, files_of(gather_evidence(base, texts, texts[:3])))
+    stored = store.commit(
+        "law", module, {}, files_of(gather_evidence(base, texts, texts[:3], layer=store.manifest.routing_layer))
+    )
     add_domain(store, stored, None)
     load_router(store)
     for file in sorted(store.path.rglob("router*.safetensors")):
@@ -435,15 +439,15 @@ def test_routing_goes_through_the_base_alone(base_folder, base, tmp_path):
     write_general(store, base, language(200, 0), language(200, 1))
     module = Blocks.create(base, BlocksConfig(num_layers=1, vocabulary="none"))
     for name, start in (("low", 10), ("mid", 100)):
-        entry = gather_evidence(base, language(start, 2), language(start, 3))
+        entry = gather_evidence(base, language(start, 2), language(start, 3), layer=store.manifest.routing_layer)
         add_domain(store, store.commit(name, module, {}, files_of(entry)), None)
     found = load_router(store)
     for start, wanted in ((10, "low"), (100, "mid"), (200, NONE)):
-        hidden, visible = base_states(base, language(start, 4, count=20, tokens=64))
+        hidden, visible = found.states(base, language(start, 4, count=20, tokens=64))
         answers = names_of(found.route(hidden, visible))
         assert answers.count(wanted) >= 18
     mixed = [language(10, 5)[0][:9], language(100, 5)[0], language(200, 5)[0][:15]]
-    assert names_of(found.route(*base_states(base, mixed))) == ["low", "mid", NONE]
+    assert names_of(found.route(*found.states(base, mixed))) == ["low", "mid", NONE]
 
 
 @pytest.mark.parametrize("general", [None, GENERAL])

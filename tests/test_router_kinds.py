@@ -19,7 +19,7 @@ from growlm.disk.files import sha256_file
 from growlm.engine import Engine
 from growlm.errors import BudgetError, ConfigError, IntegrityError, Interrupted, StoreError
 from growlm.evaluation import EvalConfig, evaluate
-from growlm.router import NONE, SAMPLES, base_states, load_router, pack_samples, read_samples, unpack_samples
+from growlm.router import NONE, SAMPLES, load_router, pack_samples, read_samples, unpack_samples
 from growlm.store import ROUTERS, Store
 from growlm.training.config import LearnConfig, RouterConfig
 from growlm.training.general import describe_general, general_samples
@@ -68,7 +68,7 @@ def test_each_text_goes_to_its_domain_and_general_text_to_none(store, kind):
     assert router.kind == kind
     assert router.names == sorted(PLAIN)
     for domain in DOMAINS:
-        routes = router.route(*base_states(base, texts_of(store, domain)))
+        routes = router.route(*router.states(base, texts_of(store, domain)))
         assert [r.module or NONE for r in routes] == [domain] * len(routes)
         for route in routes:
             assert sorted(route.scores) == sorted(DOMAINS)
@@ -81,9 +81,9 @@ def test_padding_does_not_change_the_answer(store, kind):
     base = store.load_base()
     router = load_router(store, kind=kind).bind(base)
     texts = [texts_of(store, "letters")[0], texts_of(store, "digits")[0][:9], texts_of(store, NONE)[0][:20]]
-    together = router.route(*base_states(base, texts))
+    together = router.route(*router.states(base, texts))
     for text, route in zip(texts, together, strict=True):
-        (alone,) = router.route(*base_states(base, [text]))
+        (alone,) = router.route(*router.states(base, [text]))
         assert alone.module == route.module
         for name, score in alone.scores.items():
             assert route.scores[name] == pytest.approx(score, abs=1e-4)
@@ -92,7 +92,7 @@ def test_padding_does_not_change_the_answer(store, kind):
 def test_a_withdrawn_module_is_never_chosen(store, kind):
     base = store.load_base()
     whole = load_router(store, kind=kind).bind(base)
-    states = base_states(base, texts_of(store, "digits"))
+    states = whole.states(base, texts_of(store, "digits"))
     store.remove("digits")
     for router in (whole.without({"digits"}), load_router(store, kind=kind).bind(base)):
         assert router.names == ["letters", "signs"]
@@ -133,7 +133,7 @@ def test_a_store_without_modules_says_none(home, kind):
     base = empty.load_base()
     router = load_router(empty, kind=kind).bind(base)
     assert router.names == []
-    (route,) = router.route(*base_states(base, [[5, 6, 7]]))
+    (route,) = router.route(*router.states(base, [[5, 6, 7]]))
     assert (route.module, route.scores) == (None, {NONE: 1.0})
 
 
@@ -169,7 +169,7 @@ def test_it_runs_layers_of_every_family(tmp_path, family):
     train_router(store, RouterConfig(router_layers=2, passages=8, batch_size=8))
     base = store.load_base()
     router = load_router(store, kind="transformer").bind(base)
-    for route in router.route(*base_states(base, texts_of(store, "letters"))):
+    for route in router.route(*router.states(base, texts_of(store, "letters"))):
         assert sum(route.scores.values()) == pytest.approx(1.0, abs=1e-5)
     tensors = store.router_files("transformer").read()
     assert {k.split(".")[2] for k in tensors if k.startswith("blocks.layers.")} == {"0", "1"}
@@ -218,7 +218,7 @@ def test_a_router_of_just_these_modules_is_the_one_that_was_trained_then(store):
     assert then._tensors["categories.bias"].shape == (4,)
     fewer = load_router(store, ["letters"], kind="transformer").bind(base)
     assert fewer.names == ["letters"]
-    for route in fewer.route(*base_states(base, texts_of(store, "letters"))):
+    for route in fewer.route(*fewer.states(base, texts_of(store, "letters"))):
         assert (route.module, route.scores.keys()) == ("letters", {"letters", NONE})
 
 
@@ -243,11 +243,12 @@ def test_a_module_that_was_learned_anew_from_other_text_is_unknown(store):
     assert (found["knows"], found["unknown"], found["outdated"]) == (2, ["digits"], [])
     router = load_router(store).bind(base)
     assert router.names == ["letters", "signs"]
-    for route in router.route(*base_states(base, texts_of(store, "digits"))):
+    for route in router.route(*router.states(base, texts_of(store, "digits"))):
         assert "digits" not in route.scores
     train_router(store, QUICK)
     assert describe_router(store)["unknown"] == []
-    answers = load_router(store).bind(base).route(*base_states(base, texts_of(store, "other")))
+    bound = load_router(store).bind(base)
+    answers = bound.route(*bound.states(base, texts_of(store, "other")))
     assert {r.module for r in answers} == {"digits"}
 
 
@@ -260,7 +261,7 @@ def test_a_module_that_was_updated_is_chosen_by_its_earlier_text_and_said_to_be(
     assert "chosen by the text of an earlier version: digits" in command(capsys, store)
     router = load_router(store).bind(base)
     assert router.forks["digits"] == store.module("digits").manifest.fork < base.num_layers
-    assert router.route(*base_states(base, texts_of(store, "digits")))[0].module == "digits"
+    assert router.route(*router.states(base, texts_of(store, "digits")))[0].module == "digits"
     store.remove("digits", version=1)
     assert describe_router(store)["unknown"] == ["digits"]
     assert load_router(store).names == ["letters", "signs"]
@@ -585,3 +586,62 @@ def test_a_kill_while_a_router_is_written_leaves_the_one_before(store, tmp_path)
     assert len(points) > 5
     for point in points:
         assert load_router(Store.open(point), kind="transformer").num_bytes() > 0
+
+
+# Where a router reads
+
+
+def layers_run(engine: Engine, ask: Callable[[], Any]) -> list[int]:
+    """How many tokens each of the base's layers ran over."""
+    tokens = [0] * engine.base.num_layers
+    hooks = []
+    for i, layer in enumerate(engine.base.layers):
+
+        def count(module: Any, given: tuple[torch.Tensor, ...], i: int = i) -> None:
+            tokens[i] += given[0].shape[1]
+
+        hooks.append(layer.register_forward_pre_hook(count))
+    try:
+        ask()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return tokens
+
+
+def test_a_router_runs_the_base_as_far_as_it_reads(store, kind):
+    store.set_router(kind, 100_000)
+    with Engine(store, device="cpu") as engine:
+        prompt = texts_of(store, "digits")[0]
+        depth, layer = engine.base.num_layers, engine.router.layer or engine.base.num_layers
+        assert layer == (depth if kind == "transformer" else round(depth / 3))
+        n = len(prompt)
+        assert layers_run(engine, lambda: engine.route(prompt)) == [n] * layer + [0] * (depth - layer)
+        # And to go on from there reads nothing twice.
+        assert layers_run(engine, lambda: engine.generate(prompt, max_new_tokens=1)) == [n] * depth
+
+
+def test_a_store_of_before_routes_from_the_last_states(tmp_path, monkeypatch):
+    monkeypatch.setattr("growlm.store.store.layer_to_read", lambda layers: None)
+    store = make_store(tmp_path)
+    base, router = store.load_base(), load_router(store)
+    assert router.layer is None
+    text = texts_of(store, "digits")[:1]
+    hidden, _ = router.states(base, text)
+    torch.testing.assert_close(base.cap(base.head(hidden)), base.logits(torch.tensor(text)))
+    for domain in PLAIN:
+        assert {r.module for r in router.route(*router.states(base, texts_of(store, domain)))} == {domain}
+
+
+def test_what_was_kept_of_other_states_is_refused(store):
+    path = store.module("digits").folder / "module.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "routing_layer": 3}))
+    with pytest.raises(IntegrityError, match=r"states after layer 3.* reads its states after layer 1; learn 'digits'"):
+        load_router(store)
+
+
+def test_a_layer_that_the_base_has_not_is_refused(store):
+    path = store.path / "store.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "routing_layer": 9}))
+    with pytest.raises(IntegrityError, match="routing_layer is 9, the base has 3 layers"):
+        Store.open(store.path).load_base()

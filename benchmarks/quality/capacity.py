@@ -42,7 +42,7 @@ from growlm.errors import GrowlmError, TrainingError
 from growlm.evaluation import plots
 from growlm.modules import ModuleSet
 from growlm.modules.scoring import continuation_scores
-from growlm.router import NONE, base_states, names_of
+from growlm.router import NONE, names_of
 from growlm.training.config import LearnConfig, PretrainConfig, TrainConfig
 
 METHODS = ["growlm", "finetune-sequence", "lora-sequence"]
@@ -280,7 +280,7 @@ class Capacity:
     def routes(self, engine: growlm.Engine, group: int) -> list[str]:
         """The router's choice for each sentence of a group, from its prompt: name and phrasing, not the value."""
         prompts = [split(self.tokenizer, s)[0] for s in self.asked[group]]
-        return names_of(engine.router.route(*base_states(engine.base, prompts)))
+        return names_of(engine.router.route(*engine.router.states(engine.base, prompts)))
 
     def baseline(self, method: str) -> list[dict[str, Any]]:
         """One model that is trained on one group after another; a LoRA has as many parameters as one module."""

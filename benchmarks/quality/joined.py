@@ -22,7 +22,7 @@ from growlm.engine.rerouting import WINDOW
 from growlm.evaluation.statistics import Bootstrap
 from growlm.layers.cross_entropy import token_losses
 from growlm.modules import ModuleSet
-from growlm.router import NONE, base_states
+from growlm.router import NONE
 from growlm.store import Store
 
 
@@ -69,7 +69,7 @@ def main() -> None:
         ids = torch.tensor(texts)
         names = [NONE, *engine.router.names]
         each = {name: losses_of(engine, name, ids).double() for name in names}
-        states, _ = base_states(engine.base, texts)
+        states, _ = engine.router.states(engine.base, texts)
         routes = engine.router.route(states[:, : a.half // 2])
         labels = ids.shape[1] - 1
         ways: dict[str, torch.Tensor] = {"base": each[NONE].sum(1)}

@@ -25,7 +25,8 @@ from growlm import router
 from growlm.base import Base
 from growlm.evaluation import EvalConfig, evaluate
 from growlm.modules.blocks import Blocks, BlocksConfig
-from growlm.router import base_states, load_router
+from growlm.router import load_router
+from growlm.router.states import base_states
 from growlm.store import ROUTERS, Store
 from growlm.training.config import LearnConfig, RouterConfig
 from growlm.training.router import train_router
@@ -38,11 +39,12 @@ PROMPT = 200  # tokens of a prompt that is timed
 def seconds_to_route(store: Store) -> dict[str, float]:
     """Median seconds of each kind for the states of one prompt, and of the base's own pass over it."""
     base = store.load_base()
-    states = base_states(base, [list(range(5, 5 + PROMPT))])
-    sides: dict[str, Any] = {"base": lambda: base_states(base, [list(range(5, 5 + PROMPT))])}
+    text = [list(range(5, 5 + PROMPT))]
+    sides: dict[str, Any] = {"base": lambda: base_states(base, text, None)}
     for kind in ROUTERS:
         bound = load_router(store, kind=kind).bind(base)
-        sides[kind] = lambda bound=bound: bound.route(*states)
+        states = bound.states(base, text)
+        sides[kind] = lambda bound=bound, states=states: bound.route(*states)
     return interleaved(sides, rounds=30, warmup=5)
 
 
@@ -129,7 +131,7 @@ def growth(a: argparse.Namespace) -> None:
             right = 0
             for at in range(0, len(tests), 16):
                 some = tests[at : at + 16]
-                routes = bound.route(*base_states(base, [text for _, text in some]))
+                routes = bound.route(*bound.states(base, [text for _, text in some]))
                 right += sum(r.module == f"domain-{d:04}" for (d, _), r in zip(some, routes, strict=True))
             share = right / len(tests)
             cells += [f"{share:.1%}", f"{made:.1f}", f"{times[kind] * 1e3:.2f}", f"{bound.num_bytes():,}"]

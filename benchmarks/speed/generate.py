@@ -30,7 +30,7 @@ def main() -> None:
         module = Blocks.create(base, BlocksConfig(), torch.arange(8192))
         rng = np.random.default_rng(0)
         texts = rng.integers(1, 32_000, size=(16, PROMPT)).tolist()
-        known = gather_evidence(base, texts[:8], texts[8:])
+        known = gather_evidence(base, texts[:8], texts[8:], layer=store.manifest.routing_layer)
         write_general(store, base, texts[:8], texts[8:])
         store.commit("medicine", module, {}, files_of(known))
         growlm.export(store, folder / "out", "medicine")
@@ -68,7 +68,9 @@ def main() -> None:
             torch.full((domains,), 1e9),
             dict.fromkeys(names, base.num_layers),
         )
-        times = interleaved({"prefill": lambda: prefill(base, [long], ()), "route": lambda: engine.route(long)}, 15)
+        times = interleaved(
+            {"prefill": lambda: prefill(base, [long], {base.num_layers}), "route": lambda: engine.route(long)}, 15
+        )
         numbers["routing_512_tokens_1000_domains"] = {
             "milliseconds": {k: round(v * 1e3, 2) for k, v in times.items()},
             "share_of_prefill": round(times["route"] / times["prefill"] - 1, 4),

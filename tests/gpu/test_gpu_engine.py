@@ -41,7 +41,12 @@ def add_pool(store: Store, base: Any, name: str, seed: int) -> None:
     perturb(module, seed, strength=0.3)
     texts = domain_ids(store.load_tokenizer(), "other", first=100 * seed)
     record = {"probe": {"base": probe(ModuleSet(base)), "module": probe(ModuleSet(base, [module.eval()]))}}
-    store.commit(name, module, record, router.files_of(router.gather_evidence(base, texts[:30], texts[30:])))
+    store.commit(
+        name,
+        module,
+        record,
+        router.files_of(router.gather_evidence(base, texts[:30], texts[30:], layer=store.manifest.routing_layer)),
+    )
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma2", "gpt2", "growlm"])
@@ -216,7 +221,12 @@ def test_a_base_in_bfloat16(device, tmp_path: Path):
     for name in ("letters", "digits"):
         module = made.load(name, made.load_base())
         texts = domain_ids(store.load_tokenizer(), name)
-        store.commit(name, module, {}, router.files_of(router.gather_evidence(base, texts[:30], texts[30:])))
+        store.commit(
+            name,
+            module,
+            {},
+            router.files_of(router.gather_evidence(base, texts[:30], texts[30:], layer=store.manifest.routing_layer)),
+        )
     texts = domain_ids(store.load_tokenizer(), "general")
     router.write_general(store, base, texts[:30], texts[30:])
     with Engine(store, device=device) as engine:

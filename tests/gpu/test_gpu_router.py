@@ -7,7 +7,7 @@ import torch
 
 from growlm import router
 from growlm.modules.blocks import Blocks, BlocksConfig
-from growlm.router import NONE, Route, base_states, load_router
+from growlm.router import NONE, Route, load_router
 from growlm.store import ROUTERS, Store
 from growlm.training.config import RouterConfig
 from growlm.training.router import train_router
@@ -42,7 +42,7 @@ def test_choices_are_those_of_the_processor(device, store, kind):
     for domain in DOMAINS:
         texts = domain_ids(tokenizer, domain, 8, first=2000)
         texts = [text[: 12 + 3 * i] for i, text in enumerate(texts)]  # of several lengths: padded
-        routes = [r.route(*base_states(base, texts)) for r, base in zip(routers, (there, here), strict=True)]
+        routes = [r.route(*r.states(base, texts)) for r, base in zip(routers, (there, here), strict=True)]
         same(*routes)
         right += sum((route.module or NONE) == (NONE if domain == "general" else domain) for route in routes[0])
     assert right >= 0.8 * 8 * len(DOMAINS)
@@ -56,7 +56,7 @@ def test_the_trained_router_learned_on_the_device(device, store):
 def test_evidence_is_that_of_the_processor(device, tell, store):
     tokenizer = store.load_tokenizer()
     texts = domain_ids(tokenizer, "letters", 40)
-    seen = [router.gather_evidence(store.load_base(device=d), texts[:30], texts[30:]) for d in (device, "cpu")]
+    seen = [router.gather_evidence(store.load_base(device=d), texts[:30], texts[30:], layer=1) for d in (device, "cpu")]
     for name in seen[0]:
         one, other = seen[0][name], seen[1][name]
         assert one.dtype == torch.int16
@@ -75,10 +75,13 @@ def test_a_store_filled_on_the_device_routes_on_the_processor(device, tmp_path):
     for name in PLAIN:
         texts = domain_ids(tokenizer, name)
         module = Blocks.create(there, BlocksConfig(num_layers=1, vocabulary="none"))
-        files = router.files_of(router.gather_evidence(there, texts[:30], texts[30:]))
+        files = router.files_of(
+            router.gather_evidence(there, texts[:30], texts[30:], layer=made.manifest.routing_layer)
+        )
         router.add_domain(made, made.commit(name, module, {}, files), None)
     here = made.load_base()
     for name in DOMAINS:
         texts = domain_ids(tokenizer, name, 8, first=2000)
-        routes = load_router(made).route(*base_states(here, texts))
+        found = load_router(made)
+        routes = found.route(*found.states(here, texts))
         assert sum((r.module or "general") == name for r in routes) >= 7

@@ -261,9 +261,7 @@ class Engine:
         self._require_open()
         tokens = self._prompts.encode(prompt)
         with self._turn():
-            state = prefill(self.base, [tokens], ())
-            assert state.last is not None
-            return self._routes(state.last)[0]
+            return self._routes(prefill(self.base, [tokens], {self._read_at}))[0]
 
     def logits(self, input_ids: Tensor, module: Wanted = None) -> Tensor:
         """Logits (batch, tokens, vocab) of `input_ids` (batch, tokens) under the modules that are named, as in
@@ -331,8 +329,7 @@ class Engine:
             before = self.modules.resident
             with self.modules.using(named) as held:
                 sets = [ModuleSet(self.base, [] if name == NONE else [held[name]]) for name in names]
-                if not {s.fork for s in sets} - {0} <= state.hidden.keys():
-                    state = prefill(self.base, [tokens], {s.fork for s in sets} - {0})
+                state = self._reaching({s.fork for s in sets}, state, [tokens])
                 weights = decode_mixed(state, sets, prior, config, self._end_tokens, answer.add)
                 resident = self.resident_bytes
                 del sets
@@ -354,6 +351,7 @@ class Engine:
         with self._turn():
             before = self.modules.resident
             state, (first,) = self._prefill([tokens], [AUTO], False)
+            state.run_on(self.base, {self.base.num_layers})
             answer = Answer(self.tokenizer, config.stop, emit)
             resident: list[int] = []
 
@@ -366,11 +364,12 @@ class Engine:
             changes = decode_rerouted(
                 self.base,
                 state,
-                lambda states: self._routes(states)[0].module,
+                lambda states: self._routes_of(states)[0].module,
                 using,
                 config,
                 self._end_tokens,
                 answer.add,
+                layer=self._read_at,
                 every=every,
             )
         used = [name for name in dict.fromkeys(name for _, name in changes) if name is not None]
@@ -406,6 +405,8 @@ class Engine:
                 names if not isinstance(names, str) else () if route.module is None else (route.module,)
                 for names, route in zip(wanted, routes, strict=True)
             ]
+            # All waves' at once: what the base has not come to yet, and what lies behind it, is read from one state.
+            state = self._reaching({self._fork(names) for names in chosen}, state, texts)
             answers = [Answer(self.tokenizer, config.stop, emit) for _ in texts]
             results: list[Generation | None] = [None] * len(texts)
             budget = None if self.memory is None else self.memory - self.fixed_bytes
@@ -453,9 +454,7 @@ class Engine:
                 Group(ModuleSet(self.base, [held[name] for name in names]), list(rows))
                 for names, rows in wave.groups.items()
             ]
-            forks = {g.modules.fork for g in groups} - {0}
-            if not forks <= state.hidden.keys():  # a module was updated meanwhile and branches off elsewhere
-                state = prefill(self.base, texts, forks)
+            state = self._reaching({g.modules.fork for g in groups}, state, texts)
             cache = decode(state, groups, config, self._end_tokens, lambda row, token: answers[row].add(token))
             if reuse:
                 # The last token of an answer that was not ended by the model has not been run.
@@ -473,17 +472,40 @@ class Engine:
         if len(named) == len(wanted):
             prefix = self._prefixes.take(self._digest(named[0]), texts[0]) if reuse else None
             if prefix is None:
-                return prefill(self.base, texts, forks, whole=() in named), unrouted
+                return prefill(self.base, texts, forks), unrouted
             new = [texts[0][len(prefix.tokens) :]]
-            state = prefill(self.base, new, forks, whole=not named[0], past=len(prefix.tokens), cache=prefix.cache)
-            return state, unrouted
-        state = prefill(self.base, texts, forks | self.router.fork_layers)
-        assert state.last is not None
-        routes = self._routes(state.last, state.visible)
+            return prefill(self.base, new, forks, past=len(prefix.tokens), cache=prefix.cache), unrouted
+        at = self._read_at
+        state = prefill(self.base, texts, {*forks, at, *(f for f in self.router.fork_layers if f < at)})
+        routes = self._routes(state)
         return state, [r if names == AUTO else Route(None, {}) for names, r in zip(wanted, routes, strict=True)]
 
-    def _routes(self, hidden: Tensor, visible: Tensor | None = None) -> list[Route]:
-        """The router's answers, among modules that the store still holds: some may go while this engine runs."""
+    def _reaching(self, layers: set[int], state: Prefilled, texts: Sequence[Sequence[int]]) -> Prefilled:
+        """What the base made of `texts` up to these layers: it runs on, or where it has passed one of them without
+        keeping its input (a module was updated meanwhile and branches off elsewhere), it begins again."""
+        missing = layers - state.hidden.keys()
+        if any(layer < max(state.hidden) for layer in missing):
+            return prefill(self.base, texts, layers)
+        state.run_on(self.base, missing)
+        return state
+
+    @property
+    def _read_at(self) -> int:
+        """After how many layers the router reads the base's states."""
+        return self.base.num_layers if self.router.layer is None else self.router.layer
+
+    def _routes(self, state: Prefilled) -> list[Route]:
+        """The router's answers for prompts that the base has read as far as the router needs."""
+        return self._routes_of(state.hidden[self._read_at], state.visible)
+
+    def _routes_of(self, hidden: Tensor, visible: Tensor | None = None) -> list[Route]:
+        """The router's answers, among modules that the store still holds: some may go while this engine runs.
+
+        Args:
+            hidden: the base's states (b, t, d) where the router reads them, before the final norm.
+        """
+        if self.router.layer is None:
+            hidden = self.base.norm(hidden)
         while True:
             routes = self.router.route(hidden, visible)
             gone = self.store.missing({name for r in routes for name in r.scores} - {NONE})

@@ -29,8 +29,7 @@ class Prefilled:
         input_ids: (b, t), padded on the left; without the `past` tokens that were in the cache already.
         visible: (b, past + t) bool, or None where nothing is padded.
         cache: keys and values of the base's layers.
-        hidden: the input of layer f, (b, t, d), for every fork f asked for.
-        last: the base's last states after the final norm, (b, t, d); None if it was not run that far.
+        hidden: the input of layer f, (b, t, d), for every layer f asked for; the last is where the base has come to.
     """
 
     input_ids: Tensor
@@ -39,7 +38,13 @@ class Prefilled:
     shared: Pass
     cache: KVCache
     hidden: dict[int, Tensor]
-    last: Tensor | None
+
+    @torch.inference_mode()
+    def run_on(self, base: Base, layers: Collection[int]) -> None:
+        """Runs the base on to the inputs of further layers, of which none lies before where it has come to."""
+        at = max(self.hidden)
+        for layer in sorted(layers):
+            self.hidden[layer], at = base.run(self.hidden[at], base.layers_to_run(at, layer), self.shared), layer
 
 
 @dataclass
@@ -54,9 +59,8 @@ class Group:
 def prefill(
     base: Base,
     texts: Sequence[Sequence[int]],
-    forks: Collection[int],
+    layers: Collection[int],
     *,
-    whole: bool = True,
     past: int = 0,
     cache: KVCache | None = None,
 ) -> Prefilled:
@@ -64,25 +68,17 @@ def prefill(
 
     Args:
         texts: token ids; the new ones where `cache` holds `past` tokens (of a single text) already.
-        forks: where module sets may branch off.
-        whole: run all layers, for the router; else only up to the last fork.
+        layers: whose inputs are wanted: where module sets may branch off, and what the router reads. The base is run
+            up to the last of them.
     """
     input_ids, visible = pad_left(texts, base.device)
     assert past == 0 or visible is None
     cache = KVCache(base.num_layers) if cache is None else cache
     embedded, shared = base.begin(input_ids, past=past, visible=visible, cache=cache)
-    states = base.embed_positions(embedded, shared.positions)
-    hidden: dict[int, Tensor] = {}
-    at = 0
-    for fork in sorted(forks):
-        states = base.run(states, base.layers_to_run(at, fork), shared)
-        hidden[fork], at = states, fork
-    last = None
-    if whole:
-        states = base.run(states, base.layers_to_run(at), shared)
-        hidden[base.num_layers] = states
-        last = base.norm(states)
-    return Prefilled(input_ids, visible, past, shared, cache, hidden, last)
+    begun = {0: base.embed_positions(embedded, shared.positions)}
+    state = Prefilled(input_ids, visible, past, shared, cache, begun)
+    state.run_on(base, layers)
+    return state
 
 
 class _Running:
@@ -109,7 +105,7 @@ def decode(
     on_token: Callable[[int, int], bool],
     *,
     generators: list[torch.Generator] | None = None,
-    passed: list[Tensor] | None = None,
+    passed: dict[int, list[Tensor]] | None = None,
 ) -> KVCache:
     """Writes the answers of a batch.
 
@@ -118,7 +114,8 @@ def decode(
         end_tokens: tokens that end a row; not reported.
         on_token: told a row and its next token; returns whether the row goes on.
         generators: of the draws, one a row, to go on with; by default new ones from the config's seed.
-        passed: gets the states (b, 1, d) that each new token had at the lowest fork.
+        passed: gets the states (b, 1, d) that each new token had before layers that are its keys, of which none lies
+            behind the lowest fork.
 
     Returns:
         Keys and values of the rows that were left at the end, the prompts' included.
@@ -213,15 +210,17 @@ def step_groups(
     *,
     past: int,
     visible: Tensor | None,
-    passed: list[Tensor] | None = None,
+    passed: dict[int, list[Tensor]] | None = None,
 ) -> list[Tensor]:
     """The logits of each group, (b, 1, v), after one more token of every row, `tokens` (b, 1)."""
     embedded, shared = base.begin(tokens, past=past, visible=visible, cache=prefix)
     hidden = embedded
     if joint > 0:
-        hidden = base.run(base.embed_positions(hidden, shared.positions), base.layers_to_run(0, joint), shared)
-    if passed is not None:
-        passed.append(hidden)
+        hidden, at = base.embed_positions(hidden, shared.positions), 0
+        for layer in sorted({*(passed or ()), joint}):
+            hidden, at = base.run(hidden, base.layers_to_run(at, layer), shared), layer
+            if passed is not None and layer in passed:
+                passed[layer].append(hidden)
     logits = []
     for group in running:
         own = hidden if len(running) == 1 else hidden[group.start : group.stop]

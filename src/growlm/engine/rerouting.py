@@ -1,7 +1,8 @@
 """Rerouting: the module is chosen anew every few tokens of an answer, from hidden states that decoding leaves behind.
 
-The base never runs over a token twice: its last states of all tokens so far are kept, and a module that takes over
-reads them. That needs modules that begin after the base's last layer. Knows how to run; asks for choices and modules.
+The base never runs over a token twice: its states of all tokens so far are kept, before its end for the module that
+takes over and where the router reads. That needs modules that begin after the base's last layer. Knows how to run; asks
+for choices and modules.
 """
 
 from __future__ import annotations
@@ -35,12 +36,13 @@ def decode_rerouted(
     end_tokens: Collection[int],
     on_token: Callable[[int], bool],
     *,
+    layer: int,
     every: int,
 ) -> list[tuple[int, str | None]]:
-    """Writes the answer to a single prompt, over which the whole base has been run.
+    """Writes the answer to a single prompt, over which the base has been run whole, with its states after `layer` kept.
 
     Args:
-        choose: a module for the base's final states (1, t, d) of the newest tokens.
+        choose: a module for the base's states (1, t, d) of the newest tokens after `layer`.
         using: gives the module set of a name and holds it in memory for a `with` block.
         every: tokens between two choices.
 
@@ -50,11 +52,10 @@ def decode_rerouted(
     Raises:
         ConfigError: a chosen module changes the base's own layers.
     """
-    assert prefilled.last is not None
     depth = base.num_layers
     text = prefilled.input_ids[0].tolist()
     state, cache = prefilled, prefilled.cache
-    below, last = prefilled.hidden[depth], prefilled.last
+    hidden = {at: prefilled.hidden[at] for at in {layer, depth}}
     generators = [torch.Generator(base.device).manual_seed(config.seed)]
     changes: list[tuple[int, str | None]] = []
     written, ended = 0, False
@@ -67,13 +68,13 @@ def decode_rerouted(
         return not ended
 
     while True:
-        name = choose(last[:, -WINDOW:])
+        name = choose(hidden[layer][:, -WINDOW:])
         if not changes or name != changes[-1][1]:
             changes.append((written, name))
-            state = _from_the_beginning(base, text, below, cache)
+            state = _from_the_beginning(base, text, hidden[depth], cache)
         most = min(every, config.max_new_tokens - written)
         before = written
-        passed: list[Tensor] = []
+        passed: dict[int, list[Tensor]] = {at: [] for at in hidden}
         with using(name) as modules:
             if modules.fork < depth:
                 raise ConfigError(
@@ -85,10 +86,8 @@ def decode_rerouted(
         if ended or written - before < most or written == config.max_new_tokens:
             return changes
         # The newest token has not been run yet.
-        state = prefill(base, [text[-1:]], (), past=below.shape[1] + len(passed), cache=cache)
-        assert state.last is not None
-        below = torch.cat([below, *passed, state.hidden[depth]], dim=1)
-        last = torch.cat([last, *map(base.norm, passed), state.last], dim=1)
+        state = prefill(base, [text[-1:]], hidden, past=hidden[depth].shape[1] + len(passed[depth]), cache=cache)
+        hidden = {at: torch.cat([states, *passed[at], state.hidden[at]], dim=1) for at, states in hidden.items()}
 
 
 def _from_the_beginning(base: Base, text: list[int], below: Tensor, cache: KVCache) -> Prefilled:
@@ -96,4 +95,4 @@ def _from_the_beginning(base: Base, text: list[int], below: Tensor, cache: KVCac
     cache = cache.select(None, 0, base.num_layers)
     ids = torch.tensor([text], device=below.device)
     shared = base.pass_for(below, torch.arange(len(text), device=below.device)[None], cache=cache)
-    return Prefilled(ids, None, 0, shared, cache, {base.num_layers: below}, None)
+    return Prefilled(ids, None, 0, shared, cache, {base.num_layers: below})

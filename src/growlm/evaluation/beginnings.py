@@ -11,7 +11,7 @@ from torch import Tensor
 
 from growlm.base import Base
 from growlm.progress import phase
-from growlm.router import NONE, Route, Router, base_states
+from growlm.router import NONE, Route, Router
 
 _BATCH = 16
 
@@ -29,23 +29,24 @@ class Beginnings:
         # Texts of like length share a batch, so that little of it is padding.
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         self._batches = [order[at : at + _BATCH] for at in range(0, len(order), _BATCH)]
-        self._kept: dict[int, tuple[Tensor, Tensor | None]] = {}  # by the batch's number
+        self._kept: dict[tuple[int, int | None], tuple[Tensor, Tensor | None]] = {}  # by the batch's number and layer
 
     def routes(self, router: Router) -> list[Route]:
         """The router's answer for each text."""
         found = [Route(None, {NONE: 1.0})] * len(self._texts)
         with phase("routing", len(self._texts), "documents") as routing:
             for number, some in enumerate(self._batches):
-                for i, route in zip(some, router.route(*self._states(number)), strict=True):
+                for i, route in zip(some, router.route(*self._states(number, router)), strict=True):
                     found[i] = route
                 routing.advance(len(some))
         return found
 
-    def _states(self, number: int) -> tuple[Tensor, Tensor | None]:
-        if number in self._kept:
-            return self._kept[number]
-        hidden, visible = base_states(self._base, [self._texts[i] for i in self._batches[number]])
+    def _states(self, number: int, router: Router) -> tuple[Tensor, Tensor | None]:
+        kept = number, router.layer
+        if kept in self._kept:
+            return self._kept[kept]
+        hidden, visible = router.states(self._base, [self._texts[i] for i in self._batches[number]])
         if hidden.nbytes <= self._room:
             self._room -= hidden.nbytes
-            self._kept[number] = hidden, visible
+            self._kept[kept] = hidden, visible
         return hidden, visible

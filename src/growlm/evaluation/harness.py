@@ -27,7 +27,6 @@ from growlm.modules import ModuleSet
 from growlm.modules.scoring import continuation_scores
 from growlm.progress import phase, reporting, track
 from growlm.requirements import remarks
-from growlm.router import base_states
 from growlm.store import Store
 
 _log = logging.getLogger(__name__)
@@ -223,8 +222,8 @@ class HarnessModel(TemplateLM):
         return [self._chosen[text] for text in seen]
 
     def _route(self, texts: Sequence[Sequence[int]]) -> list[str | None]:
-        states = base_states(self.engine.base, texts)
         router = self.engine.router
+        states = router.states(self.engine.base, texts)
         names = [route.module for route in router.route(*states)]
         while gone := self._gone(names):  # withdrawn while the harness runs
             router = router.without(gone)

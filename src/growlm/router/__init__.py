@@ -13,7 +13,7 @@ from growlm.router.interface import NONE, Route, Router, names_of
 from growlm.router.loading import load_router
 from growlm.router.product_key import ProductKeyRouter
 from growlm.router.samples import SAMPLES, pack_samples, read_samples, unpack_samples
-from growlm.router.states import base_states, mean_pool
+from growlm.router.states import mean_pool
 from growlm.router.transformer import TransformerRouter
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "Router",
     "TransformerRouter",
     "add_domain",
-    "base_states",
     "commit_and_route",
     "files_of",
     "gather_evidence",

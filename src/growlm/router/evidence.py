@@ -40,20 +40,26 @@ _CUTS = 4  # lengths that each passage is cut to
 
 
 def gather_evidence(
-    base: Base, train: Sequence[Sequence[int]], heldout: Sequence[Sequence[int]], *, seed: int = 0
+    base: Base,
+    train: Sequence[Sequence[int]],
+    heldout: Sequence[Sequence[int]],
+    *,
+    layer: int | None,
+    seed: int = 0,
 ) -> dict[str, Tensor]:
     """What the router needs to know of a domain: pooled states of the beginnings of passages.
 
     Args:
         train, heldout: token ids of passages, at least one each.
+        layer: after how many of the base's layers, as the store's manifest says; None: after the final norm.
 
     Returns:
         `vectors` and `heldout`, int16 (n, d) each; no text, no tokens.
     """
     with phase("showing the router the text", len(train) + len(heldout), "passages") as showing:
         return {
-            "vectors": _pooled_beginnings(base, train, showing, seed=seed),
-            "heldout": _pooled_beginnings(base, heldout, showing, seed=seed + 1),
+            "vectors": _pooled_beginnings(base, train, layer, showing, seed=seed),
+            "heldout": _pooled_beginnings(base, heldout, layer, showing, seed=seed + 1),
         }
 
 
@@ -69,7 +75,9 @@ def files_of(evidence: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def _pooled_beginnings(base: Base, passages: Sequence[Sequence[int]], showing: Phase, *, seed: int) -> Tensor:
+def _pooled_beginnings(
+    base: Base, passages: Sequence[Sequence[int]], layer: int | None, showing: Phase, *, seed: int
+) -> Tensor:
     """Pooled states (n, d) of each passage cut to several lengths. Prompts are short, so lengths are log-uniform; one
     forward pass gives them all, because attention is causal."""
     generator = torch.Generator().manual_seed(seed)
@@ -78,7 +86,7 @@ def _pooled_beginnings(base: Base, passages: Sequence[Sequence[int]], showing: P
         some = [list(p[:_LONGEST]) for p in passages[at : at + 16]]
         ids, real = pad_right(some)
         lengths = real.sum(-1)
-        states, _ = base_states(base, ids.tolist())
+        states, _ = base_states(base, ids.tolist(), layer)
         shortest = lengths.clamp(max=_SHORTEST)
         for _ in range(_CUTS):
             share = torch.rand(len(some), generator=generator)
@@ -113,7 +121,7 @@ def read_evidence(module: StoredModule, file: str, width: int) -> dict[str, Tens
 
 def write_general(store: Store, base: Base, train: Sequence[Sequence[int]], heldout: Sequence[Sequence[int]]) -> None:
     """Records what general text, the class *none*, looks like to this base."""
-    tensors = gather_evidence(base, train, heldout)
+    tensors = gather_evidence(base, train, heldout, layer=store.manifest.routing_layer)
     with store.lock():
         store.router_files(GENERAL).write(tensors)
         for derived in ROUTER_DERIVED:

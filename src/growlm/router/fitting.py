@@ -95,12 +95,18 @@ def _load(store: Store, modules: Sequence[StoredModule], *, whole: bool) -> Gaus
     if fitted is not None and _unpack(fitted["members"]) == mark and len(fitted["forks"]) == len(modules):
         forks = dict(zip([m.name for m in modules], fitted["forks"].tolist(), strict=True))
         file = file if file == _fitted_digest(store) else None  # another process has replaced it meanwhile
-        return _gaussian(forks, fitted["means"], fitted["whiten"], fitted["limits"], file)
+        return _gaussian(store, forks, fitted["means"], fitted["whiten"], fitted["limits"], file)
     file = None
     # A module that was saved without evidence can be asked for by name, and is never chosen.
     routed = [m for m in modules if EVIDENCE in m.manifest.files]
     if not routed:
-        return _gaussian({}, torch.zeros(0, 0), torch.zeros(0, 0), torch.zeros(0))
+        return _gaussian(store, {}, torch.zeros(0, 0), torch.zeros(0, 0), torch.zeros(0))
+    for module in routed:
+        if module.manifest.routing_layer != store.manifest.routing_layer:
+            raise IntegrityError(
+                f"{module.folder}: what the router keeps of it is of {_place(module.manifest.routing_layer)}, and the "
+                f"router of this store reads {_place(store.manifest.routing_layer)}; learn {module.name!r} here"
+            )
     general = read_general(store)
     gram = _current_gram(store, routed, general) if whole else _total_gram(routed, general)
     with phase("fitting the router"):
@@ -114,14 +120,18 @@ def _load(store: Store, modules: Sequence[StoredModule], *, whole: bool) -> Gaus
             if _mark(list(store.modules.values()), store.router_files(GENERAL).digest()) == mark:
                 store.router_files(ROUTER_FITTED).write(kept)
                 file = _fitted_digest(store)
-    return _gaussian(forks, means, whiten, limits, file)
+    return _gaussian(store, forks, means, whiten, limits, file)
 
 
 def _gaussian(
-    forks: dict[str, int], means: Tensor, whiten: Tensor, limits: Tensor, fitted: str | None = None
+    store: Store, forks: dict[str, int], means: Tensor, whiten: Tensor, limits: Tensor, fitted: str | None = None
 ) -> GaussianRouter:
     known = {name: fork for name, fork in forks.items() if fork >= 0}
-    return GaussianRouter(list(known), means, whiten, limits, known, fitted)
+    return GaussianRouter(list(known), means, whiten, limits, known, fitted, store.manifest.routing_layer)
+
+
+def _place(layer: int | None) -> str:
+    return "the base's last states" if layer is None else f"its states after layer {layer}"
 
 
 def _fitted_digest(store: Store) -> str | None:

@@ -39,10 +39,12 @@ class GaussianRouter(Router):
         limits: Tensor,
         forks: dict[str, int],
         fitted: str | None = None,
+        layer: int | None = None,
     ) -> None:
         self.names = names
         self.forks = forks
         self.fitted = fitted
+        self.layer = layer
         self.whiten = whiten
         self.means = means
         self.limits = limits
@@ -61,7 +63,8 @@ class GaussianRouter(Router):
         kept = [i for i, name in enumerate(self.names) if name not in names]
         left = [self.names[i] for i in kept]
         means, limits = self.means[[*kept, -1]], self.limits[kept]
-        return GaussianRouter(left, means, self.whiten, limits, {name: self.forks[name] for name in left})
+        forks = {name: self.forks[name] for name in left}
+        return GaussianRouter(left, means, self.whiten, limits, forks, layer=self.layer)
 
     def num_bytes(self) -> int:
         return tensor_bytes((self.means, self.whiten, self.limits))

@@ -6,12 +6,14 @@ Knows hidden states and names; never loads a module's weights.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+from growlm.router.states import base_states
 
 if TYPE_CHECKING:
     from growlm.base import Base
@@ -34,9 +36,14 @@ class Route:
 
 
 class Router(ABC):
-    """Chooses modules from the base's own hidden states."""
+    """Chooses modules from the base's own hidden states.
+
+    Attributes:
+        layer: after how many of the base's layers it reads them; None: after all of them and the final norm.
+    """
 
     kind: str
+    layer: int | None = None
     names: list[str]
     forks: dict[str, int]  # of every module: where a request may leave the base
 
@@ -58,11 +65,15 @@ class Router(ABC):
     def without(self, names: Collection[str]) -> Router:
         """This router without modules that are gone from the store; no larger than it was."""
 
+    def states(self, base: Base, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
+        """What `route` reads of texts, given as token ids: the base's states (b, t, d), and which are visible."""
+        return base_states(base, texts, self.layer)
+
     @abstractmethod
     def route(self, hidden: Tensor, visible: Tensor | None = None) -> list[Route]:
         """
         Args:
-            hidden: the base's states after its final norm, (b, t, d).
+            hidden: the base's states after `layer`, (b, t, d).
             visible: (b, t) bool, False where padded.
         """
 

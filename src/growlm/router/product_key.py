@@ -48,7 +48,7 @@ class ProductKeyRouter(Router):
     kind = "product-key"
 
     def __init__(self, gaussian: GaussianRouter, cells: Cells | None, top_k: int = TOP_K) -> None:
-        self.names, self.forks = gaussian.names, gaussian.forks
+        self.names, self.forks, self.layer = gaussian.names, gaussian.forks, gaussian.layer
         self.gaussian, self.cells, self.top_k = gaussian, cells, top_k
 
     @property

@@ -1,4 +1,7 @@
-"""What the base says of a text: its last hidden states, and one vector a text made of them. Knows token ids only."""
+"""What the base says of a text: its hidden states after some layer, and one vector a text made of them.
+
+Knows token ids only.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +35,13 @@ def mean_pool(hidden: Tensor, visible: Tensor | None = None) -> Tensor:
 
 
 @torch.no_grad()
-def base_states(base: Base, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
-    """The base's states after its final norm (b, t, d) for token ids padded on the left, and which are visible."""
+def base_states(base: Base, texts: Sequence[Sequence[int]], layer: int | None) -> tuple[Tensor, Tensor | None]:
+    """The base's states (b, t, d) for token ids padded on the left, and which are visible.
+
+    Args:
+        layer: after how many layers; None: after all of them and the final norm.
+    """
     input_ids, visible = pad_left(texts, base.device)
     hidden, shared = base.begin(input_ids, visible=visible)
-    hidden = base.run(base.embed_positions(hidden, shared.positions), base.layers_to_run(), shared)
-    return base.norm(hidden), visible
+    hidden = base.run(base.embed_positions(hidden, shared.positions), base.layers_to_run(0, layer), shared)
+    return (base.norm(hidden) if layer is None else hidden), visible

@@ -36,6 +36,7 @@ def _inside(name: str) -> str:
 Count = Annotated[int, Field(ge=0, le=_MOST)]
 Version = Annotated[int, Field(ge=1, le=_MOST)]
 Fork = Annotated[int, Field(ge=0, le=65_536)]  # a base of so many layers is none; `Base` knows how many there are
+Layer = Annotated[int, Field(ge=1, le=65_536)]
 Size = Annotated[int, Field(ge=0, lt=2**63)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Seconds = Annotated[float, Field(ge=0)]
@@ -67,6 +68,7 @@ class StoreManifest(Manifest):
     dtype: DType  # in which the base is held and run, and modules are saved
     router: RouterKind = "gaussian"  # the kind that chooses
     keep_samples: Size = 0  # bytes of every domain's text, as token ids, that are kept for the router
+    routing_layer: Layer | None = None  # after how many layers the router reads; None: after the last and the norm
 
 
 class _Record(BaseModel):
@@ -128,6 +130,7 @@ class ModuleManifest(Manifest):
     files: dict[FileName, Digest]  # sha256 of every file beside this one
     bytes: Count
     parameters: Count
+    routing_layer: Layer | None = None  # of the states that the router keeps of its text, as in store.json
     training: dict[str, Any]
 
     @model_validator(mode="after")

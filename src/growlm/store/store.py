@@ -40,6 +40,7 @@ from growlm.store.router_files import (
     ROUTER_DERIVED,
     ROUTER_TRAINED,
     ROUTERS,
+    layer_to_read,
 )
 from growlm.store.store_base import StoreBase, write_base, written_base
 from growlm.store.stored_module import MANIFEST, WEIGHTS, StoredModule, check_name, is_name
@@ -122,6 +123,7 @@ class Store(StoreBase):
                 dtype=checkpoint.stored_dtype(folder) if dtype == "auto" else dtype,
                 router=router,
                 keep_samples=kept,
+                routing_layer=layer_to_read(checkpoint.read_config(folder).num_hidden_layers),
             )
             make_folders(path / "modules")
             write_atomic(path / "store.json", manifest.model_dump_json(indent=2).encode())
@@ -257,6 +259,7 @@ class Store(StoreBase):
                     files=hashes,
                     bytes=tensor_bytes(weights.values()),
                     parameters=module.num_parameters(),
+                    routing_layer=self.manifest.routing_layer,
                     training=training,
                 )
                 (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from growlm.base import checkpoint, gguf
 from growlm.disk.files import HashMemo, checkpoint_folder, locked, remove_folder
-from growlm.errors import BaseModelError
+from growlm.errors import BaseModelError, IntegrityError
 from growlm.store.manifests import StoreManifest
 
 if TYPE_CHECKING:
@@ -142,6 +142,7 @@ class StoreBase:
 
         Raises:
             BaseModelError: it is missing, has changed, or cannot be loaded.
+            IntegrityError: the store's manifest is of a base with more layers.
             ConfigError: no such device.
         """
         from growlm.base import Base
@@ -151,6 +152,11 @@ class StoreBase:
         folder = self.check_base()
         model = checkpoint.load_model(folder, self.manifest.dtype)
         base = Base(model.to(found), str(folder))
+        if (layer := self.manifest.routing_layer) is not None and layer > base.num_layers:
+            where = self.path / "store.json"
+            raise IntegrityError(
+                f"{where}: routing_layer is {layer}, the base has {base.num_layers} layers; restore it"
+            )
         base.fingerprint = self.manifest.base_fingerprint
         return base
 

@@ -145,15 +145,16 @@ class Tokens:
         scored = torch.tensor([p.num_scored for p in passages])
         return Comparison.of(losses[0], losses[1], scored, [p.document_index for p in passages])
 
-    def evidence(self, base: Base, config: ModuleTrainConfig, keep: int) -> Files:
+    def evidence(self, base: Base, config: ModuleTrainConfig, keep: int, layer: int | None) -> Files:
         """What the router needs to know of this text, and `keep` bytes of it.
 
         Args:
             base: as it is served.
+            layer: after which the router of the store reads its states.
         """
         crops = self._shown(config.router_samples, config.seed)
         heldout = [p.tokens for p in (*self.heldout, *self.validation)] if self.prompts is None else self.prompts[1]
-        seen = router.gather_evidence(base, crops, heldout[:_HELDOUT_SAMPLES], seed=config.seed)
+        seen = router.gather_evidence(base, crops, heldout[:_HELDOUT_SAMPLES], layer=layer, seed=config.seed)
         files = router.files_of(seen)
         if keep:
             # Two bytes a token at the least. Where tokens take four, half of these rows fit: any half, since they are

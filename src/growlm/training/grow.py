@@ -224,7 +224,9 @@ def _train(
         require_finite(f"{name}: the held-out loss after training", found.after)
         if not config.admit_anyway:
             require_better(name, found, f"version {stored.version} on the new text")
-        files, counts = joined(evidence_beside(stored), tokens.evidence(base, config, keep))
+        files, counts = joined(
+            evidence_beside(stored), tokens.evidence(base, config, keep, store.manifest.routing_layer)
+        )
         step |= {
             **body.record(),
             "tokens": num_tokens,

@@ -145,7 +145,7 @@ def _learn(
         require_finite(f"{name}: the held-out loss after training", found.after)
         if not config.admit_anyway:
             require_better(name, found)
-        files = tokens.evidence(base, config, keep)
+        files = tokens.evidence(base, config, keep, store.manifest.routing_layer)
         training = {
             **body.record(),
             "tokens": num_tokens,
