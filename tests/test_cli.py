@@ -224,7 +224,7 @@ def test_results_are_on_stdout_and_remarks_on_stderr(home, run):
         assert (code, err) == (0, ""), arguments
         assert word in out
     code, out, err = run("learn", "store", "other", "--data", "other.jsonl", *LEARN)
-    assert (code, out.startswith("other version 1: held-out loss")) == (0, True)
+    assert (code, out.startswith("other version 1: learned from")) == (0, True)
     assert all(line.startswith("other: ") for line in err.splitlines())
     assert "12 documents: 512 tokens, all of which are learned" in err
 

@@ -341,6 +341,16 @@ def expected_loss(store: Store, heldout: list[Document], *modules: Any) -> float
     return float(torch.cat(losses).mean())
 
 
+def test_samples_are_answers_to_what_was_asked(home, store):
+    result = learn(store, "law", [home / "chats.jsonl"], config(epochs=1), samples=2, progress=False)
+    pairs = {chat(n)["prompt"]: chat(n)["completion"] for n in range(80)}
+    assert len(result.samples) == 2
+    for sample in result.samples:
+        asked = next(prompt for prompt in pairs if prompt in sample.prompt)
+        assert "The tenant" not in sample.prompt
+        assert sample.text.strip() == pairs[asked]
+
+
 @pytest.mark.parametrize("vocabulary", ["head", "both"])
 def test_answers_are_learned_and_scored(home, store, vocabulary):
     result = learn(store, "law", [home / "chats.jsonl"], config(vocabulary=vocabulary), progress=False)

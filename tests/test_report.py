@@ -15,7 +15,8 @@ import pytest
 
 from growlm.errors import ConfigError, DataError, StoreError
 from growlm.evaluation import plots
-from growlm.evaluation.report import check_folder, write_report
+from growlm.evaluation.page import check_folder
+from growlm.evaluation.report import FILE, write_report
 
 
 def make_result(num_domains: int = 3, names: list[str] | None = None) -> dict[str, Any]:
@@ -207,10 +208,10 @@ def test_unusable_input_is_refused(tmp_path: Path) -> None:
 def test_a_folder_with_what_a_kill_left_is_free(tmp_path: Path) -> None:
     for left in (".writable", "..writable-0a1b2c3d", ".eval.json-0a1b2c3d", ".index.html-0a1b2c3d"):
         (tmp_path / left).write_text("")
-        check_folder(tmp_path)
+        check_folder(tmp_path, FILE)
     (tmp_path / ".eval.json-old").write_text("someone's own")
     with pytest.raises(ConfigError, match="holds something else than a report"):
-        check_folder(tmp_path)
+        check_folder(tmp_path, FILE)
 
 
 def test_failed_write_keeps_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -226,6 +226,46 @@ def growth_figure(memory: Mapping[str, Any]) -> Figure:
     return figure
 
 
+def losses_figure(history: Sequence[Mapping[str, Any]], scores: Mapping[int, float], best: int | None) -> Figure:
+    """Loss by step: of the text that each step trained on, smoothed, and of held-out text where it was scored.
+
+    Args:
+        history: a mapping a step, with `step` and `loss`.
+        scores: held-out loss by steps done.
+        best: the step that was kept.
+    """
+    steps = [line["step"] for line in history]
+    losses = [_finite(line["loss"]) for line in history]
+    near = max(len(losses) // 50, 1)  # steps that a point is the mean of
+    smooth = [sum(part) / len(part) for at in range(len(losses)) if (part := losses[max(at - near + 1, 0) : at + 1])]
+    with _style():
+        figure, axes = _new(WIDTH, 230)
+        axes.plot(steps, losses, color=LIGHT["other"], linewidth=0.7)
+        axes.plot(steps, smooth, color=LIGHT["base"], linewidth=1.4)
+        held = sorted(scores)
+        axes.plot(held, [scores[step] for step in held], color=LIGHT["module"], marker="o", markersize=3.5)
+        if best is not None and best in scores:
+            axes.plot([best], [scores[best]], color=LIGHT["router"], marker="o", markersize=6, linestyle="")
+        # A few large losses at the beginning would leave no room for the rest.
+        shown = sorted([*smooth, *scores.values()])
+        top, bottom = shown[min(int(0.98 * len(shown)), len(shown) - 1)], shown[0]
+        room = 0.08 * (top - bottom) or 0.1
+        axes.set_ylim(bottom - room, top + room)
+        axes.set_xlim(0, max([*steps, *scores]))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.tick_params(axis="y", length=0, labelcolor=LIGHT["muted"])
+        axes.set_xlabel("steps")
+        axes.set_ylabel("loss, nats a token")
+        axes.grid(axis="y")
+        kinds: Any = (("base", "trained on", "-", ""), ("module", "held out", "-", "o"), ("router", "kept", "", "o"))
+        _legend(
+            figure,
+            [Line2D([], [], color=LIGHT[r], linestyle=dash, marker=m, label=label) for r, label, dash, m in kinds],
+        )
+    return figure
+
+
 def by_base(perplexity: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The domains, the base's highest perplexity first."""
     return sorted(perplexity, key=lambda domain: -_finite(perplexity[domain].get("base")))

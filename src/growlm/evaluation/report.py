@@ -8,44 +8,19 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from string import Template
 from typing import Any
 
-from matplotlib.figure import Figure
-
-from growlm.disk.files import write_atomic
-from growlm.errors import ConfigError, DataError
-from growlm.evaluation import plots
+from growlm.errors import DataError
+from growlm.evaluation import page, plots
 from growlm.evaluation.continual import row_names
 from growlm.evaluation.plots import human_bytes, number
 from growlm.evaluation.summary import NONE_SHARES
 from growlm.progress import phase
 
-_TEMPLATE = Path(__file__).with_name("report.html")
-_ZERO = ' class="zero"'
-# What a kill may leave of `write_atomic` and `check_folder`.
-_LEFTOVER = re.compile(r"\.writable|\.(?:\.writable|eval\.json|index\.html)-[0-9a-f]{8}")
-
-
-def check_folder(out_dir: Path) -> None:
-    """Makes a report's folder, before the work that it is for.
-
-    Raises ConfigError when it cannot be written, or holds something else than a report.
-    """
-    out_dir = Path(out_dir)
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        held = {path.name for path in out_dir.iterdir() if not _LEFTOVER.fullmatch(path.name)}
-        if held and "eval.json" not in held:
-            raise ConfigError(f"report: {out_dir} holds something else than a report; choose another folder")
-        write_atomic(out_dir / ".writable", b"")
-        (out_dir / ".writable").unlink()
-    except OSError as error:
-        raise ConfigError(f"report: cannot write to {out_dir}: {error.strerror}; choose another folder") from error
+FILE = "eval.json"  # the numbers, beside the page
 
 
 def write_report(result: dict[str, Any], out_dir: Path) -> Path:
@@ -58,17 +33,10 @@ def write_report(result: dict[str, Any], out_dir: Path) -> Path:
     """
     if not result.get("perplexity"):
         raise DataError('report: the result holds no "perplexity"; give it what `growlm eval --json` prints')
-    out_dir = Path(out_dir)
     numbers = json.dumps(result, indent=2) + "\n"
     with phase("drawing the report"):
-        page = _page(result)
-    try:
-        write_atomic(out_dir / "eval.json", numbers.encode())
-        # A lone surrogate in a sample becomes "?".
-        write_atomic(out_dir / "index.html", page.encode("utf-8", "replace"))
-    except OSError as error:
-        raise ConfigError(f"report: cannot write: {error}; choose another folder") from error
-    return out_dir / "index.html"
+        drawn = _page(result)
+    return page.write(out_dir, drawn, {FILE: numbers})
 
 
 def _page(result: Mapping[str, Any]) -> str:
@@ -83,11 +51,7 @@ def _page(result: Mapping[str, Any]) -> str:
         "compute": _compute, "samples": _samples,
     }  # fmt: skip
     body += [section(result[key]) for key, section in sections.items() if result.get(key)]
-    light, dark = (
-        " ".join(f"--{role}: {colour};" for role, colour in colours.items()) for colours in (plots.LIGHT, plots.DARK)
-    )
-    template = Template(_TEMPLATE.read_text("utf-8"))
-    return template.substitute(title=escape(title), light=light, dark=dark, body="\n".join(body))
+    return page.page(title, body)
 
 
 def _tiles(result: Mapping[str, Any]) -> str:
@@ -126,7 +90,7 @@ def _perplexity(perplexity: Mapping[str, Mapping[str, Any]]) -> str:
             [name, *values, interval, _percent(_reduction(row, "routed")), _percent(row.get("retained_gain")), *counts]
         )
     alt = f"Bars of perplexity for {_count(len(rows), 'domain')}: base, own module and routed"
-    figure = _svg(plots.perplexity_figure(perplexity), "perplexity", alt)
+    figure = page.svg(plots.perplexity_figure(perplexity), "perplexity", alt)
     text = (
         "How surprised the model is by held-out text of each domain. Lower is better. Grey is the base. "
         "Blue is the base with the domain's own module, orange with the module that the router chose. Where "
@@ -134,7 +98,7 @@ def _perplexity(perplexity: Mapping[str, Mapping[str, Any]]) -> str:
         "prediction, and its length is the loss. The thin lines are 95 % intervals by bootstrap over documents. "
         "Reduction compares routed with base."
     )
-    return _section("Perplexity per domain", text, [figure], _table("Perplexity per domain", head, rows))
+    return page.section("Perplexity per domain", text, [figure], page.table("Perplexity per domain", head, rows))
 
 
 def _routing(routing: Mapping[str, Any]) -> str:
@@ -148,7 +112,7 @@ def _routing(routing: Mapping[str, Any]) -> str:
         right = row.get(name, 0) / total if total else None
         cells.append([name, _percent(right), *(_integer(row.get(column, 0)) for column in columns)])
     alt = f"Heat map of the modules that the router chose for documents of {_count(len(rows), 'domain')}"
-    figure = _svg(plots.confusion_figure(confusion), "confusion", alt)
+    figure = page.svg(plots.confusion_figure(confusion), "confusion", alt)
     text = (
         "Each row is a true domain, each column the module that the router chose for its documents. The "
         "fuller a cell's colour, the larger its share of the row. A perfect router fills the diagonal only. "
@@ -157,7 +121,7 @@ def _routing(routing: Mapping[str, Any]) -> str:
         "over the domains' documents; what wrong choices cost text of no domain is listed apart. A wrong choice "
         "between two similar modules costs accuracy, but little gain."
     )
-    table = _table("Documents by true domain and chosen module", ["true domain", "right", *columns], cells)
+    table = page.table("Documents by true domain and chosen module", ["true domain", "right", *columns], cells)
     facts = [
         f"{label}: {_percent(routing.get(key))}, 95 % interval {_span(routing.get(f'{key}_interval'), _percent)}"
         for label, key in (("accuracy", "accuracy"), ("retained gain", "retained_gain"))
@@ -176,7 +140,7 @@ def _routing(routing: Mapping[str, Any]) -> str:
         )
         facts.append(f"expected calibration error: {calibration['expected_error']:.3f} ({bins})")
     listed = "".join(f"<li>{escape(fact)}</li>" for fact in facts)
-    return _section("Router", text, [figure], f"{table}<ul>{listed}</ul>")
+    return page.section("Router", text, [figure], f"{table}<ul>{listed}</ul>")
 
 
 def _forgetting(detail: Mapping[str, Sequence[str]]) -> str:
@@ -207,8 +171,10 @@ def _matrix(matrix: Mapping[str, Any]) -> str:
         "learning, routed. A column should fall once, at its own row, and stay: every row is of the modules' present "
         f"versions, so what can still change is the router's choice.{_updated(matrix)} In nats a token: {measures}."
     )
-    figure = _svg(plots.matrix_figure(matrix), "matrix", f"Heat map of perplexity on {_count(len(domains), 'domain')}")
-    return _section("Learning one after another", text, [figure], _table("Perplexity", ["", *domains], rows))
+    figure = page.svg(
+        plots.matrix_figure(matrix), "matrix", f"Heat map of perplexity on {_count(len(domains), 'domain')}"
+    )
+    return page.section("Learning one after another", text, [figure], page.table("Perplexity", ["", *domains], rows))
 
 
 def _memory(memory: Mapping[str, Any]) -> str:
@@ -225,16 +191,16 @@ def _memory(memory: Mapping[str, Any]) -> str:
     ]  # fmt: skip
     resident, total = human_bytes(memory["resident_bytes"]), human_bytes(memory["total_bytes"])
     ends = f"resident {resident}, total {total}"
-    bars = _svg(plots.memory_figure(memory), "memory", f"Two stacked bars: {ends}")
+    bars = page.svg(plots.memory_figure(memory), "memory", f"Two stacked bars: {ends}")
     added = f"with {_count(len(so_far) - 1, 'module')} added"
-    lines = _svg(plots.growth_figure(memory), "growth", f"Two lines, {added}: {ends}")
+    lines = page.svg(plots.growth_figure(memory), "growth", f"Two lines, {added}: {ends}")
     text = (
         "Resident is what must be in memory to answer: base, router and the largest module. Total is "
         "all weights on disk. The lines show both as modules are added one by one, in the table's order. "
         "Total grows with every module, resident only when a module is larger than all before it."
     )
     head = ["part", "size", "bytes", "resident so far", "total so far"]
-    return _section("Memory", text, [bars, lines], _table("Bytes per part", head, parts))
+    return page.section("Memory", text, [bars, lines], page.table("Bytes per part", head, parts))
 
 
 def _compute(compute: Mapping[str, Any]) -> str:
@@ -243,7 +209,7 @@ def _compute(compute: Mapping[str, Any]) -> str:
     rows = [[name, _integer(compute[f"{key}_parameters"])] for key, name in names.items()]
     rows += [[f"tokens a second while scoring, {name}", f"{value:,.0f}"] for name, value in speed.items()]
     text = "What a prompt costs: parameters that take part, and how fast this machine scored the text above."
-    return _section("Compute", text, [], _table("Parameters and speed", ["", "number"], rows))
+    return page.section("Compute", text, [], page.table("Parameters and speed", ["", "number"], rows))
 
 
 def _samples(samples: Iterable[Mapping[str, Any]]) -> str:
@@ -257,29 +223,6 @@ def _samples(samples: Iterable[Mapping[str, Any]]) -> str:
         )
     text = "A prompt of each domain, and how the model went on with the module that the router chose."
     return f"<section><h2>Samples</h2><p>{text}</p>{''.join(items)}</section>"
-
-
-def _svg(figure: Figure, name: str, alt: str) -> str:
-    return plots.to_svg(figure, name, f"{alt}. The table that follows has the numbers.")
-
-
-def _section(title: str, text: str, figures: Sequence[str], table: str) -> str:
-    drawn = "".join(f'<figure class="scroll" tabindex="0">{figure}</figure>' for figure in figures)
-    drawn = f'<div class="figures">{drawn}</div>' if drawn else ""
-    body = f'<div class="pair">{drawn}{table}</div>'
-    return f"<section><h2>{escape(title)}</h2><p>{escape(text)}</p>{body}</section>"
-
-
-def _table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    columns = "".join(f'<th scope="col"><span>{escape(name)}</span></th>' for name in head)
-    lines = ""
-    for first, *rest in rows:
-        cells = "".join(f"<td{_ZERO * (cell == '0')}>{escape(cell)}</td>" for cell in rest)
-        lines += f'<tr><th scope="row"><span>{escape(first)}</span></th>{cells}</tr>\n'
-    name, wide = escape(caption), " wide" * (len(head) > 8)
-    return (f'<div class="scroll table{wide}" role="region" tabindex="0" aria-label="{name}"><table>'
-            f"<caption>{name}</caption><thead><tr>{columns}</tr></thead>\n<tbody>{lines}</tbody>"
-            "</table></div>")  # fmt: skip
 
 
 def _reduction(row: Mapping[str, Any], key: str) -> float | None:

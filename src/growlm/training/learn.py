@@ -6,8 +6,9 @@ modules and nothing of any one kind.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,10 @@ from growlm.training.loop import require_finite
 from growlm.training.module_training import ModuleTraining, as_served
 from growlm.training.router import require_samples, router_after
 from growlm.training.runs import empty, folder_of, module_run, run_folder
+from growlm.training.samples import Sample, side_by_side
+
+_INTERVAL = 1.96  # standard errors on either side of a mean: 95 %
+_LARGEST = 700.0  # loss of which the perplexity is a number
 
 
 @dataclass(frozen=True)
@@ -48,9 +53,59 @@ class LearnResult:
     steps: int | None = None
     best_step: int | None = None
     router: int | None = None  # version of the router that was trained with it, where the store's kind is trained
+    validation: dict[str, float] = field(
+        default_factory=dict
+    )  # held-out loss by steps done, by which the best was kept
+    samples: tuple[Sample, ...] = ()  # held-out prompts, answered by base and module
+    history: list[dict[str, Any]] = field(default_factory=list)  # of every step, of a run that ended with this call
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        told = asdict(replace(self, history=[]))
+        del told["history"]
+        return told
+
+    def table(self) -> list[list[str]]:
+        """Base against module on held-out text that chose nothing: a heading, then a row for each number."""
+        before, after = self.loss_before, self.loss_after
+        lower = 1 - math.exp(min(after - before, _LARGEST))
+        gain = f"{self.gain:.3f}"
+        if self.error is not None:
+            gain += f" ({self.gain - _INTERVAL * self.error:.3f} to {self.gain + _INTERVAL * self.error:.3f})"
+        perplexities = [math.exp(min(loss, _LARGEST)) for loss in (before, after)]
+        return [
+            ["held-out text", "base", self.name, "lower by (95 % interval)"],
+            ["loss, nats a token", f"{before:.3f}", f"{after:.3f}", gain],
+            ["perplexity", *(f"{p:,.2f}" if p < 100 else f"{p:,.0f}" for p in perplexities), f"{lower:.1%}"],
+        ]
+
+    def lines(self, width: int = 200) -> list[str]:
+        """What was measured, as a person reads it.
+
+        Args:
+            width: characters of a sample's text that are shown.
+        """
+        texts = "" if self.texts is None else f", measured by {self.texts} held-out text" + "s" * (self.texts != 1)
+        router = f"; router version {self.router}" if self.router else ""
+        lines = [
+            f"{self.name} version {self.version}: learned from {self.tokens:,} tokens in {self.seconds:,.0f} s "
+            f"({self.tokens_per_second:,.0f} tokens/s){texts}{router}"
+        ]
+        rows = self.table()
+        first, *rest = (max(map(len, column)) for column in zip(*rows, strict=True))
+        for label, *cells in rows:
+            lines.append("  ".join([label.ljust(first), *map(str.rjust, cells, rest)]))
+        for sample in self.samples:
+            lines += ["", f"prompt: {_shown(sample.prompt, width, end=True)}"]
+            parts = {"the text": sample.text, "base": sample.base, self.name: sample.module}
+            lines += [f"  {name}: {_shown(text, width)}" for name, text in parts.items()]
+        return lines
+
+
+def _shown(text: str, width: int, *, end: bool = False) -> str:
+    text = " ".join(text.split())
+    if len(text) <= width:
+        return text
+    return f"...{text[-width:]}" if end else f"{text[:width]}..."
 
 
 def learn(
@@ -61,6 +116,7 @@ def learn(
     *,
     update: bool = False,
     restart: bool = False,
+    samples: int = 0,
     progress: bool | None = None,
 ) -> LearnResult:
     """Trains a new module on `data` and adds it to the store and its router.
@@ -72,6 +128,7 @@ def learn(
         data: files, folders or `hub:owner/name`.
         update: allow `name` to exist; the module becomes its next version.
         restart: forget what a stopped run with the same arguments had done.
+        samples: how many held-out prompts base and module answer at the end, side by side.
         progress: False is silent; by default there are bars on stderr, or where it is no terminal, lines, one in ten
             seconds at most.
 
@@ -86,11 +143,11 @@ def learn(
         Interrupted: stopped by the user; progress is saved.
     """
     with reporting(name, progress):
-        return _learn(store, name, data, config or LearnConfig(), update, restart)
+        return _learn(store, name, data, config or LearnConfig(), update, restart, samples)
 
 
 def _learn(
-    store: Store, name: str, data: Sequence[str | Path], config: LearnConfig, update: bool, restart: bool
+    store: Store, name: str, data: Sequence[str | Path], config: LearnConfig, update: bool, restart: bool, samples: int
 ) -> LearnResult:
     placement = Placement.of(config.device, config.precision)
     old = store.find(name)
@@ -135,6 +192,7 @@ def _learn(
         )
         seconds = learning.run()
         trained, num_tokens, searched = learning.module, learning.num_tokens, learning.record()
+        steps = learning.history
         del learning
         if placement.dtype != served:
             del base
@@ -179,7 +237,8 @@ def _learn(
                     raise
         empty(work)  # the disk is needed; the folder stays until the router knows the module as well
         version = router_after(store, restart=restart, base=base)
-    return _result(stored, version)
+    asked = side_by_side(base, module, tokenizer, tokens.heldout, samples, seed=config.seed)
+    return replace(_result(stored, version), samples=asked, history=steps)
 
 
 def _loadable(store: Store, old: StoredModule, base: Base) -> KnowledgeModule | None:
@@ -232,6 +291,7 @@ def _result(stored: StoredModule, trained_router: int | None) -> LearnResult:
         learning_rate=said.get("learning_rate"),
         steps=said.get("steps"),
         best_step=said.get("best_step"),
+        validation=said.get("validation", {}),
         router=trained_router,
     )
 

@@ -21,6 +21,7 @@ from growlm.errors import Interrupted, TrainingError
 from growlm.progress import phase, say
 from growlm.training import checkpoints
 from growlm.training.config import TrainConfig
+from growlm.training.history import History
 from growlm.training.memory import kept_pages
 from growlm.training.optim import clip_gradients, make_optimizer
 from growlm.training.validation import Validation
@@ -66,7 +67,7 @@ def train(
 
     Args:
         loss_of_step: the loss of step i, with gradients to follow; a function of i and the parameters alone.
-        folder: holds checkpoints; the newest there is continued from.
+        folder: holds checkpoints, of which the newest is continued from, and the loss of every step (`history`).
         resume_hint: what to tell a user who interrupts.
         decay: which parameters get weight decay.
         buffers: what a forward pass changes besides, as running statistics; saved and restored with the parameters.
@@ -85,13 +86,16 @@ def train(
     if validation is not None:
         validation.begin(done, num_steps)
     started = saved = time.monotonic()
+    history = History(folder, done)
     smooth: float | None = None
+    before = sum(map(tokens_of_step, range(done)))
     tokens = 0
     with kept_pages(), _signals() as stop, phase("training", num_steps, "steps", done=done) as training:
         last = done == num_steps or (validation is not None and validation.ended)
         while not last:
+            rate = rate_at(done, num_steps, learning_rate, config.warmup)
             for group in optimizer.param_groups:
-                group["lr"] = rate_at(done, num_steps, learning_rate, config.warmup)
+                group["lr"] = rate
             loss = loss_of_step(done)
             loss.backward()
             value = float(loss.detach())
@@ -108,6 +112,8 @@ def train(
             if validation is not None:
                 last = validation.after(done, num_steps) or last
                 heldout = f", validation {validation.losses[max(validation.losses)]:.3f}"
+            scored = validation.losses.get(done) if validation is not None else None
+            history.add(done, before + tokens, value, rate, scored)
             now = time.monotonic()
             training.advance(note=f"loss {smooth:.3f}{heldout}, {tokens / max(now - started, 1e-9):,.0f} tokens/s")
             if stop.is_set() or last or now - saved > config.checkpoint_seconds:

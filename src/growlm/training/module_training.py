@@ -28,6 +28,7 @@ from growlm.modules import KnowledgeModule, ModuleSet
 from growlm.modules.scoring import passage_losses
 from growlm.modules.vocabulary import choose_rows
 from growlm.progress import phase, say
+from growlm.training import history
 from growlm.training.config import AUTO, LearnConfig, ModuleTrainConfig
 from growlm.training.corpus import beginnings, sample_passages, validation_tokens
 from growlm.training.features import FeatureCache
@@ -62,6 +63,7 @@ class ModuleTraining:
         rate: the peak learning rate, once `run` has found it.
         trials: what was tried for it.
         scores: held-out loss by steps done, after `run`.
+        history: of every step, as `history.History` writes it, after `run`.
         steps_done: steps that `run` made; those after the best one are not in the module.
     """
 
@@ -125,6 +127,7 @@ class ModuleTraining:
         self.rate: float | None = None
         self.trials: list[Trial] = []
         self.scores: dict[int, float] = {}
+        self.history: list[dict[str, Any]] = []
         self.steps_done = 0
 
     @property
@@ -165,6 +168,7 @@ class ModuleTraining:
             if self._cache is not None:
                 self._cache.close()
         self.scores = dict(validation.losses) if validation else {}
+        self.history = history.read(self.work)
         return trying + seconds
 
     def record(self) -> dict[str, Any]:
@@ -177,6 +181,7 @@ class ModuleTraining:
             "steps": self.steps_done,
             "best_step": min(after, key=lambda step: (after[step], step), default=self.steps_done),
             "validation": {str(step): loss for step, loss in sorted(self.scores.items())},
+            "losses": history.shortened(self.history),
         }
 
     # The rate

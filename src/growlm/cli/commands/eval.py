@@ -46,9 +46,10 @@ def evaluate(
 
     find_device(config.device)  # before a folder is made
     if report is not None:
-        from growlm.evaluation.report import check_folder, write_report
+        from growlm.evaluation.page import check_folder
+        from growlm.evaluation.report import FILE, write_report
 
-        check_folder(report)
+        check_folder(report, FILE)
     result = run(Store.open(store), named_paths(data), config, memory=memory).to_json()
     if report is not None:
         page = write_report(result, report)

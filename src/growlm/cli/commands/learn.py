@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from growlm.cli.app import app
 from growlm.cli.options import DataPaths, Grouped, Json, Restart, StorePath, from_config
-from growlm.cli.output import note, plural, print_json, reports
+from growlm.cli.output import note, print_json, reports
 from growlm.modules.shapes import SHAPES
 from growlm.training.config import LearnConfig
 
@@ -23,6 +24,13 @@ def learn(
     config: Any,
     update: Annotated[bool, typer.Option("--update", help="NAME exists: learn its next version.")] = False,
     restart: Restart = False,
+    report: Annotated[
+        Path | None,
+        typer.Option("--report", help="Write a page with table, figure and samples to this folder, and losses.jsonl."),
+    ] = None,
+    samples: Annotated[
+        int, typer.Option("--samples", min=0, help="Held-out prompts that base and module answer at the end.")
+    ] = 3,
     as_json: Json = False,
 ) -> None:
     """Learn a body of text as a new module. The base and all other modules keep their bytes.
@@ -34,20 +42,25 @@ def learn(
         growlm learn brain medicine --data pubmed.jsonl
 
         growlm learn brain law --data statutes/ --epochs 3 --placement interleaved
+
+        growlm learn brain tax --data tax.parquet --report tax-report/
     """
     from growlm.store import Store
+
+    if report is not None:
+        from growlm.evaluation.page import check_folder
+
+        check_folder(report, "losses.jsonl")
     from growlm.training.learn import learn as run
 
-    result = run(Store.open(store), name, data, config, update=update, restart=restart)
+    result = run(Store.open(store), name, data, config, update=update, restart=restart, samples=samples)
+    if report is not None:
+        from growlm.evaluation.learning import write_learning_report
+
+        note(f"report: {write_learning_report(result, report)}")
     if as_json:
         return print_json(result.to_json())
-    error = "" if result.error is None else f" ± {result.error:.3f}"
-    gain = f"gain {result.gain:.3f}{error}, {plural(result.texts or 0, 'held-out text')}"
-    print(
-        f"{name} version {result.version}: held-out loss {result.loss_before:.3f} -> {result.loss_after:.3f} ({gain}) "
-        f"after {result.tokens:,} tokens in {result.seconds:,.0f} s ({result.tokens_per_second:,.0f} tokens/s)"
-        + (f"; router version {result.router}" if result.router else "")
-    )
+    print("\n".join(result.lines()))
     if result.loss_after > result.loss_before:
         note(f"{name} does worse than the base on its own held-out text: give more text or --epochs, or remove it")
     return None
