@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from disk import all_files, edit, flip, largest_file
 from growlm.base import Base
+from growlm.disk import files
 from growlm.disk.tensors import read_tensors
 from growlm.errors import BaseModelError, GrowlmError, IntegrityError, StoreError, UnknownModuleError
 from growlm.modules import ModuleSet
@@ -953,3 +954,21 @@ def read_while_replaced(path: Path) -> None:
 
 def test_the_router_can_be_read_while_it_is_replaced(store):
     in_new_process(read_while_replaced, store.path)
+
+
+def test_a_new_store_remembers_the_hashes_of_its_base(tmp_path, store, monkeypatch):
+    """The first command after `new` does not read the base's files once more to know them."""
+    store = Store.create(tmp_path / "new", store.base_folder)
+    read: list[Path] = []
+    original = files.sha256_file
+
+    def counted(path: Path) -> str:
+        read.append(path)
+        return original(path)
+
+    monkeypatch.setattr(files, "sha256_file", counted)
+    store.check_base()
+    assert read == []
+    (store.path / "cache" / "hashes.json").unlink()
+    store.check_base()
+    assert [path.name for path in read] == ["model.safetensors"]

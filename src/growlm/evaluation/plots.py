@@ -236,16 +236,16 @@ def losses_figure(history: Sequence[Mapping[str, Any]], scores: Mapping[int, flo
     """
     steps = [line["step"] for line in history]
     losses = [_finite(line["loss"]) for line in history]
-    near = max(len(losses) // 50, 1)  # steps that a point is the mean of
+    near = max(len(losses) // 15, 1)  # steps that a point is the mean of
     smooth = [sum(part) / len(part) for at in range(len(losses)) if (part := losses[max(at - near + 1, 0) : at + 1])]
     with _style():
         figure, axes = _new(WIDTH, 230)
         axes.plot(steps, losses, color=LIGHT["other"], linewidth=0.7)
         axes.plot(steps, smooth, color=LIGHT["base"], linewidth=1.4)
         held = sorted(scores)
-        axes.plot(held, [scores[step] for step in held], color=LIGHT["module"], marker="o", markersize=3.5)
+        axes.plot(held, [scores[s] for s in held], color=LIGHT["module"], marker="o", markersize=3.5, clip_on=False)
         if best is not None and best in scores:
-            axes.plot([best], [scores[best]], color=LIGHT["router"], marker="o", markersize=6, linestyle="")
+            axes.plot([best], [scores[best]], color=LIGHT["router"], marker="o", markersize=6, clip_on=False, zorder=4)
         # A few large losses at the beginning would leave no room for the rest.
         shown = sorted([*smooth, *scores.values()])
         top, bottom = shown[min(int(0.98 * len(shown)), len(shown) - 1)], shown[0]

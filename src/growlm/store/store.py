@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 from growlm.base import checkpoint, tensor_bytes
 from growlm.base.gguf import is_gguf
 from growlm.disk.files import (
+    HashMemo,
     clear_scratch,
     locked,
     make_folders,
     new_folder,
     remove_folder,
-    sha256_file,
     undone_on_failure,
     write_atomic,
 )
@@ -42,7 +42,7 @@ from growlm.store.router_files import (
     ROUTERS,
     layer_to_read,
 )
-from growlm.store.store_base import StoreBase, write_base, written_base
+from growlm.store.store_base import HASHES, StoreBase, write_base, written_base
 from growlm.store.stored_module import MANIFEST, WEIGHTS, StoredModule, check_name, is_name
 from growlm.store.verify import verify
 from growlm.store.versions import TensorVersions, complete_versions, now
@@ -105,9 +105,9 @@ class Store(StoreBase):
         kept = _samples_for(router, keep_samples)
         given = Path(base).expanduser()
         with undone_on_failure(path):
-            digest = None
+            digest, memo = None, HashMemo(path / HASHES)
             if is_gguf(given):
-                folder, digest = write_base(given, path), sha256_file(given)
+                folder, digest = write_base(given, path), memo.sha256(given)
             else:
                 folder = checkpoint.resolve(base)
             for remark in checkpoint.check(folder):
@@ -118,7 +118,7 @@ class Store(StoreBase):
                 base=os.path.relpath(given.resolve(), path.resolve()) if local else str(base),
                 base_revision=None if local else checkpoint.hub_revision(folder),
                 base_gguf=digest,
-                base_fingerprint=checkpoint.fingerprint(folder),
+                base_fingerprint=checkpoint.fingerprint(folder, memo.sha256),
                 tokenizer_fingerprint=checkpoint.tokenizer_fingerprint(folder),
                 dtype=checkpoint.stored_dtype(folder) if dtype == "auto" else dtype,
                 router=router,

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from growlm.base import Base
 
+HASHES = Path("cache", "hashes.json")  # of a store: remembered hashes of its base's files
+
 
 def written_base(store: Path) -> Path:
     """Where a store keeps the checkpoint that was made of a GGUF file; may be deleted while the file is there."""
@@ -78,7 +80,7 @@ class StoreBase:
         Raises:
             BaseModelError: it is missing or has changed.
         """
-        memo = HashMemo(self.path / "cache" / "hashes.json")
+        memo = HashMemo(self.path / HASHES)
         if self.manifest.base_gguf is not None:
             self._check_file(memo)
         folder = self.base_folder
