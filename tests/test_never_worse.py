@@ -32,7 +32,7 @@ from growlm.training.config import FinetuneConfig
 from growlm.training.corpus import beginnings, halves
 from growlm.training.finetune import finetune
 from growlm.training.grow import grow
-from growlm.training.rates import candidates, find_rate, rounds
+from growlm.training.rates import between, candidates, find_rate, rounds
 from growlm.training.validation import Validation
 from interruptions import at_step, interrupt, steps_of
 from stores import make_store, store_with_texts
@@ -91,12 +91,27 @@ def test_the_best_rate_is_left(tmp_path, best):
 
 
 @pytest.mark.parametrize(
-    ("losses", "best"), [((2.80, 2.87, 4.4, 18.0), 2), ((6.40, 6.41, 6.51, 6.99), 3), ((5.0, 4.0, 3.0, 9.0), 3)]
-)
-def test_few_steps_speak_for_low_rates_so_that_a_higher_one_counts_as_better(tmp_path, losses, best):
-    """Of those within a twentieth of the best loss."""
+    ("losses", "low", "high"),
+    [((2.80, 2.87, 4.4, 18.0), 1, 2), ((6.40, 6.41, 6.51, 6.99), 2, 3), ((5.0, 4.0, 3.0, 9.0), 3, 3),
+     ((2.80, 2.95, 4.4, 18.0), 1, 1)],
+)  # fmt: skip
+def test_few_steps_speak_for_low_rates_so_that_a_higher_one_counts_as_better(tmp_path, losses, low, high):
+    """Of those within a twentieth of the best loss; of the last two one between, by how near their losses are."""
     of = dict(zip((1, 2, 3, 4), losses, strict=True))
-    assert find_rate([1, 2, 3, 4], [(4, 1), (2, 2)], lambda rate, steps: of[rate], tmp_path / "t.json")[0] == best
+    found, _ = find_rate([1, 2, 3, 4], [(4, 1), (2, 2)], lambda rate, steps: of[rate], tmp_path / "t.json")
+    if low == high:
+        assert found == low
+    else:
+        assert low < found < high
+
+
+def test_the_last_two_rates_are_weighed_by_their_losses():
+    assert between(1e-4, 1e-2, 2.0, 1.9) == 1e-2
+    assert between(1e-4, 1e-2, 2.0, 2.0) == 1e-2
+    assert between(1e-4, 1e-2, 2.0, 2.05) == 1e-3  # half way, on a logarithmic scale
+    assert between(1e-4, 1e-2, 2.0, 2.1) == between(1e-4, 1e-2, 2.0, 9.0) == 1e-4
+    assert between(1e-4, 1e-2, 2.0, math.inf) == 1e-4
+    assert between(1e-4, 1e-2, math.inf, math.inf) == 1e-4
 
 
 def test_where_all_rates_diverge_the_lowest_is_left(tmp_path):
@@ -114,10 +129,10 @@ def test_a_run_finds_its_rate_and_says_what_it_tried(store, capfd):
     said = store.module("law").manifest.training
     assert [t["steps"] for t in said["trials"]] == sorted(t["steps"] for t in said["trials"])
     assert len(said["trials"]) == 6
-    last = [t for t in said["trials"] if t["steps"] == said["trials"][-1]["steps"]]
-    least = min(t["loss"] for t in last)
-    assert result.learning_rate == said["learning_rate"] == max(t["rate"] for t in last if t["loss"] <= 1.05 * least)
-    assert f"learning rate {result.learning_rate:.2g}, the highest that does nearly as well" in capfd.readouterr().err
+    low, high = (t for t in said["trials"] if t["steps"] == said["trials"][-1]["steps"])
+    wanted = between(low["rate"], high["rate"], low["loss"], high["loss"])
+    assert result.learning_rate == said["learning_rate"] == wanted
+    assert f"learning rate {result.learning_rate:.2g}, from the last two" in capfd.readouterr().err
     # A rate that is given is not looked for.
     assert learn(store, "lease", [source], config(learning_rate=1e-3), progress=False).learning_rate == 1e-3
     assert store.module("lease").manifest.training["trials"] == []

@@ -1,9 +1,10 @@
 """Rates: the peak learning rate that suits a base, a module and a text, found by short trials, successively halved.
 
 All candidates train for a few steps on the same text in the same order; the better half goes on for twice as many, from
-the start again, until one is left. Few steps speak for low rates, since what a high one loses at first it wins back
-later: of those that do nearly as well as the best, the highest counts as the better one. Knows rates and losses; not
-what is trained. (Successive halving: Jamieson and Talwalkar, 2016.)
+the start again, until two are left. Few steps speak for low rates, since what a high one loses at first it wins back
+later: of those that do nearly as well as the best, the highest counts as the better one, and of the last two the rate
+that is taken lies the nearer to the higher one the less that one's loss is above the other's. Knows rates and losses;
+not what is trained. (Successive halving: Jamieson and Talwalkar, 2016.)
 """
 
 from __future__ import annotations
@@ -83,10 +84,22 @@ def find_rate(
                 trying.advance(steps, note=f"{rate:.2g}: {loss:.3f}")
             told = ", ".join(f"{losses[rate]:.3f} at {rate:.2g}" for rate in left)
             say(f"learning rates, round {turn}: loss after {steps} short steps {told}")
-            left = sorted(_better_first(losses)[: max(number // 2, 1)])
-    (best,) = left
-    say(f"learning rate {best:.2g}, the highest that does nearly as well as the best")
+            left = sorted(_better_first(losses)[: max(number // 2, 2)])
+    low, high = left
+    best = between(low, high, losses[low], losses[high])
+    say(f"learning rate {best:.2g}, from the last two and how near their losses are")
     return best, done
+
+
+def between(low: float, high: float, low_loss: float, high_loss: float) -> float:
+    """A rate from `low` to `high`: the higher one if its loss is no more, the lower one if it is more by what still
+    counts as nearly as well, and evenly between on a logarithmic scale."""
+    nearly = _NEARLY * abs(low_loss)
+    if not math.isfinite(high_loss) or high_loss > low_loss + nearly:
+        return low
+    if high_loss <= low_loss:
+        return high
+    return float(f"{high * (low / high) ** ((high_loss - low_loss) / nearly):.2g}")
 
 
 def _better_first(losses: Mapping[float, float]) -> list[float]:
