@@ -83,10 +83,13 @@ class HashMemo:
     """Hashes of large files, remembered by size, inode and time of change, so that an unchanged file is read once.
 
     Kept in a JSON file that may be deleted at any time.
+
+    Args:
+        write: False leaves the file as it is.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, *, write: bool = True) -> None:
+        self._path, self._write = path, write
         try:
             known = read_json(path)
         except (OSError, ValueError):
@@ -102,7 +105,8 @@ class HashMemo:
             self._known[key] = known
             # A store on a read-only disk still opens; the next reader hashes again.
             with suppress(OSError, StoreError):
-                write_atomic(self._path, json.dumps(self._known).encode())
+                if self._write:
+                    write_atomic(self._path, json.dumps(self._known).encode())
         return known[3]
 
 

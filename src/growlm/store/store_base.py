@@ -74,13 +74,16 @@ class StoreBase:
             return checkpoint.resolve(local)
         return checkpoint.resolve(recorded, revision=self.manifest.base_revision)
 
-    def check_base(self) -> Path:
+    def check_base(self, *, remember: bool = True) -> Path:
         """The base's folder, once its config, weights and tokenizer are known to be those of this store.
+
+        Args:
+            remember: write down which files were hashed, so that the next check is quick.
 
         Raises:
             BaseModelError: it is missing or has changed.
         """
-        memo = HashMemo(self.path / HASHES)
+        memo = HashMemo(self.path / HASHES, write=remember)
         if self.manifest.base_gguf is not None:
             self._check_file(memo)
         folder = self.base_folder
@@ -136,11 +139,12 @@ class StoreBase:
         """Bytes that the base takes once loaded, from its files' headers."""
         return checkpoint.loaded_bytes(self.base_folder, self.manifest.dtype)
 
-    def load_base(self, *, device: str | torch.device = "cpu") -> Base:
+    def load_base(self, *, device: str | torch.device = "cpu", remember: bool = True) -> Base:
         """The frozen base, checked.
 
         Args:
             device: where its weights go, as `Engine` takes it.
+            remember: as in `check_base`.
 
         Raises:
             BaseModelError: it is missing, has changed, or cannot be loaded.
@@ -151,7 +155,7 @@ class StoreBase:
         from growlm.base.placement import find_device
 
         found = find_device(device)
-        folder = self.check_base()
+        folder = self.check_base(remember=remember)
         model = checkpoint.load_model(folder, self.manifest.dtype)
         base = Base(model.to(found), str(folder))
         if (layer := self.manifest.routing_layer) is not None and layer > base.num_layers:

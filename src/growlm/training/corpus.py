@@ -134,11 +134,15 @@ class Tokens:
             others += prompts
         base.require_rows([*self.begin, *itertools.chain(*others)], where, tokenizer)
 
+    def deciding(self, config: ModuleTrainConfig) -> list[text_data.Passage]:
+        """Held-out passages by which it is decided whether a module is admitted."""
+        trained_on = config.rows_wanted(len(self.packed)) * config.sequence_length
+        return beginnings(self.heldout, max(trained_on // _DECIDING_SHARE, _DECIDING_TOKENS), config.seed)
+
     def compare(self, before: ModuleSet, after: ModuleSet, config: ModuleTrainConfig) -> Comparison:
         """Two module sets of one base on held-out passages, each to at most so many tokens as suit a run of this size;
         what they have in common is computed once."""
-        trained_on = config.rows_wanted(len(self.packed)) * config.sequence_length
-        passages = beginnings(self.heldout, max(trained_on // _DECIDING_SHARE, _DECIDING_TOKENS), config.seed)
+        passages = self.deciding(config)
         with phase("scoring held-out text by both", len(passages), "passages"):
             found = [p.tokens for p in passages]
             losses = paired_losses([before, after], found, counted=text_data.masks_of(passages))
@@ -152,18 +156,26 @@ class Tokens:
             base: as it is served.
             layer: after which the router of the store reads its states.
         """
-        crops = self._shown(config.router_samples, config.seed)
-        heldout = [p.tokens for p in (*self.heldout, *self.validation)] if self.prompts is None else self.prompts[1]
-        seen = router.gather_evidence(base, crops, heldout[:_HELDOUT_SAMPLES], layer=layer, seed=config.seed)
+        seen = router.gather_evidence(base, *self.shown(config), layer=layer, seed=config.seed)
         files = router.files_of(seen)
-        if keep:
-            # Two bytes a token at the least. Where tokens take four, half of these rows fit: any half, since they are
-            # in no order.
-            rows = -(-keep // (2 * config.sequence_length))
-            samples = router.pack_samples(self._shown(rows, config.seed), keep)
-            if len(samples["tokens"]):  # so few bytes that nothing fits keep nothing
-                files[router.SAMPLES] = samples
+        if samples := self.samples(config, keep):
+            files[router.SAMPLES] = samples
         return files
+
+    def shown(self, config: ModuleTrainConfig) -> tuple[list[list[int]], list[list[int]]]:
+        """What the router is shown: passages, and held-out ones."""
+        heldout = [p.tokens for p in (*self.heldout, *self.validation)] if self.prompts is None else self.prompts[1]
+        return self._shown(config.router_samples, config.seed), heldout[:_HELDOUT_SAMPLES]
+
+    def samples(self, config: ModuleTrainConfig, keep: int) -> dict[str, Tensor]:
+        """`keep` bytes of this text, packed; empty where so few that nothing fits."""
+        if not keep:
+            return {}
+        # Two bytes a token at the least. Where tokens take four, half of these rows fit: any half, since they are in no
+        # order.
+        rows = -(-keep // (2 * config.sequence_length))
+        samples = router.pack_samples(self._shown(rows, config.seed), keep)
+        return samples if len(samples["tokens"]) else {}
 
     def _shown(self, count: int, seed: int) -> list[list[int]]:
         """What stands for this text's prompts, in random order."""

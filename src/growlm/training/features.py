@@ -39,6 +39,11 @@ class FeatureCache:
         self._path = path
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
 
+    @property
+    def room(self) -> int:
+        """How many rows there is room for, the first ones."""
+        return self._room
+
     def get(self, rows: np.ndarray, compute: Callable[[np.ndarray], Tensor]) -> Tensor:
         """Rows by number, (b, t, d) in main memory; `compute` gives those that are not on disk."""
         kept = self._kept[rows]
@@ -55,6 +60,10 @@ class FeatureCache:
             count = os.preadv(self._file, [buffer], int(rows[at]) * self._row_bytes)
             assert count == self._row_bytes
         return out
+
+    def forget(self, rows: np.ndarray) -> None:
+        """Rows by number, to be computed anew."""
+        self._kept[rows] = False
 
     def _keep(self, row: int, value: Tensor) -> None:
         if row >= self._room:

@@ -33,6 +33,12 @@ def ensure_general(store: Store, base: Base, tokenizer: Any) -> None:
     _show(store, base, *_texts(store, base, tokenizer))
 
 
+def general_shown(store: Store, base: Base, tokenizer: Any) -> list[list[int]]:
+    """The passages of which `ensure_general` keeps vectors."""
+    train, heldout = _texts(store, base, tokenizer)
+    return [*train[:_SHOWN], *heldout[: _SHOWN // 3]]
+
+
 def describe_general(store: Store, base: Base, tokenizer: Any, paths: Sequence[str | Path]) -> None:
     """Shows the router general text from files: what is none of the modules' business.
 

@@ -151,9 +151,9 @@ def _learn(
 ) -> LearnResult:
     placement = Placement.of(config.device, config.precision)
     old = store.find(name)
-    unfinished = _unfinished(store, old)
+    unfinished = unfinished_run(store, old)
     if unfinished is None and not update:
-        _require_free(store, old)
+        require_free(store, old)
     kind = kind_of(config.kind)
     keep = bytes_to_keep(store, name, config)
     if store.manifest.router == ROUTER_TRAINED:
@@ -163,7 +163,7 @@ def _learn(
     busy = f"{store.path}: the same learning of {name!r} is running already"
     if old is not None and unfinished is not None:
         # Whichever version was current when it began.
-        runs = (_run_id(store, name, before, body, config, placement) for before in range(old.version))
+        runs = (run_id(store, name, before, body, config, placement) for before in range(old.version))
         if unfinished in runs:
             folder = folder_of(store, name, unfinished)
             with run_folder(folder, busy, restart=True):  # its checkpoints are of no use now
@@ -171,14 +171,14 @@ def _learn(
                 version = router_after(store, restart=restart, device=config.device)
             return _result(old, version)
         if not update:
-            _require_free(store, old)
+            require_free(store, old)
     store.check_base()
     tokenizer = store.load_tokenizer()
     tokens = body.tokenized(tokenizer, config)
     for line in body.lines(tokens, tokenizer):
         say(line)
 
-    run = _run_id(store, name, old.version if old else 0, body, config, placement)
+    run = run_id(store, name, old.version if old else 0, body, config, placement)
     with run_folder(folder_of(store, name, run), busy, restart=restart) as work:
         base = store.load_base(device=placement.device)
         require_positions(base, config)
@@ -249,7 +249,11 @@ def _loadable(store: Store, old: StoredModule, base: Base) -> KnowledgeModule | 
         return None
 
 
-def _require_free(store: Store, current: StoredModule | None) -> None:
+def require_free(store: Store, current: StoredModule | None) -> None:
+    """
+    Raises:
+        StoreError: the name is taken.
+    """
     if current is not None:
         raise StoreError(
             f"{store.path}: module {current.name!r} exists (version {current.version}); use --update to learn its next "
@@ -257,7 +261,7 @@ def _require_free(store: Store, current: StoredModule | None) -> None:
         )
 
 
-def _unfinished(store: Store, current: StoredModule | None) -> str | None:
+def unfinished_run(store: Store, current: StoredModule | None) -> str | None:
     """Of the run that made a module, the id, if that run has not ended: its folder goes last."""
     if current is None:
         return None
@@ -296,7 +300,7 @@ def _result(stored: StoredModule, trained_router: int | None) -> LearnResult:
     )
 
 
-def _run_id(
+def run_id(
     store: Store, name: str, before: int, body: TrainingCorpus, config: LearnConfig, placement: Placement
 ) -> str:
     """

@@ -1,11 +1,13 @@
-"""Memory of a training run: freed pages are kept for the next step instead of being given back to the system.
+"""Memory of a training run: its peak; freed pages are kept for the next step instead of being given back.
 
-Knows the C library's allocator; nothing of training.
+Knows the C library's allocator and what the system counts; nothing of training.
 """
 
 from __future__ import annotations
 
 import ctypes
+import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -37,6 +39,12 @@ def kept_pages() -> Iterator[None]:
         _open -= 1
         if not _open:
             _set_back(libc)
+
+
+def peak_bytes() -> int:
+    """The most main memory that this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _set_back(libc: ctypes.CDLL) -> None:

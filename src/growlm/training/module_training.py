@@ -37,8 +37,7 @@ from growlm.training.optim import clip_gradients, make_optimizer
 from growlm.training.rates import Trial, candidates, find_rate, rounds
 from growlm.training.validation import Validation
 
-_SAMPLE_ROWS = 64  # rows of training text, at most, on which the base is asked what it knows
-_SAMPLE_SHARE = 20  # of these one for so many that are trained on
+_SAMPLE_SHARE = 20  # rows that are trained on for each one on which the base is asked what it knows
 _TRIAL_LENGTH = 4  # a trial step reads one row of a batch, and of that such a part: no less than
 _LEAST_TRIAL = 32  # tokens
 _TRIALS_A_STEP = 8  # trial steps that are taken to cost as much as one of the run, at most: the optimiser's part stays
@@ -60,12 +59,15 @@ class ModuleTraining:
         validation: held-out passages by which rate and step are chosen.
 
     Attributes:
+        sample_rows: rows of training text, at most, on which the base is asked what it knows.
         rate: the peak learning rate, once `run` has found it.
         trials: what was tried for it.
         scores: held-out loss by steps done, after `run`.
         history: of every step, as `history.History` writes it, after `run`.
         steps_done: steps that `run` made; those after the best one are not in the module.
     """
+
+    sample_rows = 64
 
     def __init__(
         self,
@@ -193,8 +195,7 @@ class ModuleTraining:
         if self.config.learning_rate != AUTO:
             return self.config.rate_or(computed)
         rates = candidates(computed)
-        per_step = min(self._tokens_of(0) // self._trial_length, _TRIALS_A_STEP)
-        plan = rounds(len(rates), len(self._steps), per_step)
+        plan = self._rounds(len(rates))
         if not plan or self._imitated:  # what a pool imitates first says nothing of the rest
             why = "trials would only see it imitate" if plan else "the run is too short for trials"
             say(f"learning rate {computed:.2g}, computed from the base's width: {why}")
@@ -213,6 +214,11 @@ class ModuleTraining:
             found, self.trials = find_rate(rates, plan, trial, self.work / "trials.json")
         _put(start, {**trained, **buffers})
         return found
+
+    def _rounds(self, num_rates: int) -> list[tuple[int, int]]:
+        """Of trials: how many rates each, and for how many trial steps; empty where the run is too short for any."""
+        per_step = min(self._tokens_of(0) // self._trial_length, _TRIALS_A_STEP)
+        return rounds(num_rates, len(self._steps), per_step)
 
     @property
     def _trial_length(self) -> int:
@@ -254,6 +260,11 @@ class ModuleTraining:
         later = losses[len(losses) // 2 :]
         return sum(later) / len(later)
 
+    @property
+    def sample_wanted(self) -> int:
+        """Rows of text that suit a run of this size, to ask the base on what it knows."""
+        return max(self.config.rows_wanted(len(self.text)) // _SAMPLE_SHARE, 4)
+
     def _least_known(self, config: LearnConfig, begin: Sequence[int]) -> Tensor | None:
         """Of the tokens that the domain uses, those that the base knows least."""
         if config.shape.vocabulary == "none":
@@ -264,8 +275,7 @@ class ModuleTraining:
         def per_token(labels: Tensor, losses: Tensor) -> None:
             lost.index_add_(0, labels.cpu(), losses.cpu().double())
 
-        trained_on = config.rows_wanted(len(self.text))
-        count = min(max(trained_on // _SAMPLE_SHARE, 4), _SAMPLE_ROWS)
+        count = min(self.sample_wanted, self.sample_rows)
         sample, counted = sample_passages(self.text, count, config.seed, begin), None
         used = self.text.tokens[:, 1:]
         if self.text.counted is not None:  # tokens that are not learned need no rows
@@ -360,10 +370,15 @@ class ModuleTraining:
 
 
 class _Passages:
-    """Held-out passages, with what is computed of them below the fork once."""
+    """Held-out passages, with what is computed of them below the fork once.
+
+    Attributes:
+        num_tokens: of all passages.
+    """
 
     def __init__(self, training: ModuleTraining, passages: Sequence[text_data.Passage]) -> None:
         self._training, self._batches = training, []
+        self.num_tokens = sum(len(p.tokens) for p in passages)
         order = sorted(passages, key=lambda p: len(p.tokens))
         for at in range(0, len(order), _SCORED):
             some = order[at : at + _SCORED]

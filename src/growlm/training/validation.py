@@ -63,19 +63,19 @@ class Validation:
             known = read_json(path)
             self.losses = {int(step): float(loss) for step, loss in known["losses"].items() if int(step) <= done}
             self._digest = known["sha256"]
-            if not isinstance(self._digest, str | None) or not self._due(num_steps, done) <= self.losses.keys():
+            if not isinstance(self._digest, str | None) or not self.due(num_steps, done) <= self.losses.keys():
                 raise ValueError
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             raise _damaged(path) from None
 
     def after(self, step: int, num_steps: int) -> bool:
         """Scores a step if it is one of those to be scored; whether the run should end with it."""
-        if step in self._due(num_steps, step) and step not in self.losses:
+        if step in self.due(num_steps, step) and step not in self.losses:
             self._record(step)
         return self.ended
 
     @staticmethod
-    def _due(num_steps: int, done: int) -> set[int]:
+    def due(num_steps: int, done: int) -> set[int]:
         """The steps that have been scored after so many."""
         due = {math.ceil(num_steps * i / _TIMES) for i in range(_TIMES + 1)}
         return {step for step in due if step <= done}

@@ -23,6 +23,14 @@ def learn(
     data: DataPaths,
     config: Any,
     update: Annotated[bool, typer.Option("--update", help="NAME exists: learn its next version.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Say how many tokens and steps it would be, how long it would take and how much memory, from a few "
+            "real steps; change nothing.",
+        ),
+    ] = False,
     restart: Restart = False,
     report: Annotated[
         Path | None,
@@ -44,9 +52,19 @@ def learn(
         growlm learn brain law --data statutes/ --epochs 3 --placement interleaved
 
         growlm learn brain tax --data tax.parquet --report tax-report/
+
+        growlm learn brain law --data statutes/ --dry-run
     """
     from growlm.store import Store
 
+    if dry_run:
+        from growlm.training.estimate import estimate
+
+        told = estimate(Store.open(store), name, data, config, update=update)
+        if as_json:
+            return print_json(told.to_json())
+        print("\n".join(told.lines()))
+        return None
     if report is not None:
         from growlm.evaluation.page import check_folder
 

@@ -1,0 +1,256 @@
+"""Estimate: what a run of `learn` reads, takes and leaves, told before it is made, from a few real steps of it.
+
+Makes them in a folder of its own and writes nothing to the store.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import torch
+
+from growlm import data as text_data
+from growlm import router
+from growlm.base import Base, tensor_bytes
+from growlm.base.placement import Placement
+from growlm.modules import ModuleSet, kind_of
+from growlm.modules.scoring import paired_losses
+from growlm.progress import reporting
+from growlm.store import ROUTER_TRAINED, Store
+from growlm.training.checkpoints import saved_step
+from growlm.training.config import LearnConfig
+from growlm.training.corpus import (
+    TrainingCorpus,
+    beginnings,
+    bytes_to_keep,
+    require_positions,
+    validation_tokens,
+)
+from growlm.training.general import general_shown
+from growlm.training.learn import require_free, run_id, unfinished_run
+from growlm.training.memory import peak_bytes
+from growlm.training.module_training import as_served
+from growlm.training.rehearsal import Rehearsal
+from growlm.training.router import last_config, require_samples
+from growlm.training.runs import folder_of
+from growlm.training.validation import Validation
+from growlm.units import format_seconds, format_size
+
+_SECONDS = 40.0  # for steps; all else that is timed takes about as long as a step
+_TIMED_TOKENS = 256  # of held-out text
+_TIMED_PASSAGES = 8  # that the router is shown
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will be.
+
+    Attributes:
+        text: what is read and a piece of it, as `learn` says it.
+        documents, tokens, learned, rows: that were read: of `tokens`, `learned` are counted by the loss, in rows.
+        heldout: documents that are held out, tokens of them by which rate and step are chosen (`validation`), and by
+            which it is decided whether the module is admitted (`deciding`).
+        steps: at the most: fewer if more does not help on held-out text.
+        resumes: steps that a stopped run has done already.
+        trials: of learning rates, in rounds: how many, and for how many short steps each.
+        seconds: by part, of the whole run.
+        memory: peak of main memory in bytes; `device_memory` of the GPU's, where there is one.
+        bytes: of the module on the disk; `beside` it lies what the router keeps of the text.
+        timed: optimiser steps from which all this is told.
+    """
+
+    name: str
+    text: list[str]
+    documents: int
+    tokens: int
+    learned: int
+    rows: int
+    heldout: dict[str, int]
+    steps: int
+    tokens_per_step: int
+    tokens_trained: int
+    resumes: int
+    trials: list[dict[str, int]]
+    seconds: dict[str, float]
+    total_seconds: float
+    memory: int
+    device_memory: int | None
+    bytes: int
+    beside: int
+    timed: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """For people."""
+        held, parts = self.heldout, {part: seconds for part, seconds in self.seconds.items() if seconds >= 0.5}
+        rounds = ", then ".join(f"{r['rates']} for {r['steps']} short steps" for r in self.trials)
+        gpu = "" if self.device_memory is None else f", {format_size(self.device_memory)} of the GPU's"
+        resumed = f"; a stopped run goes on after step {self.resumes:,}" if self.resumes else ""
+        return [
+            *self.text,
+            f"held out: {held['documents']:,} documents; {held['validation']:,} tokens choose the step, "
+            f"{held['deciding']:,} decide whether the module is admitted",
+            f"steps: {self.steps:,} at the most, of {self.tokens_per_step:,} tokens; {self.tokens_trained:,} tokens"
+            f"{resumed}",
+            f"learning rates: {rounds or 'none are tried'}",
+            f"time: about {format_seconds(self.total_seconds)}"
+            + (f" ({', '.join(f'{part} {format_seconds(s)}' for part, s in parts.items())})" if parts else ""),
+            f"memory: about {format_size(self.memory)} at the most{gpu}",
+            f"disk: {format_size(self.bytes)}, and beside it {format_size(self.beside)} for the router",
+        ]
+
+
+def estimate(
+    store: Store,
+    name: str,
+    data: Sequence[str | Path],
+    config: LearnConfig | None = None,
+    *,
+    update: bool = False,
+    progress: bool | None = None,
+) -> Estimate:
+    """What `learn` with the same arguments would do. Takes about a minute once the base is loaded and the text is read;
+    changes nothing.
+
+    Raises:
+        as `learn`, but that it may turn out no better than the base.
+    """
+    with reporting(name, progress), tempfile.TemporaryDirectory() as work:
+        return _estimate(store, name, data, config or LearnConfig(), update, Path(work))
+
+
+def _estimate(
+    store: Store, name: str, data: Sequence[str | Path], config: LearnConfig, update: bool, work: Path
+) -> Estimate:
+    placement = Placement.of(config.device, config.precision)
+    old = store.find(name)
+    if not update and unfinished_run(store, old) is None:
+        require_free(store, old)
+    keep = bytes_to_keep(store, name, config)
+    if store.manifest.router == ROUTER_TRAINED:
+        require_samples(store, [m for m in store.modules.values() if m.name != name])
+
+    clock = _Clock()
+    body = TrainingCorpus.read(data, config)
+    clock.count("text")
+    base = store.load_base(device=placement.device, remember=False)
+    clock.count("base")
+    tokenizer = store.load_tokenizer()
+    tokens = body.tokenized(tokenizer, config)
+    require_positions(base, config)
+    tokens.require_rows(base, body.where, tokenizer)
+    clock.count("text")
+    served = base.dtype
+
+    # The router's share.
+    shown = [*itertools.chain(*tokens.shown(config))]
+    few, layer = shown[:_TIMED_PASSAGES], store.manifest.routing_layer
+    router.gather_evidence(base, few[:1], few[:1], layer=layer)  # warms up
+    clock.count(None)
+    seen = router.gather_evidence(base, few, few[:1], layer=layer)
+    passage = clock.count(None) / (len(few) + 1)
+    clock.seconds["evidence"] = passage * len(shown)
+    if not router.has_general(store):
+        clock.seconds["general text"] = passage * len(general_shown(store, base, tokenizer))
+    trace = tensor_bytes(t for tensors in router.files_of(seen).values() for t in tensors.values())
+    beside = trace * len(shown) // (len(few) + 1) + tensor_bytes(tokens.samples(config, keep).values())
+    if store.manifest.router == ROUTER_TRAINED:
+        token = passage / max(statistics.mean(map(len, few)), 1)
+        clock.seconds["router"] = _router_tokens(store, name, base) * token
+
+    learning = Rehearsal(
+        base,
+        kind_of(config.kind),
+        config,
+        tokens.packed,
+        work,
+        tokens.begin,
+        tokens.replay,
+        beginnings(tokens.validation, _TIMED_TOKENS, config.seed),
+    )
+    found, steps, trained = learning.measure(_SECONDS), learning.steps, learning.module
+    del learning
+    clock.seconds |= {"vocabulary rows": found.rows, "trials": found.trials, "steps": found.steps}
+    if placement.dtype != served:
+        clock.count(None)
+        del base
+        base = store.load_base(device=placement.device, remember=False)
+        clock.count("base")
+    module = as_served(base, trained, name)
+
+    # Scores: where training begins and after some steps, and in the end of the best one.
+    read = sum(map(len, steps)) * config.sequence_length
+    chosen_by = _length(beginnings(tokens.validation, validation_tokens(read), config.seed))
+    decided_by = tokens.deciding(config)
+    timed = beginnings(decided_by, _TIMED_TOKENS, config.seed)
+    clock.count(None)
+    paired_losses([ModuleSet(base), ModuleSet(base, [module])], [p.tokens for p in timed])
+    a_token = clock.count(None) / _length(timed)
+    times = 2 if old is not None and not config.admit_anyway else 1  # by the version that it replaces as well
+    scored = len(Validation.due(len(steps), len(steps)))
+    clock.seconds["scores and admission"] = chosen_by * found.score * scored + _length(decided_by) * a_token * times
+    gpu = placement.device.type == "cuda"
+    run = run_id(store, name, old.version if old else 0, body, config, placement)
+    return Estimate(
+        name=name,
+        text=body.lines(tokens, tokenizer),
+        documents=len(body.text.documents),
+        tokens=tokens.packed.num_tokens,
+        learned=tokens.packed.num_counted,
+        rows=len(tokens.packed),
+        heldout={
+            "documents": len({p.document_index for p in (*tokens.validation, *tokens.heldout)}),
+            "validation": chosen_by,
+            "deciding": _length(decided_by),
+        },
+        steps=len(steps),
+        tokens_per_step=max(map(len, steps)) * config.sequence_length,
+        tokens_trained=read,
+        resumes=saved_step(folder_of(store, name, run)),
+        trials=[{"rates": number, "steps": length} for number, length in found.rounds],
+        seconds=clock.seconds,
+        total_seconds=sum(clock.seconds.values()),
+        memory=max(found.peak, peak_bytes()),
+        device_memory=torch.cuda.max_memory_allocated(placement.device) if gpu else None,
+        bytes=module.num_bytes(),
+        beside=beside,
+        timed=found.timed,
+    )
+
+
+class _Clock:
+    """Seconds by part of the run."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = monotonic()
+
+    def count(self, part: str | None) -> float:
+        """Seconds since it was last asked, which count for a part, or for none."""
+        now, last = monotonic(), self._last
+        self._last = now
+        if part is not None:
+            self.seconds[part] = self.seconds.get(part, 0.0) + now - last
+        return now - last
+
+
+def _length(passages: Sequence[text_data.Passage]) -> int:
+    return sum(len(p.tokens) for p in passages)
+
+
+def _router_tokens(store: Store, name: str, base: Base) -> float:
+    """Tokens that the base alone reads in the time in which a trained router is trained after this."""
+    config = last_config(store)
+    categories = len({*store.modules, name}) + 1
+    rows = config.rows_wanted(categories * config.passages)
+    layers = 1 + 3 * config.router_layers / base.num_layers
+    return rows * config.sequence_length * layers
