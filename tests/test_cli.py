@@ -21,6 +21,7 @@ from growlm.engine import Generation
 from growlm.evaluation import EvalConfig
 from growlm.modules import KINDS, ModuleConfig, kind_of
 from growlm.modules.shapes import SHAPES
+from growlm.router import add_domain
 from growlm.store import ROUTER_DERIVED, Store
 from stores import ALPHABETS, add_module, domain_text, make_store
 
@@ -111,7 +112,7 @@ def test_generate_json(home, answer):
 
 def test_route_json(home, answer):
     found = answer("route", "store", domain_text("letters", 9))
-    assert set(found) == {"module", "scores"}
+    assert set(found) == {"module", "scores", "tied"}
     assert found["module"] == "letters"
     assert scores_of(found)
     assert list(found["scores"].values()) == sorted(found["scores"].values(), reverse=True)
@@ -124,10 +125,39 @@ def test_status_json(home, answer):
     assert found["base"] == "../base"
     assert [m["name"] for m in found["modules"]] == ["digits", "letters", "signs"]
     for module in found["modules"]:
-        assert set(module) == {"name", "version", "kind", "bytes", "parameters", "about"}
-        assert (module["version"], module["kind"]) == (1, "blocks")
+        assert set(module) == {"name", "version", "older_versions", "kind", "bytes", "parameters", "about"}
+        assert (module["version"], module["older_versions"], module["kind"]) == (1, [], "blocks")
     sizes = [m["parameters"] for m in found["modules"]]
     assert found["total_parameters"] - sum(sizes) == found["active_parameters"] - max(sizes) > 0
+
+
+def test_status_tells_of_older_versions(home, run, answer):
+    store = Store.open(home / "store")
+    base = store.load_base()
+    for seed in (7, 8):
+        add_module(store, base, "digits", seed)
+    store.remove("digits", 2)
+    assert {m["name"]: m["older_versions"] for m in answer("status", "store")["modules"]} == {
+        "digits": [1], "letters": [], "signs": [],
+    }  # fmt: skip
+    lines = run("status", "store")[1].splitlines()
+    assert [line.split("  blocks")[0].split() for line in lines[1:4]] == [
+        ["digits", "version", "3", "(1", "older", "version)"],
+        ["letters", "version", "1"],
+        ["signs", "version", "1"],
+    ]
+
+
+def test_route_says_which_modules_are_as_likely(home, run, answer):
+    store = Store.open(home / "store")
+    prompt = domain_text("digits", 9)
+    assert answer("route", "store", prompt)["tied"] == []
+    assert "as likely" not in run("route", "store", prompt)[1]
+    add_domain(store, add_module(store, store.load_base(), "numbers", 9, domain="digits"), None)
+    found = answer("route", "store", prompt)
+    assert (found["module"], found["tied"]) == ("digits", ["digits", "numbers"])
+    out = run("route", "store", prompt)[1]
+    assert out.startswith("digits\n  digits and numbers are as likely, as modules of the same text are; the first")
 
 
 def test_learn_json(home, answer):
@@ -311,6 +341,7 @@ def test_chat_takes_its_turns_from_stdin(home, run, monkeypatch):
     assert notes[0] == "/module NAME (or several), /module base, /module auto, /new, /quit"
     assert "[digits]" in notes
     assert sum("no module 'nobody'" in n for n in notes) == 1
+    assert "/what: no such command; there are " + notes[0] in notes
     assert err.count("/module base, /module auto") == 2
     assert next(lines) == "never"
 
@@ -433,7 +464,7 @@ def test_a_new_store_that_fails_takes_away_what_it_made_and_no_more(home, run, m
     before = sorted(home.iterdir())
     data = "gone.txt" if failure == "bad text" else "general.jsonl"
     code, out, err = run("new", folder, "--base", "base", "--general", data)
-    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert (code, out, err.count("\n")) == (130 if failure == "interrupted" else 1, "", 1)
     assert sorted(home.iterdir()) == before
     assert list((home / "there").iterdir()) == []
 
@@ -479,7 +510,7 @@ def test_ctrl_c_says_what_is_true(home, run, answer, monkeypatch, arguments, whe
     with monkeypatch.context() as patch:
         patch.setattr(where, interrupted)
         status, out, err = run(*arguments)
-    assert (status, out, err.splitlines()[-1]) == (1, "", message)
+    assert (status, out, err.splitlines()[-1]) == (130, "", message)
     assert all(line.startswith("other: ") for line in err.splitlines()[:-1])
     if arguments[0] == "learn":
         assert list((home / "store" / "work").glob("other-*/checkpoint.json"))  # so it was not true of nothing
@@ -493,7 +524,7 @@ def test_ctrl_c_at_the_question_changes_nothing(home, run, monkeypatch):
     monkeypatch.setattr("sys.stdin", keyboard)
     before = contents(home)
     code, _, err = run("remove", "store", "digits")
-    assert (code, err.splitlines()[-1]) == (1, "growlm: interrupted; nothing was changed")
+    assert (code, err.splitlines()[-1]) == (130, "growlm: interrupted; nothing was changed")
     assert contents(home) == before
 
 
@@ -683,6 +714,68 @@ for arguments in (["--help"], *([c, "--help"] for c in sys.argv[1:])):
 print("done")
 """
     done = command("-W", "error", "-c", code, *COMMANDS)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+
+
+def test_no_summary_is_cut_on_eighty_columns(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    out = run("--help")[1]
+    assert "..." not in out.partition("Commands:")[2]
+    assert all(f"\n  {name} " in out for name in COMMANDS)
+
+
+WRONG = {
+    "learn nosuch x --data digits.jsonl": "not a store",
+    "learn store Bad! --data digits.jsonl": "module name 'Bad!'",
+    "learn store x --data nosuch.txt": "no such file or folder",
+    "learn store x --data digits.jsonl --warmup 2": "warmup is 2",
+    "learn store x --data digits.jsonl --kind nosuch": "module kind 'nosuch'",
+    "learn store x --data nosuch.txt --dry-run": "no such file or folder",
+    "generate nosuch hi": "not a store",
+    "generate store hi --module nosuch": "no module 'nosuch'",
+    "generate store hi --memory much": "'much' is not a size",
+    "route nosuch hi": "not a store",
+    "chat nosuch": "not a store",
+    "chat store --module nosuch": "no module 'nosuch'",
+    "eval nosuch --data digits=digits.jsonl": "not a store",
+    "eval store --data nosuch=digits.jsonl": "no module 'nosuch'",
+    "eval store --data digits=nosuch.jsonl": "no such file or folder",
+    "grow store nosuch --experts +5": "no module 'nosuch'",
+    "grow store digits --experts 5": "write --experts +5",
+    "router nosuch": "not a store",
+    "status nosuch": "not a store",
+    "verify nosuch": "not a store",
+    "remove store nosuch --yes": "no module 'nosuch'",
+    "export store out --module nosuch": "no module 'nosuch'",
+    "usage nosuch --data a=digits.jsonl": "no such folder",
+    "usage store --module nosuch --data a=digits.jsonl": "no module 'nosuch'",
+    "prune store --module digits --keep 0.5 --data nosuch.txt": "no such file or folder",
+    "finetune nosuch out --data digits.jsonl": "no such folder",
+    "pretrain out --data nosuch.txt": "no such file or folder",
+}
+
+
+def test_what_is_wrong_with_names_is_told_without_torch(home):
+    """`import torch` takes seconds; nobody who mistypes should wait for it."""
+    code = """
+import json, sys
+from contextlib import redirect_stderr
+from io import StringIO
+from growlm import progress
+from growlm.cli import main
+progress._FIRST_SECONDS = progress._LOG_SECONDS = 86_400.0  # however busy the machine is
+for line, words in json.loads(sys.argv[1]).items():
+    err = StringIO()
+    with redirect_stderr(err):
+        try:
+            main(line.split())
+        except SystemExit as stop:
+            assert stop.code == 1, (line, stop.code, err.getvalue())
+    assert words in err.getvalue() and err.getvalue().count("\\n") == 1, (line, err.getvalue())
+    assert not {"torch", "transformers", "datasets"} & set(sys.modules), line
+print("done")
+"""
+    done = command("-W", "error", "-c", code, json.dumps(WRONG), cwd=home)
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 
 

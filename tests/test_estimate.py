@@ -12,8 +12,7 @@ import torch
 from disk import all_files, write_jsonl
 from growlm import LearnConfig, Store, learn
 from growlm.cli import main
-from growlm.errors import DataError, GrowlmError, Interrupted, StoreError, TrainingError
-from growlm.modules import ModuleSet
+from growlm.errors import GrowlmError, Interrupted, StoreError
 from growlm.training import rehearsal, validation
 from growlm.training.estimate import estimate
 from growlm.training.module_training import ModuleTraining
@@ -135,7 +134,7 @@ def test_features_that_are_kept_cost_once(store, monkeypatch):
 
 def test_an_update_is_estimated_and_a_taken_name_refused_as_learn_does(store):
     learn(store, "law", law(store), config(num_layers=1), progress=False)
-    with pytest.raises(StoreError, match="exists .version 1.; use --update"):
+    with pytest.raises(StoreError, match=r"exists \(version 1\); use --update"):
         estimate(store, "law", law(store), config(num_layers=1), progress=False)
     before = all_files(store.path)
     told = estimate(store, "law", law(store), config(num_layers=1), update=True, progress=False)

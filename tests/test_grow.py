@@ -667,6 +667,7 @@ def test_the_command_line(home: Path, store: Store, capsys: pytest.CaptureFixtur
         (["--undo", "--epochs", "3"], "--epochs is of no effect"),
         (["--experts", "+50", "--epochs", "3"], "--experts without --data trains nothing"),
         (["--experts", "-50"], "experts is '-50'"),
+        (["--experts", "50"], "--experts 50: so many are appended to those that there are; write --experts +50"),
         ([], "nothing to do"),
     ):
         status, out, err = call("grow", store.path, "law", *arguments)

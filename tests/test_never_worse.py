@@ -416,7 +416,32 @@ def test_an_update_that_is_worse_than_what_it_replaces_is_refused(store):
     with pytest.raises(NotBetterError, match="law: worse than version 1, which it would replace"):
         learn(store, "law", [source], config(tokens=640, learning_rate=3e-3), update=True, progress=False)
     assert store.module("law").version == 1
-    assert learn(store, "law", [source], config(epochs=7, learning_rate=1e-2), update=True, progress=False).version == 2
+    updated = learn(store, "law", [source], config(epochs=7, learning_rate=1e-2), update=True, progress=False)
+    assert updated.version == 2
+    assert updated.replaced is not None
+    assert updated.replaced["version"] == 1
+    assert updated.replaced["after"] == updated.loss_after
+    assert updated.replaced["before"] > updated.loss_after
+    assert store.module("law").manifest.training["replaced"] == updated.replaced
+
+
+def test_the_command_shows_how_an_update_compares_with_what_it_replaces(store, capfd):
+    source = store.path.parent / "law.jsonl"
+    learn(store, "law", [source], config(tokens=640, learning_rate=3e-3), progress=False)
+    arguments = ["learn", str(store.path), "law", "--data", str(source), "--update", "--admit-anyway"]
+    arguments += ["--sequence-length", "32", "--batch-size", "2", "--num-layers", "1", "--learning-rate", "3e-3"]
+    for version, more in ((2, []), (3, ["--json", "--seed", "1"])):
+        with pytest.raises(SystemExit) as stop:
+            main([*arguments, *more])
+        assert stop.value.code == 0
+        said = store.module("law").manifest.training["replaced"]
+        assert said["version"] == version - 1
+        out = capfd.readouterr().out
+        if more:
+            assert json.loads(out)["replaced"] == said
+        else:
+            losses = f"held-out loss {said['before']:.3f} -> {said['after']:.3f}"
+            assert f"\nagainst version 1, which it replaces: {losses} (gain " in out
 
 
 @pytest.mark.slow

@@ -101,12 +101,35 @@ def test_many_short_phases_are_not_silent(clock, capsys):
         for title in ("one", "two", "three"):
             with phase(title):
                 clock.now += 6
-    assert capsys.readouterr().err == "law: three: 0 s\nlaw: three: done in 6 s\n"
+    assert capsys.readouterr().err == "law: two: done in 6 s\n"
+
+
+def test_of_phases_that_take_less_than_a_second_nothing_is_said(clock, capsys):
+    """But that the verb goes on."""
+    with reporting("law", long=True):
+        clock.now += 1.5
+        with phase("tokenizing", 100, "tokens") as tokenizing:
+            clock.now += 0.9
+            tokenizing.advance(50)
+        with phase("training", 100, "steps") as training:
+            for _ in range(3):
+                clock.now += 0.6
+                training.advance(10)
+        for _ in range(30):
+            with phase("hashing"):
+                clock.now += 0.5
+    told = capsys.readouterr().err
+    assert "tokenizing" not in told
+    assert "hashing" not in told
+    assert (
+        told == "law: training: 20% (20 of 100 steps), 1 s, about 5 s left\nlaw: training: 30 steps in 2 s\nlaw: 16 s\n"
+    )
 
 
 def test_a_phase_that_tells_nothing_is_heard_nonetheless(monkeypatch, capsys):
     """And so is what no phase was made of."""
     monkeypatch.setattr(progress, "_LOG_SECONDS", 0.05)
+    monkeypatch.setattr(progress, "_LEAST_SECONDS", 0.0)
     heard = ""
 
     def hears(line):
@@ -199,7 +222,6 @@ def test_a_phase_that_fails_or_is_left_is_not_told_as_done(clock, capsys):
     assert capsys.readouterr().err.splitlines() == [
         "law: hashing: 50% (1 of 2 files), 12 s, about 12 s left",
         "law: reading: 11% (1 of 9 files), 12 s, about 1 min 36 s left",
-        "law: tokenizing: 0 s",
         "law: tokenizing: done in 12 s",
     ]
 
@@ -425,7 +447,7 @@ def made(tmp_path_factory):
 @pytest.mark.parametrize("line", VERBS)
 def test_every_phase_of_every_verb_is_heard(home, monkeypatch, capsys, line):
     monkeypatch.chdir(home)
-    for pause in ("_LOG_SECONDS", "_FIRST_SECONDS"):
+    for pause in ("_LOG_SECONDS", "_FIRST_SECONDS", "_LEAST_SECONDS"):
         monkeypatch.setattr(progress, pause, 0.0)  # a line at every look
     monkeypatch.setattr("growlm.router.product_key._FEW", 0)
     capsys.readouterr()

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 _LOG_SECONDS = 10.0  # between two lines in a log
 _FIRST_SECONDS = 1.0  # before the first one of a verb that takes long
+_LEAST_SECONDS = 1.0  # that a phase lasts of which a log says something
 _BAR_SECONDS = 0.5  # between two drawings of bars; what is over sooner has none, which would only flicker
 
 _Item = TypeVar("_Item")
@@ -49,7 +50,7 @@ def reporting(subject: str, show: bool | None = None, *, long: bool = False) -> 
         subject: what is worked on, for people: a module's name, a store's.
         show: False for nothing at all. None is automatic: what is shown is up to the verb that calls this one, where
             there is one, and else as for True: bars where stderr is a terminal, and where it is not, at most a line
-            every ten seconds, the first one after ten seconds.
+            every ten seconds, the first one after ten seconds, and none of phases that take less than one.
         long: the first line comes after one second: who waits for minutes should know that it has begun.
     """
     outer = _report.get()
@@ -188,6 +189,7 @@ class _Log:
         self._phases: list[Phase] = []
         self._lock = threading.RLock()
         self._began = self._shown = monotonic()
+        self._held: float | None = None  # since when it has waited for something to say
         self._doing = "starting: "  # what no phase says, as the import of torch
         self._closed = threading.Event()
         threading.Thread(target=self._watch, name="growlm-progress", daemon=True).start()
@@ -218,8 +220,8 @@ class _Log:
             return
         with self._lock:
             now = monotonic()
-            if now - self._shown >= self.pause() and not self._closed.is_set():
-                self._shown = now
+            if now - self._shown >= self.pause() and not self._closed.is_set() and self.tells(now):
+                self._shown, self._held = now, None
                 with _broken_is_silent():
                     self.show(now)
 
@@ -227,16 +229,29 @@ class _Log:
         """Seconds between two times that they are shown."""
         return _FIRST_SECONDS if self._soon else _LOG_SECONDS
 
+    def tells(self, now: float) -> bool:
+        """Whether there is something to say yet: of what may be over in a moment there is not, unless it goes on so."""
+        if not self._phases or self._lasting(now):
+            return True
+        if self._held is None:
+            self._held = now
+        return now - self._held >= 2 * _LEAST_SECONDS
+
+    def _lasting(self, now: float) -> list[Phase]:
+        return [p for p in self._phases if now - p.began >= _LEAST_SECONDS]
+
     def show(self, now: float) -> None:
-        for current in self._phases:
+        lasting = self._lasting(now)
+        for current in lasting:
             current.spoke = True
-        first = self._phases[0].subject if self._phases else self._subject
-        told = "; ".join(f"{p.title}: {p.told(now)}" for p in self._phases)
+        first = lasting[0].subject if lasting else self._subject
+        told = "; ".join(f"{p.title}: {p.told(now)}" for p in lasting)
         self.write(f"{first}: {told or self._doing + format_seconds(now - self._began)}")
 
     def is_long(self, old: Phase) -> bool:
-        """Whether a phase's end is worth a line: it has spoken before."""
-        return old.spoke
+        """Whether a phase's end is worth a line: it has spoken before, or should have by now."""
+        now = monotonic()
+        return old.spoke or (now - old.began >= _LEAST_SECONDS and now - self._shown >= self.pause())
 
     def write(self, line: str) -> None:
         self._soon = False
@@ -277,6 +292,9 @@ class _Bars(_Log):
 
     def pause(self) -> float:
         return _BAR_SECONDS
+
+    def tells(self, now: float) -> bool:
+        return True
 
     def show(self, now: float) -> None:
         if any(now - p.began >= _BAR_SECONDS for p in self._phases) or (self._soon and self._doing):

@@ -9,7 +9,7 @@ Computes what the family's own `forward` computes, operation for operation: the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from growlm.base.anatomy import Anatomy, anatomy_of
 from growlm.base.calls import LayerCall
+from growlm.base.sizes import tensor_bytes
 from growlm.errors import DataError
 
 if TYPE_CHECKING:
@@ -268,8 +269,3 @@ class Base:
         return torch.zeros(mask.shape, dtype=hidden.dtype, device=hidden.device).masked_fill_(
             ~mask, torch.finfo(hidden.dtype).min
         )
-
-
-def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of tensors. (`parameters()` yields a tied weight once.)"""
-    return sum(t.nbytes for t in tensors)

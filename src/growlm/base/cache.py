@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from growlm.base.base import tensor_bytes
+from growlm.base.sizes import tensor_bytes
 
 # b batch, h heads, t tokens, d head width
 

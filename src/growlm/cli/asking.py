@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from growlm.cli.output import name_of
 from growlm.progress import reporting
+from growlm.units import parse_size
 
 if TYPE_CHECKING:
     from growlm.engine import Engine
+    from growlm.store import Store
 
 
 def open_engine(
@@ -19,15 +22,54 @@ def open_engine(
     experts_on: str = "memory",
     row_cache: str | None = None,
     strict: bool = False,
+    modules: Sequence[str] | None = None,
 ) -> Engine:
-    """The engine of a store; its weights are read with progress under the store's name."""
-    with reporting(name_of(store)):
-        from growlm.engine import Engine
-        from growlm.store import Store
+    """The engine of a store; its weights are read with progress under the store's name.
 
-        return Engine(
-            Store.open(store), memory=memory, device=device, experts_on=experts_on, row_cache=row_cache, strict=strict
-        )
+    Args:
+        modules: that will be asked for by name.
+    """
+    with reporting(name_of(store)):
+        opened = open_store(store, *(name for name in modules or () if name not in ("auto", "base")))
+        for size in (memory, row_cache):
+            if size is not None:
+                parse_size(size)
+        from growlm.engine import Engine
+
+        return Engine(opened, memory=memory, device=device, experts_on=experts_on, row_cache=row_cache, strict=strict)
+
+
+def open_store(path: Path | str, *names: str, data: Iterable[str] = ()) -> Store:
+    """A store, before anything is imported that takes seconds: what is wrong with the names is told at once.
+
+    Args:
+        names: of modules that it must hold.
+        data: that must be there.
+    """
+    from growlm.store import Store
+
+    store = Store.open(path)
+    for name in names:
+        store.module(name)
+    require_data(data)
+    return store
+
+
+def open_source(source: str, names: Sequence[str], data: Iterable[str]) -> None:
+    """As `open_store`, for what is a store or a checkpoint. Of a checkpoint's modules nothing is asked here."""
+    if (Path(source).expanduser() / "store.json").exists():
+        open_store(source, *names, data=data)
+        return
+    from growlm.base.checkpoint import resolve
+
+    resolve(source)
+    require_data(data)
+
+
+def require_data(data: Iterable[str]) -> None:
+    from growlm.data import require_there
+
+    require_there(data)
 
 
 def module_names(names: list[str] | None) -> list[str | None] | str:

@@ -14,11 +14,11 @@ import typer
 from growlm.cli.app import app
 from growlm.cli.options import spread
 from growlm.cli.output import note
-from growlm.errors import GrowlmError, GrowlmWarning
+from growlm.errors import GrowlmError, GrowlmWarning, Interrupted
 
 # Typer brings a click of its own or uses the installed one: take the base class from what it raises.
 ClickError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
-
+_INTERRUPTED = 130  # what shells say of a program that Ctrl-C has ended
 
 # Commands that save as they go.
 _RESUMED = ("pretrain", "learn", "finetune", "grow", "router", "demo")
@@ -50,7 +50,7 @@ def _noting(show: Callable[..., None]) -> Callable[..., None]:
 def _run(given: Sequence[str]) -> None:
     try:
         status = app(spread(given), prog_name="growlm", standalone_mode=False)
-        if status == 130:  # typer's own word for Ctrl-C
+        if status == _INTERRUPTED:  # typer's own word for Ctrl-C
             raise KeyboardInterrupt
         sys.exit(status if isinstance(status, int) else 0)
     except ClickError as error:
@@ -63,13 +63,13 @@ def _run(given: Sequence[str]) -> None:
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         note(f"growlm: interrupted{_after_interrupt(given)}")
-        sys.exit(1)
+        sys.exit(_INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except GrowlmError as error:
         note(f"growlm: {error}")
-        sys.exit(1)
+        sys.exit(_INTERRUPTED if isinstance(error, Interrupted) else 1)
     except RuntimeError as error:
         from growlm.base.placement import out_of_memory
 

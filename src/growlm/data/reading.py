@@ -142,13 +142,30 @@ class _How:
     extraction: Extraction
 
 
+def require_there(paths: Iterable[str | Path]) -> None:
+    """
+    Raises:
+        DataError: one of these is no file, folder or hub dataset, as `read` would say.
+    """
+    for spec in paths:
+        _hub_dataset(spec)
+
+
+def _hub_dataset(spec: str | Path) -> re.Match[str] | None:
+    """Owner and name, and the split; None of a file or folder that is there."""
+    name = str(spec)
+    if name and os.path.exists(spec):
+        return None
+    hub = re.fullmatch(r"hub:([^:]+)(?::(.+))?", name)
+    if hub is None:
+        advice = "check the path, or name a dataset as hub:owner/name"
+        raise DataError(f"{name!r}: no such file or folder; {advice}")
+    return hub
+
+
 def _read_spec(spec: str | Path, how: _How) -> tuple[list[Document], list[Source]]:
     path, name = Path(spec), str(spec)
-    if not name or not os.path.exists(path):
-        hub = re.fullmatch(r"hub:([^:]+)(?::(.+))?", name)
-        if hub is None:
-            advice = "check the path, or name a dataset as hub:owner/name"
-            raise DataError(f"{name!r}: no such file or folder; {advice}")
+    if (hub := _hub_dataset(spec)) is not None:
         documents = _read_hub(name, hub[1], hub[2] or "train", how)
         return documents, [Source(name, *_digest_of(documents), len(documents))]
     files = [path]

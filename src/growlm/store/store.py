@@ -384,11 +384,13 @@ class Store(StoreBase):
     def status(self) -> dict[str, Any]:
         """What the store holds: base, modules, parameters in all, and at most active for a prompt."""
         base = checkpoint.num_parameters(self.base_folder)
-        found = list(self.modules.values())
+        versions = dict(self.versions())
+        found = [self._current(name, numbers) for name, numbers in versions.items()]
         modules = [
             {
                 "name": m.name,
                 "version": m.version,
+                "older_versions": versions[m.name][:-1],
                 "kind": m.kind,
                 "bytes": m.bytes,
                 "parameters": m.parameters,

@@ -81,7 +81,7 @@ def prune_module(
     try:
         smaller, experts = pruner(base, module, usage, keep=keep, normalise=normalise)
     except ConfigError as error:
-        raise ConfigError(f"{stored.folder}: {error}") from None
+        raise ConfigError(f"{store.path}: module {stored.name!r}: {error}") from None
     before, after = module.num_parameters(), smaller.num_parameters()
     said = stored.manifest.training
     pruned = {
@@ -221,7 +221,9 @@ def _prunable(
         )
     stored = store.module(name)
     if stored.kind not in _PRUNERS:
-        raise ConfigError(f"{stored.folder}: is of kind {stored.kind}; only modules of kind {kinds} can be pruned")
+        raise ConfigError(
+            f"{store.path}: module {stored.name!r} is of kind {stored.kind}; only modules of kind {kinds} can be pruned"
+        )
     return stored, _PRUNERS[stored.kind]
 
 

@@ -195,7 +195,7 @@ def _estimate(
     clock.count(None)
     paired_losses([ModuleSet(base), ModuleSet(base, [module])], [p.tokens for p in timed])
     a_token = clock.count(None) / _length(timed)
-    times = 2 if old is not None and not config.admit_anyway else 1  # by the version that it replaces as well
+    times = 1 if old is None else 2  # by the version that it replaces as well
     scored = len(Validation.due(len(steps), len(steps)))
     clock.seconds["scores and admission"] = chosen_by * found.score * scored + _length(decided_by) * a_token * times
     gpu = placement.device.type == "cuda"

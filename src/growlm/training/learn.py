@@ -20,7 +20,7 @@ from growlm.modules import KnowledgeModule, ModuleSet, kind_of
 from growlm.modules.probe import probe
 from growlm.progress import reporting, say
 from growlm.store import MANIFEST, ROUTER_TRAINED, Store, StoredModule
-from growlm.training.admission import require_better, require_no_worse
+from growlm.training.admission import Comparison, require_better, require_no_worse
 from growlm.training.config import LearnConfig
 from growlm.training.corpus import TrainingCorpus, bytes_to_keep, require_positions
 from growlm.training.general import ensure_general
@@ -52,6 +52,7 @@ class LearnResult:
     learning_rate: float | None = None
     steps: int | None = None
     best_step: int | None = None
+    replaced: dict[str, Any] | None = None  # of an update: the version before, and how it compares with that one
     router: int | None = None  # version of the router that was trained with it, where the store's kind is trained
     validation: dict[str, float] = field(
         default_factory=dict
@@ -94,6 +95,9 @@ class LearnResult:
         first, *rest = (max(map(len, column)) for column in zip(*rows, strict=True))
         for label, *cells in rows:
             lines.append("  ".join([label.ljust(first), *map(str.rjust, cells, rest)]))
+        if self.replaced is not None:
+            found = Comparison(**{key: value for key, value in self.replaced.items() if key != "version"})
+            lines.append(f"against version {self.replaced['version']}, which it replaces: {found.told()}")
         for sample in self.samples:
             lines += ["", f"prompt: {_shown(sample.prompt, width, end=True)}"]
             parts = {"the text": sample.text, "base": sample.base, self.name: sample.module}
@@ -223,10 +227,13 @@ def _learn(
             if now is not None and not update and (old is None or now.version != old.version):
                 raise StoreError(f"{store.path}: module {name!r} exists (learned meanwhile); use --update")
             # The version that is current now, which another run may have saved while this one learned.
-            if now is not None and not config.admit_anyway and (former := _loadable(store, now, base)) is not None:
+            if now is not None and (former := _loadable(store, now, base)) is not None:
                 replaced = tokens.compare(ModuleSet(base, [former]), together, config)
-                replacing = f"version {now.version}, which it would replace"
-                require_no_worse(name, replaced, replacing, "give the text of before as --replay")
+                say(f"version {now.version}, which it would replace: {replaced.told()}")
+                if not config.admit_anyway:
+                    replacing = f"version {now.version}, which it would replace"
+                    require_no_worse(name, replaced, replacing, "give the text of before as --replay")
+                training["replaced"] = {"version": now.version, **replaced.to_json()}
             made_from = None if now is None else now.version
             try:
                 stored = router.commit_and_route(store, name, module, training, files, now, made_from=made_from)
@@ -295,6 +302,7 @@ def _result(stored: StoredModule, trained_router: int | None) -> LearnResult:
         learning_rate=said.get("learning_rate"),
         steps=said.get("steps"),
         best_step=said.get("best_step"),
+        replaced=said.get("replaced"),
         validation=said.get("validation", {}),
         router=trained_router,
     )

@@ -47,9 +47,9 @@ def chat(
 
         growlm chat brain --memory 2GB
     """
-    from growlm.engine.chat import Chat
+    with open_engine(store, memory, device, experts_on, row_cache, strict, module) as engine:
+        from growlm.engine.chat import Chat
 
-    with open_engine(store, memory, device, experts_on, row_cache, strict) as engine:
         talk = Chat(engine, module_names(module), max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
         note(_CHAT_HELP)
         turn, failed = 0, False
@@ -68,7 +68,7 @@ def chat(
                 elif line.split()[:1] == ["/module"]:
                     talk.choose(module_names(line.split()[1:]))
                 elif line.startswith("/"):
-                    note(_CHAT_HELP)
+                    note(f"{line.split()[0]}: no such command; there are {_CHAT_HELP}")
                 elif line:
                     turn += 1
                     result = print_stream(talk.say(line, seed=seed + turn), name_of(store))

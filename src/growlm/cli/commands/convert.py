@@ -27,8 +27,8 @@ def convert(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Read a published MoLM or JetMoE checkpoint and write it as a growlm model, or one of ours in MoLM's layout; or
-    make a checkpoint folder in float32 of a GGUF file.
+    """Convert MoLM, JetMoE and GGUF models to checkpoints for growlm. A model of ours can be written in MoLM's layout;
+    a GGUF file becomes a checkpoint folder in float32.
 
     Examples:
 

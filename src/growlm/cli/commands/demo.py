@@ -28,7 +28,7 @@ def demo(
     ] = "auto",
     as_json: Json = False,
 ) -> None:
-    """Grow a model from text that is already on this machine: pretrain, learn three domains, evaluate, report.
+    """Grow a model from text that is on this machine. Pretrain, learn three domains, evaluate, report.
 
     Exit status 1 if a module does not halve its domain's perplexity.
 

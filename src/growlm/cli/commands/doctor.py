@@ -16,7 +16,7 @@ _STATES = {"newer": "  newer than tested", "older": "  too old"}
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Say what is installed, what this machine has, and what will not work.
+    """Say what is installed here, and what will not work. It also says what this machine has.
 
     Exits with status 1 if something will not work; what is merely untested is a warning.
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from growlm.cli.app import app
+from growlm.cli.asking import open_store
 from growlm.cli.options import Json, Memory, StorePath, from_config, named_paths
 from growlm.cli.output import note, print_json, reports
 from growlm.evaluation.config import EvalConfig
@@ -40,9 +42,10 @@ def evaluate(
 
         growlm eval brain --data law=heldout2.txt none=news.txt --json
     """
+    texts = named_paths(data)
+    opened = open_store(store, *(name for name in texts if name != "none"), data=chain(*texts.values()))
     from growlm.base.placement import find_device
     from growlm.evaluation import evaluate as run
-    from growlm.store import Store
 
     find_device(config.device)  # before a folder is made
     if report is not None:
@@ -50,7 +53,7 @@ def evaluate(
         from growlm.evaluation.report import FILE, write_report
 
         check_folder(report, FILE)
-    result = run(Store.open(store), named_paths(data), config, memory=memory).to_json()
+    result = run(opened, texts, config, memory=memory).to_json()
     if report is not None:
         page = write_report(result, report)
         note(f"report: {page}")

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from growlm.cli.app import app
+from growlm.cli.asking import open_store
 from growlm.cli.options import Json, OutPath, StorePath
 from growlm.cli.output import print_json, reports
 
@@ -20,16 +21,16 @@ def export(
     version: Annotated[int | None, typer.Option("--version", help="By default the current one.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write the base with one module as an ordinary transformers checkpoint, for any engine.
+    """Write base and module as one transformers checkpoint. Any engine can load it.
 
     Example:
 
         growlm export brain out/ --module medicine
     """
-    from growlm.store import Store
+    opened = open_store(store, module)
     from growlm.surgery.export import export as run
 
-    path = run(Store.open(store), out, module, version=version)
+    path = run(opened, out, module, version=version)
     if as_json:
         return print_json({"path": str(path), "module": module})
     print(f'{path}: base and {module}; load it with AutoModelForCausalLM.from_pretrained("{path}")')

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from growlm.cli.app import app
+from growlm.cli.asking import open_source
 from growlm.cli.options import (
     DataPaths,
     Json,
@@ -30,7 +31,9 @@ def finetune(
     restart: Restart = False,
     as_json: Json = False,
 ) -> None:
-    """Train all parameters of a checkpoint further, as before or after pruning. To keep knowledge apart, learn.
+    """Train all parameters of a checkpoint further.
+
+    As before or after pruning. To keep knowledge apart, learn.
 
     Run the same command again to go on after Ctrl-C or a kill.
 
@@ -40,6 +43,7 @@ def finetune(
 
         growlm finetune small/ better/ --data src/ --tokens 2M --learning-rate 1e-4
     """
+    open_source(source, [], data)
     from growlm.training.finetune import finetune as run
 
     result = run(source, out, data, config, restart=restart)

@@ -50,7 +50,9 @@ def generate(
     strict: Strict = False,
     as_json: Json = False,
 ) -> None:
-    """Answer a prompt with the module that the router chooses, or with those that are named, as it is written.
+    """Answer a prompt with the module that the router chooses.
+
+    Or with those that are named with --module. The answer is shown as it is written.
 
     Examples:
 
@@ -73,7 +75,7 @@ def generate(
         "stop": tuple(stop or ()),
     }
     wanted = module_names(module)
-    with open_engine(store, memory, device, experts_on, row_cache, strict) as engine:
+    with open_engine(store, memory, device, experts_on, row_cache, strict, module) as engine:
         if as_json:
             with reporting(name_of(store)), phase("answering"):
                 answer = engine.generate(prompt, module=wanted, mix=mix, reroute=reroute, **sampling)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
 import typer
 
 from growlm.cli.app import app
+from growlm.cli.asking import open_store
 from growlm.cli.options import (
     Json,
     Restart,
@@ -17,6 +19,7 @@ from growlm.cli.options import (
     refuse_beside,
 )
 from growlm.cli.output import note, print_json, reports
+from growlm.errors import ConfigError
 from growlm.training.config import GrowConfig
 
 
@@ -37,7 +40,7 @@ def grow(
     restart: Restart = False,
     as_json: Json = False,
 ) -> None:
-    """Append experts to a learned module of kind peer, train new ones on new text, or take the last step back.
+    """Append experts to a module of kind peer and train them. New ones learn new text; or the last step is taken back.
 
     What the module has learned keeps its bits. Without --data it answers as before until the new experts are trained;
     without --experts those are trained that were appended before. Each is the module's next version, and the one before
@@ -53,20 +56,25 @@ def grow(
 
         growlm grow brain law --undo
     """
-    from growlm.store import Store
-    from growlm.training import grow as growth
-
     given = given_options(context, config).items()
     used = ("seed", "device")  # without training too
     trains = [f"--{field.replace('_', '-')}" for field, value in given if field not in used and value is not None]
+    if experts is not None and re.match(r"\s*\d", experts):
+        raise ConfigError(
+            f"--experts {experts}: so many are appended to those that there are; write --experts +{experts}"
+        )
     if undo:
         asked = {"--experts": experts, "--data": data, "--restart": restart}
         refuse_beside("--undo", *(option for option, value in asked.items() if value), *trains)
-        result = growth.take_back(Store.open(store), name, device=config.device)
+    elif experts is not None and not data:
+        refuse_beside("--experts without --data", *trains, *(["--restart"] if restart else []))
+    opened = open_store(store, name, data=data or ())
+    from growlm.training import grow as growth
+
+    if undo:
+        result = growth.take_back(opened, name, device=config.device)
     else:
-        if experts is not None and not data:
-            refuse_beside("--experts without --data", *trains, *(["--restart"] if restart else []))
-        result = growth.grow(Store.open(store), name, experts, data or (), config, restart=restart)
+        result = growth.grow(opened, name, experts, data or (), config, restart=restart)
     if as_json:
         return print_json(result.to_json())
     line = f"{name} version {result.version}: {result.experts_before:,} -> {result.experts:,} experts"

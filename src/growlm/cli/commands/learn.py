@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from growlm.cli.app import app
+from growlm.cli.asking import open_store
 from growlm.cli.options import DataPaths, Grouped, Json, Restart, StorePath, from_config
 from growlm.cli.output import note, print_json, reports
 from growlm.modules.shapes import SHAPES
@@ -55,12 +56,12 @@ def learn(
 
         growlm learn brain law --data statutes/ --dry-run
     """
-    from growlm.store import Store
-
+    opened = open_store(store, data=data)
+    opened.find(name)
     if dry_run:
         from growlm.training.estimate import estimate
 
-        told = estimate(Store.open(store), name, data, config, update=update)
+        told = estimate(opened, name, data, config, update=update)
         if as_json:
             return print_json(told.to_json())
         print("\n".join(told.lines()))
@@ -71,7 +72,7 @@ def learn(
         check_folder(report, "losses.jsonl")
     from growlm.training.learn import learn as run
 
-    result = run(Store.open(store), name, data, config, update=update, restart=restart, samples=samples)
+    result = run(opened, name, data, config, update=update, restart=restart, samples=samples)
     if report is not None:
         from growlm.evaluation.learning import write_learning_report
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from growlm.cli.app import app
+from growlm.cli.asking import require_data
 from growlm.cli.options import DataPaths, Json, OutPath, Restart, from_config
 from growlm.cli.output import print_json, reports
 from growlm.training.config import PretrainConfig
@@ -21,7 +22,7 @@ def pretrain(
     restart: Restart = False,
     as_json: Json = False,
 ) -> None:
-    """Train a small base model from scratch: tokenizer and weights, an ordinary transformers checkpoint.
+    """Train a small base model and its tokenizer from scratch. The result is a transformers checkpoint like any other.
 
     Run the same command again to go on after Ctrl-C or a kill.
 
@@ -31,6 +32,7 @@ def pretrain(
 
         growlm pretrain base/ --data text.parquet --config my-model/config.json --epochs 2
     """
+    require_data(data)
     from growlm.training.pretrain import pretrain as run
 
     result = run(out, data, config, restart=restart)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from growlm.cli.app import app
+from growlm.cli.asking import open_source
 from growlm.cli.options import (
     Device,
     Json,
@@ -73,7 +74,7 @@ def prune(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Remove the experts that a text uses least, from a growlm model or from a store's module.
+    """Remove the experts that a text uses least. They are those of a growlm model, or of a store's module.
 
     Of a model the result is a smaller checkpoint of its own; a store keeps the module's older version. Prune and
     finetune, or finetune with --load-concentration and prune once to any size.
@@ -88,6 +89,7 @@ def prune(
 
         growlm prune molm/ shallow/ --drop-layers uniform --keep 0.5
     """
+    open_source(source, [] if module is None else [module], data or ())
     from growlm.surgery import pruning
     from growlm.surgery.module_pruning import prune_module
 

@@ -10,7 +10,7 @@ import typer
 from growlm.cli.app import app
 from growlm.cli.options import Json, StorePath, Yes
 from growlm.cli.output import note, print_json
-from growlm.errors import ConfigError
+from growlm.errors import ConfigError, Interrupted
 
 
 @app.command()
@@ -42,7 +42,7 @@ def remove(
             sure = typer.confirm(f"{plan}?", err=True)
         except typer.Abort:
             note("")  # ends the question's line
-            raise ConfigError("interrupted; nothing was changed") from None
+            raise Interrupted("interrupted; nothing was changed") from None
         if not sure:
             raise typer.Exit(1)
     opened.remove(name, version)

@@ -17,6 +17,8 @@ from growlm.cli.options import (
 )
 from growlm.cli.output import print_json, reports
 
+_TIE = 1e-6  # by which scores differ at the most that are equal
+
 
 @app.command()
 @reports("store")
@@ -36,9 +38,13 @@ def route(
     """
     with open_engine(store, memory, device, strict=strict) as engine:
         answer = engine.route(prompt)
+    best = max(answer.scores.values(), default=0.0)
+    tied = [name for name, score in answer.scores.items() if best - score <= _TIE]
     if as_json:
-        return print_json({"module": answer.module, "scores": answer.scores})
+        return print_json({"module": answer.module, "scores": answer.scores, "tied": tied if len(tied) > 1 else []})
     print(answer.module or "none of the modules")
+    if len(tied) > 1:
+        print(f"  {' and '.join(tied)} are as likely, as modules of the same text are; the first of them is chosen")
     for name, score in list(answer.scores.items())[:10]:
         print(f"  {score:6.1%}  {name}")
     return None

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from growlm.cli.app import app
+from growlm.cli.asking import open_store
 from growlm.cli.options import (
     Json,
     StorePath,
@@ -42,7 +43,7 @@ def router(
     restart: Annotated[bool, typer.Option("--restart", help="Begin training anew instead of resuming.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show which router a store has; change it, train it, or roll it back.
+    """Show a store's router; change it, train it, or roll it back.
 
     Run a training again to go on after Ctrl-C or a kill. Settings that are not given are those of the newest version.
 
@@ -56,16 +57,16 @@ def router(
 
         growlm router brain --remove-version 3
     """
-    from growlm.router import load_router
-    from growlm.store import ROUTER_INDEX, Store
-    from growlm.training.router import describe_router, last_config, train_router
-
     given = given_options(context, config)
     if kind != "transformer":
         what = f"--kind {kind}" if kind else "this command without --kind transformer"
         trains = [f"--{field.replace('_', '-')}" for field, value in given.items() if value is not None]
         refuse_beside(what, *trains, *(["--restart"] if restart else []))
-    opened = Store.open(store)
+    opened = open_store(store)
+    from growlm.router import load_router
+    from growlm.store import ROUTER_INDEX
+    from growlm.training.router import describe_router, last_config, train_router
+
     if remove_version is not None:
         opened.remove_router_version(remove_version)
     if kind == "transformer":

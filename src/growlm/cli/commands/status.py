@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from growlm.cli.app import app
 from growlm.cli.options import Json, StorePath
-from growlm.cli.output import print_json, reports
+from growlm.cli.output import plural, print_json, reports
 from growlm.units import format_count, format_size
 
 
 @app.command()
 @reports("store")
 def status(store: StorePath, as_json: Json = False) -> None:
-    """List a store's modules, their sizes, and what is active for a prompt.
+    """List a store's modules and their sizes. The last line says how much is active for a prompt.
 
     Example:
 
@@ -25,8 +25,9 @@ def status(store: StorePath, as_json: Json = False) -> None:
     print(f"base {found['base']}: {format_count(found['base_parameters'])} parameters")
     width = max((len(m["name"]) for m in found["modules"]), default=0)
     for m in found["modules"]:
+        older = f" ({plural(len(m['older_versions']), 'older version')})" if m["older_versions"] else ""
         print(
-            f"  {m['name']:<{width}}  version {m['version']}  {m['kind']}  {format_size(m['bytes']):>9}  "
+            f"  {m['name']:<{width}}  version {m['version']}{older}  {m['kind']}  {format_size(m['bytes']):>9}  "
             f"{format_count(m['parameters'])} parameters{', ' + m['about'] if m['about'] else ''}"
         )
     print(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from growlm.cli.app import app
+from growlm.cli.asking import open_source
 from growlm.cli.options import (
     Device,
     Json,
@@ -44,7 +46,7 @@ def usage(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Count how often every expert is chosen on a text, and how far texts differ in that.
+    """Count how often a text uses every expert. It also says how far texts differ in that.
 
     Examples:
 
@@ -52,9 +54,10 @@ def usage(
 
         growlm usage brain --module german --data german=heldout.txt --json
     """
+    paths = named_paths(data)
+    open_source(source, module or [], chain(*paths.values()))
     from growlm.usage.usage import count_usage, open_modules
 
-    paths = named_paths(data)
     modules, tokenizer = open_modules(source, module or [], device=device)
     if figure is not None and figure.suffix not in (".svg", ".png"):
         raise ConfigError(f"--figure {figure}: its name must end in .svg or .png")

@@ -12,7 +12,7 @@ from growlm.cli.output import plural, print_json, reports
 @app.command()
 @reports("store")
 def verify(store: StorePath, as_json: Json = False) -> None:
-    """Read every file of a store and name each that is not what it should be.
+    """Name every file of a store that is not what it should be. All of them are read.
 
     Example:
 
