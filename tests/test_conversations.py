@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from hypothesis import strategies as st
 
 from chats import VOCAB_WITH_MARKERS, chat_tokenizer
 from disk import write_jsonl
+from growlm.base import Base
 from growlm.data import Document, Template, TextData, Turn, pack, passages, read, show, split, summary
 from growlm.errors import ConfigError, DataError
+from growlm.evaluation import EvalConfig, evaluate
+from growlm.evaluation.beginnings import Beginnings
 from growlm.layers import cross_entropy
 from growlm.modules import ModuleSet
 from growlm.progress import reporting
@@ -27,6 +31,7 @@ from growlm.training.corpus import TrainingCorpus
 from growlm.training.finetune import finetune
 from growlm.training.learn import learn
 from growlm.training.pretrain import pretrain
+from growlm.usage.usage import count_usage
 from tiny import TEXT, make_model
 
 CHATML = chat_tokenizer()
@@ -360,6 +365,39 @@ def test_answers_are_learned_and_scored(home, store, vocabulary):
     assert result.loss_before == pytest.approx(expected_loss(store, heldout), rel=1e-4)
     assert result.loss_after == pytest.approx(expected_loss(store, heldout, "law"), rel=1e-4)
     assert result.loss_after < 0.8 * result.loss_before
+
+
+def test_evaluation_scores_answers_and_routes_what_users_ask(home, store, monkeypatch):
+    learn(store, "law", [home / "chats.jsonl"], config(), progress=False)
+    source = write_records(home / "heldout.jsonl", *(chat(n) for n in range(500, 506)))
+    routed, routes = [], Beginnings.routes
+
+    def watched(beginnings: Beginnings, router: Any) -> Any:
+        routed.extend(beginnings._texts)
+        return routes(beginnings, router)
+
+    monkeypatch.setattr(Beginnings, "routes", watched)
+    found = evaluate(store, {"law": [source]}, EvalConfig(), progress=False).to_json()
+    heldout = read([source], format="auto").documents
+    for side, modules in (("base", []), ("module", ["law"])):
+        assert math.log(found["perplexity"]["law"][side]) == pytest.approx(
+            expected_loss(store, heldout, *modules), rel=1e-4
+        )
+    answers = sum(sum(Template(CHATML).write(d.turns).answers) for d in heldout)
+    assert found["perplexity"]["law"]["tokens"] == answers
+    assert routed == [CHATML(d.turns[0].content)["input_ids"] for d in heldout]
+    with pytest.raises(DataError, match="no key 'text'"):
+        evaluate(store, {"law": [source]}, EvalConfig(format="text"), progress=False)
+
+
+def test_usage_is_counted_on_conversations_as_the_model_reads_them(home):
+    source = write_records(home / "heldout.jsonl", *(chat(n) for n in range(4)))
+    model = make_model("growlm", vocab_size=VOCAB_WITH_MARKERS)
+    usage = count_usage(ModuleSet(Base(model)), CHATML, {"law": [source]}, sequence_length=128)
+    written = [Template(CHATML).write(d.turns).tokens for d in read([source], format="auto").documents]
+    assert usage.tokens["law"] == sum(map(len, written))
+    with pytest.raises(DataError, match="no key 'text'"):
+        count_usage(ModuleSet(Base(model)), CHATML, {"law": [source]}, sequence_length=128, format="text")
 
 
 def test_rates_are_tried_on_answers(home, store):

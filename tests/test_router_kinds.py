@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from disk import write_jsonl
 from growlm import cli
 from growlm.disk.files import sha256_file
 from growlm.engine import Engine
-from growlm.errors import BudgetError, ConfigError, IntegrityError, Interrupted, StoreError
+from growlm.errors import BudgetError, ConfigError, IntegrityError, Interrupted, NotBetterError, StoreError
 from growlm.evaluation import EvalConfig, evaluate
 from growlm.router import NONE, SAMPLES, load_router, pack_samples, read_samples, unpack_samples
 from growlm.store import ROUTERS, Store
+from growlm.training import router as training_router
 from growlm.training.config import LearnConfig, RouterConfig
 from growlm.training.general import describe_general, general_samples
 from growlm.training.learn import learn
@@ -310,10 +312,107 @@ def test_settings_that_are_not_given_are_those_of_the_newest_version(store, caps
 
     command(capsys, store, "--kind", "transformer")
     assert settings() == QUICK.to_json()
-    command(capsys, store, "--kind", "transformer", "--tokens", "1000", "--sequence-length", "32")
+    command(capsys, store, "--kind", "transformer", "--tokens", "1000", "--sequence-length", "32", "--admit-anyway")
     assert settings() == QUICK.to_json() | {"tokens": 1000, "sequence_length": 32}
-    command(capsys, store, "--kind", "transformer", "--epochs", "1")  # 1 is the default too, and it was asked for
+    command(
+        capsys, store, "--kind", "transformer", "--epochs", "1", "--admit-anyway"
+    )  # 1 is the default too, and it was asked for
     assert settings() == QUICK.to_json() | {"tokens": None, "sequence_length": 32, "epochs": 1}
+
+
+# Never worse
+
+LITTLE = replace(QUICK, epochs=1, learning_rate=1e-6)
+
+
+def test_a_version_that_is_worse_than_the_one_before_is_refused(store, capsys):
+    with pytest.raises(NotBetterError, match=r"router: worse than version 1, which stays.*--admit-anyway") as caught:
+        train_router(store, LITTLE)
+    assert "\n" not in str(caught.value)
+    assert len(describe_router(store)["versions"]) == 1
+    assert router_version(store, 1)
+    # Who wants it all the same need not train again.
+    anyway = replace(LITTLE, admit_anyway=True)
+    assert steps_of(lambda: train_router(store, anyway)) == []
+    said = store.router_files("transformer").manifest(2).training
+    assert said["comparison"]["gain"] < -said["comparison"]["error"]
+    assert "admit_anyway" not in said["settings"]
+    # The next one is compared with that one, and is better.
+    assert train_router(store, QUICK).version == 3
+
+
+def test_the_router_command_refuses_a_worse_version_with_status_1(store, capsys):
+    little = ["--kind", "transformer", "--epochs", "1", "--learning-rate", "1e-6"]
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["router", str(store.path), *little])
+    assert caught.value.code == 1
+    err = capsys.readouterr().err.splitlines()
+    assert err[-1].startswith("growlm: router: worse than version 1, which stays, so that nothing was saved: held-out")
+    assert store.manifest.router == Store.open(store.path).manifest.router == "gaussian"
+    assert "transformer version 2: 3 modules" in command(capsys, store, *little, "--admit-anyway")
+
+
+def test_a_version_that_knows_a_module_more_is_kept_though_it_is_worse(store, capsys):
+    """Else that module could not be chosen; a line says how both did on what both know."""
+    add_module(store, store.load_base(), "other", 9)
+    capsys.readouterr()
+    assert train_router(store, LITTLE, progress=True).version == 2
+    said = store.router_files("transformer").manifest(2).training["comparison"]
+    assert said["gain"] < -said["error"]
+    line = f"router: version 1, on what both know: held-out loss {said['before']:.3f} -> {said['after']:.3f} (gain -"
+    assert line in capsys.readouterr().err
+
+
+def test_an_older_version_that_knows_more_is_what_a_worse_one_is_measured_by(store):
+    store.remove("signs")
+    with pytest.raises(NotBetterError, match="worse than version 1"):
+        train_router(store, LITTLE)
+    assert train_router(store, QUICK).modules == 2
+
+
+def test_what_cannot_be_compared_is_replaced(store):
+    """Of an older growlm, which held other passages out; and of other text under the same names."""
+    path = store.router_path / "transformer" / "1" / "router.json"
+    manifest = json.loads(path.read_text())
+    del manifest["training"]["general"]
+    path.write_text(json.dumps(manifest))
+    assert train_router(store, LITTLE).version == 2
+    base = store.load_base()
+    for seed, (name, domain) in enumerate(zip(PLAIN, ("other", "letters", "digits"), strict=True)):
+        store.remove(name)
+        add_module(store, base, name, seed, domain=domain)
+    assert train_router(store, LITTLE).version == 3
+    assert "comparison" not in store.router_files("transformer").manifest(3).training
+
+
+def test_a_passage_is_held_out_from_every_version_or_from_none(store, monkeypatch):
+    """Whatever else the store holds, and whatever the seed: none is measured on what the other was trained on."""
+    last, held = training_router._last_logits, []
+
+    def watched(base: Any, layers: Any, passages: list[list[int]]) -> torch.Tensor:
+        held.append({tuple(p) for p in passages})
+        return last(base, layers, passages)
+
+    monkeypatch.setattr(training_router, "_last_logits", watched)
+    train_router(store, replace(QUICK, admit_anyway=True, seed=5))
+    add_module(store, store.load_base(), "other", 9)
+    train_router(store, replace(QUICK, seed=6))
+    (first, _), (more, common) = held[:2], held[2:]
+    assert first == common < more
+
+
+def test_learning_goes_on_with_the_router_before_where_the_new_one_is_worse(store, monkeypatch):
+    """The module is saved all the same, and is chosen as before."""
+    store.set_router("transformer", 100_000)
+    base = store.load_base()
+    worse = NotBetterError("router: worse than version 1, which stays")
+
+    def refused(*arguments: Any, **options: Any) -> Any:
+        raise worse
+
+    monkeypatch.setattr(training_router, "require_no_worse", refused)
+    assert training_router.router_after(store, base=base) == 1
+    assert len(describe_router(store)["versions"]) == 1
 
 
 def test_a_version_that_does_not_say_how_it_was_trained_can_be_taken_away(store):

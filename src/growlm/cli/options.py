@@ -95,6 +95,11 @@ Separator = Annotated[
     ),
 ]
 
+Format = Annotated[
+    str,
+    typer.Option("--format", help="Of records: text, messages, sharegpt, alpaca or prompt; auto tells by their keys."),
+]
+
 
 def named_paths(data: Sequence[str]) -> dict[str, list[str]]:
     """Paths by name.

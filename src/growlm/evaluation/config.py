@@ -24,6 +24,8 @@ class EvalConfig:
         matrix: replay the order of learning: what the router knew after each domain, and what that cost the others.
         text_key: key of the text in JSON, column in tables.
         separator: cuts text files into documents, e.g. a blank line; by default a file is one document.
+        format: of records: text, or as of growlm learn messages, sharegpt, alpaca or prompt; auto tells by their keys.
+            Of conversations the answers are scored, and what the user says is routed.
     """
 
     sequence_length: int = 512
@@ -37,6 +39,7 @@ class EvalConfig:
     matrix: bool = True
     text_key: str = "text"
     separator: str | None = None
+    format: str = "auto"
 
     def __post_init__(self) -> None:
         if self.tokens is not None:

@@ -83,6 +83,7 @@ class _Domain:
 
     name: str
     passages: list[list[int]]
+    counted: list[list[bool]] | None  # which of their tokens are scored; None for all
     owner: Tensor  # (passages,) the document of each passage
     labels: Tensor  # (documents,) tokens scored
     beginnings: list[list[int]]  # of each document, as far as the router sees it
@@ -144,7 +145,9 @@ def _evaluate(
         if name != NONE:
             store.module(name)
     corpora = {
-        name: text_data.read(paths, text_key=config.text_key, separator=config.separator).documents
+        name: text_data.read(
+            paths, text_key=config.text_key, separator=config.separator, format=config.format
+        ).documents
         for name, paths in data.items()
     }
     order = in_order(store)
@@ -208,12 +211,13 @@ def _read(engine: Engine, name: str, documents: Sequence[text_data.Document], co
         before = itertools.accumulate((len(p.tokens) for p in found), initial=0)
         found = [p for p, seen_before in zip(found, before, strict=False) if seen_before < int(config.tokens)]
     if not found:
-        raise DataError(f"{name}: every document is shorter than two tokens; give more text")
+        what = "has no answer within a row" if any(d.turns for d in chosen_documents) else "is shorter than two tokens"
+        raise DataError(f"{name}: every document {what}; give more text")
     engine.base.require_rows([t for p in found for t in p.tokens], name, engine.tokenizer)
     # Documents too short to score are left out everywhere.
     numbers = {index: at for at, index in enumerate(dict.fromkeys(p.document_index for p in found))}
     owner = torch.tensor([numbers[p.document_index] for p in found])
-    scored = torch.tensor([len(p.tokens) - 1 for p in found])
+    scored = torch.tensor([p.num_scored for p in found])
     labels = torch.zeros(len(numbers), dtype=torch.int64).index_add_(0, owner, scored)
     seen = config.route_tokens if limit is None else min(config.route_tokens, limit)
     begin = len(text_data.start_tokens(engine.tokenizer))
@@ -222,7 +226,12 @@ def _read(engine: Engine, name: str, documents: Sequence[text_data.Document], co
         start = beginnings[document]
         more = passage.tokens[begin if start else 0 :]  # what the router sees may be longer than what is scored at once
         start += more[: seen - len(start)]
-    return _Domain(name, [p.tokens for p in found], owner, labels, beginnings)
+    for index, at in numbers.items():
+        asked = text_data.asked(chosen_documents[index].turns)
+        if asked.strip():
+            (ids,) = text_data.encode_texts(engine.tokenizer, [asked])
+            beginnings[at] = [*text_data.start_tokens(engine.tokenizer), *ids][:seen]
+    return _Domain(name, [p.tokens for p in found], text_data.masks_of(found), owner, labels, beginnings)
 
 
 def _route(engine: Engine, domains: Sequence[_Domain], stages: Sequence[Sequence[str]]) -> None:
@@ -258,8 +267,11 @@ def _score(engine: Engine, domains: Sequence[_Domain]) -> dict[str, float]:
             which = mine[domain.owner].nonzero()[:, 0]
             with engine.modules.using([] if module == NONE else [module]) as held:
                 started = time.perf_counter()
+                chosen = which.tolist()
                 scored = passage_losses(
-                    ModuleSet(engine.base, list(held.values())), [domain.passages[i] for i in which.tolist()]
+                    ModuleSet(engine.base, list(held.values())),
+                    [domain.passages[i] for i in chosen],
+                    counted=None if domain.counted is None else [domain.counted[i] for i in chosen],
                 )
                 side = "base" if module == NONE else "module"
                 seconds[side] += time.perf_counter() - started

@@ -44,6 +44,7 @@ def prune_module(
     tokens: int | None = None,
     separator: str | None = None,
     text_key: str = "text",
+    format: str = "auto",
     device: str | torch.device = "auto",
 ) -> dict[str, Any]:
     """Saves a module without its least used experts on a text, and returns what was kept.
@@ -77,7 +78,9 @@ def prune_module(
     module = store.load(stored.name, base, version=stored.version)
     alone, whole = ModuleSet(base), ModuleSet(base, [module])
     tokenizer = store.load_tokenizer()
-    usage = count_usage(whole, tokenizer, {"text": data}, tokens=tokens, separator=separator, text_key=text_key)
+    usage = count_usage(
+        whole, tokenizer, {"text": data}, tokens=tokens, separator=separator, text_key=text_key, format=format
+    )
     try:
         smaller, experts = pruner(base, module, usage, keep=keep, normalise=normalise)
     except ConfigError as error:

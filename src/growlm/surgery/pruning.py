@@ -41,6 +41,7 @@ def prune(
     tokens: int | None = None,
     separator: str | None = None,
     text_key: str = "text",
+    format: str = "auto",
     device: str | torch.device = "auto",
 ) -> dict[str, Any]:
     """Writes a growlm model without its least used experts on a text, and returns what was kept.
@@ -71,7 +72,7 @@ def prune(
     base = Base(model, str(folder))
     base.model.to(found)
     usage = count_usage(
-        ModuleSet(base), tokenizer, {"text": data}, tokens=tokens, separator=separator, text_key=text_key
+        ModuleSet(base), tokenizer, {"text": data}, tokens=tokens, separator=separator, text_key=text_key, format=format
     )
     if not usage.places:
         raise ConfigError(

@@ -335,10 +335,12 @@ class RouterConfig(TrainConfig):
     Attributes:
         router_layers: decoder layers of the router.
         passages: rows drawn from every domain's kept text.
+        admit_anyway: keep a version that does worse than the one before, as held-out text tells.
     """
 
     router_layers: int = 4
     passages: int = 256
+    admit_anyway: bool = False
     sequence_length: int = 256
     batch_size: int = 16
 
@@ -347,3 +349,9 @@ class RouterConfig(TrainConfig):
         for name in ("router_layers", "passages"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    def to_json(self) -> dict[str, Any]:
+        """As of all; the next training asks for itself what it admits."""
+        settings = super().to_json()
+        del settings["admit_anyway"]
+        return settings

@@ -2,6 +2,7 @@
 
 Every token of a passage is asked for the passage's domain, so that short prompts are learned with long ones. The
 modules' names, not the order in which they were learned, decide what is trained: the same store gives the same router.
+Which passages are held out depends on the text alone: no version was trained on those by which another is measured.
 """
 
 from __future__ import annotations
@@ -21,16 +22,17 @@ from growlm import data as text_data
 from growlm.base import Base
 from growlm.base.padding import pad_right
 from growlm.base.placement import Placement
-from growlm.errors import ConfigError, IntegrityError, StoreError
+from growlm.errors import ConfigError, IntegrityError, NotBetterError, StoreError
 from growlm.progress import reporting, say, track
-from growlm.router import EVIDENCE, SAMPLES, read_samples
+from growlm.router import EVIDENCE, NONE, SAMPLES, read_samples
 from growlm.router.transformer import RouterLayers, compare, samples_of
 from growlm.store import ROUTER_TRAINED, Store, StoredModule
 from growlm.store.manifests import RouterManifest
 from growlm.store.versions import ROUTER_MANIFEST
+from growlm.training.admission import Comparison, require_no_worse
 from growlm.training.config import RouterConfig
 from growlm.training.general import general_samples
-from growlm.training.loop import module_rate, train
+from growlm.training.loop import module_rate, require_finite, train
 from growlm.training.runs import run_folder
 
 _FIRST = 4  # tokens from which on a passage's domain is asked for: fewer say nothing
@@ -76,6 +78,7 @@ def train_router(
 
     Raises:
         StoreError: a store without modules, modules whose text was not kept, or the same training under way.
+        NotBetterError: it does worse than the newest version, which knows all that it knows; nothing is saved.
         TrainingError: the loss became NaN or infinite; nothing is saved.
         Interrupted: stopped by the user; progress is saved.
     """
@@ -133,7 +136,9 @@ def _train_router(store: Store, config: RouterConfig, base: Base | None, restart
         served = RouterLayers.restore(
             base, _shape(layers), {k: v.to(base.device) for k, v in tensors.items()}, "router"
         )
-        accuracy = _accuracy(base, served, rows)
+        logits = _last_logits(base, served, [p for p, _ in rows.heldout])
+        targets = torch.tensor([c for _, c in rows.heldout])
+        accuracy = float((logits.argmax(-1) == targets).float().mean()) if rows.heldout else None
         tokens = sum(int(rows.lengths[step].sum()) for step in order)
         training = {
             "samples": samples,
@@ -143,25 +148,92 @@ def _train_router(store: Store, config: RouterConfig, base: Base | None, restart
             "seconds": seconds,
             "accuracy": accuracy,
             "heldout": len(rows.heldout),
+            "general": _digest(kept[-1]),
         }
         files = store.router_files(ROUTER_TRAINED)
-        with store.lock():
-            newest = files.manifest()
-            if newest is not None and _known(store, samples_of(newest)) - _known(store, samples):
-                # This one would take modules away from the prompts that they answer.
-                version = files.versions()[-1]
-                say(f"version {version} knows modules that were added meanwhile; it stays")
-                return _result(version, newest)
-            version = files.write(
-                tensors,
-                keep=True,
-                config=_shape(layers),
-                modules={m.name: (m.version, m.manifest.fork) for m in modules},
-                training=training,
-            )
-            written = files.manifest(version)
-            assert written is not None
-    return _result(version, written)
+        while True:
+            before = max(files.versions(), default=None)
+            found = None
+            if before is not None:
+                found = _compared(store, before, base, [*samples, NONE], training, rows.heldout, logits)
+            if before is not None and found is not None:
+                say(f"version {before}, on what both know: {found.told()}")
+                require_finite("the router's held-out loss after training", found.after)
+            with store.lock():
+                if max(files.versions(), default=None) != before:
+                    continue  # another training has ended meanwhile
+                newest = files.manifest()
+                known = _known(store, samples_of(newest))
+                if newest is not None and before is not None and known - _known(store, samples):
+                    # This one would take modules away from the prompts that they answer.
+                    say(f"version {before} knows modules that were added meanwhile; it stays")
+                    return _result(before, newest)
+                if found is not None and not config.admit_anyway and known >= _known(store, samples):
+                    hint = "give more --passages or --epochs"
+                    require_no_worse("router", found, f"version {before}, which stays", hint)
+                version = files.write(
+                    tensors,
+                    keep=True,
+                    config=_shape(layers),
+                    modules={m.name: (m.version, m.manifest.fork) for m in modules},
+                    training={**training, **({} if found is None else {"comparison": found.to_json()})},
+                )
+                written = files.manifest(version)
+                assert written is not None
+                return _result(version, written)
+
+
+def _compared(
+    store: Store,
+    version: int,
+    base: Base,
+    labels: Sequence[str],
+    training: Mapping[str, Any],
+    heldout: Sequence[tuple[list[int], int]],
+    logits: Tensor,
+) -> Comparison | None:
+    """A version and a new one on the held-out passages of the modules that both know by the same text, and of general
+    text: nats of the right category, among those that both have. Not how often either is right: of a few dozen passages
+    most are named by both, and a router that grows unsure, or sure of what is wrong, shows in the loss first.
+
+    Args:
+        labels: of the new one's categories.
+        training: what will be said of the new one.
+        logits: (passages, categories) of the new one.
+
+    Returns:
+        None where there is nothing to compare: of an older growlm, damaged, or of other text.
+    """
+    files = store.router_files(ROUTER_TRAINED)
+    try:
+        manifest, tensors = files.manifest(version), files.read(version)
+        if manifest is None or tensors is None or "general" not in manifest.training:
+            return None
+        tensors = {k: v.to(base.device) for k, v in tensors.items()}
+        old = RouterLayers.restore(base, manifest.config, tensors, str(files.folder / str(version)))
+    except IntegrityError:
+        return None
+    theirs = samples_of(manifest)
+    both = [name for name in labels if name != NONE and theirs.get(name) == training["samples"][name]]
+    if not both:
+        return None
+    shared = [*both, NONE]
+    asked = shared if manifest.training["general"] == training["general"] else both
+    chosen = [i for i, (_, category) in enumerate(heldout) if labels[category] in asked]
+    if not chosen:
+        return None
+    before = _last_logits(base, old, [heldout[i][0] for i in chosen])
+    targets = torch.tensor([shared.index(labels[heldout[i][1]]) for i in chosen])
+    pairs = ((before, [*manifest.modules, NONE]), (logits[chosen], labels))
+    losses = [
+        torch.nn.functional.cross_entropy(found[:, [names.index(n) for n in shared]], targets, reduction="none")
+        for found, names in pairs
+    ]
+    return Comparison.of(*losses, torch.ones(len(chosen)))
+
+
+def _digest(passages: Sequence[Sequence[int]]) -> str:
+    return hashlib.sha256(json.dumps(passages).encode()).hexdigest()
 
 
 def require_samples(store: Store, modules: Sequence[StoredModule]) -> None:
@@ -190,7 +262,11 @@ def router_after(store: Store, *, restart: bool = False, device: str = "auto", b
     if store.manifest.router != ROUTER_TRAINED:
         return None
     config = last_config(store, device) if base is None else None
-    return train_router(store, config, base=base, restart=restart).version
+    try:
+        return train_router(store, config, base=base, restart=restart).version
+    except NotBetterError as error:  # the module is saved, and can be chosen as before
+        say(str(error))
+        return max(store.router_files(ROUTER_TRAINED).versions())
 
 
 def last_config(store: Store, device: str = "auto") -> RouterConfig:
@@ -281,7 +357,7 @@ class _Rows:
         self._targets: list[int] = []
         self.heldout: list[tuple[list[int], int]] = []
         for category, passages in enumerate(kept):
-            order = draw.permutation(len(passages))
+            order = sorted(range(len(passages)), key=lambda i: _digest([passages[i]]))
             out = order[: len(passages) // _HELDOUT]
             into = order[len(out) :]
             self.heldout += [(passages[i][:length], category) for i in out]
@@ -319,14 +395,14 @@ def _states(base: Base, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _accuracy(base: Base, layers: RouterLayers, rows: _Rows) -> float | None:
-    right = 0
-    for at in track(range(0, len(rows.heldout), 16), "scoring held-out passages", "batches"):
-        some = rows.heldout[at : at + 16]
-        ids, real, targets = _batch([p for p, _ in some], [c for _, c in some])
-        logits = layers(_states(base, ids))[torch.arange(len(some)), real.sum(-1) - 1].cpu()
-        right += int((logits.argmax(-1) == targets).sum())
-    return right / len(rows.heldout) if rows.heldout else None
+def _last_logits(base: Base, layers: RouterLayers, passages: Sequence[list[int]]) -> Tensor:
+    """Logits of the categories (passages, categories) at the last token of each."""
+    found = [torch.empty(0, layers.categories.out_features)]
+    for at in track(range(0, len(passages), 16), "scoring held-out passages", "batches"):
+        some = passages[at : at + 16]
+        ids, real = pad_right(some)
+        found.append(layers(_states(base, ids))[torch.arange(len(some)), real.sum(-1) - 1].float().cpu())
+    return torch.cat(found)
 
 
 def _shape(layers: RouterLayers) -> dict[str, Any]:

@@ -183,11 +183,13 @@ def count_usage(
     tokens: int | None = None,
     text_key: str = "text",
     separator: str | None = None,
+    format: str = "auto",
 ) -> Usage:
     """Reads every domain's text and counts.
 
     Args:
-        data: paths of text by domain.
+        data: paths of text by domain, or of conversations, which are read whole as the chat template writes them.
+        format: of records, as `LearnConfig` takes it.
         tokens: of each domain at most.
 
     Raises:
@@ -208,7 +210,7 @@ def count_usage(
     read: dict[str, int] = {}
     sources: dict[str, list[text_data.Source]] = {}
     for domain, paths in data.items():
-        corpus = text_data.read(paths, text_key=text_key, separator=separator)
+        corpus = text_data.read(paths, text_key=text_key, separator=separator, format=format)
         documents, sources[domain] = corpus.documents, corpus.sources
         passages = _first(documents, tokenizer, sequence_length, tokens)
         if not passages:

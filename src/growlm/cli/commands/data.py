@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from growlm.cli.app import app
-from growlm.cli.options import Json, Separator, TextKey
+from growlm.cli.options import Format, Json, Separator, TextKey
 from growlm.cli.output import print_json, reports
 
 _data = typer.Typer(rich_markup_mode=None, no_args_is_help=True, context_settings=app.info.context_settings)
@@ -36,9 +36,7 @@ def show(
     ],
     text_key: TextKey = "text",
     separator: Separator = None,
-    format: Annotated[
-        str, typer.Option("--format", help="Of records: auto, text, messages, sharegpt, alpaca or prompt.")
-    ] = "auto",
+    format: Format = "auto",
     loss: Annotated[str, typer.Option("--loss", help="Of conversations: answers or all.")] = "answers",
     sequence_length: Annotated[int, typer.Option("--sequence-length", help="Tokens a row.")] = 512,
     samples: Annotated[int, typer.Option("--samples", help="How many documents to show.")] = 3,

@@ -11,6 +11,7 @@ from growlm.cli.app import app
 from growlm.cli.asking import open_source
 from growlm.cli.options import (
     Device,
+    Format,
     Json,
     Separator,
     SomeDataPaths,
@@ -61,6 +62,7 @@ def prune(
     ] = None,
     text_key: TextKey = "text",
     separator: Separator = None,
+    format: Format = "auto",
     device: Device = "auto",
     drop_layers: Annotated[
         str | None,
@@ -95,7 +97,7 @@ def prune(
 
     settings: dict[str, Any] = {
         "keep": keep, "normalise": normalise or "max", "tokens": token_count(tokens), "text_key": text_key,
-        "separator": separator, "device": device,
+        "separator": separator, "format": format, "device": device,
     }  # fmt: skip
     if (Path(source).expanduser() / "store.json").exists():
         from growlm.store import Store

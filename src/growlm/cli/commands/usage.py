@@ -12,6 +12,7 @@ from growlm.cli.app import app
 from growlm.cli.asking import open_source
 from growlm.cli.options import (
     Device,
+    Format,
     Json,
     NamedData,
     Separator,
@@ -40,6 +41,7 @@ def usage(
     sequence_length: Annotated[int, typer.Option("--sequence-length", help="Tokens read at once.")] = 512,
     text_key: TextKey = "text",
     separator: Separator = None,
+    format: Format = "auto",
     device: Device = "auto",
     figure: Annotated[
         Path | None, typer.Option("--figure", help="Write heat maps to this file (.svg or .png).", show_default=False)
@@ -69,6 +71,7 @@ def usage(
         sequence_length=sequence_length,
         text_key=text_key,
         separator=separator,
+        format=format,
     )
     if figure is not None and found.places:
         from growlm.usage.figures import write_usage
