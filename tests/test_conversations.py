@@ -370,13 +370,14 @@ def test_answers_are_learned_and_scored(home, store, vocabulary):
 def test_evaluation_scores_answers_and_routes_what_users_ask(home, store, monkeypatch):
     learn(store, "law", [home / "chats.jsonl"], config(), progress=False)
     source = write_records(home / "heldout.jsonl", *(chat(n) for n in range(500, 506)))
-    routed, routes = [], Beginnings.routes
+    routed = []
 
-    def watched(beginnings: Beginnings, router: Any) -> Any:
-        routed.extend(beginnings._texts)
-        return routes(beginnings, router)
+    class Watched(Beginnings):
+        def __init__(self, base: Base, texts: Any, *arguments: Any) -> None:
+            routed.extend(texts)
+            super().__init__(base, texts, *arguments)
 
-    monkeypatch.setattr(Beginnings, "routes", watched)
+    monkeypatch.setattr("growlm.evaluation.measure.Beginnings", Watched)
     found = evaluate(store, {"law": [source]}, EvalConfig(), progress=False).to_json()
     heldout = read([source], format="auto").documents
     for side, modules in (("base", []), ("module", ["law"])):

@@ -45,7 +45,8 @@ from growlm.units import format_seconds, format_size
 
 _SECONDS = 40.0  # for steps; all else that is timed takes about as long as a step
 _TIMED_TOKENS = 256  # of held-out text
-_TIMED_PASSAGES = 8  # that the router is shown
+_TIMED_PASSAGES = 8  # that the router is shown,
+_SHOWN_TOKENS = 64  # and so much of each
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def _estimate(
 
     # The router's share.
     shown = [*itertools.chain(*tokens.shown(config))]
-    few, layer = shown[:_TIMED_PASSAGES], store.manifest.routing_layer
+    few, layer = [p[:_SHOWN_TOKENS] for p in shown[:_TIMED_PASSAGES]], store.manifest.routing_layer
     router.gather_evidence(base, few[:1], few[:1], layer=layer)  # warms up
     clock.count(None)
     seen = router.gather_evidence(base, few, few[:1], layer=layer)
@@ -164,7 +165,7 @@ def _estimate(
     trace = tensor_bytes(t for tensors in router.files_of(seen).values() for t in tensors.values())
     beside = trace * len(shown) // (len(few) + 1) + tensor_bytes(tokens.samples(config, keep).values())
     if store.manifest.router == ROUTER_TRAINED:
-        token = passage / max(statistics.mean(map(len, few)), 1)
+        token = passage / statistics.mean(map(len, few)) * base.num_layers / (layer or base.num_layers)
         clock.seconds["router"] = _router_tokens(store, name, base) * token
 
     learning = Rehearsal(

@@ -213,6 +213,8 @@ def _compared(
         old = RouterLayers.restore(base, manifest.config, tensors, str(files.folder / str(version)))
     except IntegrityError:
         return None
+    if old.categories.out_features != len(manifest.modules) + 1:
+        return None
     theirs = samples_of(manifest)
     both = [name for name in labels if name != NONE and theirs.get(name) == training["samples"][name]]
     if not both:
@@ -224,12 +226,13 @@ def _compared(
         return None
     before = _last_logits(base, old, [heldout[i][0] for i in chosen])
     targets = torch.tensor([shared.index(labels[heldout[i][1]]) for i in chosen])
-    pairs = ((before, [*manifest.modules, NONE]), (logits[chosen], labels))
-    losses = [
-        torch.nn.functional.cross_entropy(found[:, [names.index(n) for n in shared]], targets, reduction="none")
-        for found, names in pairs
-    ]
-    return Comparison.of(*losses, torch.ones(len(chosen)))
+
+    def losses(found: Tensor, names: Sequence[str]) -> Tensor:
+        of_both = found[:, [names.index(name) for name in shared]]
+        return torch.nn.functional.cross_entropy(of_both, targets, reduction="none")
+
+    theirs_lost, ours_lost = losses(before, [*manifest.modules, NONE]), losses(logits[chosen], labels)
+    return Comparison.of(theirs_lost, ours_lost, torch.ones(len(chosen)))
 
 
 def _digest(passages: Sequence[Sequence[int]]) -> str:
