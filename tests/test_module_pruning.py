@@ -302,7 +302,7 @@ def test_what_cannot_be_pruned(home: Path, store: Store, text: list[Path]) -> No
             prune_module(store, name, changes.pop("data", text), **{"keep": 0.5, **changes})
 
     refused(ConfigError, "name a module of kind experts or peer with --module: digits, letters", None)
-    refused(ConfigError, "signs/1: is of kind blocks; only modules of kind experts or peer", "signs")
+    refused(ConfigError, "store: module 'signs' is of kind blocks; only modules of kind experts or peer", "signs")
     refused(UnknownModuleError, "no module 'nobody'", "nobody")
     refused(ConfigError, r"keep is 0\.01; .* 0\.\d\d of the parameters stay", keep=0.01)
     refused(ConfigError, "keep is 1.5", keep=1.5)
@@ -313,7 +313,7 @@ def test_what_cannot_be_pruned(home: Path, store: Store, text: list[Path]) -> No
     if base.config.model_type == "growlm":
         new = Experts.create(base, ExpertsConfig(vocabulary="none", num_attention_experts=0, first_layer=3))
         commit_experts(store, base, "shut", new, domain="other")
-        refused(ConfigError, "shut/1: its experts are untrained", "shut")
+        refused(ConfigError, "store: module 'shut': its experts are untrained", "shut")
     assert [m.version for m in store.modules.values()] == [1] * len(store.modules)
 
 

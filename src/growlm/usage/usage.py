@@ -202,8 +202,8 @@ def count_usage(
     if not places and not PoolCounter(modules):
         what = ", ".join(f"a module of kind {m.kind}" for m in modules.modules) or "the model"
         raise ConfigError(
-            f"{modules.base.where}: {what} has no routed experts to count; give a growlm model with experts, "
-            "or of a store a module of kind experts or peer (--module)"
+            f"{what} has no routed experts to count; give a growlm model with experts, or of a store a module of kind "
+            "experts or peer (--module)"
         )
     counts: dict[str, list[Tensor]] = {}
     pools: dict[str, list[PoolCounts]] = {}
