@@ -25,10 +25,12 @@ from growlm.evaluation.beginnings import Beginnings
 from growlm.layers import cross_entropy
 from growlm.modules import ModuleSet
 from growlm.progress import reporting
+from growlm.router.samples import GENERAL_SAMPLES, unpack_samples
 from growlm.store import Store
 from growlm.training.config import FinetuneConfig, LearnConfig, PretrainConfig
 from growlm.training.corpus import TrainingCorpus
 from growlm.training.finetune import finetune
+from growlm.training.general import describe_general
 from growlm.training.learn import learn
 from growlm.training.pretrain import pretrain
 from growlm.usage.usage import count_usage
@@ -389,6 +391,13 @@ def test_evaluation_scores_answers_and_routes_what_users_ask(home, store, monkey
     assert routed == [CHATML(d.turns[0].content)["input_ids"] for d in heldout]
     with pytest.raises(DataError, match="no key 'text'"):
         evaluate(store, {"law": [source]}, EvalConfig(format="text"), progress=False)
+
+
+def test_of_general_conversations_the_router_is_shown_what_users_ask(home, store):
+    describe_general(store, store.load_base(), store.load_tokenizer(), [home / "chats.jsonl"])
+    kept = unpack_samples(store.router_files(GENERAL_SAMPLES).read())
+    asked = [CHATML(d.turns[0].content)["input_ids"] for d in read([home / "chats.jsonl"], format="auto").documents]
+    assert sorted(kept) == sorted(asked)
 
 
 def test_usage_is_counted_on_conversations_as_the_model_reads_them(home):

@@ -136,7 +136,7 @@ def test_a_model_without_pools_is_not_run_for_them(monkeypatch) -> None:
 
 
 def test_what_has_nothing_to_count_or_to_prune_is_refused(texts) -> None:
-    with pytest.raises(ConfigError, match="^the model has no routed experts to count"):
+    with pytest.raises(ConfigError, match=r"^the model has no routed experts to count"):
         count_usage(ModuleSet(make_base("llama")), make_tokenizer(), texts)
     model = make(feed_forward="peer")
     usage = usage_of(model, texts)

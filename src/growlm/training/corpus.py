@@ -98,7 +98,7 @@ class TrainingCorpus:
         validation, heldout = halves(passages)
         begin, prompts = text_data.start_tokens(tokenizer), None
         if any(d.turns for d in self.text.documents):
-            shown = [_prompts(documents, tokenizer, length) for documents in (train, rest)]
+            shown = [prompts_of(documents, tokenizer, length) for documents in (train, rest)]
             prompts = (shown[0], shown[1]) if all(shown) else None  # of those who say nothing
         return Tokens(packed, replay, validation, heldout, begin, prompts)
 
@@ -185,7 +185,7 @@ class Tokens:
         return [prompts[i] for i in np.random.default_rng(seed).permutation(len(prompts))[:count]]
 
 
-def _prompts(documents: Sequence[text_data.Document], tokenizer: Any, length: int) -> list[list[int]]:
+def prompts_of(documents: Sequence[text_data.Document], tokenizer: Any, length: int) -> list[list[int]]:
     """Documents as a user would prompt, since it is prompts that are routed: of a conversation what the user says, of
     other text passages of it."""
     begin = text_data.start_tokens(tokenizer)

@@ -19,6 +19,7 @@ from growlm.base import Base
 from growlm.errors import DataError
 from growlm.router.samples import GENERAL_SAMPLES, pack_samples, unpack_samples
 from growlm.store import Store
+from growlm.training.corpus import prompts_of
 
 HELDOUT_FILE = "heldout.jsonl"  # what pretrain leaves beside a base
 _SAMPLE = Path(__file__).with_name("general.txt")  # everyday text in seven languages, written for growlm
@@ -83,8 +84,7 @@ def _length(base: Base) -> int:
 
 
 def _from_files(base: Base, tokenizer: Any, paths: Sequence[str | Path]) -> tuple[list[list[int]], list[list[int]]]:
-    documents = text_data.read(paths).documents
-    found = [p.tokens for p in text_data.passages(documents, tokenizer, _length(base))]
+    found = prompts_of(text_data.read(paths, format="auto").documents, tokenizer, _length(base))
     if found:
         base.require_rows([t for tokens in found for t in tokens], ", ".join(map(str, paths)), tokenizer)
     return _parted(found, ", ".join(map(str, paths)))
