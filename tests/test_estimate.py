@@ -45,16 +45,18 @@ def law(store: Store) -> list[Path]:
         {"num_layers": 1, "epochs": 4},
         {"num_layers": 1, "epochs": 1, "keep_samples": "1kB", "batch_size": None},
         {"num_layers": 1, "learning_rate": 1e-3, "tokens": 640},
+        {"num_layers": 1, "tokens": 64},
         {"kind": "peer", "num_experts": 256, "num_heads": 2, "top_k": 4},
         {"kind": "experts"},
     ],
-    ids=["blocks", "trials", "one epoch", "given rate", "peer", "experts"],
+    ids=["blocks", "trials", "one epoch", "given rate", "one step", "peer", "experts"],
 )
 def test_it_tells_what_the_run_that_follows_does(store, monkeypatch, changes):
     monkeypatch.setattr(validation, "_PATIENCE", 99)  # no run ends early
     settings = config(**changes)
     told = estimate(store, "law", law(store), settings, progress=False)
-    learn(store, "law", law(store), settings, progress=False)
+    result = learn(store, "law", law(store), settings, progress=False)
+    assert told.samples == [{"prompt": s.prompt, "text": s.text, "base": s.base} for s in result.samples]
     stored = store.module("law")
     said = stored.manifest.training
     assert (told.steps, told.tokens_trained) == (said["steps"], said["tokens"])
@@ -179,8 +181,8 @@ def test_the_command_tells_in_lines_and_in_json(store, capfd):
         main(arguments)
     assert stopped.value.code == 0
     lines = capfd.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines[-6:]] == [
-        "held out", "steps", "learning rates", "time", "memory", "disk",
+    assert [line.split(":")[0] for line in lines[-12:]] == [
+        "held out", "steps", "learning rates", "time", "memory", "disk", *["prompt", "  base"] * 3,
     ]  # fmt: skip
     with pytest.raises(SystemExit):
         main([*arguments, "--json"])

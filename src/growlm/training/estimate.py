@@ -40,6 +40,7 @@ from growlm.training.module_training import as_served
 from growlm.training.rehearsal import Rehearsal
 from growlm.training.router import last_config, require_samples
 from growlm.training.runs import folder_of
+from growlm.training.samples import side_by_side
 from growlm.training.validation import Validation
 from growlm.units import format_seconds, format_size
 
@@ -47,6 +48,7 @@ _SECONDS = 40.0  # for steps; all else that is timed takes about as long as a st
 _TIMED_TOKENS = 256  # of held-out text
 _TIMED_PASSAGES = 8  # that the router is shown,
 _SHOWN_TOKENS = 64  # and so much of each
+_SHOWN = 160  # characters of a sample
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Estimate:
         trials: of learning rates, in rounds: how many, and for how many short steps each.
         seconds: by part, of the whole run.
         memory: peak of main memory in bytes; `device_memory` of the GPU's, where there is one.
+        samples: held-out prompts that base and module will answer: `prompt`, `text` and what the `base` answers.
         bytes: of the module on the disk; `beside` it lies what the router keeps of the text.
         timed: optimiser steps from which all this is told.
     """
@@ -86,6 +89,7 @@ class Estimate:
     bytes: int
     beside: int
     timed: int
+    samples: list[dict[str, str]]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -107,6 +111,7 @@ class Estimate:
             + (f" ({', '.join(f'{part} {format_seconds(s)}' for part, s in parts.items())})" if parts else ""),
             f"memory: about {format_size(self.memory)} at the most{gpu}",
             f"disk: {format_size(self.bytes)}, and beside it {format_size(self.beside)} for the router",
+            *(f"prompt: {_one_line(s['prompt'])}\n  base: {_one_line(s['base'])}" for s in self.samples),
         ]
 
 
@@ -117,6 +122,7 @@ def estimate(
     config: LearnConfig | None = None,
     *,
     update: bool = False,
+    samples: int = 3,
     progress: bool | None = None,
 ) -> Estimate:
     """What `learn` with the same arguments would do. Takes about a minute once the base is loaded and the text is read;
@@ -126,11 +132,11 @@ def estimate(
         as `learn`, but that it may turn out no better than the base.
     """
     with reporting(name, progress), tempfile.TemporaryDirectory() as work:
-        return _estimate(store, name, data, config or LearnConfig(), update, Path(work))
+        return _estimate(store, name, data, config or LearnConfig(), update, samples, Path(work))
 
 
 def _estimate(
-    store: Store, name: str, data: Sequence[str | Path], config: LearnConfig, update: bool, work: Path
+    store: Store, name: str, data: Sequence[str | Path], config: LearnConfig, update: bool, samples: int, work: Path
 ) -> Estimate:
     placement = Placement.of(config.device, config.precision)
     old = store.find(name)
@@ -199,6 +205,9 @@ def _estimate(
     times = 1 if old is None else 2  # by the version that it replaces as well
     scored = len(Validation.due(len(steps), len(steps)))
     clock.seconds["scores and admission"] = chosen_by * found.score * scored + _length(decided_by) * a_token * times
+    clock.count(None)
+    answers = side_by_side(base, module, tokenizer, tokens.heldout, samples, seed=config.seed)
+    clock.count("samples")
     gpu = placement.device.type == "cuda"
     run = run_id(store, name, old.version if old else 0, body, config, placement)
     return Estimate(
@@ -225,6 +234,7 @@ def _estimate(
         bytes=module.num_bytes(),
         beside=beside,
         timed=found.timed,
+        samples=[{"prompt": a.prompt, "text": a.text, "base": a.base} for a in answers],
     )
 
 
@@ -242,6 +252,11 @@ class _Clock:
         if part is not None:
             self.seconds[part] = self.seconds.get(part, 0.0) + now - last
         return now - last
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _SHOWN else f"{line[:_SHOWN]}..."
 
 
 def _length(passages: Sequence[text_data.Passage]) -> int:

@@ -147,7 +147,7 @@ class Rehearsal(ModuleTraining):
                     trained,
                     loss,
                     max(len(steps), len(order) + 1),
-                    self._tokens_of,
+                    lambda number: self._tokens_of(order[number][1]),
                     self.config,
                     rate,
                     folder=self.work / "steps",

@@ -61,7 +61,7 @@ def learn(
     if dry_run:
         from growlm.training.estimate import estimate
 
-        told = estimate(opened, name, data, config, update=update)
+        told = estimate(opened, name, data, config, update=update, samples=samples)
         if as_json:
             return print_json(told.to_json())
         print("\n".join(told.lines()))
