@@ -18,6 +18,7 @@ from growlm.training.estimate import estimate
 from growlm.training.module_training import ModuleTraining
 from interruptions import at_step, interrupt
 from stores import store_with_texts
+from tiny import TEXT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -176,8 +177,9 @@ def _nan(training: ModuleTraining) -> torch.Tensor:
 
 
 def test_the_command_tells_in_lines_and_in_json(store, capfd):
-    arguments = ["learn", str(store.path), "law", "--data", str(law(store)[0]), "--num-layers", "1", "--dry-run"]
-    arguments += ["--sequence-length", "32", "--batch-size", "2", "--epochs", "2", "--max-rows", "50"]
+    source = write_jsonl(store.path.parent / "long.jsonl", [f"{n} {' '.join(TEXT)}" for n in range(40)])
+    arguments = ["learn", str(store.path), "law", "--data", str(source), "--num-layers", "1", "--dry-run"]
+    arguments += ["--sequence-length", "64", "--batch-size", "2", "--epochs", "1", "--max-rows", "50"]
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 0
@@ -188,6 +190,7 @@ def test_the_command_tells_in_lines_and_in_json(store, capfd):
     assert [line.split(":")[0] for line in lines[2:]] == [
         "held out", "steps", "learning rates", "time", "memory", "disk", *["prompt", "  base"] * len(told["samples"]),
     ]  # fmt: skip
-    assert told["samples"]
-    assert f"steps: {told['steps']:,} at the most, of 64 tokens; {told['tokens_trained']:,} tokens" in lines
+    assert len(told["samples"]) == 3
+    assert all(f"{s['prompt']}{s['text']}"[:200] in source.read_text().replace("\\n", "\n") for s in told["samples"])
+    assert f"steps: {told['steps']:,} at the most, of 128 tokens; {told['tokens_trained']:,} tokens" in lines
     assert list(store.modules) == []
