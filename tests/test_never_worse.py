@@ -32,7 +32,7 @@ from growlm.training.config import FinetuneConfig
 from growlm.training.corpus import beginnings, halves
 from growlm.training.finetune import finetune
 from growlm.training.grow import grow
-from growlm.training.rates import between, candidates, find_rate, rounds
+from growlm.training.rates import between, find_rate, rounds, trials_for
 from growlm.training.validation import Validation
 from interruptions import at_step, interrupt, steps_of
 from stores import make_store, store_with_texts
@@ -120,7 +120,10 @@ def test_where_all_rates_diverge_the_lowest_is_left(tmp_path):
 
 
 def test_rates_are_tried_around_what_the_width_says():
-    assert candidates(2e-3) == [2e-4, 6.4e-4, 2e-3, 6.4e-3]
+    assert trials_for(2e-3, 100, 4)[0] == [2e-4, 6.4e-4, 2e-3, 6.4e-3]
+    # A short run tries fewer, for a tenth of its steps all the same.
+    assert trials_for(2e-3, 20, 4) == ([2e-4, 2e-3], [(2, 4)])
+    assert trials_for(2e-3, 5, 4) == ([], [])
 
 
 def test_a_run_finds_its_rate_and_says_what_it_tried(store, capfd):

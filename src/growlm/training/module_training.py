@@ -34,7 +34,7 @@ from growlm.training.corpus import beginnings, sample_passages, validation_token
 from growlm.training.features import FeatureCache
 from growlm.training.loop import matrices, module_rate, rate_at, train
 from growlm.training.optim import clip_gradients, make_optimizer
-from growlm.training.rates import Trial, candidates, find_rate, rounds
+from growlm.training.rates import Trial, find_rate, trials_for
 from growlm.training.validation import Validation
 
 _SAMPLE_SHARE = 20  # rows that are trained on for each one on which the base is asked what it knows
@@ -194,8 +194,7 @@ class ModuleTraining:
         computed = module_rate(self.base.hidden_size)
         if self.config.learning_rate != AUTO:
             return self.config.rate_or(computed)
-        rates = candidates(computed)
-        plan = self._rounds(len(rates))
+        rates, plan = self._trials_for(computed)
         if not plan or self._imitated:  # what a pool imitates first says nothing of the rest
             why = "trials would only see it imitate" if plan else "the run is too short for trials"
             say(f"learning rate {computed:.2g}, computed from the base's width: {why}")
@@ -215,10 +214,10 @@ class ModuleTraining:
         _put(start, {**trained, **buffers})
         return found
 
-    def _rounds(self, num_rates: int) -> list[tuple[int, int]]:
-        """Of trials: how many rates each, and for how many trial steps; empty where the run is too short for any."""
+    def _trials_for(self, computed: float) -> tuple[list[float], list[tuple[int, int]]]:
+        """Rates to try, and in rounds how many of them for how many trial steps."""
         per_step = min(self._tokens_of(0) // self._trial_length, _TRIALS_A_STEP)
-        return rounds(num_rates, len(self._steps), per_step)
+        return trials_for(computed, len(self._steps), per_step)
 
     @property
     def _trial_length(self) -> int:

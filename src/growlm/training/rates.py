@@ -18,7 +18,7 @@ from pathlib import Path
 from growlm.disk.files import read_json, write_atomic
 from growlm.progress import phase, say
 
-_SPREAD = (0.1, 0.32, 1.0, 3.2)  # of the rate that is computed from the width
+_SPREADS = ((0.1, 0.32, 1.0, 3.2), (0.1, 1.0))  # of the rate that is computed from the width; the second in short runs
 _NEARLY = 0.05  # share of the best loss by which a higher rate may do worse, and still counts as the better one
 _SHARE = 10  # trials take one step of so many
 
@@ -36,9 +36,13 @@ class Trial:
     loss: float
 
 
-def candidates(around: float) -> list[float]:
-    """Rates to try, about three times apart."""
-    return [float(f"{around * share:.2g}") for share in _SPREAD]
+def trials_for(around: float, num_steps: int, per_step: int) -> tuple[list[float], list[tuple[int, int]]]:
+    """Rates to try and in which rounds, as `rounds` says: four about three times apart, or where there is no time for
+    these, two; none where a run is too short for any."""
+    for shares in _SPREADS:
+        if plan := rounds(len(shares), num_steps, per_step):
+            return [float(f"{around * share:.2g}") for share in shares], plan
+    return [], []
 
 
 def rounds(num_rates: int, num_steps: int, per_step: int) -> list[tuple[int, int]]:

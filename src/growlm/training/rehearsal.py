@@ -20,7 +20,6 @@ from growlm.training.config import AUTO, LearnConfig
 from growlm.training.loop import matrices, module_rate, train
 from growlm.training.memory import peak_bytes
 from growlm.training.module_training import ModuleTraining
-from growlm.training.rates import candidates
 
 _ROUNDS = 4  # of steps that are timed; the first one only warms up
 _TRIALS = 3  # trial steps; so does the first of these
@@ -69,21 +68,23 @@ class Rehearsal(ModuleTraining):
             TrainingError: a loss or gradient that is not finite.
         """
         began, before = monotonic(), peak_bytes()
-        rates = candidates(module_rate(self.base.hidden_size))
+        rates, plan = self._trials_for(rate := module_rate(self.base.hidden_size))
+        rate = min([rate, *rates])
         trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         changed = {**trained, **dict(self.module.named_buffers())}
         start = {name: t.detach().clone() for name, t in changed.items()}
         given = monotonic()
         rows = [self._trial_row(step) for step in range(_TRIALS)]
         given = (monotonic() - given) / len(rows)
-        self._trial(rows[:1], rates[0], trained, matrices)
+        self._trial(rows[:1], rate, trained, matrices)
         short = monotonic()
-        self._trial(rows[1:], rates[0], trained, matrices)
+        self._trial(rows[1:], rate, trained, matrices)
         short = (monotonic() - short) / (len(rows) - 1)
         with torch.no_grad():
             for name, tensor in changed.items():
                 tensor.copy_(start.pop(name))
-        plan = [] if self.config.learning_rate != AUTO or self._imitated else self._rounds(len(rates))
+        if self.config.learning_rate != AUTO or self._imitated:
+            plan = []
         trials = sum(number * steps * short for number, steps in plan) + max((s for _, s in plan), default=0) * given
 
         # Steps of fewer rows, where those of all would take too long.
@@ -92,7 +93,7 @@ class Rehearsal(ModuleTraining):
         left = seconds - (monotonic() - began)
         wanted = 2 * len(self._kinds) * a_row * batch  # seconds of the fewest steps that tell something
         fits = batch if wanted <= left else max(int(batch * left / wanted), 1)
-        times = self._timed_steps([step[:fits] for step in self._steps], left, rates[0], trained)
+        times = self._timed_steps([step[:fits] for step in self._steps], left, rate, trained)
         each = {kind: statistics.median(found[1:] or found) for kind, found in times.items()}
         score, validation = 0.0, self._validation
         if validation:
