@@ -47,5 +47,5 @@ def demo(
         print_json(result.to_json())
     else:
         print("\n".join(result.lines()))
-    if result.not_halved:
+    if result.missed:
         raise typer.Exit(1)
