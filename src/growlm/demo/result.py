@@ -56,9 +56,10 @@ class DemoResult:
 
     def _samples(self) -> list[str]:
         lines = ["", "A sample from each, the module chosen by the router:"]
+        width = max(7, *(len(sample["domain"]) for sample in self.evaluation["samples"]))
         for sample in self.evaluation["samples"]:
             text = " ".join(sample["text"].split())[:90]
-            lines.append(f"  {sample['domain']:<7} -> {sample['module'] or 'base':<7} ...{text}")
+            lines.append(f"  {sample['domain']:<{width}} -> {sample['module'] or 'base':<{width}} ...{text}")
         return lines
 
     def _took(self) -> list[str]:
@@ -107,6 +108,68 @@ class SmallResult(DemoResult):
         if self.not_halved:
             would_do = "" if self.minutes_to_halve is None else f"; about --minutes {self.minutes_to_halve} would do"
             lines.append(f"not halved: the base's perplexity on {', '.join(self.not_halved)}{would_do}")
+        return [*lines, *self._took()]
+
+
+@dataclass(frozen=True)
+class PublishedResult(DemoResult):
+    """Of a published base.
+
+    Attributes:
+        base: its name.
+        refused: domains of which no module was admitted: their perplexities, and the reason.
+        finetuned: by text, what full finetuning on all domains in turn has come to, and what it `lost` of each since
+            that was learned, in nats a token; None where the base was not finetuned.
+        finetuned_bytes: of one finetuned base, as it is saved.
+        minutes_to_finetune: where there was no time for it.
+    """
+
+    base: str
+    refused: dict[str, dict[str, Any]]
+    finetuned: dict[str, dict[str, float]] | None
+    finetuned_bytes: int
+    minutes_to_finetune: int | None
+
+    @property
+    def not_better(self) -> list[str]:
+        """Domains that have no module, or one that is no better than the base on these held-out files."""
+        rows = self.evaluation["perplexity"]
+        worse = [name for name, row in rows.items() if name != NONE and row["module"] >= row["base"]]
+        return [*self.refused, *worse]
+
+    missed = not_better
+
+    def to_json(self) -> dict[str, Any]:
+        return {**super().to_json(), "better": not self.not_better, "not_better": self.not_better}
+
+    def lines(self) -> list[str]:
+        rows, after = self.evaluation["perplexity"], self.finetuned
+        columns = ["base", "module", "routed", *(["finetuned"] if after else [])]
+        lines = [
+            f"perplexity on held-out files; base: {self.base}",
+            "  ".join([f"{'domain':<10}", *(f"{column:>9}" for column in columns)]),
+        ]
+        for name in [*self.size["learn_tokens"], NONE]:
+            row, label = rows.get(name) or self.refused[name], "english" if name == NONE else name
+            module = "refused" if name in self.refused else "-" if name == NONE else f"{row['module']:.2f}"
+            cells = [f"{row['base']:.2f}", module, f"{row['routed']:.2f}"]
+            cells += [f"{after[label]['perplexity']:.2f}"] if after else []
+            lines.append("  ".join([f"{label:<10}", *(f"{cell:>9}" for cell in cells)]))
+        lines += self._measured()
+        if after:
+            *earlier, last = self.size["learn_tokens"]
+            lost = ", ".join(f"{after[name]['lost']:+.3f} on {name}" for name in (*earlier, "english"))
+            lines.append(
+                f"finetuned, one domain after another up to {last}: loss {lost}, since it knew them best (nats a "
+                f"token); {format_size(self.finetuned_bytes)} resident"
+            )
+        else:
+            would_do = f": about --minutes {self.minutes_to_finetune} would do" if self.minutes_to_finetune else ""
+            lines.append(f"not finetuned, to compare{would_do}")
+        lines += [*self._samples(), ""]
+        lines += [f"refused: {row['reason']}" for row in self.refused.values()]
+        if worse := [name for name in self.not_better if name not in self.refused]:
+            lines.append(f"no better than the base on these files: {', '.join(worse)}")
         return [*lines, *self._took()]
 
 

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from growlm.demo.course import Course
-from growlm.demo.record import Record, Request, record_of
+from growlm.demo.published import Published
+from growlm.demo.record import Record, Request, discard, record_of
 from growlm.demo.result import DemoResult
 from growlm.demo.small import Small
-from growlm.errors import ConfigError
+from growlm.errors import BaseModelError, ConfigError
 from growlm.progress import reporting, say
 
 _MEASURE = "measure"
@@ -28,8 +29,9 @@ _LEFT = 0.92  # of what is left, the part that is planned with
 def demo(
     out: str | Path,
     *,
+    base: str | Path | None = None,
     fast: bool = False,
-    minutes: float = 10.0,
+    minutes: float | None = None,
     device: str = "auto",
     precision: str = "auto",
     progress: bool | None = None,
@@ -37,8 +39,10 @@ def demo(
     """Runs the demo in the folder `out`: text, base, store and report.
 
     Args:
+        base: a published base, a GGUF file or a checkpoint folder, on which it is done instead of a small one of its
+            own.
         fast: of one small size on any machine.
-        minutes: in which it should end.
+        minutes: in which it should end; by default 10, with a base 20.
         device: where it computes, as in `LearnConfig`.
         precision: of training's matrix products, as in `TrainConfig`.
         progress: False is silent; by default there are bars on stderr, or where it is no terminal, lines, one in ten
@@ -49,12 +53,19 @@ def demo(
         StoreError: `out` holds something else, or another demo.
         IntegrityError: a file of the record is damaged.
         DataError: this install lacks the text.
+        BaseModelError: `base` is none that is supported; nothing is made.
     """
     started = time.monotonic()
-    request = Request(fast, minutes, device, precision)
+    request = Request(fast, minutes, device, precision, None if base is None else Path(base).expanduser())
     out = Path(out).expanduser()
-    with record_of(out, request, started) as record, reporting("demo", progress):
-        return _Run(record, request, Small(request, out, progress)).result()
+    course: Course[Any] = (Small if base is None else Published)(request, out, progress)
+    try:
+        with record_of(out, request, started) as record, reporting("demo", progress):
+            return _Run(record, request, course).result()
+    except BaseModelError:
+        if not (out / "brain").exists():
+            discard(out)
+        raise
 
 
 class _Run:
@@ -97,19 +108,19 @@ class _Run:
             course.take(measured)
             done(measured)
         before = sum(map(self.record.seconds, (*course.first, _MEASURE)))
-        enough = _minutes(before + course.most_wanted())
+        enough = _minutes(before + course.most_wanted())  # "" where no time would do
         size = course.plan(self._seconds_left())
         if size is None:
             least = _minutes(before + course.least())
             self.record.forget(_MEASURE)  # nothing was made: the next try begins anew
             raise ConfigError(
                 f"--minutes {self.request.minutes:g} is too few for {course.subject} on this machine: the least takes "
-                f"about {least}, and {course.reached} from about {enough} on"
+                f"about {least}" + (f", and {course.reached} from about {enough} on" if enough else "")
             )
         each = course.seconds_of(size)
         seconds = before + sum(taken for stage, taken in each.items() if stage not in course.first)
         say(f"in {self.request.minutes:g} minutes: {course.described(size)}; about {seconds / 60:.1f} minutes in all")
-        if not course.enough(size):
+        if not course.enough(size) and enough:
             say(f"too few minutes {course.wanted}: about {enough} would do")
         self.record.settle(size)
         return size
@@ -155,5 +166,7 @@ class _Run:
 
 
 def _minutes(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return ""
     minutes = math.ceil(2 * seconds / 60) / 2
     return f"{minutes:g} minute" + "s" * (minutes != 1)
