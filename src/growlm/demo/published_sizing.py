@@ -1,8 +1,7 @@
 """Sizing with a published base: how much a demo does in so many seconds, from what it takes for a token of that base.
 
 Pure: it measures nothing. All sizes lie on a path from the least to the most, as those of small bases do (`sizing.py`).
-Full finetuning reads the same text as the modules: where there is no time for it with text enough, it is left out, and
-the modules have the time.
+Full finetuning reads the same text as the modules: where there is no time for both, it is left out.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ SEQUENCE_LENGTH = 512  # the default of `growlm learn` and `growlm eval`
 
 _PLANNED = 0.85  # of the time there is: machines are shared, and slow down
 _PLACES = 200  # on the path
-_UNIT = 512  # tokens that sizes are rounded to
+_UNIT = 2048  # tokens that sizes are rounded to
 
 # Tokens that the verbs read beside their training steps.
 _DOCUMENT_TOKENS = 1100
@@ -85,8 +84,9 @@ class _Place:
     documents: int
 
 
-_LEAST, _MOST = _Place(8_192, 4), _Place(262_144, 40)
-_WORTH = 16_384  # tokens of a domain from which on finetuning is worth its time
+# Of fewer tokens a run has too few steps for `learn` to try learning rates, and the one that it computes instead is too
+# high for published bases.
+_LEAST, _MOST = _Place(20_480, 6), _Place(131_072, 40)
 
 
 def size_of(place: float, *, finetune: bool) -> PublishedSize:
@@ -159,8 +159,7 @@ def seconds_for_least(speeds: PublishedSpeeds) -> float:
 
 def seconds_for_finetuning(speeds: PublishedSpeeds) -> float:
     """From which on the base is finetuned as well; infinite where there is no memory for it."""
-    worth = next(size for size in _path(finetune=True) if min(size.learn_tokens.values()) >= _WORTH)
-    return total(worth, speeds) / _PLANNED
+    return total(size_of(0, finetune=True), speeds) / _PLANNED
 
 
 def _validation(tokens: int) -> int:
@@ -172,6 +171,8 @@ def _path(*, finetune: bool) -> Iterator[PublishedSize]:
 
 
 def _most(fits: Callable[[PublishedSize], bool]) -> PublishedSize | None:
-    both = [size for size in _path(finetune=True) if min(size.learn_tokens.values()) >= _WORTH and fits(size)]
-    alone = [size for size in _path(finetune=False) if fits(size)]
-    return both[-1] if both else alone[-1] if alone else None
+    for finetune in (True, False):
+        fitting = [size for size in _path(finetune=finetune) if fits(size)]
+        if fitting:
+            return fitting[-1]
+    return None
