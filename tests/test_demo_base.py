@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -30,7 +31,7 @@ from growlm.demo.published_sizing import (
 from growlm.demo.published_stages import PublishedStages
 from growlm.demo.run import demo
 from growlm.demo.sizing import learning
-from growlm.errors import BaseModelError, ConfigError, DataError, Interrupted, NotBetterError, StoreError
+from growlm.errors import BaseModelError, DataError, Interrupted, NotBetterError, StoreError
 from growlm.store import Store
 from growlm.training import learn as learning_module
 from interruptions import at_step, interrupt
@@ -42,7 +43,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # Two steps of finetuning: one that is stopped, and one more.
 LEARNED = list(DOMAINS[:2])
 TINY = PublishedSize(dict.fromkeys(LEARNED, 4608), True, 2, dict(published_sizing.TEXT_BYTES))
-SPEEDS = PublishedSpeeds(load=4.0, read=1 / 1200, learn=1 / 200, finetune=1 / 120)
+SPEEDS = PublishedSpeeds(load=4.0, read=1 / 1200, score=1 / 1000, learn=1 / 200, finetune=1 / 120)
 _TEXTS = {"english": "general", "models": "letters", "operators": "digits", "maths": "signs"}
 
 
@@ -155,8 +156,13 @@ def test_what_is_refused_is_told_and_the_demo_goes_on(base, tmp_path, monkeypatc
 
 
 def test_too_few_minutes(base, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(PublishedStages, "measure", lambda self: {"speeds": vars(SPEEDS)})
     arguments = ["--base", str(base), "--out", str(tmp_path / "out"), "--minutes"]
+    assert status_of([*arguments, "0.001"]) == 1  # as it is measured
+    assert re.search(
+        r"is too few for .* the least takes about [\d.]+ minutes?, and .* from about [\d.]+ minutes? on\n$",
+        capsys.readouterr().err,
+    )
+    monkeypatch.setattr(PublishedStages, "measure", lambda self: {"speeds": vars(SPEEDS)})
     assert status_of([*arguments, "3"]) == 1
     least = math.ceil(2 * seconds_for_least(SPEEDS) / 60) / 2
     last = capsys.readouterr().err.splitlines()[-1]

@@ -28,8 +28,9 @@ _EVIDENCE = (96 + 32) * SEQUENCE_LENGTH  # of a domain, for the router
 _GENERAL = (96 + 32) * 256  # and of general text, before the first
 _HELD_OUT = 8  # documents, by which `finetune` decides
 _VALIDATIONS = 6  # times that a run is scored
-_LOADS = 1.5  # times the base is loaded or hashed in a verb
-_SAMPLES = 200  # tokens that are generated, counted as tokens that are read one by one
+_LOADS = 1.5  # times the base is loaded or hashed in a verb,
+_WRITES = 4  # and as often as that takes, that it is written, with its optimiser, and read again
+_SAMPLES = 1000  # that are generated one by one, which takes longer
 _TRIALS = 1.15  # of a learning step: the trials of rates
 
 
@@ -67,13 +68,15 @@ class PublishedSpeeds:
 
     Attributes:
         load: of the base.
-        read: a token that the base reads.
+        read: a token that the base reads, as for the router,
+        score: and of which it tells the loss.
         learn: a token of a learning step.
         finetune: a token of a finetuning step; None where there is no memory for it.
     """
 
     load: float
     read: float
+    score: float
     learn: float
     finetune: float | None
 
@@ -102,23 +105,23 @@ FAST = size_of(0, finetune=False)
 
 def seconds_of(size: PublishedSize, speeds: PublishedSpeeds) -> dict[str, float]:
     """What each stage takes; those before the machine is measured are not among them."""
-    read, load = speeds.read, _LOADS * speeds.load
-    scored = size.max_documents * _DOCUMENT_TOKENS * read
+    load, read, score = _LOADS * speeds.load, speeds.read, speeds.score
+    text = size.max_documents * _DOCUMENT_TOKENS * score
+    order = list(size.learn_tokens)
     seconds = {}
-    for at, (name, tokens) in enumerate(size.learn_tokens.items()):
-        told = _validation(tokens) * _VALIDATIONS + 2 * max(tokens // 20, 2048)
-        others = _EVIDENCE + (_GENERAL if at == 0 else 0) + told + tokens // 20
-        seconds[learning(name)] = load + _TRIALS * tokens * speeds.learn + others * read
-    domains = len(size.learn_tokens)
-    seconds["evaluate"] = load + (1 + 2 * domains + 1) * scored
-    seconds["generate"] = load + _SAMPLES * 4 * read
+    for name, tokens in size.learn_tokens.items():
+        shown = _EVIDENCE + (_GENERAL if name == order[0] else 0)
+        scored = _VALIDATIONS * _validation(tokens) + 2 * max(tokens // 20, 2048) + tokens // 20
+        seconds[learning(name)] = load + _TRIALS * tokens * speeds.learn + shown * read + scored * score
+    # Of all texts under the base, and of domains under their modules; as much again where the router errs.
+    seconds["evaluate"] = load + (1 + 3 * len(order)) * text
+    seconds["generate"] = load + _SAMPLES * read
     if size.finetune:
         step = math.inf if speeds.finetune is None else speeds.finetune
-        for at, (name, tokens) in enumerate(size.learn_tokens.items()):
-            own = 2 + (domains + 1 if at == domains - 1 else 0)
-            others = _validation(tokens) * _VALIDATIONS + 2 * _HELD_OUT * _DOCUMENT_TOKENS
-            # It is written, with its optimiser, and read again.
-            seconds[finetuning(name)] = 4 * load + tokens * step + others * read + own * scored
+        for name, tokens in size.learn_tokens.items():
+            scored = _VALIDATIONS * _validation(tokens) + 2 * _HELD_OUT * _DOCUMENT_TOKENS
+            texts = len(order) + 1 if name == order[-1] else 1
+            seconds[finetuning(name)] = _WRITES * load + tokens * step + scored * score + texts * text
     seconds["report"] = 5.0
     return seconds
 

@@ -9,9 +9,9 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,7 +19,7 @@ from growlm import data as text_data
 from growlm.base import Base
 from growlm.base.checkpoint import load_model, load_tokenizer, num_parameters
 from growlm.base.placement import Placement, find_device
-from growlm.demo.published_sizing import SEQUENCE_LENGTH, PublishedSize, PublishedSpeeds
+from growlm.demo.published_sizing import SEQUENCE_LENGTH, PublishedSize
 from growlm.demo.stages import Stages
 from growlm.errors import NotBetterError
 from growlm.evaluation import EvalConfig, evaluate
@@ -38,6 +38,7 @@ from growlm.training.learn import learn
 from growlm.training.module_training import ModuleTraining
 from growlm.training.segments import final_states
 
+_T = TypeVar("_T")
 _MEASURED_ROWS = 4  # of learning; so many of SEQUENCE_LENGTH tokens
 _FINETUNING_BYTES = 16  # a parameter: weight, gradient and two moments
 _ACTIVATIONS = 2_500_000_000  # bytes that a step of finetuning takes besides, about
@@ -130,51 +131,64 @@ class PublishedStages(Stages):
         return {}
 
     def measure(self) -> dict[str, Any]:
-        """`PublishedSpeeds`, as JSON: a few steps of each with this base, on the first domain's text."""
+        """The fields of `PublishedSpeeds`, as JSON: a few steps of each with this base, on the first domain's text."""
         placement = Placement.of(self.device, self.precision)
-        store = Store.open(self.out / "brain")
-        started = time.monotonic()
-        base = store.load_base(device=placement.device)
-        loaded = time.monotonic() - started
+        store, clock = Store.open(self.out / "brain"), _Clock()
+        base = clock.of("load", 1, lambda: store.load_base(device=placement.device))
         config = LearnConfig(
             tokens=_MEASURED_ROWS * SEQUENCE_LENGTH, learning_rate=1e-4, device=self.device, precision=self.precision
         )
         name = next(iter(self.size.learn_tokens))
         tokens = TrainingCorpus.read([self._train(name)], config).tokenized(store.load_tokenizer(), config)
-        rows = tokens.packed.tokens[:2].tolist()
-        passage_losses(ModuleSet(base), [rows[0][:64]])  # the first pass is not like the others
-        read = _seconds(lambda: passage_losses(ModuleSet(base), rows)) / sum(map(len, rows))
+        row, alone = tokens.packed[[0]], ModuleSet(base)
+        count = row.numel()
+        with torch.no_grad():
+            alone.hidden(row[:, :64].to(base.device))  # the first pass is not like the others
+            clock.of("read", count, lambda: alone.hidden(row.to(base.device)))
+        clock.of("score", count, lambda: passage_losses(alone, row.tolist()))
         with tempfile.TemporaryDirectory(dir=self.out) as work:
             training = ModuleTraining(base, kind_of(config.kind), config, tokens.packed, Path(work), tokens.begin)
-            learned = training.run() / training.num_tokens
+            clock.of("learn", _MEASURED_ROWS * SEQUENCE_LENGTH, training.run)
             del training
-        speeds = PublishedSpeeds(loaded, read, learned, self._finetuning_step(base, placement, tokens.packed[[0]]))
-        return {"speeds": asdict(speeds)}
+        if self._can_finetune(base):
+            clock.of("finetune", count, self._finetuning_step(base, placement, row))
+        return {"speeds": {"finetune": None} | clock.seconds(steady=placement.device.type == "cpu")}
 
-    def _finetuning_step(self, base: Base, placement: Placement, row: torch.Tensor) -> float | None:
-        """Seconds a token; None where there is not the memory for it."""
-        weights = list(base.model.parameters())
-        needed = _FINETUNING_BYTES * sum(p.numel() for p in weights) + _ACTIVATIONS
-        free = free_bytes(placement.device)
-        if free is not None and needed > free:
-            return None
+    def _can_finetune(self, base: Base) -> bool:
+        """Whether there is the memory for it."""
+        needed = _FINETUNING_BYTES * sum(p.numel() for p in base.model.parameters()) + _ACTIVATIONS
+        free = free_bytes(base.device)
+        return free is None or needed <= free
+
+    def _finetuning_step(self, base: Base, placement: Placement, row: torch.Tensor) -> Callable[[], None]:
         whole = Base(base.model.float().requires_grad_(True), base.where, freeze=False)
 
         def step() -> None:
-            inputs = row[:, :-1].to(placement.device)
+            inputs, labels = row[:, :-1].to(placement.device), row[:, 1:].to(placement.device)
             with placement.autocast():
                 hidden, _ = final_states(whole, inputs)
-            labels = row[:, 1:].to(placement.device).flatten()
-            linear_cross_entropy(
-                hidden.to(placement.dtype).flatten(0, 1), whole.head_weight, labels, softcap=whole.softcap
-            ).backward()
+            hidden = hidden.to(placement.dtype).flatten(0, 1)
+            linear_cross_entropy(hidden, whole.head_weight, labels.flatten(), softcap=whole.softcap).backward()
 
-        return _seconds(step) / row[:, 1:].numel()
+        return step
 
 
-def _seconds(do: Callable[[], Any]) -> float:
-    started = time.monotonic()
-    do()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.monotonic() - started
+class _Clock:
+    """Seconds of what is measured, and of them those in which this process was at work."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[int, float, float]] = {}
+
+    def of(self, name: str, count: int, do: Callable[[], _T]) -> _T:
+        started, worked = time.monotonic(), time.thread_time()
+        result = do()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._found[name] = count, time.monotonic() - started, time.thread_time() - worked
+        return result
+
+    def seconds(self, *, steady: bool) -> dict[str, float]:
+        """Of each, for one of its `count`. Others on the machine disturb one part and not the next: where it is
+        `steady` each is taken to wait as much as all did together."""
+        waits = sum(took for _, took, _ in self._found.values()) / sum(busy for _, _, busy in self._found.values())
+        return {name: (waits * busy if steady else took) / count for name, (count, took, busy) in self._found.items()}
