@@ -15,7 +15,7 @@ import pytest
 
 from disk import all_files, write_jsonl
 from growlm import cli
-from growlm.demo import corpora, published_sizing, published_stages
+from growlm.demo import corpora, published_sizing, published_stages, record
 from growlm.demo.published_sizing import (
     DOMAINS,
     PublishedSize,
@@ -50,7 +50,7 @@ _TEXTS = {"english": "general", "models": "letters", "operators": "digits", "mat
 def write_texts(out: Path, *, max_bytes: Mapping[str, int]) -> None:
     for name in max_bytes:
         (out / name).mkdir(parents=True, exist_ok=True)
-        documents = [domain_text(_TEXTS[name], seed, words=60) for seed in range(38)]
+        documents = [domain_text(_TEXTS[name], seed, words=60) for seed in range(40)]
         write_jsonl(out / name / "train.jsonl", documents[:36])
         write_jsonl(out / name / "test.jsonl", documents[36:])
 
@@ -178,6 +178,57 @@ def test_too_few_minutes(base, tmp_path, monkeypatch, capsys):
     with pytest.raises(DataError):  # nothing of it is in the way
         demo(tmp_path / "out", base=base, minutes=2 * least, progress=False)
     assert begun == ["base"]
+
+
+@pytest.mark.parametrize("pace", [1.0, 1.6])
+def test_it_ends_within_its_minutes_and_finetuning_is_what_is_left_out(base, tmp_path, monkeypatch, capsys, pace):
+    now, begun = [0.0], []
+    row = {"base": 9.0, "module": 8.0, "routed": 8.0}
+    evaluation = {
+        "perplexity": dict.fromkeys((*DOMAINS, "none"), row),
+        "routing": {"retained_gain": 0.9, "accuracy": 0.8},
+        "memory": {"resident_bytes": 10, "total_bytes": 20},
+        "forgetting": 0.0,
+        "forgetting_detail": {"changed": []},
+    }
+    status = {"total_parameters": 30, "active_parameters": 10}
+    gives: dict[str, Any] = {
+        "base": {"parameters": 5},
+        "evaluate": {"evaluation": evaluation, "status": status, "refused": {}},
+        "generate": {"samples": [{"domain": "maths", "prompt": "1", "text": "2", "module": None}]},
+        "finetune": {"perplexity": {**dict.fromkeys(DOMAINS, 9.5), "english": 18.0}},
+    }
+
+    def run(self: PublishedStages, stage: str, done: Any) -> dict[str, Any]:
+        begun.append(stage)
+        now[0] += pace * seconds_of(self.size, SPEEDS).get(stage, 10.0)
+        return gives.get(stage.partition("-")[0], {})
+
+    def measure(self: PublishedStages) -> dict[str, Any]:
+        now[0] += 20.0
+        return {"speeds": vars(SPEEDS)}
+
+    monkeypatch.setattr(record.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(PublishedStages, "run", run)
+    monkeypatch.setattr(PublishedStages, "measure", measure)
+    minutes = 1.1 * (seconds_for_finetuning(SPEEDS) + 40) / 60
+    result = demo(tmp_path / "out", base=base, minutes=minutes)
+    assert now[0] <= 60 * minutes
+    assert sum(result.seconds.values()) == pytest.approx(now[0])
+    assert begun == list(PublishedSize(**result.size).stages)
+    err, lines = capsys.readouterr().err, result.lines()
+    if pace == 1:
+        assert result.finetuned["models"]["lost"] == 0
+        assert result.finetuned["english"] == {"perplexity": 18.0, "lost": pytest.approx(math.log(2))}
+        assert result.minutes_to_finetune is None
+        assert "short of time" not in err
+        assert lines[2].split() == ["models", "9.00", "8.00", "8.00", "9.50"]
+    else:
+        assert result.finetuned is None
+        assert "short of time, so that less is left to do" in err
+        assert minutes < result.minutes_to_finetune < 4 * minutes
+        assert f"not finetuned, to compare: about --minutes {result.minutes_to_finetune} would do" in lines
+        assert lines[2].split() == ["models", "9.00", "8.00", "8.00"]
 
 
 @pytest.mark.parametrize("what", ["nothing", "text", "folder", "gguf", "cut"])

@@ -68,8 +68,8 @@ class PublishedSpeeds:
 
     Attributes:
         load: of the base.
-        read: a token that the base reads, as for the router,
-        score: and of which it tells the loss.
+        read: a token that the base reads for the router.
+        score: a token of which the base tells the loss.
         learn: a token of a learning step.
         finetune: a token of a finetuning step; None where there is no memory for it.
     """

@@ -30,9 +30,10 @@ from growlm.modules import ModuleSet
 from growlm.modules.kinds import kind_of
 from growlm.modules.scoring import passage_losses
 from growlm.router import NONE
+from growlm.router.states import base_states
 from growlm.store import Store
 from growlm.training.config import FinetuneConfig, LearnConfig
-from growlm.training.corpus import TrainingCorpus
+from growlm.training.corpus import TrainingCorpus, require_positions
 from growlm.training.finetune import finetune
 from growlm.training.learn import learn
 from growlm.training.module_training import ModuleTraining
@@ -138,14 +139,14 @@ class PublishedStages(Stages):
         config = LearnConfig(
             tokens=_MEASURED_ROWS * SEQUENCE_LENGTH, learning_rate=1e-4, device=self.device, precision=self.precision
         )
+        require_positions(base, config)
         name = next(iter(self.size.learn_tokens))
         tokens = TrainingCorpus.read([self._train(name)], config).tokenized(store.load_tokenizer(), config)
-        row, alone = tokens.packed[[0]], ModuleSet(base)
-        count = row.numel()
-        with torch.no_grad():
-            alone.hidden(row[:, :64].to(base.device))  # the first pass is not like the others
-            clock.of("read", count, lambda: alone.hidden(row.to(base.device)))
-        clock.of("score", count, lambda: passage_losses(alone, row.tolist()))
+        row, layer = tokens.packed[[0]], store.manifest.routing_layer
+        ids, count = row.tolist(), row.numel()
+        base_states(base, [ids[0][:64]], layer)  # the first pass is not like the others
+        clock.of("read", count, lambda: base_states(base, ids, layer))
+        clock.of("score", count, lambda: passage_losses(ModuleSet(base), ids))
         with tempfile.TemporaryDirectory(dir=self.out) as work:
             training = ModuleTraining(base, kind_of(config.kind), config, tokens.packed, Path(work), tokens.begin)
             clock.of("learn", _MEASURED_ROWS * SEQUENCE_LENGTH, training.run)

@@ -33,7 +33,8 @@ def demo(
         ),
     ] = None,
     fast: Annotated[
-        bool, typer.Option("--fast", help="A small base and little text, as much on any machine: a minute or two.")
+        bool,
+        typer.Option("--fast", help="The least, as much on any machine: a minute or two, with --base a quarter hour."),
     ] = False,
     device: Device = "auto",
     precision: Annotated[
