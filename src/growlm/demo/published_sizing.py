@@ -24,10 +24,11 @@ _UNIT = 2048  # tokens that sizes are rounded to
 
 # Tokens that the verbs read beside their training steps.
 _DOCUMENT_TOKENS = 1100
-_EVIDENCE = (96 + 32) * SEQUENCE_LENGTH  # of a domain, for the router
-_GENERAL = (96 + 32) * 256  # and of general text, before the first
+_EVIDENCE = (96 + 32) * SEQUENCE_LENGTH // 2  # of a domain, for the router: beginnings of passages
+_GENERAL = (96 + 32) * 256 // 2  # and of general text, before the first
 _HELD_OUT = 8  # documents, by which `finetune` decides
-_VALIDATIONS = 6  # times that a run is scored
+_VALIDATIONS = 6  # times that a run is scored; of a module's, what lies above the fork is
+_ABOVE = 0.4  # of what it takes to score a token, the part above the fork
 _LOADS = 1.5  # times the base is loaded or hashed in a verb,
 _WRITES = 4  # and as often as that takes, that it is written, with its optimiser, and read again
 _SAMPLES = 1000  # that are generated one by one, which takes longer
@@ -111,10 +112,11 @@ def seconds_of(size: PublishedSize, speeds: PublishedSpeeds) -> dict[str, float]
     seconds = {}
     for name, tokens in size.learn_tokens.items():
         shown = _EVIDENCE + (_GENERAL if name == order[0] else 0)
-        scored = _VALIDATIONS * _validation(tokens) + 2 * max(tokens // 20, 2048) + tokens // 20
+        scored = _ABOVE * _VALIDATIONS * _validation(tokens) + 2 * max(tokens // 20, 2048) + tokens // 20
         seconds[learning(name)] = load + _TRIALS * tokens * speeds.learn + shown * read + scored * score
-    # Of all texts under the base, and of domains under their modules; as much again where the router errs.
-    seconds["evaluate"] = load + (1 + 3 * len(order)) * text
+    # All texts under the base, of which English is the shortest, and domains under their modules, and where the router
+    # errs under others.
+    seconds["evaluate"] = load + (0.5 + 2.25 * len(order)) * text
     seconds["generate"] = load + _SAMPLES * read
     if size.finetune:
         step = math.inf if speeds.finetune is None else speeds.finetune

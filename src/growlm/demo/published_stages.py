@@ -36,6 +36,7 @@ from growlm.training.config import FinetuneConfig, LearnConfig
 from growlm.training.corpus import TrainingCorpus, require_positions
 from growlm.training.finetune import finetune
 from growlm.training.learn import learn
+from growlm.training.memory import kept_pages
 from growlm.training.module_training import ModuleTraining
 from growlm.training.segments import final_states
 
@@ -144,7 +145,7 @@ class PublishedStages(Stages):
         tokens = TrainingCorpus.read([self._train(name)], config).tokenized(store.load_tokenizer(), config)
         row, layer = tokens.packed[[0]], store.manifest.routing_layer
         ids, count = row.tolist(), row.numel()
-        base_states(base, [ids[0][:64]], layer)  # the first pass is not like the others
+        passage_losses(ModuleSet(base), ids)  # the first pass is not like the others
         clock.of("read", count, lambda: base_states(base, ids, layer))
         clock.of("score", count, lambda: passage_losses(ModuleSet(base), ids))
         with tempfile.TemporaryDirectory(dir=self.out) as work:
@@ -152,7 +153,10 @@ class PublishedStages(Stages):
             clock.of("learn", _MEASURED_ROWS * SEQUENCE_LENGTH, training.run)
             del training
         if self._can_finetune(base):
-            clock.of("finetune", count, self._finetuning_step(base, placement, row))
+            step = self._finetuning_step(base, placement)
+            with kept_pages():
+                step(row[:, :128])
+                clock.of("finetune", count, lambda: step(row))
         return {"speeds": {"finetune": None} | clock.seconds(steady=placement.device.type == "cpu")}
 
     def _can_finetune(self, base: Base) -> bool:
@@ -161,10 +165,10 @@ class PublishedStages(Stages):
         free = free_bytes(base.device)
         return free is None or needed <= free
 
-    def _finetuning_step(self, base: Base, placement: Placement, row: torch.Tensor) -> Callable[[], None]:
+    def _finetuning_step(self, base: Base, placement: Placement) -> Callable[[torch.Tensor], None]:
         whole = Base(base.model.float().requires_grad_(True), base.where, freeze=False)
 
-        def step() -> None:
+        def step(row: torch.Tensor) -> None:
             inputs, labels = row[:, :-1].to(placement.device), row[:, 1:].to(placement.device)
             with placement.autocast():
                 hidden, _ = final_states(whole, inputs)
