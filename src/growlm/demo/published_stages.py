@@ -8,7 +8,7 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -57,10 +57,7 @@ class PublishedStages(Stages):
     base: Path
 
     def _parts(self, domain: str, done: Mapping[str, dict[str, Any]]) -> dict[str, Callable[[], dict[str, Any]]]:
-        return super()._parts(domain, done) | {
-            "base": self._base,
-            "finetune": lambda: self._finetune(domain, done),
-        }
+        return super()._parts(domain, done) | {"base": self._base, "finetune": lambda: self._finetune(domain)}
 
     def _base(self) -> dict[str, Any]:
         if not any((self.out / "brain" / "modules").glob("*")):
@@ -82,19 +79,20 @@ class PublishedStages(Stages):
         """Of domains without a module too, as text that belongs to none."""
         store = Store.open(self.out / "brain")
         config = EvalConfig(max_documents=self.size.max_documents, device=self.device)
-        learned = [name for name in self.size.learn_tokens if name in store.modules]
-        data = {name: [self._test(name)] for name in learned} | {NONE: [self._test("english")]}
-        found = evaluate(store, data, config, progress=self.progress).to_json()
-        refused = {
-            name: evaluate(store, {NONE: [self._test(name)]}, config, progress=self.progress).to_json()["perplexity"][
-                NONE
-            ]
-            for name in self.size.learn_tokens
-            if name not in learned
-        }
-        return {"evaluation": found, "status": store.status(), "refused": refused}
 
-    def _finetune(self, name: str, done: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+        def found(names: Sequence[str], general: str) -> dict[str, Any]:
+            data = {name: [self._test(name)] for name in names} | {NONE: [self._test(general)]}
+            return evaluate(store, data, config, progress=self.progress).to_json()
+
+        learned = [name for name in self.size.learn_tokens if name in store.modules]
+        refused = [name for name in self.size.learn_tokens if name not in learned]
+        return {
+            "evaluation": found(learned, "english"),
+            "status": store.status(),
+            "refused": {name: found([], name)["perplexity"][NONE] for name in refused},
+        }
+
+    def _finetune(self, name: str) -> dict[str, Any]:
         """All parameters, from where the domain before has left them."""
         order = list(self.size.learn_tokens)
         earlier = order[: order.index(name)]
