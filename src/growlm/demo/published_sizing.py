@@ -23,7 +23,7 @@ _PLACES = 200  # on the path
 _UNIT = 2048  # tokens that sizes are rounded to
 
 # Tokens that the verbs read beside their training steps.
-_DOCUMENT_TOKENS = 1100
+_DOCUMENT_TOKENS = 1400
 _EVIDENCE = (96 + 32) * SEQUENCE_LENGTH // 2  # of a domain, for the router: beginnings of passages
 _GENERAL = (96 + 32) * 256 // 2  # and of general text, before the first
 _HELD_OUT = 8  # documents, by which `finetune` decides
@@ -90,7 +90,7 @@ class _Place:
 
 # Of fewer tokens a run has too few steps for `learn` to try learning rates, and the one that it computes instead is too
 # high for published bases.
-_LEAST, _MOST = _Place(20_480, 6), _Place(131_072, 40)
+_LEAST, _MOST = _Place(20_480, 4), _Place(131_072, 40)
 
 
 def size_of(place: float, *, finetune: bool) -> PublishedSize:
