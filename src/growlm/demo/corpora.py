@@ -1,7 +1,8 @@
 """Corpora: real text that every install of growlm already has on disk, so a demonstration downloads none.
 
-One general corpus (`english`, for a small base) and three domains to learn: `python`, `cpp`, `maths`. Files
-are read as text; no installed package is imported. What comes out depends on the installed versions of
+One general corpus (`english`), three domains for a small base to learn: `python`, `cpp`, `maths`, and two that a
+published base knows less well: `models`, `operators`. Files are read as text; no installed package is imported. What
+comes out depends on the installed versions of
 Python, torch, SymPy and others, so numbers measured on it compare within one environment. Knows no tokenizer
 and no model.
 """
@@ -31,6 +32,8 @@ DEFAULT_MAX_BYTES: Mapping[str, int] = {
     "python": 3_000_000,
     "cpp": 3_000_000,
     "maths": 3_000_000,
+    "models": 3_000_000,
+    "operators": 600_000,
 }
 
 _MAX_SOURCE_BYTES = 200_000  # larger files of code are generated, or tables
@@ -53,6 +56,7 @@ dist-packages encodings idlelib lib-dynload lib2to3 pydoc_data site-packages tes
 _LICENCE = re.compile(r"copyright|licen[cs]e", re.IGNORECASE)
 _LEADING_COMMENT = re.compile(r"\s*(?:/\*.*?\*/|(?://[^\n]*\n\s*)+|(?:#(?:[ \t][^\n]*)?\n)+)", re.DOTALL)
 _GENERATED = re.compile(r"@generated|(?:generated|created) (?:automatically )?by|do not edit", re.IGNORECASE)
+_OPERATORS_EACH = 24  # entries of one file that stand for a file of their own
 _STABLE_GUARD = re.compile(  # wrapped around every header of torch
     r"#if !defined\(TORCH_STABLE_ONLY\)[^\n]*\n"
     r"|#else\n#error \"This file should not be included[^\n]*\n#endif[^\n]*"
@@ -239,11 +243,36 @@ def _maths() -> Iterator[_Origin]:
                     yield _Origin(f"{package}/{name.as_posix()}", partial(_maths_of, path))
 
 
+def _models() -> Iterator[_Origin]:
+    root = _package("transformers")
+    if root is None or not (root / "models").is_dir():
+        raise DataError(f"corpus models: found no models in {root}, expected transformers/models; reinstall it")
+    for path in root.glob("models/*/modeling_*.py"):
+        yield _Origin(path.relative_to(root).as_posix(), partial(_code, path))
+
+
+def _operators() -> Iterator[_Origin]:
+    root = _package("torchgen")
+    files = [] if root is None else sorted(root.glob("packaged/*/**/*.yaml"))
+    if not files:
+        raise DataError(
+            f"corpus operators: found no declarations in {root}, expected torchgen/packaged; install torch from its "
+            "own wheel"
+        )
+    for path in files:
+        entries = _blocks(_read(path, limit=_MAX_DOCSTRINGS_BYTES))
+        for at in range(0, len(entries), _OPERATORS_EACH):
+            part = entries[at : at + _OPERATORS_EACH]
+            yield _Origin(f"{path.name}/{at // _OPERATORS_EACH}", partial(list, part))
+
+
 _SOURCES: Mapping[str, tuple[str, Callable[[], Iterator[_Origin]]]] = {
     "english": ("English: docstrings, comments and READMEs of packages, the language reference", _english),
     "python": ("Python: source of the standard library", _python),
     "cpp": ("C++: headers of torch", _cpp),
     "maths": ("mathematics: explanations and worked examples of SymPy and mpmath", _maths),
+    "models": ("Python: models of transformers", _models),
+    "operators": ("YAML: torch's operators and their derivatives, as it declares them", _operators),
 }
 
 

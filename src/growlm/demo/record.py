@@ -18,9 +18,10 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from growlm import __version__
+from growlm.demo.published_sizing import PublishedSize
 from growlm.demo.sizing import DemoSize
 from growlm.disk.files import locked, make_folders, write_atomic
-from growlm.errors import ConfigError, IntegrityError, StoreError
+from growlm.errors import BaseModelError, ConfigError, IntegrityError, StoreError
 
 FORMAT = 2
 _MARKER, _LOCK = "demo.json", ".lock"
@@ -39,7 +40,7 @@ class _Demo(_File):
     """demo.json."""
 
     command: str  # as it was typed, less --out
-    size: DemoSize | None = None  # None until the machine has been measured
+    size: DemoSize | PublishedSize | None = None  # None until the machine has been measured
     settled: tuple[str, ...] = ()  # stages that have begun: their sizes stay as they are
 
 
@@ -55,19 +56,27 @@ class _Stage(_File):
 class Request:
     """What a user asks of a demo.
 
+    Args:
+        base: a GGUF file or a checkpoint folder; None pretrains one.
+        limit: minutes; by default 10, with a base 20.
+
     Raises:
         ConfigError: minutes that are none, or that are given beside `fast`; no such device or precision.
+        BaseModelError: `base` is not there.
     """
 
     fast: bool = False
-    minutes: float = 10.0
+    limit: float | None = None
     device: str = "auto"
     precision: str = "auto"
+    base: Path | None = None
 
     def __post_init__(self) -> None:
+        if self.base is not None and not self.base.exists():
+            raise BaseModelError(f"{self.base}: no such file or folder; give a GGUF file or a checkpoint folder")
         if not 0 < self.minutes < float("inf"):
             raise ConfigError(f"minutes is {self.minutes:g}; it must be above 0, e.g. --minutes 10")
-        if self.fast and self.minutes != type(self).minutes:
+        if self.fast and self.minutes != self._usual:
             raise ConfigError(
                 f"--fast is of one size, so that --minutes {self.minutes:g} is of no effect; leave out one"
             )
@@ -79,8 +88,17 @@ class Request:
             find_device(self.device)
 
     @property
+    def minutes(self) -> float:
+        return self._usual if self.limit is None else self.limit
+
+    @property
+    def _usual(self) -> float:
+        return 10.0 if self.base is None else 20.0
+
+    @property
     def command(self) -> str:
-        words = ["growlm demo", "--fast" if self.fast else f"--minutes {self.minutes:g}"]
+        words = ["growlm demo", *([f"--base {self.base}"] if self.base else [])]
+        words += ["--fast" if self.fast else f"--minutes {self.minutes:g}"]
         words += [f"--{n} {v}" for n, v in (("device", self.device), ("precision", self.precision)) if v != "auto"]
         return " ".join(words)
 
@@ -92,13 +110,13 @@ class Record:
         self.out, self._demo, self._lap = out, demo, started
 
     @property
-    def size(self) -> DemoSize | None:
+    def size(self) -> DemoSize | PublishedSize | None:
         return self._demo.size
 
     def settled(self, stage: str) -> bool:
         return stage in self._demo.settled
 
-    def settle(self, size: DemoSize, *stages: str) -> None:
+    def settle(self, size: DemoSize | PublishedSize, *stages: str) -> None:
         """Keeps a size, of which the parts that are about `stages` will not change any more."""
         names = (*self._demo.settled, *(s for s in stages if s not in self._demo.settled))
         self._write_demo(self._demo.model_copy(update={"size": size, "settled": names}))
@@ -192,6 +210,15 @@ def record_of(out: Path, request: Request, started: float) -> Iterator[Record]:
                 left.unlink()
             record._write_demo(record._demo)
         yield record
+
+
+def discard(out: Path) -> None:
+    """Takes away the record of a demo that has made nothing, and the folder if nothing else is in it."""
+    for path in (out / _MARKER, *(out / "stages").glob("*.json")):
+        path.unlink(missing_ok=True)
+    with suppress(OSError):
+        (out / "stages").rmdir()
+        out.rmdir()
 
 
 def _check(out: Path, request: Request) -> _Demo | None:

@@ -1,8 +1,9 @@
-"""Demo: the main job on text that is already there. Pretrain, learn three domains one after another, evaluate, report.
+"""Demo: the main job on text that is already there. A base, three domains learned one after another, evaluate, report.
 
 Measures the machine, sizes itself to the minutes that it is given, and does less where time runs short. Knows the
-order of the stages and their time; what each of them does is in `stages.py`. A demo that was stopped goes on where it
-was, and what it prints in the end comes from the files of its stages.
+time; which stages there are and what each does is its course's: of a small base of its own (`small.py`), or of a
+published one (`published.py`). A demo that was stopped goes on where it was, and what it prints in the end comes from
+the files of its stages.
 """
 
 from __future__ import annotations
@@ -10,34 +11,27 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from growlm.demo import sizing
-from growlm.demo.record import Record, Request, record_of
+from growlm.demo.course import Course
+from growlm.demo.published import Published
+from growlm.demo.record import Record, Request, discard, record_of
 from growlm.demo.result import DemoResult
-from growlm.demo.sizing import DemoSize, Speeds
-from growlm.errors import ConfigError
+from growlm.demo.small import Small
+from growlm.errors import BaseModelError, ConfigError
 from growlm.progress import reporting, say
 
 _MEASURE = "measure"
 _LEFT = 0.92  # of what is left, the part that is planned with
-_NOTES = {
-    "text": "collecting text from this install",
-    "pretrain": "1. a base, pretrained on {pretrain} tokens of English",
-    "learn": "2. {domain}, learned from {learn} tokens of its own text alone",
-    "evaluate": "3. held-out files: does it know more, is the right module found, is anything forgotten?",
-    "generate": "4. a sample of each",
-    "report": "5. the report",
-}
 
 
 def demo(
     out: str | Path,
     *,
+    base: str | Path | None = None,
     fast: bool = False,
-    minutes: float = 10.0,
+    minutes: float | None = None,
     device: str = "auto",
     precision: str = "auto",
     progress: bool | None = None,
@@ -45,8 +39,10 @@ def demo(
     """Runs the demo in the folder `out`: text, base, store and report.
 
     Args:
+        base: a published base, a GGUF file or a checkpoint folder, on which it is done instead of a small one of its
+            own.
         fast: of one small size on any machine.
-        minutes: in which it should end.
+        minutes: in which it should end; by default 10, with a base 20.
         device: where it computes, as in `LearnConfig`.
         precision: of training's matrix products, as in `TrainConfig`.
         progress: False is silent; by default there are bars on stderr, or where it is no terminal, lines, one in ten
@@ -57,134 +53,120 @@ def demo(
         StoreError: `out` holds something else, or another demo.
         IntegrityError: a file of the record is damaged.
         DataError: this install lacks the text.
+        BaseModelError: `base` is none that is supported; nothing is made.
     """
     started = time.monotonic()
-    request = Request(fast, minutes, device, precision)
-    with record_of(Path(out).expanduser(), request, started) as record, reporting("demo", progress):
-        return _Run(record, request, progress).result()
+    request = Request(fast, minutes, device, precision, None if base is None else Path(base).expanduser())
+    out = Path(out).expanduser()
+    course: Course[Any] = (Small if base is None else Published)(request, out, progress)
+    try:
+        with record_of(out, request, started) as record, reporting("demo", progress):
+            return _Run(record, request, course).result()
+    except BaseModelError:
+        if not (out / "brain").exists():
+            discard(out)
+        raise
 
 
 class _Run:
     """One process's work on a demo."""
 
-    def __init__(self, record: Record, request: Request, progress: bool | None) -> None:
-        self.record, self.request, self.progress = record, request, progress
-        self.speeds: dict[str, Speeds] = {}
+    def __init__(self, record: Record, request: Request, course: Course[Any]) -> None:
+        self.record, self.request, self.course = record, request, course
 
     def result(self) -> DemoResult:
-        size = self.record.size or self._planned()
-        if (measured := self.record.result(_MEASURE)) is not None:
-            self.speeds = {preset: Speeds(**found) for preset, found in measured["speeds"].items()}
         results: dict[str, dict[str, Any]] = {}
-        for stage in size.stages:
+        size = self.record.size
+        if size is None:
+            size = self._planned(results)
+        elif (measured := self.record.result(_MEASURE)) is not None:
+            self.course.take(measured)
+        while waiting := [s for s in size.stages if s not in results]:
+            stage = waiting[0]
             result = self.record.result(stage)
             if result is None:
                 size = self._fitted(size, stage)
+                if stage not in size.stages:  # there is no time for it
+                    continue
                 result = self._run(stage, size, results)
             results[stage] = result
-        return self._told(size, results)
+        seconds = {stage: self.record.seconds(stage) for stage in (_MEASURE, *size.stages)}
+        took = {stage: spent for stage, spent in seconds.items() if spent}
+        return self.course.told(size, results, took, self._pace(size))
 
-    def _planned(self) -> DemoSize:
+    def _planned(self, results: dict[str, dict[str, Any]]) -> Any:
         """The size for this machine and these minutes."""
+        course = self.course
         if self.request.fast:
-            self.record.settle(sizing.FAST, *sizing.FAST.stages)
-            return sizing.FAST
+            self.record.settle(course.fast, *course.fast.stages)
+            return course.fast
+        for stage in course.first:
+            results[stage] = self.record.result(stage) or self._run(stage, None, results)
         say("measuring this machine with a demo in small")
         with self.record.stage(_MEASURE) as done:
-            from growlm.demo.machine import measure
-
-            speeds = measure(self._seconds_left(), self.request.device, self.request.precision)
-            done({"speeds": {preset: asdict(found) for preset, found in speeds.items()}})
-        measuring = self.record.seconds(_MEASURE)
-        half = _minutes(measuring + sizing.seconds_for_half(speeds))
-        size = sizing.plan(speeds, self._seconds_left())
+            measured = course.measure(self._seconds_left())
+            course.take(measured)
+            done(measured)
+        before = sum(map(self.record.seconds, (*course.first, _MEASURE)))
+        enough = _minutes(before + course.most_wanted())  # "" where no time would do
+        size = course.plan(self._seconds_left())
         if size is None:
-            least = _minutes(measuring + sizing.seconds_for_least(speeds))
+            least = _minutes(before + course.least())
             self.record.forget(_MEASURE)  # nothing was made: the next try begins anew
             raise ConfigError(
-                f"--minutes {self.request.minutes:g} is too few for a demo on this machine: the least takes about "
-                f"{least}, and every module halves its domain's perplexity from about {half} on"
+                f"--minutes {self.request.minutes:g} is too few for {course.subject} on this machine: the least takes "
+                f"about {least}" + (f", and {course.reached} from about {enough} on" if enough else "")
             )
-        seconds = measuring + sizing.total(size, speeds[size.preset])
-        say(f"in {self.request.minutes:g} minutes: {_described(size)}; about {seconds / 60:.1f} minutes in all")
-        if not sizing.enough(size):
-            say(f"too few minutes for every module to halve its domain's perplexity: about {half} would do")
+        each = course.seconds_of(size)
+        seconds = before + sum(taken for stage, taken in each.items() if stage not in course.first)
+        say(f"in {self.request.minutes:g} minutes: {course.described(size)}; about {seconds / 60:.1f} minutes in all")
+        if not course.enough(size) and enough:
+            say(f"too few minutes {course.wanted}: about {enough} would do")
         self.record.settle(size)
         return size
 
-    def _fitted(self, size: DemoSize, stage: str) -> DemoSize:
+    def _fitted(self, size: Any, stage: str) -> Any:
         """The size, with less of what has not begun if time runs short; from now on it holds for this stage."""
-        speeds = self.speeds.get(size.preset)
-        if speeds is not None and not self.record.settled(stage):
-            waiting = [s for s in size.stages if not self.record.settled(s)]
+        course = self.course
+        if course.seconds_of(size) and not self.record.settled(stage):
+            waiting = [s for s in size.stages if not self.record.settled(s) and self.record.result(s) is None]
             pace = self._pace(size)
-            fitted = sizing.less(size, speeds, waiting, _LEFT * self._seconds_left(), pace)
+            fitted = course.less(size, waiting, _LEFT * self._seconds_left(), pace)
             if fitted != size:
-                say(f"short of time, so that less is left to do: {_described(fitted)}")
-                if sizing.enough(size) and not sizing.enough(fitted):
-                    half = _minutes(self.record.seconds(_MEASURE) + pace * sizing.seconds_for_half(self.speeds))
-                    say(f"too little for every module to halve its domain's perplexity: {half} would do")
+                say(f"short of time, so that less is left to do: {course.described(fitted)}")
+                if course.enough(size) and not course.enough(fitted):
+                    enough = _minutes(self.record.seconds(_MEASURE) + pace * course.most_wanted())
+                    say(f"too little {course.wanted}: {enough} would do")
             size = fitted
-        self.record.settle(size, stage)
+        self.record.settle(size, *(s for s in [stage] if s in size.stages))
         return size
 
-    def _run(self, stage: str, size: DemoSize, results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-        speeds = self.speeds.get(size.preset)
-        expected = sizing.seconds_of(size, speeds)[stage] if speeds else None
-        verb, _, domain = stage.partition("-")
-        counts = {"pretrain": size.pretrain_tokens, "learn": size.learn_tokens.get(domain, 0)}
-        note = _NOTES[verb].format(domain=domain, **{verb: f"{n:,}" for verb, n in counts.items()})
+    def _run(self, stage: str, size: Any, results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+        expected = self.course.seconds_of(size).get(stage) if size is not None else None
+        note = self.course.note(stage, size)
         say(note if expected is None else f"{note} (about {expected:.0f} s)")
         with self.record.stage(stage, expected) as done:
-            from growlm.demo.stages import Stages
-
-            asked = self.request
-            stages = Stages(self.record.out, size, asked.device, asked.precision, self.progress)
-            done(stages.run(stage, results))
+            done(self.course.do(stage, size, results))
         result = self.record.result(stage)
         assert result is not None
         return result
 
-    def _told(self, size: DemoSize, results: Mapping[str, dict[str, Any]]) -> DemoResult:
-        seconds = {stage: self.record.seconds(stage) for stage in (_MEASURE, *size.stages)}
-        found = DemoResult(
-            evaluation={**results["evaluate"]["evaluation"], "samples": results["generate"]["samples"]},
-            status=results["evaluate"]["status"],
-            size=asdict(size),
-            seconds={stage: spent for stage, spent in seconds.items() if spent},
-            minutes=None if self.request.fast else self.request.minutes,
-            minutes_to_halve=None,
-            report=str(self.record.out / "report" / "index.html"),
-            accounting=results["report"]["accounting"],
-        )
-        if not found.not_halved or not self.speeds:
-            return found
-        times = sizing.tokens_missed(size, found.gains())
-        needed = self.record.seconds(_MEASURE) + self._pace(size) * sizing.seconds_for_half(self.speeds, times)
-        return replace(found, minutes_to_halve=max(math.ceil(needed / 60), math.floor(self.request.minutes) + 1))
-
-    def _pace(self, size: DemoSize) -> float:
+    def _pace(self, size: Any) -> float:
         """What the last long stage took, for a second that it should have taken; not below 1."""
         for stage in reversed(size.stages):
-            expected = self.record.expected(stage) if stage.startswith(("pretrain", "learn")) else None
+            expected = self.record.expected(stage) if stage.startswith(("pretrain", "learn", "finetune")) else None
             if expected and self.record.result(stage) is not None:
                 return max(self.record.seconds(stage) / expected, 1.0)
         return 1.0
 
     def _seconds_left(self) -> float:
-        stages = (_MEASURE, *(self.record.size.stages if self.record.size else ()))
+        size = self.record.size
+        stages = dict.fromkeys((_MEASURE, *self.course.first, *(size.stages if size else ())))
         return 60 * self.request.minutes - sum(map(self.record.seconds, stages))
 
 
-def _described(size: DemoSize) -> str:
-    tokens = set(size.learn_tokens.values())
-    learned = " and ".join(f"{n:,}" for n in sorted(tokens))
-    return (
-        f"a {size.preset} base on {size.pretrain_tokens:,} tokens of English, {size.num_layers} layers on "
-        f"{learned} tokens of each of {', '.join(size.learn_tokens)}, {size.max_documents} held-out documents of each"
-    )
-
-
 def _minutes(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return ""
     minutes = math.ceil(2 * seconds / 60) / 2
     return f"{minutes:g} minute" + "s" * (minutes != 1)

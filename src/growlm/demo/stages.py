@@ -44,14 +44,17 @@ class Stages:
 
     def run(self, stage: str, done: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         verb, _, domain = stage.partition("-")
-        if verb == "learn":
-            return self._learn(domain)
-        if verb == "report":
-            return self._report({**done["evaluate"]["evaluation"], "samples": done["generate"]["samples"]})
-        parts: dict[str, Callable[[], dict[str, Any]]] = {
-            "text": self._text, "pretrain": self._pretrain, "evaluate": self._evaluate, "generate": self._generate,
-        }  # fmt: skip
-        return parts[verb]()
+        return self._parts(domain, done)[verb]()
+
+    def _parts(self, domain: str, done: Mapping[str, dict[str, Any]]) -> dict[str, Callable[[], dict[str, Any]]]:
+        return {
+            "text": self._text,
+            "pretrain": self._pretrain,
+            "learn": lambda: self._learn(domain),
+            "evaluate": self._evaluate,
+            "generate": self._generate,
+            "report": lambda: self._report({**done["evaluate"]["evaluation"], **done["generate"]}),
+        }
 
     def _text(self) -> dict[str, Any]:
         corpora.write(self.out / "text", max_bytes=self.size.text_bytes)
@@ -74,10 +77,7 @@ class Stages:
         return {key: record[key] for key in ("parameters", "loss_before", "loss_after", "tokens", "seconds")}
 
     def _learn(self, name: str) -> dict[str, Any]:
-        brain = self.out / "brain"
-        if not (brain / "store.json").is_file() and not any(brain.glob("modules/*")):
-            shutil.rmtree(brain, ignore_errors=True)  # a process was killed when it made the store
-        store = Store.open(brain) if brain.exists() else Store.create(brain, base=self.out / "base")
+        store = self._store(self.out / "base")
         if name not in store.modules:
             config = LearnConfig(
                 tokens=self.size.learn_tokens[name],
@@ -90,6 +90,16 @@ class Stages:
                 admit_anyway=True,  # the table says what did not help
             )
             learn(store, name, [self._train(name)], config, progress=self.progress)
+        return self._learned(store, name)
+
+    def _store(self, base: Path) -> Store:
+        """The store, made where it is not there."""
+        brain = self.out / "brain"
+        if not (brain / "store.json").is_file() and not any(brain.glob("modules/*")):
+            shutil.rmtree(brain, ignore_errors=True)  # a process was killed when it made the store
+        return Store.open(brain) if brain.exists() else Store.create(brain, base=base)
+
+    def _learned(self, store: Store, name: str) -> dict[str, Any]:
         record = store.module(name).manifest.training
         return {key: record[key] for key in ("loss_before", "loss_after", "tokens", "seconds")}
 
