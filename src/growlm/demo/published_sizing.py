@@ -88,9 +88,9 @@ class _Place:
     documents: int
 
 
-# Of fewer tokens a run has too few steps for `learn` to try learning rates, and the one that it computes instead is too
-# high for published bases.
-_LEAST, _MOST = _Place(20_480, 4), _Place(131_072, 40)
+# Of half as many tokens a run has too few steps for `learn` to try learning rates, and the one that it computes instead is
+# too high for published bases.
+_LEAST, _MOST = _Place(10_240, 4), _Place(131_072, 40)
 
 
 def size_of(place: float, *, finetune: bool) -> PublishedSize:
