@@ -100,6 +100,33 @@ class Cells:
         )  # fmt: skip
 
 
+def table(rows: dict[str, Any]) -> list[str]:
+    """Every learning, and what `growlm eval` says of the test texts."""
+    lines = [
+        "| domain, seed | base | module | gain | rate | wall, s | wall / steps | peak, GB |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, found in rows.items():
+        if not name.startswith("learn-"):
+            continue
+        label, wall, peak = name.removeprefix("learn-"), f"{found['wall']:.0f}", f"{found['peak_bytes'] / 1e9:.2f}"
+        if (said := found["result"]) is None:
+            lines.append(f"| {label} | refused | | | | {wall} | | {peak} |")
+            continue
+        gain = f"{said['gain']:.3f} ± {said['error']:.3f}"
+        losses = f"{said['loss_before']:.3f} | {said['loss_after']:.3f} | {gain} | {said['learning_rate']:.2g}"
+        lines.append(f"| {label} | {losses} | {wall} | {found['wall'] / said['seconds']:.2f} | {peak} |")
+    for name, found in rows.items():
+        if name.startswith("eval-") and found["result"] is not None:
+            said = found["result"]
+            lines += ["", "| test text, perplexity | base | module | routed |", "|---|---:|---:|---:|"]
+            for domain, row in said["perplexity"].items():
+                lines.append(f"| {domain} | {row['base']:.2f} | {row['module']:.2f} | {row['routed']:.2f} |")
+            routing = said["routing"]
+            lines.append(f"router accuracy {routing['accuracy']:.1%}, retained gain {routing['retained_gain']:.1%}")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
@@ -120,6 +147,7 @@ def main() -> None:
     for seed in (1, 2):
         for domain in first:
             cells.learn(domain, seed, a.tokens)
+    print("\n".join(table(cells.rows)))
     for found in cells.rows.values():
         found.pop("said")
     told = {"machine": machine(), "base": a.base.name, "tokens": a.tokens, "cells": cells.rows}

@@ -24,8 +24,9 @@ _UNIT = 2048  # tokens that sizes are rounded to
 
 # Tokens that the verbs read beside their training steps.
 _DOCUMENT_TOKENS = 1400
-_EVIDENCE = (96 + 32) * SEQUENCE_LENGTH // 2  # of a domain, for the router: beginnings of passages
-_GENERAL = (96 + 32) * 256 // 2  # and of general text, before the first
+_EVIDENCE = (
+    96 + 32
+) * 64  # of a domain, for the router: beginnings of passages; of general text as many, before the first
 _HELD_OUT = 8  # documents, by which `finetune` decides
 _VALIDATIONS = 6  # times that a run is scored; of a module's, what lies above the fork is
 _ABOVE = 0.4  # of what it takes to score a token, the part above the fork
@@ -88,8 +89,8 @@ class _Place:
     documents: int
 
 
-# Of half as many tokens a run has too few steps for `learn` to try learning rates, and the one that it computes instead is
-# too high for published bases.
+# Of half as many tokens a run has too few steps for `learn` to try learning rates, and the one that it computes instead
+# is too high for published bases.
 _LEAST, _MOST = _Place(10_240, 4), _Place(131_072, 40)
 
 
@@ -111,7 +112,7 @@ def seconds_of(size: PublishedSize, speeds: PublishedSpeeds) -> dict[str, float]
     order = list(size.learn_tokens)
     seconds = {}
     for name, tokens in size.learn_tokens.items():
-        shown = _EVIDENCE + (_GENERAL if name == order[0] else 0)
+        shown = _EVIDENCE * (2 if name == order[0] else 1)
         scored = _ABOVE * _VALIDATIONS * _validation(tokens) + 2 * max(tokens // 20, 2048) + tokens // 20
         seconds[learning(name)] = load + _TRIALS * tokens * speeds.learn + shown * read + scored * score
     # All texts under the base, of which English is the shortest, and domains under their modules, and where the router

@@ -58,7 +58,7 @@ class Request:
 
     Args:
         base: a GGUF file or a checkpoint folder; None pretrains one.
-        limit: minutes; by default 10, with a base 20.
+        limit: minutes; by default 10, with a base 30.
 
     Raises:
         ConfigError: minutes that are none, or that are given beside `fast`; no such device or precision.
@@ -93,7 +93,7 @@ class Request:
 
     @property
     def _usual(self) -> float:
-        return 10.0 if self.base is None else 20.0
+        return 10.0 if self.base is None else 30.0
 
     @property
     def command(self) -> str:

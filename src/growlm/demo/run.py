@@ -42,7 +42,7 @@ def demo(
         base: a published base, a GGUF file or a checkpoint folder, on which it is done instead of a small one of its
             own.
         fast: of one small size on any machine.
-        minutes: in which it should end; by default 10, with a base 20.
+        minutes: in which it should end; by default 10, with a base 30.
         device: where it computes, as in `LearnConfig`.
         precision: of training's matrix products, as in `TrainConfig`.
         progress: False is silent; by default there are bars on stderr, or where it is no terminal, lines, one in ten
