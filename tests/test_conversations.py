@@ -358,6 +358,11 @@ def test_samples_are_answers_to_what_was_asked(home, store):
         assert sample.text.strip() == pairs[asked]
 
 
+def test_samples_of_conversations_of_which_all_is_learned(home, store):
+    result = learn(store, "law", [home / "chats.jsonl"], config(epochs=1, loss="all"), samples=2, progress=False)
+    assert len(result.samples) == 2
+
+
 @pytest.mark.parametrize("vocabulary", ["head", "both"])
 def test_answers_are_learned_and_scored(home, store, vocabulary):
     result = learn(store, "law", [home / "chats.jsonl"], config(vocabulary=vocabulary), progress=False)

@@ -19,6 +19,7 @@ from growlm.training.learn import LearnResult
 from growlm.training.samples import Sample
 from interruptions import at_step, interrupt
 from stores import store_with_texts
+from tiny import TEXT, save_base
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -85,7 +86,7 @@ def test_lines_after_the_checkpoint_and_damaged_ones_go(tmp_path):
     for step in range(1, 6):
         history.add(step, 10 * step, 1 / step, 1e-3, 2.0 if step == 2 else None)
     with (tmp_path / "losses.jsonl").open("a") as file:
-        file.write('{"step": 6, "lo')
+        file.write('{"step": 2}\n{"step": 3, "tokens": 1, "loss": NaN, "learning_rate": 1}\n{"step": 6, "lo')
     again = History(tmp_path, 3)
     assert [line["step"] for line in read(tmp_path)] == [1, 2, 3]
     again.add(4, 40, 0.5, 1e-3, None)
@@ -95,6 +96,9 @@ def test_lines_after_the_checkpoint_and_damaged_ones_go(tmp_path):
     assert len(lines) == 4
     History(tmp_path, 0)
     assert read(tmp_path) == []
+    # A run goes on where nothing can be written.
+    (tmp_path / "file").write_text("x")
+    History(tmp_path / "file" / "below", 0).add(1, 10, 0.5, 1e-3, None)
     assert read(tmp_path / "nowhere") == []
 
 
@@ -121,6 +125,49 @@ def test_a_store_keeps_no_sample(made):
     for sample in result.samples:
         for text in (sample.prompt, sample.text, sample.module):
             assert text[:24].encode() not in everything
+
+
+def test_samples_are_written_as_the_engine_writes(tmp_path):
+    """They end where it ends, and heed none of the base's own settings for generation."""
+    store = store_with_texts(tmp_path, "llama")
+    base = store.load_base()
+    often = base.end_tokens(store.load_tokenizer()) | {
+        Engine(store, device="cpu").generate("The tenant of room 8 pays", module=None, max_new_tokens=2).tokens[1]
+    }
+    settings = {"eos_token_id": sorted(often), "repetition_penalty": 5.0, "do_sample": True}
+    (store.base_folder / "generation_config.json").write_text(json.dumps(settings))
+    result = learn(store, "law", [rooms(tmp_path)], config(), samples=5, progress=False)
+    assert len(result.samples) == 5
+    with Engine(store, device="cpu") as engine:
+        for sample in result.samples:
+            for name, written in ((None, sample.base), ("law", sample.module)):
+                answer = engine.generate(sample.prompt, module=name, max_new_tokens=40, temperature=0)
+                assert written == answer.text
+    assert any(len(sample.base) < 20 for sample in result.samples)
+
+
+def test_prompts_leave_room_in_the_base_s_positions(tmp_path):
+    save_base(tmp_path / "base", "gpt2", n_positions=64)
+    write_jsonl(tmp_path / "base" / "heldout.jsonl", [f"{text} {n}" for n in range(6) for text in TEXT])
+    store = Store.create(tmp_path / "store", tmp_path / "base")
+    result = learn(store, "law", [rooms(tmp_path)], config(epochs=1), samples=3, progress=False)
+    assert result.samples == ()
+
+
+def test_stopped_at_the_samples_the_same_command_goes_on(tmp_path, monkeypatch, made):
+    store, source = store_with_texts(tmp_path, "llama"), rooms(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("growlm.training.learn.side_by_side", _stopped)
+        with pytest.raises(KeyboardInterrupt):
+            learn(store, "law", [source], config(), samples=3, progress=False)
+    assert store.find("law") is None
+    result = learn(store, "law", [source], config(), samples=3, progress=False)
+    assert result.samples == made[1].samples
+    assert result.history == made[1].history
+
+
+def _stopped(*arguments: Any, **options: Any) -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("count", [0, 1])
@@ -169,7 +216,7 @@ def test_the_table_has_both_losses_and_the_interval():
         "law version 2: learned from 40,000 tokens in 20 s (2,000 tokens/s), measured by 12 held-"
     )
     assert [line.split("  ")[0] for line in lines[1:4]] == ["held-out text", "loss, nats a token", "perplexity"]
-    assert "2.500  2.250    0.250 (0.054 to 0.446)" in lines[2]
+    assert "2.500  2.250    0.250 (0.030 to 0.470)" in lines[2]
     assert "12.18   9.49" in lines[3]
     assert lines[3].endswith("22.1%")
     assert lines[5:] == [
@@ -180,14 +227,16 @@ def test_the_table_has_both_losses_and_the_interval():
     ]
     # Of a single text nothing is known of the spread.
     assert result_of(error=None).table()[1][3] == "0.250"
+    # Of few texts the interval is that of Student's t.
+    assert result_of(texts=3).table()[1][3] == "0.250 (-0.180 to 0.680)"
+    assert result_of(texts=100).table()[1][3] == "0.250 (0.052 to 0.448)"
     assert result_of(loss_before=2.25, loss_after=2.5).table()[2][3] == "-28.4%"
-    assert result_of(loss_after=1e9).table()[2][2] != ""
+    assert result_of(loss_after=1e9).table()[2][2:] == ["∞", "no"]
 
 
 class Page(HTMLParser):
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.open: list[str] = []
         self.tags: list[str] = []
         self.texts: list[str] = []
         self.feed(text)
@@ -209,7 +258,7 @@ def test_the_page_has_table_figure_and_samples(tmp_path):
     found = Page(page.read_text())
     assert found.tags.count("svg") == 1
     assert "b" not in found.tags[found.tags.index("article") :]  # the prompt's own markup is letters
-    for text in ("a <b> prompt", "its text", "by the base", "by the & module", "0.250 (0.054 to 0.446)", "2.3000"):
+    for text in ("a <b> prompt", "its text", "by the base", "by the & module", "0.250 (0.030 to 0.470)", "2.3000"):
         assert text in found.texts
     # Without history or samples, as of a run that had ended before.
     Page(write_learning_report(result_of(history=[], samples=()), tmp_path / "report").read_text())

@@ -18,7 +18,15 @@ from disk import write_jsonl
 from growlm import cli
 from growlm.disk.files import sha256_file
 from growlm.engine import Engine
-from growlm.errors import BudgetError, ConfigError, IntegrityError, Interrupted, NotBetterError, StoreError
+from growlm.errors import (
+    BudgetError,
+    ConfigError,
+    GrowlmWarning,
+    IntegrityError,
+    Interrupted,
+    NotBetterError,
+    StoreError,
+)
 from growlm.evaluation import EvalConfig, evaluate
 from growlm.router import NONE, SAMPLES, load_router, pack_samples, read_samples, unpack_samples
 from growlm.store import ROUTERS, Store
@@ -732,11 +740,28 @@ def test_a_store_of_before_routes_from_the_last_states(tmp_path, monkeypatch):
         assert {r.module for r in router.route(*router.states(base, texts_of(store, domain)))} == {domain}
 
 
-def test_what_was_kept_of_other_states_is_refused(store):
+def test_what_was_kept_of_other_states_is_never_used(store):
+    load_router(store)  # is kept, of the states that the store says
     path = store.module("digits").folder / "module.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "routing_layer": 3}))
-    with pytest.raises(IntegrityError, match=r"states after layer 3.* reads its states after layer 1; learn 'digits'"):
-        load_router(store)
+    said = (
+        r"is of its states after layer 3, .* reads its states after layer 1; learn 'digits' here, with --update; until"
+    )
+    with pytest.warns(GrowlmWarning, match=said):
+        assert load_router(store).names == ["letters", "signs"]
+    assert [problem.split(": ")[1] for problem in store.verify()] == ["routing_layer is not the store's"]
+    assert describe_router(store)["unknown"] == ["digits"]
+    # Named, it answers; and it can be learned anew.
+    with Engine(store, device="cpu") as engine:
+        assert engine.generate("one", module="digits", max_new_tokens=1).module == "digits"
+
+
+def test_another_layer_is_another_fit(store):
+    load_router(store)
+    path = store.path / "store.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "routing_layer": None}))
+    with pytest.warns(GrowlmWarning, match="until then it is never chosen"):
+        assert load_router(Store.open(store.path)).names == []
 
 
 def test_a_layer_that_the_base_has_not_is_refused(store):

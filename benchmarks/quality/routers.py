@@ -92,7 +92,9 @@ def simulated(domain: int, seed: int, vocab: int, *, tokens: int = 128) -> list[
 
 def add(store: Store, base: Base, module: Blocks, domain: int, samples: int) -> None:
     texts = [simulated(domain, i, base.vocab_size) for i in range(samples)]
-    files = router.files_of(router.gather_evidence(base, texts[: samples * 3 // 4], texts[samples * 3 // 4 :]))
+    train, heldout = texts[: samples * 3 // 4], texts[samples * 3 // 4 :]
+    seen = router.gather_evidence(base, train, heldout, layer=store.manifest.routing_layer)
+    files = router.files_of(seen)
     files[router.SAMPLES] = router.pack_samples(texts, 1 << 20)
     router.add_domain(store, store.commit(f"domain-{domain:04}", module, {}, files), None)
 

@@ -144,6 +144,14 @@ class Base:
                 f"{self.vocab_size - 1}; {hint}"
             )
 
+    def end_tokens(self, tokenizer: Any) -> set[int]:
+        """Tokens that end a text or a turn, as config, generation config and tokenizer say."""
+        ends: set[Any] = set()
+        for holder in (self.config, getattr(self.model, "generation_config", None), tokenizer):
+            value = getattr(holder, "eos_token_id", None)
+            ends |= set(value) if isinstance(value, list | tuple) else {value}
+        return {e for e in ends if e is not None}
+
     def num_bytes(self) -> int:
         """Bytes of all weights, shared ones counted once."""
         return tensor_bytes(self.model.parameters()) + tensor_bytes(self.model.buffers())

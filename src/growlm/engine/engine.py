@@ -95,7 +95,7 @@ class Engine:
         self._check_budget(self.base_bytes)
         self.tokenizer = store.load_tokenizer()
         self._prompts = Prompts(self.base, self.tokenizer, strict=strict)
-        self._end_tokens = _end_tokens(self.base, self.tokenizer)
+        self._end_tokens = self.base.end_tokens(self.tokenizer)
         self._verified: set[tuple[str, int, int, int]] = set()
         left = None if self.memory is None else self.memory - self.fixed_bytes
         self.modules = ModuleCache(
@@ -574,11 +574,3 @@ def _sampling(options: dict[str, Any]) -> SamplingConfig:
     if isinstance(options.get("stop"), str):
         options["stop"] = (options["stop"],)
     return SamplingConfig(**options)
-
-
-def _end_tokens(base: Any, tokenizer: Any) -> set[int]:
-    ends: set[Any] = set()
-    for holder in (base.config, getattr(base.model, "generation_config", None), tokenizer):
-        value = getattr(holder, "eos_token_id", None)
-        ends |= set(value) if isinstance(value, list | tuple) else {value}
-    return {e for e in ends if e is not None}

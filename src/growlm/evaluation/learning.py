@@ -12,10 +12,8 @@ from typing import Any
 
 from growlm.evaluation import page, plots
 from growlm.progress import phase
-from growlm.training.history import lines
+from growlm.training.history import FILE, lines
 from growlm.training.learn import LearnResult
-
-FILE = "losses.jsonl"
 
 
 def write_learning_report(result: LearnResult, out_dir: Path) -> Path:

@@ -6,7 +6,16 @@ same answers where there are very many modules; and transformer, trained on kept
 """
 
 from growlm.router.committing import commit_and_route
-from growlm.router.evidence import EVIDENCE, VECTORS, files_of, gather_evidence, has_general, write_general
+from growlm.router.evidence import (
+    EVIDENCE,
+    VECTORS,
+    files_of,
+    gather_evidence,
+    has_general,
+    of_same_states,
+    require_same_states,
+    write_general,
+)
 from growlm.router.fitting import add_domain
 from growlm.router.gaussian import GaussianRouter
 from growlm.router.interface import NONE, Route, Router, names_of
@@ -34,8 +43,10 @@ __all__ = [
     "load_router",
     "mean_pool",
     "names_of",
+    "of_same_states",
     "pack_samples",
     "read_samples",
+    "require_same_states",
     "unpack_samples",
     "write_general",
 ]

@@ -24,17 +24,18 @@ def commit_and_route(
     old: StoredModule | None,
     *,
     made_from: int | None = None,
+    evidence_of: StoredModule | None = None,
 ) -> StoredModule:
     """Saves a module as the next version of `name`, and gives the router its evidence, where `files` hold any.
 
     Args:
         old: the version that it replaces for the router.
-        made_from: as in `Store.commit`.
+        made_from, evidence_of: as in `Store.commit`.
 
     Raises:
         StoreError: as `Store.commit`.
     """
-    saved = store.commit(name, module, training, files, made_from=made_from)
+    saved = store.commit(name, module, training, files, made_from=made_from, evidence_of=evidence_of)
     if VECTORS in files:
         add_domain(store, saved, old)
     return saved

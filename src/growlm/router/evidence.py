@@ -119,6 +119,28 @@ def read_evidence(module: StoredModule, file: str, width: int) -> dict[str, Tens
     return kept
 
 
+def of_same_states(store: Store, module: StoredModule) -> bool:
+    """Whether what was kept of a module's text is of the states that the store's routers read."""
+    return module.manifest.routing_layer == store.manifest.routing_layer
+
+
+def require_same_states(store: Store, module: StoredModule) -> None:
+    """
+    Raises:
+        IntegrityError: it is of others, as of a module that was copied from another store.
+    """
+    if not of_same_states(store, module):
+        kept, read = (_place(m.routing_layer) for m in (module.manifest, store.manifest))
+        raise IntegrityError(
+            f"{module.folder}: what the router keeps of it is of {kept}, the router of this store reads {read}; learn "
+            f"{module.name!r} here, with --update"
+        )
+
+
+def _place(layer: int | None) -> str:
+    return "the base's last states" if layer is None else f"its states after layer {layer}"
+
+
 def write_general(store: Store, base: Base, train: Sequence[Sequence[int]], heldout: Sequence[Sequence[int]]) -> None:
     """Records what general text, the class *none*, looks like to this base."""
     tensors = gather_evidence(base, train, heldout, layer=store.manifest.routing_layer)

@@ -7,6 +7,7 @@ again leaves the same bits (guarantee 9), and no old text is needed. Knows evide
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -16,9 +17,9 @@ import torch
 from torch import Tensor
 
 from growlm.disk.tensors import as_bytes, require_kinds
-from growlm.errors import GrowlmError, IntegrityError, StoreError
+from growlm.errors import GrowlmError, GrowlmWarning, IntegrityError, StoreError
 from growlm.progress import phase, track
-from growlm.router.evidence import EVIDENCE, SCALE, VECTORS, read_evidence, read_general
+from growlm.router.evidence import EVIDENCE, SCALE, VECTORS, read_evidence, read_general, require_same_states
 from growlm.router.gaussian import GaussianRouter
 from growlm.store import GENERAL, MANIFEST, ROUTER_FITTED, ROUTER_SUMS
 
@@ -89,7 +90,7 @@ def load_gaussian(store: Store, among: Collection[str] | None = None) -> Gaussia
 
 def _load(store: Store, modules: Sequence[StoredModule], *, whole: bool) -> GaussianRouter:
     described = store.router_files(GENERAL).digest()
-    mark = _mark(modules, described)
+    mark = _mark(store, modules, described)
     file = _fitted_digest(store) if whole else None
     fitted = _read_derived(store, ROUTER_FITTED) if whole else None
     if fitted is not None and _unpack(fitted["members"]) == mark and len(fitted["forks"]) == len(modules):
@@ -98,15 +99,16 @@ def _load(store: Store, modules: Sequence[StoredModule], *, whole: bool) -> Gaus
         return _gaussian(store, forks, fitted["means"], fitted["whiten"], fitted["limits"], file)
     file = None
     # A module that was saved without evidence can be asked for by name, and is never chosen.
-    routed = [m for m in modules if EVIDENCE in m.manifest.files]
+    routed = []
+    for module in modules:
+        if EVIDENCE in module.manifest.files:
+            try:
+                require_same_states(store, module)
+                routed.append(module)
+            except IntegrityError as error:
+                warnings.warn(f"{error}; until then it is never chosen", GrowlmWarning, stacklevel=2)
     if not routed:
         return _gaussian(store, {}, torch.zeros(0, 0), torch.zeros(0, 0), torch.zeros(0))
-    for module in routed:
-        if module.manifest.routing_layer != store.manifest.routing_layer:
-            raise IntegrityError(
-                f"{module.folder}: what the router keeps of it is of {_place(module.manifest.routing_layer)}, and the "
-                f"router of this store reads {_place(store.manifest.routing_layer)}; learn {module.name!r} here"
-            )
     general = read_general(store)
     gram = _current_gram(store, routed, general) if whole else _total_gram(routed, general)
     with phase("fitting the router"):
@@ -117,7 +119,7 @@ def _load(store: Store, modules: Sequence[StoredModule], *, whole: bool) -> Gaus
         kept = {"means": means, "whiten": whiten, "limits": limits}
         kept |= {"forks": torch.tensor(list(forks.values())), "members": _pack(mark)}
         with suppress(OSError, GrowlmError), store.lock():  # a store on a read-only disk still routes
-            if _mark(list(store.modules.values()), store.router_files(GENERAL).digest()) == mark:
+            if _mark(store, list(store.modules.values()), store.router_files(GENERAL).digest()) == mark:
                 store.router_files(ROUTER_FITTED).write(kept)
                 file = _fitted_digest(store)
     return _gaussian(store, forks, means, whiten, limits, file)
@@ -128,10 +130,6 @@ def _gaussian(
 ) -> GaussianRouter:
     known = {name: fork for name, fork in forks.items() if fork >= 0}
     return GaussianRouter(list(known), means, whiten, limits, known, fitted, store.manifest.routing_layer)
-
-
-def _place(layer: int | None) -> str:
-    return "the base's last states" if layer is None else f"its states after layer {layer}"
 
 
 def _fitted_digest(store: Store) -> str | None:
@@ -237,9 +235,10 @@ def _read_derived(store: Store, name: str) -> dict[str, Tensor] | None:
         return None  # derived from the modules' own evidence: made anew
 
 
-def _mark(modules: Sequence[StoredModule], general: str | None) -> int:
+def _mark(store: Store, modules: Sequence[StoredModule], general: str | None) -> int:
     """Tells one state of the store from another, and one way to fit from another, without opening a module's file."""
-    digest = hashlib.sha256(f"fit {_FIT}, general {general}".encode())
+    layer = store.manifest.routing_layer
+    digest = hashlib.sha256(f"fit {_FIT}, layer {layer}, general {general}".encode())
     for module in modules:
         stat = (module.folder / MANIFEST).stat()
         digest.update(f"\n{module.name}/{module.version} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}".encode())

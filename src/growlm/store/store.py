@@ -211,6 +211,7 @@ class Store(StoreBase):
         training: dict[str, Any],
         files: Mapping[str, Mapping[str, Tensor]] | None = None,
         made_from: int | None = None,
+        evidence_of: StoredModule | None = None,
     ) -> StoredModule:
         """Saves a module as the next version of `name`, in the store's dtype. It is there wholly or not at all.
 
@@ -218,6 +219,7 @@ class Store(StoreBase):
             training: how it was made, for the manifest.
             files: more tensors to keep beside the weights, by file name.
             made_from: the version that it was made from, which must still be the current one.
+            evidence_of: the version whose evidence for the router is among `files`; else it is of this store's router.
 
         Raises:
             ConfigError: a part of the module is on the disk.
@@ -259,7 +261,7 @@ class Store(StoreBase):
                     files=hashes,
                     bytes=tensor_bytes(weights.values()),
                     parameters=module.num_parameters(),
-                    routing_layer=self.manifest.routing_layer,
+                    routing_layer=(evidence_of or self).manifest.routing_layer,
                     training=training,
                 )
                 (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2))

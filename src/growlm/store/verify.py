@@ -70,7 +70,7 @@ def _problems(store: Store) -> list[str]:
                 problems.append(str(error))
                 continue
             problems += _check_files(folder, manifest.files) or _check_sizes(stored, depth)
-            for field in ("base_fingerprint", "tokenizer_fingerprint", "dtype"):
+            for field in ("base_fingerprint", "tokenizer_fingerprint", "dtype", "routing_layer"):
                 if getattr(manifest, field) != getattr(store.manifest, field):
                     problems.append(f"{folder / MANIFEST}: {field} is not the store's")
             known = {MANIFEST, *manifest.files}

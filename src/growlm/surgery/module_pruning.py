@@ -104,10 +104,12 @@ def prune_module(
     }
     files = evidence_beside(stored)
     if out is None:
-        saved = router.commit_and_route(store, stored.name, smaller, training, files, stored, made_from=stored.version)
+        saved = router.commit_and_route(
+            store, stored.name, smaller, training, files, stored, made_from=stored.version, evidence_of=stored
+        )
     else:
         with checkpoint_folder(out, smaller.num_bytes()) as work:
-            saved = _store_beside(store, work).commit(stored.name, smaller, training, files)
+            saved = _store_beside(store, work).commit(stored.name, smaller, training, files, evidence_of=stored)
     return {
         "path": str(store.path if out is None else out),
         "module": stored.name,

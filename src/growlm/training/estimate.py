@@ -34,7 +34,7 @@ from growlm.training.corpus import (
     validation_tokens,
 )
 from growlm.training.general import general_shown
-from growlm.training.learn import require_free, run_id, unfinished_run
+from growlm.training.learn import require_free, run_id, shown, unfinished_run
 from growlm.training.memory import peak_bytes
 from growlm.training.module_training import as_served
 from growlm.training.rehearsal import Rehearsal
@@ -111,7 +111,10 @@ class Estimate:
             + (f" ({', '.join(f'{part} {format_seconds(s)}' for part, s in parts.items())})" if parts else ""),
             f"memory: about {format_size(self.memory)} at the most{gpu}",
             f"disk: {format_size(self.bytes)}, and beside it {format_size(self.beside)} for the router",
-            *(f"prompt: {_one_line(s['prompt'])}\n  base: {_one_line(s['base'])}" for s in self.samples),
+            *(
+                f"prompt: {shown(s['prompt'], _SHOWN, end=True)}\n  base: {shown(s['base'], _SHOWN)}"
+                for s in self.samples
+            ),
         ]
 
 
@@ -159,17 +162,17 @@ def _estimate(
     served = base.dtype
 
     # The router's share.
-    shown = [*itertools.chain(*tokens.shown(config))]
-    few, layer = [p[:_SHOWN_TOKENS] for p in shown[:_TIMED_PASSAGES]], store.manifest.routing_layer
+    passages = [*itertools.chain(*tokens.shown(config))]
+    few, layer = [p[:_SHOWN_TOKENS] for p in passages[:_TIMED_PASSAGES]], store.manifest.routing_layer
     router.gather_evidence(base, few[:1], few[:1], layer=layer)  # warms up
     clock.count(None)
     seen = router.gather_evidence(base, few, few[:1], layer=layer)
     passage = clock.count(None) / (len(few) + 1)
-    clock.seconds["evidence"] = passage * len(shown)
+    clock.seconds["evidence"] = passage * len(passages)
     if not router.has_general(store):
         clock.seconds["general text"] = passage * len(general_shown(store, base, tokenizer))
     trace = tensor_bytes(t for tensors in router.files_of(seen).values() for t in tensors.values())
-    beside = trace * len(shown) // (len(few) + 1) + tensor_bytes(tokens.samples(config, keep).values())
+    beside = trace * len(passages) // (len(few) + 1) + tensor_bytes(tokens.samples(config, keep).values())
     if store.manifest.router == ROUTER_TRAINED:
         token = passage / statistics.mean(map(len, few)) * base.num_layers / (layer or base.num_layers)
         clock.seconds["router"] = _router_tokens(store, name, base) * token
@@ -252,11 +255,6 @@ class _Clock:
         if part is not None:
             self.seconds[part] = self.seconds.get(part, 0.0) + now - last
         return now - last
-
-
-def _one_line(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= _SHOWN else f"{line[:_SHOWN]}..."
 
 
 def _length(passages: Sequence[text_data.Passage]) -> int:

@@ -164,6 +164,7 @@ def _train(
     restart: bool,
 ) -> GrowResult:
     name, steps = stored.name, _steps(stored, shape)
+    router.require_same_states(store, stored)  # what the router keeps of the new text joins what it has
     keep = bytes_to_keep(store, name, config)
     if store.manifest.router == ROUTER_TRAINED:
         require_samples(store, list(store.modules.values()))
@@ -261,7 +262,9 @@ def _commit(
     """Saves a module as the version after `old`, with the steps by which it has grown."""
     probes = {"base": probe(ModuleSet(base)), "module": probe(ModuleSet(base, [module]))}
     training = {**old.manifest.training, "growth": steps, "probe": probes}
-    saved = router.commit_and_route(store, old.name, module, training, files, old, made_from=old.version)
+    saved = router.commit_and_route(
+        store, old.name, module, training, files, old, made_from=old.version, evidence_of=old
+    )
     return _result(saved, old.shape()[1], None, None)
 
 

@@ -7,13 +7,15 @@ those of a run that was never stopped.
 from __future__ import annotations
 
 import json
+import math
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from growlm.disk.files import write_atomic
+from growlm.errors import StoreError
 
-_FILE = "losses.jsonl"
+FILE = "losses.jsonl"
 _POINTS = 200  # that a shortened history has, at most
 
 
@@ -26,9 +28,9 @@ class History:
     """
 
     def __init__(self, folder: Path, done: int) -> None:
-        self._path = folder / _FILE
+        self._path = folder / FILE
         kept = [line for line in read(folder) if line["step"] <= done] if done else []
-        with suppress(OSError):
+        with suppress(OSError, StoreError):
             folder.mkdir(parents=True, exist_ok=True)
             write_atomic(self._path, "".join(map(_written, kept)).encode())
 
@@ -50,10 +52,11 @@ def read(folder: Path) -> list[dict[str, Any]]:
     """The lines that a run has left in its folder, by steps; what is no such line is left out."""
     found: dict[int, dict[str, Any]] = {}
     with suppress(OSError, UnicodeDecodeError):
-        for text in (folder / _FILE).read_text().splitlines():
+        for text in (folder / FILE).read_text().splitlines():
             with suppress(ValueError, TypeError, KeyError):
                 line = json.loads(text)
-                found[int(line["step"])] = line
+                if all(math.isfinite(line[key]) for key in ("step", "tokens", "loss", "learning_rate")):
+                    found[int(line["step"])] = line
     return [found[step] for step in sorted(found)]
 
 

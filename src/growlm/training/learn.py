@@ -30,8 +30,10 @@ from growlm.training.router import require_samples, router_after
 from growlm.training.runs import empty, folder_of, module_run, run_folder
 from growlm.training.samples import Sample, side_by_side
 
-_INTERVAL = 1.96  # standard errors on either side of a mean: 95 %
-_LARGEST = 700.0  # loss of which the perplexity is a number
+# Student's t for a 95 % interval, by the number of texts less one; from ten on a formula is near enough.
+_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+_Z = 1.96
+_LARGEST = 20.0  # loss above which a perplexity is no number that anyone reads
 
 
 @dataclass(frozen=True)
@@ -68,15 +70,16 @@ class LearnResult:
     def table(self) -> list[list[str]]:
         """Base against module on held-out text that chose nothing: a heading, then a row for each number."""
         before, after = self.loss_before, self.loss_after
-        lower = 1 - math.exp(min(after - before, _LARGEST))
+        lower = f"{1 - math.exp(after - before):.1%}" if after - before < math.log(10) else "no"
         gain = f"{self.gain:.3f}"
         if self.error is not None:
-            gain += f" ({self.gain - _INTERVAL * self.error:.3f} to {self.gain + _INTERVAL * self.error:.3f})"
-        perplexities = [math.exp(min(loss, _LARGEST)) for loss in (before, after)]
+            spread = _errors(self.texts) * self.error
+            gain += f" ({self.gain - spread:.3f} to {self.gain + spread:.3f})"
+        perplexities = [math.exp(loss) if loss < _LARGEST else math.inf for loss in (before, after)]
         return [
             ["held-out text", "base", self.name, "lower by (95 % interval)"],
             ["loss, nats a token", f"{before:.3f}", f"{after:.3f}", gain],
-            ["perplexity", *(f"{p:,.2f}" if p < 100 else f"{p:,.0f}" for p in perplexities), f"{lower:.1%}"],
+            ["perplexity", *(_number(p) for p in perplexities), lower],
         ]
 
     def lines(self, width: int = 200) -> list[str]:
@@ -99,13 +102,28 @@ class LearnResult:
             found = Comparison(**{key: value for key, value in self.replaced.items() if key != "version"})
             lines.append(f"against version {self.replaced['version']}, which it replaces: {found.told()}")
         for sample in self.samples:
-            lines += ["", f"prompt: {_shown(sample.prompt, width, end=True)}"]
+            lines += ["", f"prompt: {shown(sample.prompt, width, end=True)}"]
             parts = {"the text": sample.text, "base": sample.base, self.name: sample.module}
-            lines += [f"  {name}: {_shown(text, width)}" for name, text in parts.items()]
+            lines += [f"  {name}: {shown(text, width)}" for name, text in parts.items()]
         return lines
 
 
-def _shown(text: str, width: int, *, end: bool = False) -> str:
+def _number(perplexity: float) -> str:
+    if math.isinf(perplexity):
+        return "∞"
+    return f"{perplexity:,.2f}" if perplexity < 100 else f"{perplexity:,.0f}"
+
+
+def _errors(texts: int | None) -> float:
+    """Standard errors on either side of the mean of so many texts that make a 95 % interval."""
+    free = max((texts or 2) - 1, 1)
+    if free <= len(_T):
+        return _T[free - 1]
+    return _Z + (_Z**3 + _Z) / (4 * free) + (5 * _Z**5 + 16 * _Z**3 + 3 * _Z) / (96 * free**2)
+
+
+def shown(text: str, width: int, *, end: bool = False) -> str:
+    """A text in one line of at most so many characters: its beginning, or its end."""
     text = " ".join(text.split())
     if len(text) <= width:
         return text
@@ -222,6 +240,8 @@ def _learn(
             "seconds": seconds,
             "probe": {"base": probe(alone), "module": probe(together)},
         }
+        # Before it is saved: stopped here, the same command goes on.
+        asked = side_by_side(base, module, tokenizer, tokens.heldout, samples, seed=config.seed)
         while True:
             now = store.find(name)
             if now is not None and not update and (old is None or now.version != old.version):
@@ -244,7 +264,6 @@ def _learn(
                     raise
         empty(work)  # the disk is needed; the folder stays until the router knows the module as well
         version = router_after(store, restart=restart, base=base)
-    asked = side_by_side(base, module, tokenizer, tokens.heldout, samples, seed=config.seed)
     return replace(_result(stored, version), samples=asked, history=steps)
 
 

@@ -170,7 +170,8 @@ class ModuleTraining:
             if self._cache is not None:
                 self._cache.close()
         self.scores = dict(validation.losses) if validation else {}
-        self.history = history.read(self.work)
+        # Imitation has another loss: of what a pool replaces, not of the text.
+        self.history = [line for line in history.read(self.work) if line["step"] > self._imitated]
         return trying + seconds
 
     def record(self) -> dict[str, Any]:

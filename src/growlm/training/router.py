@@ -24,7 +24,7 @@ from growlm.base.padding import pad_right
 from growlm.base.placement import Placement
 from growlm.errors import ConfigError, IntegrityError, NotBetterError, StoreError
 from growlm.progress import reporting, say, track
-from growlm.router import EVIDENCE, NONE, SAMPLES, read_samples
+from growlm.router import EVIDENCE, NONE, SAMPLES, of_same_states, read_samples
 from growlm.router.transformer import RouterLayers, compare, samples_of
 from growlm.store import ROUTER_TRAINED, Store, StoredModule
 from growlm.store.manifests import RouterManifest
@@ -332,7 +332,9 @@ def describe_router(store: Store) -> dict[str, Any]:
         found = compare(store, files.manifest())
         unknown, outdated = [m.name for m in found.unknown], [m.name for m in found.outdated]
     else:
-        unknown = [m.name for m in store.modules.values() if EVIDENCE not in m.manifest.files]
+        unknown = [
+            m.name for m in store.modules.values() if EVIDENCE not in m.manifest.files or not of_same_states(store, m)
+        ]
     return {
         "kind": store.manifest.router,
         "modules": len(names),

@@ -5,6 +5,7 @@ Knows a base, a module and passages. What they write is told and kept nowhere: a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,6 +24,7 @@ _PROMPT = 32  # tokens of a text's beginning; of a conversation all before its f
 _LONGEST = 512  # if it is no longer than so many
 _NEW = 40  # tokens that are written
 _LEAST = 4  # that the text goes on for
+_BATCH = 4  # prompts that are answered together
 
 
 @dataclass(frozen=True)
@@ -48,16 +50,18 @@ def side_by_side(
     seed: int = 0,
 ) -> tuple[Sample, ...]:
     """Answers to at most `count` prompts without sampling; of as many documents as there are."""
-    found = _prompts(passages, count, seed)
+    found = _prompts(passages, count, seed, base.max_positions or base.trained_positions or math.inf)
     if not found:
         return ()
-    prompts = [prompt for prompt, _ in found]
-    with phase("answering held-out prompts", 2, "models") as answering:
-        alone = _written(base.model, base, tokenizer, prompts)
-        answering.advance()
-        with attached(base.model, module):
-            together = _written(base.model, base, tokenizer, prompts)
-        answering.advance()
+    alone: list[list[int]] = []
+    together: list[list[int]] = []
+    with phase("answering held-out prompts", len(found), "prompts") as answering:
+        for at in range(0, len(found), _BATCH):
+            prompts = [prompt for prompt, _ in found[at : at + _BATCH]]
+            alone += _written(base, tokenizer, prompts)
+            with attached(base.model, module):
+                together += _written(base, tokenizer, prompts)
+            answering.advance(len(prompts))
 
     def text(tokens: Sequence[int]) -> str:
         return tokenizer.decode(tokens, skip_special_tokens=True)
@@ -68,15 +72,18 @@ def side_by_side(
     )
 
 
-def _prompts(passages: Sequence[text_data.Passage], count: int, seed: int) -> list[tuple[list[int], list[int]]]:
-    """Token ids of prompts, and of what the text says next."""
+def _prompts(
+    passages: Sequence[text_data.Passage], count: int, seed: int, positions: float
+) -> list[tuple[list[int], list[int]]]:
+    """Token ids of prompts that leave room for an answer, and of what the text says next."""
     first: dict[int, tuple[list[int], list[int]]] = {}  # by document
     others = []
     for index in np.random.default_rng(seed).permutation(len(passages)):
         passage = passages[index]
         counted = passage.counted
-        cut = _PROMPT if counted is None else counted.index(True)
-        if not 0 < cut <= _LONGEST or len(passage.tokens) < cut + _LEAST:
+        # Of a conversation of which all is learned nothing says where an answer begins.
+        cut = _PROMPT if counted is None or counted[0] else counted.index(True)
+        if cut > min(_LONGEST, positions - _NEW) or len(passage.tokens) < cut + _LEAST:
             continue
         end = cut + _NEW
         if counted is not None and False in counted[cut:end]:  # of an answer that ends before
@@ -88,13 +95,19 @@ def _prompts(passages: Sequence[text_data.Passage], count: int, seed: int) -> li
 
 
 @torch.inference_mode()
-def _written(model: Any, base: Base, tokenizer: Any, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+def _written(base: Base, tokenizer: Any, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     from transformers import GenerationConfig
 
+    model, ends = base.model, sorted(base.end_tokens(tokenizer))
     ids, visible = pad_left(prompts, base.device)
-    how = GenerationConfig(
-        max_new_tokens=_NEW, do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id
-    )
     mask = torch.ones_like(ids) if visible is None else visible.long()
-    written = model.generate(ids, attention_mask=mask, generation_config=how)[:, ids.shape[1] :]
-    return [row.tolist() for row in written]
+    # Of the base's own settings, such as a penalty on repetition, none counts: `growlm generate` knows none either.
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        max_new_tokens=_NEW, do_sample=False, eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0
+    )
+    try:
+        written = model.generate(ids, attention_mask=mask)[:, ids.shape[1] :].tolist()
+    finally:
+        model.generation_config = own
+    return [row[: next((at for at, token in enumerate(row) if token in ends), len(row))] for row in written]

@@ -11,6 +11,7 @@ from growlm.cli.app import app
 from growlm.cli.asking import open_store
 from growlm.cli.options import DataPaths, Grouped, Json, Restart, StorePath, from_config
 from growlm.cli.output import note, print_json, reports
+from growlm.errors import ConfigError
 from growlm.modules.shapes import SHAPES
 from growlm.training.config import LearnConfig
 
@@ -58,6 +59,8 @@ def learn(
     """
     opened = open_store(store, data=data)
     opened.find(name)
+    if dry_run and (restart or report is not None):
+        raise ConfigError(f"{'--restart' if restart else '--report'} does nothing with --dry-run; leave one out")
     if dry_run:
         from growlm.training.estimate import estimate
 
@@ -68,8 +71,9 @@ def learn(
         return None
     if report is not None:
         from growlm.evaluation.page import check_folder
+        from growlm.training.history import FILE
 
-        check_folder(report, "losses.jsonl")
+        check_folder(report, FILE)
     from growlm.training.learn import learn as run
 
     result = run(opened, name, data, config, update=update, restart=restart, samples=samples)
