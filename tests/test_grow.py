@@ -462,7 +462,7 @@ def test_the_least_used_sub_keys_go(home: Path, store: Store, normalise: str) ->
 def test_as_many_rows_of_the_first_step_stay_as_a_token_needs(home: Path, store: Store) -> None:
     more(store, "+50", "drugs")
     rewritten(store, lambda module: hide_rows(module, list(range(10))))
-    with pytest.raises(ConfigError, match=r"law/3: keep is 0\.01; .* 0\.\d\d of the parameters stay") as caught:
+    with pytest.raises(ConfigError, match=r"module 'law': keep is 0\.01; .* 0\.\d\d of the parameters stay") as caught:
         prune_module(store, "law", [home / "law.jsonl"], keep=0.01)
     least = float(str(caught.value).split(" of the parameters")[0].split()[-1])
     prune_module(store, "law", [home / "law.jsonl"], keep=least)

@@ -224,6 +224,7 @@ def test_the_harness_runs_choices_and_majorities_over_a_store(home, monkeypatch)
 @pytest.mark.parametrize("silent", [False, True])
 def test_it_says_how_far_it_is_unless_the_harness_says_nothing(model, monkeypatch, capsys, silent):
     monkeypatch.setattr("growlm.progress._LOG_SECONDS", 0.0)
+    monkeypatch.setattr("growlm.progress._LEAST_SECONDS", 0.0)
     model.loglikelihood(requests("loglikelihood", (CONTEXTS[0], " abc")), disable_tqdm=silent)
     model.generate_until(requests("generate_until", (CONTEXTS[1], {"max_gen_toks": 2})), disable_tqdm=silent)
     told = capsys.readouterr().err

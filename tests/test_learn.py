@@ -38,6 +38,7 @@ from growlm.modules.scoring import num_labels, passage_losses
 from growlm.router import load_router, names_of, unpack_samples
 from growlm.router.samples import GENERAL_SAMPLES
 from growlm.store import Store
+from growlm.training import history
 from growlm.training.config import LearnConfig
 from growlm.training.features import FeatureCache
 from growlm.training.learn import LearnResult, learn
@@ -568,7 +569,8 @@ def test_no_step_is_made_on_what_is_no_number(tmp_path, what, clip):
         train({"p": p}, loss, 9, lambda step: 1, config(clip=clip), 0.1, folder=tmp_path, resume_hint="")
     assert len(seen) == 3
     assert torch.equal(p, seen[-1])
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["losses.jsonl"]
+    assert [line["step"] for line in history.read(tmp_path)] == [1, 2]
 
 
 def test_a_module_that_overflows_where_it_is_served_is_not_committed(home):
