@@ -27,6 +27,7 @@ from growlm.disk.files import write_atomic
 REPEATED = ["medical_qa", "law_dc_code", "german_novels"]  # with three seeds
 LONG = "medical_qa"  # once with more text
 BLANK_LINE = "\n\n"
+_TEXTS = ("samples", "store", "base", "memory", "confusion")
 
 
 def run(*arguments: object) -> dict[str, Any]:
@@ -148,8 +149,9 @@ def main() -> None:
         for domain in first:
             cells.learn(domain, seed, a.tokens)
     print("\n".join(table(cells.rows)))
-    for found in cells.rows.values():
+    for found in cells.rows.values():  # numbers alone: no text, no places
         found.pop("said")
+        found["result"] = {key: value for key, value in (found["result"] or {}).items() if key not in _TEXTS} or None
     told = {"machine": machine(), "base": a.base.name, "tokens": a.tokens, "cells": cells.rows}
     write_atomic(a.out / "published_base.json", json.dumps(told, indent=1).encode())
     print(f"{a.out / 'published_base.json'}: {len(cells.rows)} cells")
