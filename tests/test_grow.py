@@ -680,3 +680,15 @@ def test_public_names() -> None:
     assert growlm.grow is grow
     assert growlm.take_back is take_back
     assert growlm.GrowConfig is GrowConfig
+
+
+def test_evidence_of_other_states_is_not_joined(home: Path, store: Store) -> None:
+    """Of a module that was copied from a store whose router reads elsewhere."""
+    edit(store.module("law").folder / "module.json", routing_layer=3)
+    with pytest.raises(IntegrityError, match=r"of its states after layer 3, .* learn 'law' here, with --update"):
+        more(store, "+50", "drugs")
+    # What reads no text keeps the evidence, and what it is of.
+    grow(store, "law", 8)
+    assert store.module("law").manifest.routing_layer == 3
+    prune_module(store, "law", [home / "law.jsonl"], keep=0.9)
+    assert (store.module("law").version, store.module("law").manifest.routing_layer) == (3, 3)

@@ -27,7 +27,6 @@ _DOCUMENT_TOKENS = 1400
 _EVIDENCE = (
     96 + 32
 ) * 64  # of a domain, for the router: beginnings of passages; of general text as many, before the first
-_HELD_OUT = 8  # documents, by which `finetune` decides
 _VALIDATIONS = 6  # times that a run is scored; of a module's, what lies above the fork is
 _ABOVE = 0.4  # of what it takes to score a token, the part above the fork
 _LOADS = 1.5  # times the base is loaded or hashed in a verb,
@@ -122,7 +121,7 @@ def seconds_of(size: PublishedSize, speeds: PublishedSpeeds) -> dict[str, float]
     if size.finetune:
         step = math.inf if speeds.finetune is None else speeds.finetune
         for name, tokens in size.learn_tokens.items():
-            scored = _VALIDATIONS * _validation(tokens) + 2 * _HELD_OUT * _DOCUMENT_TOKENS
+            scored = _VALIDATIONS * _validation(tokens) + 2 * max(tokens // 20, 2048)
             texts = len(order) + 1 if name == order[-1] else 1
             seconds[finetuning(name)] = _WRITES * load + tokens * step + scored * score + texts * text
     seconds["report"] = 5.0

@@ -137,7 +137,7 @@ class Tokens:
     def deciding(self, config: ModuleTrainConfig) -> list[text_data.Passage]:
         """Held-out passages by which it is decided whether a module is admitted."""
         trained_on = config.rows_wanted(len(self.packed)) * config.sequence_length
-        return beginnings(self.heldout, max(trained_on // _DECIDING_SHARE, _DECIDING_TOKENS), config.seed)
+        return beginnings(self.heldout, deciding_tokens(trained_on), config.seed)
 
     def compare(self, before: ModuleSet, after: ModuleSet, config: ModuleTrainConfig) -> Comparison:
         """Two module sets of one base on held-out passages, each to at most so many tokens as suit a run of this size;
@@ -224,6 +224,11 @@ def beginnings(passages: Sequence[text_data.Passage], num_tokens: int, seed: int
         chosen.append(cut if cut.num_scored else passages[index])
         num_tokens -= len(chosen[-1].tokens)
     return chosen
+
+
+def deciding_tokens(trained_on: int) -> int:
+    """By how many held-out tokens it is decided, at the least, whether a run of so many is any good."""
+    return max(trained_on // _DECIDING_SHARE, _DECIDING_TOKENS)
 
 
 def validation_tokens(trained_on: int) -> int:

@@ -29,7 +29,7 @@ from growlm.modules.scoring import num_labels, passage_losses
 from growlm.progress import phase, say
 from growlm.training.admission import Comparison, require_no_worse
 from growlm.training.config import ConversationConfig, WholeModelConfig
-from growlm.training.corpus import beginnings, halves, validation_tokens
+from growlm.training.corpus import beginnings, deciding_tokens, halves, validation_tokens
 from growlm.training.general import HELDOUT_FILE
 from growlm.training.loop import require_finite, train
 from growlm.training.runs import run_folder
@@ -179,7 +179,10 @@ def _run(
     passages = text_data.passages(heldout_documents, tokenizer, config.sequence_length, loss=learned)
     if not passages:
         raise DataError("the held-out text is shorter than two tokens; give more text")
+    wanted = config.rows_wanted(len(packed))
     chosen_by, decided_by = halves(passages) if never_worse else ([], passages)
+    if never_worse:
+        decided_by = beginnings(decided_by, deciding_tokens(wanted * config.sequence_length), config.seed)
     heldout = [p.tokens for p in decided_by]
 
     base = Base(model, str(out), freeze=False)
@@ -203,7 +206,6 @@ def _run(
         with autocast:
             return losses, count_pools(ModuleSet(base), heldout)
 
-    wanted = config.rows_wanted(len(packed))
     assert config.batch_size is not None
     order = text_data.schedule(len(packed), config.batch_size, wanted=wanted, seed=config.seed)
 
