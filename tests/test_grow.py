@@ -688,7 +688,7 @@ def test_evidence_of_other_states_is_not_joined(home: Path, store: Store) -> Non
     with pytest.raises(IntegrityError, match=r"of its states after layer 3, .* learn 'law' here, with --update"):
         more(store, "+50", "drugs")
     # What reads no text keeps the evidence, and what it is of.
-    grow(store, "law", 8)
+    grow(store, "law", 10)
     assert store.module("law").manifest.routing_layer == 3
     prune_module(store, "law", [home / "law.jsonl"], keep=0.9)
     assert (store.module("law").version, store.module("law").manifest.routing_layer) == (3, 3)
