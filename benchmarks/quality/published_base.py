@@ -24,7 +24,7 @@ from benchmarks.lib.common import machine
 from benchmarks.lib.domains import DOMAINS, GENERAL
 from growlm.disk.files import write_atomic
 
-REPEATED = ["medical_qa", "law_dc_code", "german_novels"]  # with three seeds
+REPEATED = ["medical_qa", "law_dc_code", "german_novels"]  # with several seeds
 LONG = "medical_qa"  # once with more text
 BLANK_LINE = "\n\n"
 _TEXTS = ("samples", "store", "base", "memory", "confusion")
@@ -137,6 +137,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="40k")
     parser.add_argument("--long-tokens", default="100k")
     parser.add_argument("--test-tokens", default="8k")
+    parser.add_argument("--seeds", type=int, default=3, help=f"of {', '.join(REPEATED)}")
     a = parser.parse_args()
     cells = Cells(a)
     first = [d for d in REPEATED if d in a.domains]
@@ -145,7 +146,7 @@ def main() -> None:
     cells.evaluate(0, a.domains)
     if LONG in a.domains:
         cells.learn(LONG, 3, a.long_tokens)
-    for seed in (1, 2):
+    for seed in range(1, a.seeds):
         for domain in first:
             cells.learn(domain, seed, a.tokens)
     print("\n".join(table(cells.rows)))
