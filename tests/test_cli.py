@@ -178,6 +178,8 @@ def test_data_show_json(home, answer, run):
     found = answer("data", "show", "digits.jsonl", "letters.jsonl", "--base", "base", "--samples", "2")
     assert (found["documents"], found["conversations"], len(found["samples"])) == (24, 0, 2)
     assert found["tokens"] == found["learned"] > 0
+    # A store knows its base, be that a GGUF file.
+    assert answer("data", "show", "digits.jsonl", "letters.jsonl", "--base", "store", "--samples", "2") == found
     code, out, _ = run("data", "show", "digits.jsonl", "--base", "base", "--sequence-length", "8")
     assert (code, out.count("«")) == (0, 3)
     assert "all of which are learned" in out.splitlines()[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -32,7 +33,10 @@ def show(
         typer.Argument(metavar="FILES...", help="As of growlm learn --data.", show_default=False),
     ],
     base: Annotated[
-        str, typer.Option("--base", metavar="FOLDER", help="The base that will read it.", show_default=False)
+        str,
+        typer.Option(
+            "--base", metavar="FOLDER", help="The base that will read it, or a store of it.", show_default=False
+        ),
     ],
     text_key: TextKey = "text",
     separator: Separator = None,
@@ -49,13 +53,15 @@ def show(
 
         growlm data show chats.jsonl --base Qwen/Qwen2.5-0.5B-Instruct
 
-        growlm data show questions.csv --base base/ --text-key body --json
+        growlm data show questions.csv --base brain/ --text-key body --json
     """
     from growlm.base.checkpoint import load_tokenizer, resolve
     from growlm.data import read
     from growlm.data import show as run
+    from growlm.store import Store
 
-    tokenizer = load_tokenizer(resolve(base))
+    of_store = (Path(base) / "store.json").is_file()
+    tokenizer = Store.open(base).load_tokenizer() if of_store else load_tokenizer(resolve(base))
     documents = read(files, text_key=text_key, separator=separator, format=format).documents
     shown = run(documents, tokenizer, sequence_length, loss=loss, samples=samples, seed=seed)
     if as_json:
