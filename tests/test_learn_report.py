@@ -12,11 +12,12 @@ import pytest
 from disk import all_files, write_jsonl
 from growlm import Engine, LearnConfig, Store, learn
 from growlm.cli import main
+from growlm.data import Passage
 from growlm.errors import Interrupted
 from growlm.evaluation.learning import write_learning_report
 from growlm.training.history import History, read, shortened
 from growlm.training.learn import LearnResult
-from growlm.training.samples import Sample
+from growlm.training.samples import Sample, side_by_side
 from interruptions import at_step, interrupt
 from stores import store_with_texts
 from tiny import TEXT, save_base
@@ -152,6 +153,16 @@ def test_prompts_leave_room_in_the_base_s_positions(tmp_path):
     store = Store.create(tmp_path / "store", tmp_path / "base")
     result = learn(store, "law", [rooms(tmp_path)], config(epochs=1), samples=3, progress=False)
     assert result.samples == ()
+
+
+def test_a_conversation_without_an_answer_left_is_no_sample(made):
+    store, _ = made
+    base, tokenizer = store.load_base(), store.load_tokenizer()
+    module, ids = store.load("law", base), tokenizer.encode("The tenant of room 8 pays 51 crowns.")
+    cut = Passage(ids, 0, [False] * len(ids))
+    answered = Passage(ids, 1, [False] * 6 + [True] * (len(ids) - 6))
+    assert side_by_side(base, module, tokenizer, [cut], 3) == ()
+    assert len(side_by_side(base, module, tokenizer, [cut, answered], 3)) == 1
 
 
 def test_stopped_at_the_samples_the_same_command_goes_on(tmp_path, monkeypatch, made):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ _HALF = 0.5  # of the base's perplexity: the most that a module may leave on its
 
 
 @dataclass(frozen=True)
-class DemoResult:
+class DemoResult(ABC):
     """What every demo measures.
 
     Attributes:
@@ -30,16 +31,16 @@ class DemoResult:
     report: str
 
     @property
+    @abstractmethod
     def missed(self) -> list[str]:
         """Domains for which a module did not do what it should."""
-        raise NotImplementedError
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    @abstractmethod
     def lines(self) -> list[str]:
         """The result as a person reads it."""
-        raise NotImplementedError
 
     def _measured(self) -> list[str]:
         routing, memory = self.evaluation["routing"], self.evaluation["memory"]

@@ -81,6 +81,8 @@ def _prompts(
     for index in np.random.default_rng(seed).permutation(len(passages)):
         passage = passages[index]
         counted = passage.counted
+        if not passage.num_scored:  # a conversation of which no answer is left
+            continue
         # Of a conversation of which all is learned nothing says where an answer begins.
         cut = _PROMPT if counted is None or counted[0] else counted.index(True)
         if cut > min(_LONGEST, positions - _NEW) or len(passage.tokens) < cut + _LEAST:
