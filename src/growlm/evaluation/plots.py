@@ -249,6 +249,7 @@ def losses_figure(history: Sequence[Mapping[str, Any]], scores: Mapping[int, flo
         # A few large losses at the beginning would leave no room for the rest.
         shown = sorted([*smooth, *scores.values()])
         top, bottom = shown[min(int(0.98 * len(shown)), len(shown) - 1)], shown[0]
+        top = max(top, scores.get(0, top))  # where training began
         room = 0.08 * (top - bottom) or 0.1
         axes.set_ylim(bottom - room, top + room)
         axes.set_xlim(0, max([*steps, *scores]))
