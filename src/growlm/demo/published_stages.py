@@ -185,7 +185,7 @@ class _Clock:
     def of(self, name: str, count: int, do: Callable[[], _T]) -> _T:
         started, worked = time.monotonic(), time.thread_time()
         result = do()
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         self._found[name] = count, time.monotonic() - started, time.thread_time() - worked
         return result
