@@ -155,6 +155,64 @@ def test_a_stopped_run_is_seen(store):
     assert any("a stopped run goes on after step 4" in line for line in told.lines())
 
 
+def test_of_a_run_whose_module_is_saved_no_steps_are_told(store):
+    """It makes none: the same command only lets the router know."""
+    settings = config(num_layers=1)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("growlm.training.learn.router_after", _stopped)
+        learn(store, "law", law(store), settings, progress=False)
+    before = all_files(store.path)
+    with pytest.raises(StoreError, match="version 1 of 'law' is saved.*the same command without --dry-run ends it"):
+        estimate(store, "law", law(store), settings, progress=False)
+    with pytest.raises(StoreError, match=r"exists \(version 1\); use --update"):  # other text is another run
+        other = write_jsonl(store.path.parent / "other.jsonl", [f"{n} {' '.join(TEXT)}" for n in range(40)])
+        estimate(store, "law", [other], settings, progress=False)
+    assert all_files(store.path) == before
+    assert learn(store, "law", law(store), settings, progress=False).version == 1
+
+
+def _stopped(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_the_disk_that_a_run_takes_is_what_it_took(store, monkeypatch):
+    settings, taken = config(num_layers=1, epochs=4, checkpoint_seconds=0), []
+    told = estimate(store, "law", law(store), settings, progress=False)
+    loss = ModuleTraining._loss
+
+    def counted(training: ModuleTraining, step: int) -> torch.Tensor:
+        taken.append(sum(path.stat().st_size for path in training.work.iterdir()))
+        return loss(training, step)
+
+    monkeypatch.setattr(ModuleTraining, "_loss", counted)
+    learn(store, "law", law(store), settings, progress=False)
+    assert max(taken) <= told.scratch <= 2 * max(taken)
+
+
+def test_memory_of_a_gpu_grows_with_the_step(store, monkeypatch):
+    """As main memory does: where a step of all rows would take too long, the peak of a smaller one is scaled."""
+    peaks, clock, loss_of = iter([1000, 1200, 1000, 1200]), [0.0], ModuleTraining._loss_of
+    monkeypatch.setattr(rehearsal, "device_peak_bytes", lambda device: next(peaks))
+    assert estimate(store, "law", law(store), config(num_layers=1), progress=False).device_memory == 1200
+
+    def slow(training: ModuleTraining, *given: Any) -> torch.Tensor:
+        clock[0] += 20.0
+        return loss_of(training, *given)
+
+    monkeypatch.setattr(rehearsal, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(ModuleTraining, "_loss_of", slow)
+    told = estimate(store, "law", law(store), config(num_layers=1, batch_size=8), progress=False)
+    assert told.device_memory == 1000 + 8 * 200
+
+
+def test_ctrl_c_says_that_nothing_was_changed(store, capfd, monkeypatch):
+    monkeypatch.setattr("growlm.training.estimate.side_by_side", _stopped)
+    with pytest.raises(SystemExit) as stopped:
+        main(["learn", str(store.path), "law", "--data", str(law(store)[0]), "--sequence-length", "32", "--dry-run"])
+    assert stopped.value.code == 130
+    assert capfd.readouterr().err.splitlines()[-1] == "growlm: interrupted; nothing was changed"
+
+
 def test_bad_input_is_refused_in_the_words_of_learn(store, tmp_path, monkeypatch):
     def both(*arguments: Any) -> None:
         said = []

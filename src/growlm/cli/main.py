@@ -90,6 +90,8 @@ def _after_interrupt(given: Sequence[str]) -> str:
     """What to tell about what was saved."""
     if not given or given[0] not in _RESUMED:
         return ""
+    if "--dry-run" in given:
+        return "; nothing was changed"
     if given[0] == "grow" and not any(option.startswith("--data") for option in given):
         # It is there wholly or not at all, and once more would be another step.
         return "; growlm status tells whether the module has its next version already"

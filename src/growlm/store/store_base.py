@@ -68,7 +68,7 @@ class StoreBase:
         if there or recorded.startswith((".", "/")):
             if not there:
                 raise BaseModelError(
-                    f'{local}: the base of {self.path} is not there; put it back, or change "base" in '
+                    f'{local.resolve()}: the base of {self.path} is not there; put it back, or change "base" in '
                     f"{self.path / 'store.json'}"
                 )
             return checkpoint.resolve(local)
@@ -110,7 +110,7 @@ class StoreBase:
             return  # what was written of it is all that is needed
         if (found := memo.sha256(file)) != self.manifest.base_gguf:
             raise BaseModelError(
-                f"{file}: not the file that {self.path} was made for (sha256 {found[:12]}..., the store says "
+                f"{file.resolve()}: not the file that {self.path} was made for (sha256 {found[:12]}..., the store says "
                 f"{str(self.manifest.base_gguf)[:12]}...); restore it, or make a new store"
             )
         folder = self.base_folder
@@ -128,7 +128,7 @@ class StoreBase:
         file, folder = self.path / self.manifest.base, written_base(self.path)
         if not file.is_file():
             raise BaseModelError(
-                f'{file}: the base of {self.path} is not there; put it back, or change "base" in '
+                f'{file.resolve()}: the base of {self.path} is not there; put it back, or change "base" in '
                 f"{self.path / 'store.json'}"
             )
         if folder.exists():

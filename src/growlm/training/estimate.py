@@ -14,32 +14,24 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-import torch
-
 from growlm import data as text_data
 from growlm import router
 from growlm.base import Base, tensor_bytes
-from growlm.base.placement import Placement
+from growlm.errors import StoreError
 from growlm.modules import ModuleSet, kind_of
 from growlm.modules.scoring import paired_losses
 from growlm.progress import reporting
 from growlm.store import ROUTER_TRAINED, Store
 from growlm.training.checkpoints import saved_step
 from growlm.training.config import LearnConfig
-from growlm.training.corpus import (
-    TrainingCorpus,
-    beginnings,
-    bytes_to_keep,
-    require_positions,
-    validation_tokens,
-)
+from growlm.training.corpus import beginnings, validation_tokens
 from growlm.training.general import general_shown
-from growlm.training.learn import require_free, run_id, shown, unfinished_run
+from growlm.training.learn import shown
+from growlm.training.learn_run import LearnRun
 from growlm.training.memory import peak_bytes
 from growlm.training.module_training import as_served
 from growlm.training.rehearsal import Rehearsal
-from growlm.training.router import last_config, require_samples
-from growlm.training.runs import folder_of
+from growlm.training.router import last_config
 from growlm.training.samples import side_by_side
 from growlm.training.validation import Validation
 from growlm.units import format_seconds, format_size
@@ -64,9 +56,11 @@ class Estimate:
         resumes: steps that a stopped run has done already.
         trials: of learning rates, in rounds: how many, and for how many short steps each.
         seconds: by part, of the whole run.
-        memory: peak of main memory in bytes; `device_memory` of the GPU's, where there is one.
+        memory: peak of main memory in bytes, at the least what this process has had already; `device_memory` of the
+            GPU's, where there is one.
         samples: held-out prompts that base and module will answer: `prompt`, `text` and what the `base` answers.
-        bytes: of the module on the disk; `beside` it lies what the router keeps of the text.
+        bytes: of the module on the disk; `beside` it lies what the router keeps of the text; `scratch`, what the run
+            takes besides until it ends.
         timed: optimiser steps from which all this is told.
     """
 
@@ -88,6 +82,7 @@ class Estimate:
     device_memory: int | None
     bytes: int
     beside: int
+    scratch: int
     timed: int
     samples: list[dict[str, str]]
 
@@ -110,7 +105,8 @@ class Estimate:
             f"time: about {format_seconds(self.total_seconds)}"
             + (f" ({', '.join(f'{part} {format_seconds(s)}' for part, s in parts.items())})" if parts else ""),
             f"memory: about {format_size(self.memory)} at the most{gpu}",
-            f"disk: {format_size(self.bytes)}, and beside it {format_size(self.beside)} for the router",
+            f"disk: {format_size(self.bytes)}, and beside it {format_size(self.beside)} for the router; "
+            f"{format_size(self.scratch)} more until the run ends",
             *(
                 f"prompt: {shown(s['prompt'], _SHOWN, end=True)}\n  base: {shown(s['base'], _SHOWN)}"
                 for s in self.samples
@@ -129,10 +125,11 @@ def estimate(
     progress: bool | None = None,
 ) -> Estimate:
     """What `learn` with the same arguments would do. Takes about a minute once the base is loaded and the text is read;
-    changes nothing.
+    changes nothing, but that what a store keeps of a GGUF base is made again if it is gone.
 
     Raises:
-        as `learn`, but that it may turn out no better than the base.
+        as `learn`, but that it may turn out no better than the base; and StoreError: the module of this run is saved
+            already, and only the router is left to be trained.
     """
     with reporting(name, progress), tempfile.TemporaryDirectory() as work:
         return _estimate(store, name, data, config or LearnConfig(), update, samples, Path(work))
@@ -141,24 +138,18 @@ def estimate(
 def _estimate(
     store: Store, name: str, data: Sequence[str | Path], config: LearnConfig, update: bool, samples: int, work: Path
 ) -> Estimate:
-    placement = Placement.of(config.device, config.precision)
-    old = store.find(name)
-    if not update and unfinished_run(store, old) is None:
-        require_free(store, old)
-    keep = bytes_to_keep(store, name, config)
-    if store.manifest.router == ROUTER_TRAINED:
-        require_samples(store, [m for m in store.modules.values() if m.name != name])
-
+    run = LearnRun.prepare(store, name, data, config, update=update, remember=False)
+    if run.saved is not None:
+        raise StoreError(
+            f"{store.path}: version {run.saved.version} of {name!r} is saved, by a run that was stopped after that; "
+            "the same command without --dry-run ends it"
+        )
     clock = _Clock()
-    body = TrainingCorpus.read(data, config)
+    tokens, tokenizer = run.tokenized()
     clock.count("text")
-    base = store.load_base(device=placement.device, remember=False)
+    base = run.load_base()
+    tokens.require_rows(base, run.body.where, tokenizer)
     clock.count("base")
-    tokenizer = store.load_tokenizer()
-    tokens = body.tokenized(tokenizer, config)
-    require_positions(base, config)
-    tokens.require_rows(base, body.where, tokenizer)
-    clock.count("text")
     served = base.dtype
 
     # The router's share.
@@ -172,7 +163,7 @@ def _estimate(
     if not router.has_general(store):
         clock.seconds["general text"] = passage * len(general_shown(store, base, tokenizer))
     trace = tensor_bytes(t for tensors in router.files_of(seen).values() for t in tensors.values())
-    beside = trace * len(passages) // (len(few) + 1) + tensor_bytes(tokens.samples(config, keep).values())
+    beside = trace * len(passages) // (len(few) + 1) + tensor_bytes(tokens.samples(config, run.keep).values())
     if store.manifest.router == ROUTER_TRAINED:
         token = passage / statistics.mean(map(len, few)) * base.num_layers / (layer or base.num_layers)
         clock.seconds["router"] = _router_tokens(store, name, base) * token
@@ -190,10 +181,10 @@ def _estimate(
     found, steps, trained = learning.measure(_SECONDS), learning.steps, learning.module
     del learning
     clock.seconds |= {"vocabulary rows": found.rows, "trials": found.trials, "steps": found.steps}
-    if placement.dtype != served:
+    if run.placement.dtype != served:
         clock.count(None)
         del base
-        base = store.load_base(device=placement.device, remember=False)
+        base = run.load_base()
         clock.count("base")
     module = as_served(base, trained, name)
 
@@ -205,18 +196,16 @@ def _estimate(
     clock.count(None)
     paired_losses([ModuleSet(base), ModuleSet(base, [module])], [p.tokens for p in timed])
     a_token = clock.count(None) / _length(timed)
-    times = 1 if old is None else 2  # by the version that it replaces as well
+    times = 1 if run.old is None else 2  # by the version that it replaces as well
     scored = len(Validation.due(len(steps), len(steps)))
     clock.seconds["scores and admission"] = chosen_by * found.score * scored + _length(decided_by) * a_token * times
     clock.count(None)
     answers = side_by_side(base, module, tokenizer, tokens.heldout, samples, seed=config.seed)
     clock.count("samples")
-    gpu = placement.device.type == "cuda"
-    run = run_id(store, name, old.version if old else 0, body, config, placement)
     return Estimate(
         name=name,
-        text=body.lines(tokens, tokenizer),
-        documents=len(body.text.documents),
+        text=run.body.lines(tokens, tokenizer),
+        documents=len(run.body.text.documents),
         tokens=tokens.packed.num_tokens,
         learned=tokens.packed.num_counted,
         rows=len(tokens.packed),
@@ -228,12 +217,13 @@ def _estimate(
         steps=len(steps),
         tokens_per_step=max(map(len, steps)) * config.sequence_length,
         tokens_trained=read,
-        resumes=saved_step(folder_of(store, name, run)),
+        resumes=saved_step(run.folder),
         trials=[{"rates": number, "steps": length} for number, length in found.rounds],
         seconds=clock.seconds,
         total_seconds=sum(clock.seconds.values()),
         memory=max(found.peak, peak_bytes()),
-        device_memory=torch.cuda.max_memory_allocated(placement.device) if gpu else None,
+        device_memory=found.device_peak,
+        scratch=found.scratch,
         bytes=module.num_bytes(),
         beside=beside,
         timed=found.timed,

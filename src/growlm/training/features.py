@@ -44,6 +44,11 @@ class FeatureCache:
         """How many rows there is room for, the first ones."""
         return self._room
 
+    @property
+    def num_bytes(self) -> int:
+        """What it takes of the disk once those are kept."""
+        return self._room * self._row_bytes
+
     def get(self, rows: np.ndarray, compute: Callable[[np.ndarray], Tensor]) -> Tensor:
         """Rows by number, (b, t, d) in main memory; `compute` gives those that are not on disk."""
         kept = self._kept[rows]

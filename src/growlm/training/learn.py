@@ -14,20 +14,19 @@ from typing import Any
 
 from growlm import router
 from growlm.base import Base
-from growlm.base.placement import Placement
 from growlm.errors import BaseModelError, IntegrityError, StoreError
 from growlm.modules import KnowledgeModule, ModuleSet, kind_of
 from growlm.modules.probe import probe
 from growlm.progress import reporting, say
-from growlm.store import MANIFEST, ROUTER_TRAINED, Store, StoredModule
+from growlm.store import MANIFEST, Store, StoredModule
 from growlm.training.admission import Comparison, require_better, require_no_worse
 from growlm.training.config import LearnConfig
-from growlm.training.corpus import TrainingCorpus, bytes_to_keep, require_positions
 from growlm.training.general import ensure_general
+from growlm.training.learn_run import LearnRun
 from growlm.training.loop import require_finite
 from growlm.training.module_training import ModuleTraining, as_served
-from growlm.training.router import require_samples, router_after
-from growlm.training.runs import empty, folder_of, module_run, run_folder
+from growlm.training.router import router_after
+from growlm.training.runs import empty, run_folder
 from growlm.training.samples import Sample, side_by_side
 
 # Student's t for a 95 % interval, by the number of texts less one; from ten on a formula is near enough.
@@ -171,68 +170,48 @@ def learn(
 def _learn(
     store: Store, name: str, data: Sequence[str | Path], config: LearnConfig, update: bool, restart: bool, samples: int
 ) -> LearnResult:
-    placement = Placement.of(config.device, config.precision)
-    old = store.find(name)
-    unfinished = unfinished_run(store, old)
-    if unfinished is None and not update:
-        require_free(store, old)
-    kind = kind_of(config.kind)
-    keep = bytes_to_keep(store, name, config)
-    if store.manifest.router == ROUTER_TRAINED:
-        require_samples(store, [m for m in store.modules.values() if m.name != name])
-
-    body = TrainingCorpus.read(data, config)
+    run = LearnRun.prepare(store, name, data, config, update=update)
     busy = f"{store.path}: the same learning of {name!r} is running already"
-    if old is not None and unfinished is not None:
-        # Whichever version was current when it began.
-        runs = (run_id(store, name, before, body, config, placement) for before in range(old.version))
-        if unfinished in runs:
-            folder = folder_of(store, name, unfinished)
-            with run_folder(folder, busy, restart=True):  # its checkpoints are of no use now
-                say(f"version {old.version} is saved already")
-                version = router_after(store, restart=restart, device=config.device)
-            return _result(old, version)
-        if not update:
-            require_free(store, old)
-    store.check_base()
-    tokenizer = store.load_tokenizer()
-    tokens = body.tokenized(tokenizer, config)
-    for line in body.lines(tokens, tokenizer):
+    if run.saved is not None:
+        with run_folder(run.folder, busy, restart=True):  # its checkpoints are of no use now
+            say(f"version {run.saved.version} is saved already")
+            version = router_after(store, restart=restart, device=config.device)
+        return _result(run.saved, version)
+    tokens, tokenizer = run.tokenized()
+    for line in run.body.lines(tokens, tokenizer):
         say(line)
 
-    run = run_id(store, name, old.version if old else 0, body, config, placement)
-    with run_folder(folder_of(store, name, run), busy, restart=restart) as work:
-        base = store.load_base(device=placement.device)
-        require_positions(base, config)
-        tokens.require_rows(base, body.where, tokenizer)
+    with run_folder(run.folder, busy, restart=restart) as work:
+        base = run.load_base()
+        tokens.require_rows(base, run.body.where, tokenizer)
         # The router is only shown what the engine will show it: the base in the store's dtype.
         served = base.dtype
         if not router.has_general(store):
             ensure_general(store, base, tokenizer)
         learning = ModuleTraining(
-            base, kind, config, tokens.packed, work, tokens.begin, tokens.replay, tokens.validation
+            base, kind_of(config.kind), config, tokens.packed, work, tokens.begin, tokens.replay, tokens.validation
         )
         seconds = learning.run()
         trained, num_tokens, searched = learning.module, learning.num_tokens, learning.record()
         steps = learning.history
         del learning
-        if placement.dtype != served:
+        if run.placement.dtype != served:
             del base
-            base = store.load_base(device=placement.device)
+            base = run.load_base()
         module = as_served(base, trained, name)
         alone, together = ModuleSet(base), ModuleSet(base, [module])
         found = tokens.compare(alone, together, config)
         require_finite(f"{name}: the held-out loss after training", found.after)
         if not config.admit_anyway:
             require_better(name, found)
-        files = tokens.evidence(base, config, keep, store.manifest.routing_layer)
+        files = tokens.evidence(base, config, run.keep, store.manifest.routing_layer)
         training = {
-            **body.record(),
+            **run.body.record(),
             "tokens": num_tokens,
             "seed": config.seed,
             "settings": config.to_json(),
-            **placement.record(),
-            "run": run,
+            **run.placement.record(),
+            "run": run.id,
             "loss_before": found.before,
             "loss_after": found.after,
             "comparison": found.to_json(),
@@ -244,7 +223,7 @@ def _learn(
         asked = side_by_side(base, module, tokenizer, tokens.heldout, samples, seed=config.seed)
         while True:
             now = store.find(name)
-            if now is not None and not update and (old is None or now.version != old.version):
+            if now is not None and not update and (run.old is None or now.version != run.old.version):
                 raise StoreError(f"{store.path}: module {name!r} exists (learned meanwhile); use --update")
             # The version that is current now, which another run may have saved while this one learned.
             if now is not None and (former := _loadable(store, now, base)) is not None:
@@ -275,29 +254,6 @@ def _loadable(store: Store, old: StoredModule, base: Base) -> KnowledgeModule | 
         return None
 
 
-def require_free(store: Store, current: StoredModule | None) -> None:
-    """
-    Raises:
-        StoreError: the name is taken.
-    """
-    if current is not None:
-        raise StoreError(
-            f"{store.path}: module {current.name!r} exists (version {current.version}); use --update to learn its next "
-            "version"
-        )
-
-
-def unfinished_run(store: Store, current: StoredModule | None) -> str | None:
-    """Of the run that made a module, the id, if that run has not ended: its folder goes last."""
-    if current is None:
-        return None
-    try:
-        run = current.manifest.training.get("run")
-    except StoreError:  # damaged; to learn the name again is the cure
-        return None
-    return run if isinstance(run, str) and folder_of(store, current.name, run).is_dir() else None
-
-
 def _result(stored: StoredModule, trained_router: int | None) -> LearnResult:
     said = stored.manifest.training
     try:
@@ -325,13 +281,3 @@ def _result(stored: StoredModule, trained_router: int | None) -> LearnResult:
         validation=said.get("validation", {}),
         router=trained_router,
     )
-
-
-def run_id(
-    store: Store, name: str, before: int, body: TrainingCorpus, config: LearnConfig, placement: Placement
-) -> str:
-    """
-    Args:
-        before: the version that was current when it began; 0 for none.
-    """
-    return module_run(store, [name, before, body.digest], config, placement)

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 # Parameters of mallopt(3) and the values that glibc's own adjustment ends at.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 _USUAL_TRIM, _USUAL_MMAP, _USUAL_MMAP_MAX = 64 << 20, 32 << 20, 65536
@@ -45,6 +47,11 @@ def peak_bytes() -> int:
     """The most main memory that this process has had."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def device_peak_bytes(device: torch.device) -> int | None:
+    """The most memory of a GPU that this process's tensors have had; None of what is no GPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def _set_back(libc: ctypes.CDLL) -> None:

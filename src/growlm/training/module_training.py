@@ -113,14 +113,13 @@ class ModuleTraining:
         self._imitated = round(self.module.imitation_share * len(self._steps))
         self._cache: FeatureCache | None = None
         if wanted > len(packed) and self.fork > 0:
-            checkpoint = 3 * 4 * self.module.num_parameters()  # weights and both moments, in float32
             self._cache = FeatureCache(
                 work / "features.bin",
                 len(self.packed),
                 (config.sequence_length, base.hidden_size),
                 self.dtype,
                 limit=int(config.feature_cache),
-                reserve=_CHECKPOINTS * checkpoint,
+                reserve=_CHECKPOINTS * self._checkpoint_bytes,
             )
 
         self._validation: _Passages | None = _Passages(
@@ -136,6 +135,14 @@ class ModuleTraining:
     def num_tokens(self) -> int:
         """Tokens that were trained on."""
         return sum(self._tokens_of(i) for i in range(self.steps_done))
+
+    @property
+    def _checkpoint_bytes(self) -> int:
+        return 3 * 4 * self.module.num_parameters()  # weights and both moments, in float32
+
+    def scratch_bytes(self) -> int:
+        """What the run takes of the disk at the most."""
+        return _CHECKPOINTS * self._checkpoint_bytes + (self._cache.num_bytes if self._cache is not None else 0)
 
     def run(self, decay: Callable[[str, nn.Parameter], bool] = matrices) -> float:
         """Trains, and returns the seconds that it took. The module is that of the step with the lowest held-out loss.

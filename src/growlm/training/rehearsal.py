@@ -18,7 +18,7 @@ from torch import Tensor
 from growlm.progress import phase
 from growlm.training.config import AUTO, LearnConfig
 from growlm.training.loop import matrices, module_rate, train
-from growlm.training.memory import peak_bytes
+from growlm.training.memory import device_peak_bytes, peak_bytes
 from growlm.training.module_training import ModuleTraining
 
 _ROUNDS = 4  # of steps that are timed; the first one only warms up
@@ -34,7 +34,8 @@ class Rehearsed:
         rows, trials, steps: seconds for choosing vocabulary rows, for all trials, for all optimiser steps.
         score: seconds for each token of validation that is scored.
         timed: optimiser steps by which it was told.
-        peak: bytes of main memory that this process has at the most in a step of full size.
+        peak: bytes of main memory that this process has at the most in a step of full size; `device_peak` of the GPU's.
+        scratch: bytes of the disk that the run takes until it ends.
     """
 
     rounds: list[tuple[int, int]]
@@ -44,6 +45,8 @@ class Rehearsed:
     score: float
     timed: int
     peak: int
+    device_peak: int | None
+    scratch: int
 
 
 class _EnoughError(Exception):
@@ -68,6 +71,7 @@ class Rehearsal(ModuleTraining):
             TrainingError: a loss or gradient that is not finite.
         """
         began, before = monotonic(), peak_bytes()
+        before_on_device = device_peak_bytes(self.base.device)
         rates, plan = self._trials_for(rate := module_rate(self.base.hidden_size))
         rate = min([rate, *rates])
         trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
@@ -110,7 +114,11 @@ class Rehearsal(ModuleTraining):
             steps=self._all_steps(each),
             score=score,
             timed=sum(map(len, times.values())),
-            peak=round(before + (peak_bytes() - before) * batch / fits),
+            peak=_scaled(before, peak_bytes(), batch / fits),
+            device_peak=None
+            if before_on_device is None
+            else _scaled(before_on_device, device_peak_bytes(self.base.device) or 0, batch / fits),
+            scratch=self.scratch_bytes(),
         )
 
     @property
@@ -181,3 +189,8 @@ class Rehearsal(ModuleTraining):
         found = super()._least_known(config, begin)
         self._row_seconds = monotonic() - began
         return found
+
+
+def _scaled(before: int, after: int, larger: float) -> int:
+    """A peak, of which what was added in smaller steps grows with their size."""
+    return round(before + (after - before) * larger)

@@ -1,0 +1,132 @@
+"""Learn run: what has to be right before a module is learned, the same for the run itself and for its estimate.
+
+Reads the text and asks the store; changes nothing. Knows runs of `learn` by their ids; not how a module is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from growlm.base import Base
+from growlm.base.placement import Placement
+from growlm.errors import StoreError
+from growlm.store import ROUTER_TRAINED, Store, StoredModule
+from growlm.training.config import LearnConfig
+from growlm.training.corpus import Tokens, TrainingCorpus, bytes_to_keep, require_positions
+from growlm.training.router import require_samples
+from growlm.training.runs import folder_of, module_run
+
+
+@dataclass(frozen=True)
+class LearnRun:
+    """A run that can begin, or goes on.
+
+    Attributes:
+        old: the version that is there before it.
+        keep: bytes of the text that will stay in the store.
+        id: tells it from every other run.
+        saved: the module, where an earlier process of this run has saved it: only the router is left to be trained.
+        remember: as `Store.check_base`.
+    """
+
+    store: Store
+    name: str
+    config: LearnConfig
+    placement: Placement
+    old: StoredModule | None
+    keep: int
+    body: TrainingCorpus
+    id: str
+    saved: StoredModule | None
+    remember: bool = True
+
+    @classmethod
+    def prepare(
+        cls,
+        store: Store,
+        name: str,
+        data: Sequence[str | Path],
+        config: LearnConfig,
+        *,
+        update: bool,
+        remember: bool = True,
+    ) -> LearnRun:
+        """
+        Raises:
+            StoreError: `name` is not allowed or is taken.
+            DataError: data that is missing or malformed.
+            ConfigError: there is no such device.
+        """
+        placement = Placement.of(config.device, config.precision)
+        old = store.find(name)
+        unfinished = _unfinished(store, old)
+        if unfinished is None and not update:
+            _require_free(store, old)
+        keep = bytes_to_keep(store, name, config)
+        if store.manifest.router == ROUTER_TRAINED:
+            require_samples(store, [m for m in store.modules.values() if m.name != name])
+        body = TrainingCorpus.read(data, config)
+
+        def run_after(version: int) -> str:
+            return module_run(store, [name, version, body.digest], config, placement)
+
+        run, saved = run_after(old.version if old else 0), None
+        if old is not None and unfinished is not None:
+            # Whichever version was current when it began.
+            if unfinished in map(run_after, range(old.version)):
+                run, saved = unfinished, old
+            elif not update:
+                _require_free(store, old)
+        return cls(store, name, config, placement, old, keep, body, run, saved, remember)
+
+    @property
+    def folder(self) -> Path:
+        """Where its checkpoints lie."""
+        return folder_of(self.store, self.name, self.id)
+
+    def tokenized(self) -> tuple[Tokens, Any]:
+        """The text in ids of the base's tokenizer, and the tokenizer.
+
+        Raises:
+            BaseModelError: the base is missing or has changed.
+            DataError, ConfigError: as `TrainingCorpus.tokenized`.
+        """
+        self.store.check_base(remember=self.remember)
+        tokenizer = self.store.load_tokenizer()
+        return self.body.tokenized(tokenizer, self.config), tokenizer
+
+    def load_base(self) -> Base:
+        """
+        Raises:
+            BaseModelError: the base is missing or has changed.
+            ConfigError: rows are longer than it was made for.
+        """
+        base = self.store.load_base(device=self.placement.device, remember=self.remember)
+        require_positions(base, self.config)
+        return base
+
+
+def _require_free(store: Store, current: StoredModule | None) -> None:
+    """
+    Raises:
+        StoreError: the name is taken.
+    """
+    if current is not None:
+        raise StoreError(
+            f"{store.path}: module {current.name!r} exists (version {current.version}); use --update to learn its next "
+            "version"
+        )
+
+
+def _unfinished(store: Store, current: StoredModule | None) -> str | None:
+    """Of the run that made a module, the id, if that run has not ended: its folder goes last."""
+    if current is None:
+        return None
+    try:
+        run = current.manifest.training.get("run")
+    except StoreError:  # damaged; to learn the name again is the cure
+        return None
+    return run if isinstance(run, str) and folder_of(store, current.name, run).is_dir() else None
