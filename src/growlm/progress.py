@@ -190,7 +190,7 @@ class _Log:
         self._lock = threading.RLock()
         self._began = self._shown = monotonic()
         self._held: float | None = None  # since when it has waited for something to say
-        self._doing = "starting: "  # what no phase says, as the import of torch
+        self._newest: str | None = None  # title of the phase that began last
         self._closed = threading.Event()
         threading.Thread(target=self._watch, name="growlm-progress", daemon=True).start()
 
@@ -204,7 +204,7 @@ class _Log:
             if self._phases and new.unit and self._phases[-1].unit == new.unit:
                 return self._phases[-1]
             self._phases.append(new)
-            self._doing = ""
+            self._newest = new.title
         self.look()
         return None
 
@@ -246,7 +246,14 @@ class _Log:
             current.spoke = True
         first = lasting[0].subject if lasting else self._subject
         told = "; ".join(f"{p.title}: {p.told(now)}" for p in lasting)
-        self.write(f"{first}: {told or self._doing + format_seconds(now - self._began)}")
+        self.write(f"{first}: {told or self._between(now)}")
+
+    def _between(self, now: float) -> str:
+        """What there is to say where no phase lasts: where the verb is, as in the import of torch."""
+        seconds = format_seconds(now - self._began)
+        if self._newest is None:
+            return f"starting: {seconds}"
+        return f"{seconds} so far, {'now' if self._phases else 'after'} {self._newest}"
 
     def is_long(self, old: Phase) -> bool:
         """Whether a phase's end is worth a line: it has spoken before, or should have by now."""
@@ -297,7 +304,7 @@ class _Bars(_Log):
         return True
 
     def show(self, now: float) -> None:
-        if any(now - p.began >= _BAR_SECONDS for p in self._phases) or (self._soon and self._doing):
+        if any(now - p.began >= _BAR_SECONDS for p in self._phases) or (self._soon and self._newest is None):
             self._live.start()
             self._live.update(self._table(now), refresh=True)
 
@@ -315,7 +322,7 @@ class _Bars(_Log):
 
         table = Table.grid(padding=(0, 1))
         if not self._phases:
-            table.add_row(escape(f"{self._subject}: {self._doing}{format_seconds(now - self._began)}"))
+            table.add_row(escape(f"{self._subject}: {self._between(now)}"))
         for p in self._phases:
             bar = ProgressBar(p.total, p.done, width=min(self._live.console.width // 8, 20), pulse=not p.total)
             table.add_row(escape(f"{p.subject}: {p.title}"), bar, escape(p.told(now)))
