@@ -110,6 +110,14 @@ def test_generate_json(home, answer):
     assert (nothing["module"], nothing["loaded"]) == (None, [])
 
 
+def test_an_answer_that_ends_at_once_is_explained(home, run, monkeypatch):
+    """An empty line alone leaves a user with nothing to do."""
+    monkeypatch.setattr("growlm.base.Base.end_tokens", lambda *_: range(10_000))
+    code, out, err = run("generate", "store", "abc", "--module", "base")
+    assert (code, out.strip()) == (0, "")
+    assert "the model ended the text at once; a question is best asked with growlm chat" in err
+
+
 def test_route_json(home, answer):
     found = answer("route", "store", domain_text("letters", 9))
     assert set(found) == {"module", "scores", "tied"}

@@ -158,14 +158,15 @@ def test_a_stopped_run_is_seen(store):
 def test_of_a_run_whose_module_is_saved_no_steps_are_told(store):
     """It makes none: the same command only lets the router know."""
     settings = config(num_layers=1)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr("growlm.training.learn.router_after", _stopped)
-        learn(store, "law", law(store), settings, progress=False)
+        with pytest.raises(KeyboardInterrupt):
+            learn(store, "law", law(store), settings, progress=False)
     before = all_files(store.path)
-    with pytest.raises(StoreError, match="version 1 of 'law' is saved.*the same command without --dry-run ends it"):
+    with pytest.raises(StoreError, match=r"version 1 of 'law' is saved.*the same command without --dry-run ends it"):
         estimate(store, "law", law(store), settings, progress=False)
+    other = write_jsonl(store.path.parent / "other.jsonl", [f"{n} {' '.join(TEXT)}" for n in range(40)])
     with pytest.raises(StoreError, match=r"exists \(version 1\); use --update"):  # other text is another run
-        other = write_jsonl(store.path.parent / "other.jsonl", [f"{n} {' '.join(TEXT)}" for n in range(40)])
         estimate(store, "law", [other], settings, progress=False)
     assert all_files(store.path) == before
     assert learn(store, "law", law(store), settings, progress=False).version == 1

@@ -390,6 +390,25 @@ def test_a_run_that_goes_on_does_not_begin_anew(store):
     assert steps_of(lambda: run(store))[0] == 10
 
 
+def test_a_run_that_goes_on_has_chosen_its_vocabulary_rows(home, store, monkeypatch):
+    """It does not ask the base again; a list that is damaged is made again, and the bytes are the same."""
+    whole = store.beside(home / "whole")
+    run(whole)
+    with at_step(9, interrupt), pytest.raises(Interrupted):
+        run(store)
+    (file,) = (store.path / "work").glob("*/rows.json")
+    kept = file.read_bytes()
+    for at, damaged in enumerate((b"", b"[3, 1]", b"[0, 99999]", b'{"rows": 1}', b"[[1, 2]]"), 10):
+        file.write_bytes(damaged)
+        with at_step(at, interrupt), pytest.raises(Interrupted):
+            run(store)
+        assert file.read_bytes() == kept
+    monkeypatch.setattr("growlm.training.module_training.choose_rows", None)
+    run(store)
+    files = [s.module("law").manifest.files["module.safetensors"] for s in (whole, store)]
+    assert files[0] == files[1]
+
+
 def test_a_finished_run_leaves_no_lock(store):
     run(store)
     run(store, update=True)

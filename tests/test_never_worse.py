@@ -34,6 +34,7 @@ from growlm.training.finetune import finetune
 from growlm.training.grow import grow
 from growlm.training.rates import between, find_rate, rounds, trials_for
 from growlm.training.validation import Validation
+from growlm.units import format_size
 from interruptions import at_step, interrupt, steps_of
 from stores import make_store, store_with_texts
 
@@ -407,6 +408,15 @@ def test_the_command_says_so_and_fails(store, spoilt, capfd):
     err = capfd.readouterr().err
     assert "growlm: law: not better than the base, so that nothing was saved: held-out loss" in err
     assert store.modules == {}
+    # What it still takes is told, then and later.
+    (left,) = store.status()["runs"]
+    assert f"{format_size(left['bytes'])} of this run are kept for --admit-anyway" in err
+    assert left["bytes"] == sum(p.stat().st_size for p in (store.path / left["folder"]).rglob("*")) > 0
+    with pytest.raises(SystemExit):
+        main(["status", str(store.path)])
+    assert f"  {left['folder']}  {format_size(left['bytes'])} of a run that" in capfd.readouterr().out
+    learn(store, "law", [store.path.parent / "law.jsonl"], config(admit_anyway=True), progress=False)
+    assert store.status()["runs"] == []
 
 
 def test_an_update_that_is_worse_than_what_it_replaces_is_refused(store):

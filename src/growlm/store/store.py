@@ -373,6 +373,11 @@ class Store(StoreBase):
     # The store itself
 
     @property
+    def work(self) -> Path:
+        """Where trainings keep what they need to go on."""
+        return self.path / "work"
+
+    @property
     def scratch(self) -> Path:
         """For what is being written; nothing in it counts."""
         return self.path / "scratch"
@@ -384,7 +389,8 @@ class Store(StoreBase):
             yield
 
     def status(self) -> dict[str, Any]:
-        """What the store holds: base, modules, parameters in all, and at most active for a prompt."""
+        """What the store holds: base, modules, parameters in all, and at most active for a prompt; and what trainings
+        that are under way, were stopped or did not do better keep there to go on."""
         base = checkpoint.num_parameters(self.base_folder)
         versions = dict(self.versions())
         found = [self._current(name, numbers) for name, numbers in versions.items()]
@@ -407,6 +413,11 @@ class Store(StoreBase):
             "modules": modules,
             "total_parameters": base + sum(sizes),
             "active_parameters": base + max(sizes, default=0),
+            "runs": [
+                {"folder": str(folder.relative_to(self.path)), "bytes": kept}
+                for folder in sorted(self.work.glob("*/"))
+                if (kept := sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()))
+            ],
         }
 
     def verify(self) -> list[str]:

@@ -331,7 +331,7 @@ def _alone(store: Store, name: str) -> Iterator[None]:
     Raises:
         StoreError: another process is changing the module's size.
     """
-    with locked(store.path / "work" / f"{name}-grow.lock", wait=False, keep=False) as mine:
+    with locked(store.work / f"{name}-grow.lock", wait=False, keep=False) as mine:
         if not mine:
             raise StoreError(f"{store.path}: {name!r} is being grown by another process; wait for it")
         yield

@@ -112,6 +112,8 @@ def train(
             if validation is not None:
                 last = validation.after(done, num_steps) or last
                 heldout = f", validation {validation.losses[max(validation.losses)]:.3f}"
+                if max(validation.losses):
+                    heldout += f" (at first {validation.losses[0]:.3f})"
             scored = validation.losses.get(done) if validation is not None else None
             history.add(done, before + tokens, value, rate, scored)
             now = time.monotonic()

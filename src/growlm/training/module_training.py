@@ -5,6 +5,7 @@ Knows token rows, a base and a kind of module; nothing of stores, files of text 
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,13 +21,14 @@ from growlm import data as text_data
 from growlm.base import Base
 from growlm.base.padding import pad_right
 from growlm.base.placement import Placement
+from growlm.disk.files import read_json, write_atomic
 from growlm.layers.cross_entropy import linear_cross_entropy, token_losses
 from growlm.layers.losses import load_concentration
 from growlm.layers.pools import imitation
 from growlm.layers.routing import watched
 from growlm.modules import KnowledgeModule, ModuleSet
 from growlm.modules.scoring import passage_losses
-from growlm.modules.vocabulary import choose_rows
+from growlm.modules.vocabulary import are_rows, choose_rows
 from growlm.progress import phase, say
 from growlm.training import history
 from growlm.training.config import AUTO, LearnConfig, ModuleTrainConfig
@@ -37,6 +39,7 @@ from growlm.training.optim import clip_gradients, make_optimizer
 from growlm.training.rates import Trial, find_rate, trials_for
 from growlm.training.validation import Validation
 
+_ROWS = "rows.json"
 _SAMPLE_SHARE = 20  # rows that are trained on for each one on which the base is asked what it knows
 _TRIAL_LENGTH = 4  # a trial step reads one row of a batch, and of that such a part: no less than
 _LEAST_TRIAL = 32  # tokens
@@ -93,7 +96,7 @@ class ModuleTraining:
             self.module = module
         else:
             assert isinstance(config, LearnConfig)
-            row_ids = self._least_known(config, begin)
+            row_ids = self._row_ids(config, begin)
             # The module is made from the base's weights as they are stored.
             _set(weights, stored)
             self.module = module.create(base, config.shape, row_ids)
@@ -272,10 +275,24 @@ class ModuleTraining:
         """Rows of text that suit a run of this size, to ask the base on what it knows."""
         return max(self.config.rows_wanted(len(self.text)) // _SAMPLE_SHARE, 4)
 
-    def _least_known(self, config: LearnConfig, begin: Sequence[int]) -> Tensor | None:
-        """Of the tokens that the domain uses, those that the base knows least."""
+    def _row_ids(self, config: LearnConfig, begin: Sequence[int]) -> Tensor | None:
+        """Ids of the vocabulary rows of its own that a module gets, if it gets any. A run that goes on has chosen."""
         if config.shape.vocabulary == "none":
             return None
+        file = self.work / _ROWS
+        try:
+            chosen = torch.tensor(read_json(file), dtype=torch.long)
+            if are_rows(chosen, self.base):
+                return chosen
+        except (OSError, ValueError, TypeError):
+            pass
+        chosen = self._least_known(config, begin)
+        self.work.mkdir(parents=True, exist_ok=True)
+        write_atomic(file, json.dumps(chosen.tolist()).encode())
+        return chosen
+
+    def _least_known(self, config: LearnConfig, begin: Sequence[int]) -> Tensor:
+        """Of the tokens that the domain uses, those that the base knows least."""
         vocab = self.base.vocab_size
         lost = torch.zeros(vocab, dtype=torch.float64)
 

@@ -184,7 +184,7 @@ class Rehearsal(ModuleTraining):
         below = max(each["new"] - each["kept"], 0.0)
         return learned * each["kept"] + imitated * each.get("imitated", 0.0) + computed * below
 
-    def _least_known(self, config: LearnConfig, begin: Sequence[int]) -> Tensor | None:
+    def _least_known(self, config: LearnConfig, begin: Sequence[int]) -> Tensor:
         began = monotonic()
         found = super()._least_known(config, begin)
         self._row_seconds = monotonic() - began

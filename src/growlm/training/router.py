@@ -104,7 +104,7 @@ def _train_router(store: Store, config: RouterConfig, base: Base | None, restart
     rows = _Rows(kept, config, begin, length)
 
     run = _run_id(store, modules, kept[-1], config, placement)
-    folder = store.path / "work" / f"router-{run[:16]}"
+    folder = store.work / f"router-{run[:16]}"
     busy = f"{store.path}: the same training of its router is running already"
     with run_folder(folder, busy, restart=restart) as work:
         torch.manual_seed(config.seed)

@@ -19,6 +19,7 @@ from growlm.progress import say
 from growlm.store import Store
 from growlm.training.checkpoints import saved_step
 from growlm.training.config import ModuleTrainConfig
+from growlm.units import format_size
 
 _REFUSED = "refused"  # marks the folder of a run that ended and was not admitted
 
@@ -50,6 +51,8 @@ def run_folder(folder: Path, busy: str, *, restart: bool) -> Iterator[Path]:
         except NotBetterError:
             # --admit-anyway goes on from here; the next run under the name takes it away.
             (folder / _REFUSED).touch()
+            kept = sum(path.stat().st_size for path in folder.iterdir())
+            say(f"{format_size(kept)} of this run are kept for --admit-anyway until the name is learned otherwise")
             raise
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -76,7 +79,7 @@ def empty(folder: Path) -> None:
 
 def folder_of(store: Store, name: str, run: str) -> Path:
     """Where the training of a module keeps what it needs."""
-    return store.path / "work" / f"{name}-{run[:16]}"
+    return store.work / f"{name}-{run[:16]}"
 
 
 def module_run(store: Store, what: Sequence[Any], config: ModuleTrainConfig, placement: Placement) -> str:

@@ -82,6 +82,8 @@ def generate(
             return print_json(answer.to_json())
         pieces = engine.stream(prompt, module=wanted, mix=mix, reroute=reroute, **sampling)
         result = print_stream(pieces, name_of(store))
+    if not result.text.strip() and result.finish_reason == "stop" and not stop:
+        note("the model ended the text at once; a question is best asked with growlm chat")
     writers = result.module or "base"
     if result.mixture:
         writers = ", ".join(f"{name} {share:.0%}" for name, share in result.mixture.items())

@@ -30,6 +30,11 @@ def status(store: StorePath, as_json: Json = False) -> None:
             f"  {m['name']:<{width}}  version {m['version']}{older}  {m['kind']}  {format_size(m['bytes']):>9}  "
             f"{format_count(m['parameters'])} parameters{', ' + m['about'] if m['about'] else ''}"
         )
+    for run in found["runs"]:
+        print(
+            f"  {run['folder']}  {format_size(run['bytes'])} of a run that is under way, was stopped or was not "
+            "admitted: the same command goes on from it"
+        )
     print(
         f"total {format_count(found['total_parameters'])} parameters; with the largest module "
         f"{format_count(found['active_parameters'])}"
