@@ -69,7 +69,14 @@ def test_it_tells_what_the_run_that_follows_does(store, monkeypatch, changes):
     beside = sum(p.stat().st_size for p in stored.folder.glob("router*.safetensors"))
     beside += sum(p.stat().st_size for p in stored.folder.glob("samples*.safetensors"))
     assert told.beside == pytest.approx(beside, rel=0.1, abs=700)  # headers of the files
-    assert {"text", "base", "steps", "scores and admission", "evidence", "general text"} <= told.seconds.keys()
+    assert {
+        "text",
+        "base",
+        "steps",
+        "scores and admission",
+        "showing the router the text",
+        "showing it general text",
+    } <= told.seconds.keys()
     assert told.seconds["steps"] > 0
     assert (told.seconds["trials"] > 0) == bool(said["trials"])
     assert told.total_seconds == pytest.approx(sum(told.seconds.values()))
@@ -143,7 +150,7 @@ def test_an_update_is_estimated_and_a_taken_name_refused_as_learn_does(store):
     before = all_files(store.path)
     told = estimate(store, "law", law(store), config(num_layers=1), update=True, progress=False)
     assert all_files(store.path) == before
-    assert "general text" not in told.seconds
+    assert "showing it general text" not in told.seconds
 
 
 def test_a_stopped_run_is_seen(store):

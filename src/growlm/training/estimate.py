@@ -92,7 +92,7 @@ class Estimate:
     def lines(self) -> list[str]:
         """For people."""
         held, parts = self.heldout, {part: seconds for part, seconds in self.seconds.items() if seconds >= 0.5}
-        rounds = ", then ".join(f"{r['rates']} for {r['steps']} short steps" for r in self.trials)
+        rounds = ", then ".join(f"{r['rates']} are tried for {r['steps']} short steps" for r in self.trials)
         gpu = "" if self.device_memory is None else f", {format_size(self.device_memory)} of the GPU's"
         resumed = f"; a stopped run goes on after step {self.resumes:,}" if self.resumes else ""
         return [
@@ -159,14 +159,14 @@ def _estimate(
     clock.count(None)
     seen = router.gather_evidence(base, few, few[:1], layer=layer)
     passage = clock.count(None) / (len(few) + 1)
-    clock.seconds["evidence"] = passage * len(passages)
+    clock.seconds["showing the router the text"] = passage * len(passages)
     if not router.has_general(store):
-        clock.seconds["general text"] = passage * len(general_shown(store, base, tokenizer))
+        clock.seconds["showing it general text"] = passage * len(general_shown(store, base, tokenizer))
     trace = tensor_bytes(t for tensors in router.files_of(seen).values() for t in tensors.values())
     beside = trace * len(passages) // (len(few) + 1) + tensor_bytes(tokens.samples(config, run.keep).values())
     if store.manifest.router == ROUTER_TRAINED:
         token = passage / statistics.mean(map(len, few)) * base.num_layers / (layer or base.num_layers)
-        clock.seconds["router"] = _router_tokens(store, name, base) * token
+        clock.seconds["training the router"] = _router_tokens(store, name, base) * token
 
     learning = Rehearsal(
         base,
