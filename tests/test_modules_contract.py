@@ -38,6 +38,11 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
         "beside": {"num_experts": 30, "num_heads": 2, "top_k": 3, "layers": (0, 2)},
         "instead": {"num_experts": 16, "num_heads": 1, "top_k": 4, "replace_feed_forward": True, "query_norm": "layer"},
     },
+    "lora": {
+        "everywhere": {"r": 3},
+        "upper": {"r": 2, "lora_alpha": 3.0, "layers": (1, 2), "use_rslora": True},
+        "dora": {"r": 4, "use_dora": True},
+    },
 }
 VOCABULARIES = ["none", "head", "both"]
 ALL_SHAPES = [(kind, name, settings) for kind, shapes in SHAPES.items() for name, settings in shapes.items()]

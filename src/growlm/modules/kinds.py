@@ -12,6 +12,7 @@ KINDS = {
     "blocks": "growlm.modules.blocks:Blocks",
     "experts": "growlm.modules.experts:Experts",
     "peer": "growlm.modules.peer:Peer",
+    "lora": "growlm.modules.lora:Lora",
 }
 
 

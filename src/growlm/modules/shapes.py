@@ -6,6 +6,7 @@ imports nothing heavy: the command line's options are made from it.
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
@@ -166,12 +167,7 @@ class PeerConfig(ModuleConfig):
     @field_validator("layers", mode="before")
     @classmethod
     def _parse(cls, value: Any) -> Any:
-        if not isinstance(value, str):
-            return tuple(value) if isinstance(value, list) else value  # as JSON has it
-        try:
-            return tuple(int(part) for part in value.split(","))
-        except ValueError:
-            raise ConfigError(f"layers is {value!r}; write numbers of layers, e.g. 3 or 2,5") from None
+        return _layers(value)
 
     @model_validator(mode="after")
     def _check_steps(self) -> Self:
@@ -222,12 +218,7 @@ class PeerConfig(ModuleConfig):
         Raises:
             ConfigError: layers that the base does not have, or sizes of pools that cannot be.
         """
-        layers = (base.num_layers // 2,) if self.layers is None else tuple(sorted(self.layers))
-        if len(set(layers)) < len(layers) or not layers:
-            raise ConfigError(f"layers are {', '.join(map(str, self.layers or ()))}; name each once, and at least one")
-        for layer in layers:
-            if not 0 <= layer < base.num_layers:
-                raise ConfigError(f"layer {layer}: {base.where} has layers 0 to {base.num_layers - 1}")
+        layers = (base.num_layers // 2,) if self.layers is None else _of(self.layers, base)
         try:
             steps = self.steps or (_sub_key_counts(self.num_experts)[0],)
         except ValueError as error:
@@ -235,7 +226,112 @@ class PeerConfig(ModuleConfig):
         return self.model_copy(update={"layers": layers, "steps": steps})
 
 
-SHAPES: dict[str, type[ModuleConfig]] = {"blocks": BlocksConfig, "experts": ExpertsConfig, "peer": PeerConfig}
+ALL_LINEAR = "all-linear"
+
+
+class LoraConfig(ModuleConfig):
+    """Shape of a `lora` module. Names are PEFT's.
+
+    Attributes:
+        r: rank of the differences.
+        lora_alpha: what a difference is multiplied by, times the rank; by default twice the rank.
+        target_modules: names of the projections that get one, e.g. q_proj,v_proj; all-linear: every one in a layer.
+        layers: of the base that get them, e.g. 10-29; by default all. Those before the first are shared with other
+            modules.
+        use_rslora: divide by the rank's square root (rank-stabilised) and not by the rank.
+        use_dora: learn the length of every row of a matrix as well (DoRA).
+        rank_pattern: other ranks by name, e.g. down_proj=32,q_proj=8.
+    """
+
+    vocabulary: Literal["none", "head", "both"] = "none"
+    r: _Number = 16
+    lora_alpha: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    target_modules: tuple[str, ...] | Literal["all-linear"] = ALL_LINEAR
+    layers: tuple[Layer, ...] | None = None
+    use_rslora: bool = False
+    use_dora: bool = False
+    rank_pattern: dict[str, _Number] = Field(default_factory=dict)
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _parse_layers(cls, value: Any) -> Any:
+        return _layers(value)
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _parse_targets(cls, value: Any) -> Any:
+        if isinstance(value, str) and value != ALL_LINEAR:
+            value = value.split(",")
+        if isinstance(value, list | tuple) and not (value and all(isinstance(v, str) and v for v in value)):
+            raise ConfigError(f"target_modules is {value!r}; write names of projections, e.g. q_proj,v_proj")
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("rank_pattern", mode="before")
+    @classmethod
+    def _parse_ranks(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return {name: int(rank) for name, rank in (part.split("=") for part in value.split(","))}
+        except ValueError:
+            raise ConfigError(f"rank_pattern is {value!r}; write names and ranks, e.g. down_proj=32,q_proj=8") from None
+
+    def rank_of(self, path: str) -> int:
+        """Of the difference of a projection, by its path in the layer."""
+        return next((r for name, r in self.rank_pattern.items() if path == name or path.endswith(f".{name}")), self.r)
+
+    def scaling_of(self, path: str) -> float:
+        """What B A is multiplied by."""
+        alpha, rank = self.lora_alpha or 2 * self.r, self.rank_of(path)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def about(self) -> str:
+        return f"rank {self.r}{', DoRA' if self.use_dora else ''}"
+
+    def completed(self, base: Base) -> Self:
+        """With what is recorded when a module is made.
+
+        Raises:
+            ConfigError: layers that the base does not have.
+        """
+        layers = tuple(range(base.num_layers)) if self.layers is None else _of(self.layers, base)
+        return self.model_copy(update={"layers": layers, "lora_alpha": self.lora_alpha or 2.0 * self.r})
+
+
+SHAPES: dict[str, type[ModuleConfig]] = {
+    "blocks": BlocksConfig,
+    "experts": ExpertsConfig,
+    "peer": PeerConfig,
+    "lora": LoraConfig,
+}
+
+
+def _layers(value: Any) -> Any:
+    """Layers as they are written on the command line or in JSON."""
+    if not isinstance(value, str):
+        return tuple(value) if isinstance(value, list) else value
+    found: list[int] = []
+    for part in value.split(","):
+        first, dash, last = part.partition("-")
+        try:
+            found += range(int(first), int(last) + 1) if dash else [int(first)]
+        except ValueError:
+            raise ConfigError(f"layers is {value!r}; write numbers of layers, e.g. 3, 2,5 or 10-29") from None
+    return tuple(found)
+
+
+def _of(layers: tuple[int, ...], base: Base) -> tuple[int, ...]:
+    """Layers in order.
+
+    Raises:
+        ConfigError: none, one twice, or one that the base does not have.
+    """
+    if len(set(layers)) < len(layers) or not layers:
+        raise ConfigError(f"layers are {', '.join(map(str, layers))}; name each once, and at least one")
+    for layer in layers:
+        if not 0 <= layer < base.num_layers:
+            raise ConfigError(f"layer {layer}: {base.where} has layers 0 to {base.num_layers - 1}")
+    return tuple(sorted(layers))
 
 
 def _sub_key_counts(num_experts: int) -> tuple[int, int]:

@@ -1,0 +1,201 @@
+"""LoRA: low-rank differences of a frozen base's own matrices, learned for one domain (Hu et al. 2021, equation 3).
+
+Beside a matrix W stand A and B of rank r: the layer computes W x + s B A x, s = alpha / r, or alpha / sqrt(r) with
+rank-stabilised scaling (Kalajdzievski 2023). With DoRA (Liu et al. 2024) the rows of W + s B A are brought to a learned
+length besides. Names and numbers are PEFT's, so that adapters can come and go. Several such modules can be active
+together: their differences add up.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from growlm.base import Base, LayerToRun
+from growlm.errors import ConfigError
+from growlm.modules.contract import KnowledgeModule
+from growlm.modules.shapes import ALL_LINEAR, LoraConfig
+from growlm.modules.vocabulary import VocabularyRows
+
+_NO_TARGETS = re.compile(r"(^|\.)router(\.|$)")  # which experts are chosen is not what they compute
+
+
+class Adapter(nn.Module):
+    """What is learned of one matrix (out, in): `lora_A` (r, in), `lora_B` (out, r), with DoRA `magnitude` (out,) too."""
+
+    def __init__(self, num_in: int, num_out: int, rank: int, scaling: float, *, dora: bool) -> None:
+        super().__init__()
+        self.scaling = scaling
+        self.lora_A = nn.Linear(num_in, rank, bias=False)
+        self.lora_B = nn.Linear(rank, num_out, bias=False)
+        self.magnitude = nn.Parameter(torch.empty(num_out)) if dora else None
+
+    @torch.no_grad()
+    def begin(self, weight: Tensor) -> None:
+        """Adds exactly nothing to a matrix (out, in)."""
+        self.lora_B.weight.zero_()
+        if self.magnitude is not None:
+            self.magnitude.copy_(self._lengths(weight))
+
+    def difference(self, x: Tensor, plain: Tensor, weight: Tensor) -> Tensor:
+        """What it adds for x (..., in), of which the matrix alone makes `plain` (..., out), without its bias."""
+        added = self.lora_B(self.lora_A(x)) * self.scaling
+        if self.magnitude is None:
+            return added
+        longer = self.magnitude / self._lengths(weight).to(self.magnitude.dtype)
+        return (longer - 1).to(plain.dtype) * plain + longer.to(plain.dtype) * added
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """The matrix (out, in) that computes the same alone, in float32."""
+        whole = weight.float() + self.scaling * self.lora_B.weight.float() @ self.lora_A.weight.float()
+        if self.magnitude is None:
+            return whole
+        return whole * (self.magnitude.float() / torch.linalg.vector_norm(whole, dim=1))[:, None]
+
+    def _lengths(self, weight: Tensor) -> Tensor:
+        """Lengths of the rows of W + s B A, of which no gradient is taken (Liu et al. 2024, section 4.3)."""
+        with torch.no_grad():
+            moved = self.scaling * self.lora_B.weight.float() @ self.lora_A.weight.float()
+            return torch.linalg.vector_norm(weight.float() + moved, dim=1)
+
+
+class _Adapted(nn.Module):
+    """A base's matrix, which stays as it is, with what modules add to it."""
+
+    def __init__(self, inner: nn.Module, adapters: Sequence[Adapter]) -> None:
+        super().__init__()
+        self.inner, self.adapters = inner, nn.ModuleList(adapters)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.inner.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.inner.bias  # type: ignore[return-value]
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inner(x)
+        weight, total = matrix_of(self.inner), out
+        for adapter in self.adapters:
+            assert isinstance(adapter, Adapter)
+            plain = out
+            if adapter.magnitude is not None and self.bias is not None:
+                plain = F.linear(x, weight)
+            total = total + adapter.difference(x, plain, weight)
+        return total
+
+
+class Lora(KnowledgeModule):
+    """Low-rank differences in the layers of a frozen base. See `LoraConfig`."""
+
+    kind = "lora"
+    combines = True
+    exports = True
+    Config = LoraConfig
+    config: LoraConfig
+
+    def __init__(self, base: Base, config: LoraConfig, rows: VocabularyRows) -> None:
+        config = config.completed(base)
+        super().__init__(base, config, rows)
+        assert config.layers is not None
+        # Own input rows change the input of layer 0.
+        self.fork = 0 if rows.input is not None else config.layers[0]
+        self.layers = nn.ModuleDict()
+        for index in config.layers:
+            adapters = nn.Module()
+            for path, matrix in targets_of(base.layers[index], config, base.where, index):
+                num_out, num_in = matrix_of(matrix).shape
+                rank = config.rank_of(path)
+                _put(adapters, path, Adapter(num_in, num_out, rank, config.scaling_of(path), dora=config.use_dora))
+            self.layers[str(index)] = adapters
+
+    @classmethod
+    def create(cls, base: Base, config: LoraConfig, row_ids: Tensor | None = None) -> Self:
+        module = cls(base, config, VocabularyRows.create(base, config.vocabulary, row_ids)).float().to(base.device)
+        for index, path, adapter in module.adapters():
+            adapter.begin(matrix_of(base.layers[index].get_submodule(path)))
+        return module
+
+    def adapters(self) -> Iterator[tuple[int, str, Adapter]]:
+        """Layer, path in it, and what it has there, in order."""
+        for index, inside in self.layers.items():
+            for path, part in inside.named_modules():
+                if isinstance(part, Adapter):
+                    yield int(index), path, part
+
+    def extend(self, layers: Sequence[LayerToRun]) -> list[LayerToRun]:
+        changed = list(layers)
+        for name, inside in self.layers.items():
+            layer, attention = changed[int(name)]
+            for path, part in inside.named_modules():
+                if isinstance(part, Adapter):
+                    layer = _with(layer, path.split("."), part)
+            changed[int(name)] = LayerToRun(layer, attention)
+        return changed
+
+    def cache_slots(self, base: Base) -> int:
+        return base.num_layers
+
+    def extended_config(self, config: Any) -> Any:
+        return copy.deepcopy(config)
+
+
+def targets_of(layer: nn.Module, config: LoraConfig, where: str, index: int) -> list[tuple[str, nn.Module]]:
+    """The matrices of a layer that get an adapter, by their path in it.
+
+    Raises:
+        ConfigError: a target that the layer does not have.
+    """
+    found = [(path, part) for path, part in layer.named_modules() if _is_matrix(part) and not _NO_TARGETS.search(path)]
+    if config.target_modules == ALL_LINEAR:
+        return found
+    wanted = config.target_modules
+    names = sorted({path.rpartition(".")[2] for path, _ in found})
+    for target in wanted:
+        if not any(_is_called(path, target) for path, _ in found):
+            raise ConfigError(
+                f"target_modules: layer {index} of {where} has no {target!r}; it has {', '.join(names) or 'none'}"
+            )
+    return [(path, part) for path, part in found if any(_is_called(path, target) for target in wanted)]
+
+
+def matrix_of(part: nn.Module) -> Tensor:
+    """The matrix (out, in) of a projection; transformers' Conv1D holds it the other way round."""
+    weight: Tensor = part.weight  # type: ignore[assignment]
+    return weight if isinstance(part, nn.Linear) else weight.T
+
+
+def _is_matrix(part: nn.Module) -> bool:
+    return isinstance(part, nn.Linear) or type(part).__name__ == "Conv1D"
+
+
+def _is_called(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".{name}")
+
+
+def _put(inside: nn.Module, path: str, part: nn.Module) -> None:
+    *above, name = path.split(".")
+    for step in above:
+        if step not in inside._modules:
+            inside.add_module(step, nn.Module())
+        inside = inside.get_submodule(step)
+    inside.add_module(name, part)
+
+
+def _with(whole: nn.Module, path: Sequence[str], adapter: Adapter) -> nn.Module:
+    """A layer, or part of one, that runs as `whole` does with an adapter at a path. Of what lies on the path there are
+    shallow copies, which share all parameters; the base's own objects are not touched."""
+    if not path:
+        if isinstance(whole, _Adapted):
+            return _Adapted(whole.inner, [*whole.adapters, adapter])  # type: ignore[list-item]
+        return _Adapted(whole, [adapter])
+    variant = copy.copy(whole)
+    variant._modules = {**whole._modules, path[0]: _with(whole.get_submodule(path[0]), path[1:], adapter)}
+    return variant
