@@ -27,7 +27,7 @@ _NO_TARGETS = re.compile(r"(^|\.)router(\.|$)")  # which experts are chosen is n
 
 
 class Adapter(nn.Module):
-    """What is learned of one matrix (out, in): `lora_A` (r, in), `lora_B` (out, r), with DoRA `magnitude` (out,) too."""
+    """What is learned of a matrix (out, in): `lora_A` (r, in), `lora_B` (out, r), with DoRA `magnitude` (out,) too."""
 
     def __init__(self, num_in: int, num_out: int, rank: int, scaling: float, *, dora: bool) -> None:
         super().__init__()
