@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from growlm.base import Base, LayerToRun
 from growlm.errors import ConfigError
 from growlm.modules.contract import KnowledgeModule
-from growlm.modules.shapes import ALL_LINEAR, LoraConfig
+from growlm.modules.shapes import LoraConfig, is_called
 from growlm.modules.vocabulary import VocabularyRows
 
 _NO_TARGETS = re.compile(r"(^|\.)router(\.|$)")  # which experts are chosen is not what they compute
@@ -108,12 +108,12 @@ class Lora(KnowledgeModule):
         # Own input rows change the input of layer 0.
         self.fork = 0 if rows.input is not None else config.layers[0]
         self.layers = nn.ModuleDict()
-        for index in config.layers:
+        for index, targets in targets_of(base, config).items():
             adapters = nn.Module()
-            for path, matrix in targets_of(base.layers[index], config, base.where, index):
-                num_out, num_in = matrix_of(matrix).shape
-                rank = config.rank_of(path)
-                _put(adapters, path, Adapter(num_in, num_out, rank, config.scaling_of(path), dora=config.use_dora))
+            for path, matrix in targets:
+                (num_out, num_in), name = matrix_of(matrix).shape, f"{index}.{path}"
+                made = Adapter(num_in, num_out, config.rank_of(name), config.scaling_of(name), dora=config.use_dora)
+                _put(adapters, path, made)
             self.layers[str(index)] = adapters
 
     @classmethod
@@ -147,23 +147,35 @@ class Lora(KnowledgeModule):
         return copy.deepcopy(config)
 
 
-def targets_of(layer: nn.Module, config: LoraConfig, where: str, index: int) -> list[tuple[str, nn.Module]]:
-    """The matrices of a layer that get an adapter, by their path in it.
+def targets_of(base: Base, config: LoraConfig) -> dict[int, list[tuple[str, nn.Module]]]:
+    """The matrices that get an adapter, by layer and path in it.
 
     Raises:
-        ConfigError: a target that the layer does not have.
+        ConfigError: a target that none of the layers has, or layers with none.
     """
-    found = [(path, part) for path, part in layer.named_modules() if _is_matrix(part) and not _NO_TARGETS.search(path)]
-    if config.target_modules == ALL_LINEAR:
-        return found
-    wanted = config.target_modules
-    names = sorted({path.rpartition(".")[2] for path, _ in found})
-    for target in wanted:
-        if not any(_is_called(path, target) for path, _ in found):
-            raise ConfigError(
-                f"target_modules: layer {index} of {where} has no {target!r}; it has {', '.join(names) or 'none'}"
-            )
-    return [(path, part) for path, part in found if any(_is_called(path, target) for target in wanted)]
+    config, names = config.completed(base), config.target_modules
+    found = {index: matrices_of(base, index) for index in config.layers or ()}
+    every = [f"{index}.{path}" for index, matrices in found.items() for path, _ in matrices]
+    wanted = () if isinstance(names, str) else names
+    for name in wanted:
+        if not any(is_called(full, name) for full in every):
+            have = ", ".join(dict.fromkeys(full.rpartition(".")[2] for full in every)) or "none"
+            raise ConfigError(f"target_modules: no {name!r} in the layers of {base.where}; they have {have}")
+    if wanted:
+        found = {
+            index: [(path, part) for path, part in parts if any(is_called(f"{index}.{path}", n) for n in wanted)]
+            for index, parts in found.items()
+        }
+    for index, parts in found.items():
+        if not parts:
+            raise ConfigError(f"target_modules: layer {index} of {base.where} has none of them; leave out the layer")
+    return found
+
+
+def matrices_of(base: Base, index: int) -> list[tuple[str, nn.Module]]:
+    """The projections of a layer that can have an adapter, by their path in it."""
+    parts = base.layers[index].named_modules()
+    return [(path, part) for path, part in parts if _is_matrix(part) and not _NO_TARGETS.search(path)]
 
 
 def matrix_of(part: nn.Module) -> Tensor:
@@ -174,10 +186,6 @@ def matrix_of(part: nn.Module) -> Tensor:
 
 def _is_matrix(part: nn.Module) -> bool:
     return isinstance(part, nn.Linear) or type(part).__name__ == "Conv1D"
-
-
-def _is_called(path: str, name: str) -> bool:
-    return path == name or path.endswith(f".{name}")
 
 
 def _put(inside: nn.Module, path: str, part: nn.Module) -> None:

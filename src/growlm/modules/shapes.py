@@ -10,7 +10,7 @@ import math
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from growlm.errors import ConfigError
 
@@ -22,6 +22,7 @@ Layer = Annotated[int, Field(ge=0, le=65_536)]  # of a base; the module asks whe
 Size = Annotated[int, Field(ge=1, le=2**20)]
 _Number = Annotated[int, Field(ge=1, le=65_536)]
 _NumberOrNone = Annotated[int, Field(ge=0, le=65_536)]
+_Alpha = Annotated[float, Field(gt=0, le=1e6)]
 _Rows = Annotated[int, Field(ge=1, le=2**40)]
 
 
@@ -235,22 +236,25 @@ class LoraConfig(ModuleConfig):
     Attributes:
         r: rank of the differences.
         lora_alpha: what a difference is multiplied by, times the rank; by default twice the rank.
-        target_modules: names of the projections that get one, e.g. q_proj,v_proj; all-linear: every one in a layer.
+        target_modules: names of the projections that get one, e.g. q_proj,v_proj, or with layer and path,
+            3.self_attn.q_proj; all-linear: every one in a layer.
         layers: of the base that get them, e.g. 10-29; by default all. Those before the first are shared with other
             modules.
         use_rslora: divide by the rank's square root (rank-stabilised) and not by the rank.
         use_dora: learn the length of every row of a matrix as well (DoRA).
         rank_pattern: other ranks by name, e.g. down_proj=32,q_proj=8.
+        alpha_pattern: other alphas by name, in the same way.
     """
 
     vocabulary: Literal["none", "head", "both"] = "none"
     r: _Number = 16
-    lora_alpha: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    lora_alpha: _Alpha | None = None
     target_modules: tuple[str, ...] | Literal["all-linear"] = ALL_LINEAR
     layers: tuple[Layer, ...] | None = None
     use_rslora: bool = False
     use_dora: bool = False
     rank_pattern: dict[str, _Number] = Field(default_factory=dict)
+    alpha_pattern: dict[str, _Alpha] = Field(default_factory=dict)
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -266,24 +270,28 @@ class LoraConfig(ModuleConfig):
             raise ConfigError(f"target_modules is {value!r}; write names of projections, e.g. q_proj,v_proj")
         return tuple(value) if isinstance(value, list) else value
 
-    @field_validator("rank_pattern", mode="before")
+    @field_validator("rank_pattern", "alpha_pattern", mode="before")
     @classmethod
-    def _parse_ranks(cls, value: Any) -> Any:
+    def _parse_pattern(cls, value: Any, info: ValidationInfo) -> Any:
         if not isinstance(value, str):
             return value
-        try:
-            return {name: int(rank) for name, rank in (part.split("=") for part in value.split(","))}
-        except ValueError:
-            raise ConfigError(f"rank_pattern is {value!r}; write names and ranks, e.g. down_proj=32,q_proj=8") from None
+        pairs = [part.partition("=") for part in value.split(",")]
+        if not all(name and number for name, _, number in pairs):
+            raise ConfigError(f"{info.field_name} is {value!r}; write names and numbers, e.g. down_proj=32,q_proj=8")
+        return {name: number for name, _, number in pairs}
 
-    def rank_of(self, path: str) -> int:
-        """Of the difference of a projection, by its path in the layer."""
-        return next((r for name, r in self.rank_pattern.items() if path == name or path.endswith(f".{name}")), self.r)
+    def rank_of(self, name: str) -> int:
+        """Of the difference of a projection, by its layer and path in it: 3.self_attn.q_proj."""
+        return next((rank for key, rank in self.rank_pattern.items() if is_called(name, key)), self.r)
 
-    def scaling_of(self, path: str) -> float:
+    def alpha_of(self, name: str) -> float:
+        alpha = self.lora_alpha or 2.0 * self.r
+        return next((alpha for key, alpha in self.alpha_pattern.items() if is_called(name, key)), alpha)
+
+    def scaling_of(self, name: str) -> float:
         """What B A is multiplied by."""
-        alpha, rank = self.lora_alpha or 2 * self.r, self.rank_of(path)
-        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+        rank = self.rank_of(name)
+        return self.alpha_of(name) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def about(self) -> str:
         return f"rank {self.r}{', DoRA' if self.use_dora else ''}"
@@ -304,6 +312,11 @@ SHAPES: dict[str, type[ModuleConfig]] = {
     "peer": PeerConfig,
     "lora": LoraConfig,
 }
+
+
+def is_called(name: str, key: str) -> bool:
+    """Whether a name with dots is a key or ends with it."""
+    return name == key or name.endswith(f".{key}")
 
 
 def _layers(value: Any) -> Any:

@@ -1,0 +1,275 @@
+"""Modules of kind lora: what PEFT computes, and adapters that come and go in its format."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from growlm.errors import BaseModelError, ConfigError, GrowlmError, IntegrityError
+from growlm.modules import ModuleSet
+from growlm.modules.lora import Lora
+from growlm.modules.shapes import LoraConfig
+from growlm.surgery.peft import read_adapter, write_adapter
+from tiny import FAMILIES, make_base, make_model, perturb, random_ids
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # peft's
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set:UserWarning"),
+]
+
+# As PEFT's users write them, by family: names, layers, patterns.
+ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "all linear": ("llama", {"target_modules": "all-linear"}),
+    "queries and values": ("llama", {"target_modules": ["q_proj", "v_proj"], "lora_alpha": 32}),
+    "upper layers": ("qwen3", {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1, 2]}),
+    "rank-stabilised": ("llama", {"target_modules": ["o_proj", "up_proj"], "use_rslora": True}),
+    "DoRA": ("llama", {"target_modules": ["q_proj", "o_proj", "down_proj"], "use_dora": True}),
+    "DoRA, transposed": ("gpt2", {"target_modules": ["c_attn", "mlp.c_proj"], "use_dora": True}),
+    "transposed": ("gpt2", {"target_modules": "all-linear"}),
+    "fused": ("phi3", {"target_modules": ["qkv_proj", "gate_up_proj"]}),
+    "another name for layers": ("gpt_neox", {"target_modules": ["query_key_value", "dense_4h_to_h"]}),
+    "ranks by name": ("gemma2", {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 5}}),
+    "ranks by layer": (
+        "llama",
+        {
+            "target_modules": ["q_proj", "v_proj"],
+            "rank_pattern": {r"layers\.1\.self_attn\.v_proj": 6, "layers.0.self_attn.q_proj": 1},
+            "alpha_pattern": {r".*\.2\.self_attn\.q_proj": 3},
+        },
+    ),
+    "some of a name": ("llama", {"target_modules": r".*\.(0\.self_attn\.q_proj|2\.mlp\.up_proj)"}),
+}
+
+
+def trained(family: str, settings: dict[str, Any], folder: Path) -> torch.Tensor:
+    """An adapter as PEFT saves it; the logits of base and adapter on `random_ids(2, 20)`."""
+    model = make_model(family)
+    made = peft.get_peft_model(model, peft.LoraConfig(**{"r": 4, "task_type": "CAUSAL_LM", **settings}))
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(7)
+        for name, p in made.named_parameters():
+            if "lora_" in name:
+                p.add_(torch.randn(p.shape, generator=generator) * 0.1)
+        wanted = made(random_ids(2, 20)).logits
+    made.save_pretrained(folder)
+    return wanted
+
+
+@pytest.mark.parametrize(("family", "settings"), ADAPTERS.values(), ids=ADAPTERS)
+@torch.no_grad()
+def test_an_adapter_of_pefts_computes_what_peft_computes_and_goes_back_as_it_came(family, settings, tmp_path):
+    wanted = trained(family, settings, tmp_path / "theirs")
+    base = make_base(family)
+    plain = base.logits(random_ids(2, 20))
+    module = read_adapter(tmp_path / "theirs", base)
+    found = ModuleSet(base, [module]).logits(random_ids(2, 20))
+    assert (found - plain).abs().max() > 1e-2
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+    (tmp_path / "ours").mkdir()
+    write_adapter(module, base, tmp_path / "ours", called="tiny")
+    theirs, ours = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "ours"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    back = peft.PeftModel.from_pretrained(make_model(family), tmp_path / "ours")
+    torch.testing.assert_close(back(random_ids(2, 20)).logits, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_what_was_learned_here_is_an_adapter_for_peft(family, tmp_path):
+    base = make_base(family)
+    config = LoraConfig(r=3, lora_alpha=5.0, layers=(1, 2), rank_pattern={"v_proj": 2})
+    module = perturb(Lora.create(base, config), 3)
+    wanted = ModuleSet(base, [module]).logits(random_ids(2, 20))
+    write_adapter(module, base, tmp_path, called="tiny")
+    model = peft.PeftModel.from_pretrained(make_model(family), tmp_path)
+    torch.testing.assert_close(model(random_ids(2, 20)).logits, wanted, atol=1e-5, rtol=1e-5)
+    again = read_adapter(tmp_path, base)
+    assert torch.equal(ModuleSet(base, [again]).logits(random_ids(2, 20)), wanted)
+
+
+# Adapters that are refused
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    trained("llama", {"target_modules": ["q_proj", "v_proj"]}, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def setting(folder: Path, **changes: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def rename(folder: Path, pattern: str, by: str) -> None:
+    path = folder / "adapter_model.safetensors"
+    save_file({re.sub(pattern, by, key): tensor for key, tensor in load_file(path).items()}, path)
+
+
+def refused(folder: Path, kind: type[GrowlmError], match: str) -> None:
+    with pytest.raises(kind, match=match) as caught:
+        read_adapter(folder, make_base())
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("times", [2, 3])
+def test_a_prefix_that_was_written_twice_is_read_once(adapter, times):
+    wanted = read_adapter(adapter, make_base())
+    rename(adapter, r"^base_model\.model\.", "base_model.model." * times)
+    found = read_adapter(adapter, make_base())
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), wanted.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; only LORA"),
+        ({"peft_type": None}, "peft_type is None"),
+        ({"init_lora_weights": "pissa_niter_16"}, "takes a part of the base away.*path_initial_model_for_weight_conv"),
+        ({"init_lora_weights": "olora"}, "takes a part of the base away"),
+        ({"init_lora_weights": "loftq"}, "takes a part of the base away"),
+        ({"bias": "all"}, "bias is 'all'"),
+        ({"modules_to_save": ["lm_head", "embed_tokens"]}, "modules_to_save are lm_head, embed_tokens"),
+        ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication is"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices is"),
+        ({"use_something_new": True}, "use_something_new is True, which modules of kind lora do not do"),
+    ],
+)
+def test_what_modules_do_not_do_is_an_error(adapter, changes, match):
+    setting(adapter, **changes)
+    refused(adapter, ConfigError, match)
+
+
+def test_ways_to_begin_that_leave_the_base_alone_are_read(adapter):
+    for begun in (False, "gaussian", "eva", "orthogonal"):
+        setting(adapter, init_lora_weights=begun)
+        read_adapter(adapter, make_base())
+
+
+def test_keys_that_match_nothing_are_refused_and_not_left_out(adapter):
+    rename(adapter, r"layers\.0", "layers.9")
+    refused(adapter, BaseModelError, "has no model.layers.9.self_attn.[qv]_proj; it is an adapter for another model")
+    rename(adapter, r"model\.layers\.9", "transformer.h.0")
+    refused(adapter, BaseModelError, "is of no layer of base, whose layers are called model.layers.0")
+    rename(adapter, r"lora_", "ia3_")
+    refused(adapter, ConfigError, "is no matrix of a LoRA adapter")
+
+
+def test_an_adapter_of_another_width_or_part_is_refused(adapter, tmp_path):
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    save_file({**tensors, key: torch.zeros(4, 48)}, path)
+    refused(
+        adapter, BaseModelError, "goes from 48 to 32, that of base from 32 to 32; it is an adapter for another model"
+    )
+    save_file({name: tensor for name, tensor in tensors.items() if name != key}, path)
+    refused(adapter, IntegrityError, "lora_A is missing")
+    save_file({**tensors, "base_model.model.lm_head.lora_A.weight": torch.zeros(4, 32)}, path)
+    refused(adapter, ConfigError, "belongs to the embedding or the head")
+    save_file({**tensors, "base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(4, 32)}, path)
+    refused(adapter, ConfigError, "belongs to the embedding or the head")
+    save_file({**tensors, "base_model.model.model.norm.weight": torch.zeros(32)}, path)
+    refused(adapter, ConfigError, "is no matrix of a LoRA adapter")
+
+
+def test_an_adapter_that_changes_nothing_is_refused(adapter):
+    path = adapter / "adapter_model.safetensors"
+    save_file({k: t * 0 if "lora_B" in k else t for k, t in load_file(path).items()}, path)
+    refused(adapter, ConfigError, "all lora_B are zero, so that it changes nothing")
+    save_file({}, path)
+    refused(adapter, ConfigError, "changes nothing")
+
+
+def test_a_folder_with_a_pickle_or_a_link_is_not_read(adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr("growlm.surgery.peft.read_tensors", None)
+    monkeypatch.setattr("growlm.surgery.peft.read_json", None)
+    for name in ("adapter_model.bin", "training_args.bin", "optimizer.pt", "x.pkl"):
+        (adapter / name).touch()
+        refused(adapter, IntegrityError, f"{name}: may be a pickle, which can run code")
+        (adapter / name).unlink()
+    os.symlink(tmp_path, adapter / "out")
+    refused(adapter, IntegrityError, "out: is a link")
+    (adapter / "out").unlink()
+    (adapter / "adapter_model.safetensors").rename(tmp_path / "away.safetensors")
+    os.symlink(tmp_path / "away.safetensors", adapter / "adapter_model.safetensors")
+    refused(adapter, IntegrityError, "adapter_model.safetensors: is a link")
+
+
+def test_files_that_are_missing_or_cut_are_named(adapter, tmp_path):
+    refused(tmp_path / "nowhere", IntegrityError, "no such folder")
+    path = adapter / "adapter_model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    refused(adapter, IntegrityError, "adapter_model.safetensors")
+    path.unlink()
+    refused(adapter, IntegrityError, "there is no adapter_model.safetensors in it")
+    path.write_bytes(whole)
+    for content in ("{", "[]", '{"r": NaN}'):
+        (adapter / "adapter_config.json").write_text(content)
+        refused(adapter, GrowlmError, "adapter_config.json")
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"target_modules": "q_prj"}, "target_modules: no 'q_prj' in the layers of base; they have q_proj, k_proj"),
+        ({"target_modules": "3.self_attn.q_proj"}, "no '3.self_attn.q_proj'"),
+        ({"layers": "2-3"}, "layer 3: base has layers 0 to 2"),
+        ({"layers": (0, 0)}, "layers are 0, 0; name each once"),
+        ({"layers": "2-1"}, "at least one"),
+        ({"layers": "1", "target_modules": "0.self_attn.q_proj"}, "no '0.self_attn.q_proj'"),
+        ({"layers": (0, 1), "target_modules": ("1.mlp.up_proj",)}, "layer 0 of base has none of them"),
+    ],
+)
+def test_what_the_base_does_not_have_is_refused(settings, match):
+    with pytest.raises(ConfigError, match=match):
+        Lora.create(make_base(), LoraConfig(**settings))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"r": 0}, {"r": -1}, {"lora_alpha": 0}, {"lora_alpha": float("nan")}, {"layers": "x"}, {"layers": "1-"},
+        {"target_modules": ""}, {"target_modules": ()}, {"rank_pattern": "q_proj"}, {"rank_pattern": "q_proj=0"},
+        {"alpha_pattern": {"q_proj": -1}},
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_be_are_refused(settings):
+    with pytest.raises((ConfigError, ValueError)):
+        LoraConfig(**settings)
+
+
+def test_settings_as_the_command_line_has_them():
+    found = LoraConfig(
+        layers="1,4-6", target_modules="q_proj,v_proj", rank_pattern="v_proj=2", alpha_pattern="v_proj=3.5"
+    )
+    assert found.layers == (1, 4, 5, 6)
+    assert found.target_modules == ("q_proj", "v_proj")
+    assert (found.rank_of("4.self_attn.v_proj"), found.rank_of("4.self_attn.q_proj")) == (2, 16)
+    assert found.scaling_of("4.self_attn.v_proj") == 3.5 / 2
+    assert found.scaling_of("4.self_attn.q_proj") == 2
+    assert LoraConfig(r=16, use_rslora=True).scaling_of("0.mlp.up_proj") == 32 / 4
+
+
+@torch.no_grad()
+def test_doras_rows_have_the_length_that_is_learned():
+    base = make_base()
+    module = perturb(Lora.create(base, LoraConfig(r=2, use_dora=True, target_modules=("q_proj",))), 1)
+    for index, path, adapter in module.adapters():
+        whole = adapter.merged(base.layers[index].get_submodule(path).weight)
+        torch.testing.assert_close(torch.linalg.vector_norm(whole, dim=1), adapter.magnitude.abs())
