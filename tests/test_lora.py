@@ -12,12 +12,16 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-from growlm.errors import BaseModelError, ConfigError, GrowlmError, IntegrityError
+from growlm import Engine, LearnConfig, Store, evaluate, export, import_adapter, learn
+from growlm.cli import main
+from growlm.errors import BaseModelError, ConfigError, GrowlmError, IntegrityError, NotBetterError, StoreError
 from growlm.modules import ModuleSet
 from growlm.modules.lora import Lora
 from growlm.modules.shapes import LoraConfig
 from growlm.surgery.peft import read_adapter, write_adapter
+from stores import store_with_texts
 from tiny import FAMILIES, make_base, make_model, perturb, random_ids
 
 pytestmark = [
@@ -273,3 +277,107 @@ def test_doras_rows_have_the_length_that_is_learned():
     for index, path, adapter in module.adapters():
         whole = adapter.merged(base.layers[index].get_submodule(path).weight)
         torch.testing.assert_close(torch.linalg.vector_norm(whole, dim=1), adapter.magnitude.abs())
+
+
+# Into a store, and out of it
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return store_with_texts(tmp_path, "llama")
+
+
+def adapter_of(store: Store, folder: Path, *, sign: int = 1) -> Path:
+    """What PEFT learns from the store's law text; with another sign, what makes it do worse there."""
+    model = store.load_base().model.requires_grad_(True)
+    settings = peft.LoraConfig(r=4, task_type="CAUSAL_LM", target_modules="all-linear")
+    made = peft.get_peft_model(model, settings)
+    tokenizer = store.load_tokenizer()
+    text = "\n".join(json.loads(line)["text"] for line in (store.path.parent / "law.jsonl").read_text().splitlines())
+    ids = torch.tensor(tokenizer(text)["input_ids"][: 32 * 64]).view(-1, 32)
+    optimizer = torch.optim.AdamW([p for p in made.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(24):
+        batch = ids[torch.arange(8 * step, 8 * step + 8) % len(ids)]
+        (sign * made(batch, labels=batch).loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    made.save_pretrained(folder)
+    return folder
+
+
+def test_an_adapter_becomes_a_module_with_and_without_text(store, tmp_path, capfd):
+    folder = adapter_of(store, tmp_path / "adapter")
+    law = store.path.parent / "law.jsonl"
+    result = import_adapter(store, "law", folder, [law], progress=False)
+    assert result.comparison.gain > result.comparison.error > 0
+    assert (result.version, result.parameters) == (1, store.module("law").parameters)
+    with pytest.raises(SystemExit) as stopped:
+        main(["import", str(store.path), "written", str(folder), "--json"])
+    assert stopped.value.code == 0
+    assert json.loads(capfd.readouterr().out)["comparison"] is None
+    base = store.load_base()
+    wanted = peft.PeftModel.from_pretrained(store.load_base().model, folder)
+    ids = random_ids(2, 20)
+    for name in ("law", "written"):
+        module = store.load(name, base)
+        torch.testing.assert_close(ModuleSet(base, [module]).logits(ids), wanted(ids).logits, atol=1e-5, rtol=1e-5)
+    assert evaluate(store, {"law": [law]}, progress=False).forgetting == 0
+    with Engine(store) as engine:
+        text = json.loads(law.read_text().splitlines()[3])["text"]
+        assert engine.route(text).module in ("law", "written")
+    assert store.verify() == []
+    with pytest.raises(StoreError, match=r"'law' exists \(version 1\); use --update"):
+        import_adapter(store, "law", folder, progress=False)
+    assert import_adapter(store, "law", folder, update=True, progress=False).version == 2
+
+
+def test_an_adapter_that_does_not_help_is_not_admitted(store, tmp_path):
+    adapter_of(store, tmp_path / "adapter", sign=-1)
+    law = store.path.parent / "law.jsonl"
+    with pytest.raises(NotBetterError, match="law: not better than the base"):
+        import_adapter(store, "law", tmp_path / "adapter", [law], progress=False)
+    assert store.modules == {}
+    anyway = LearnConfig("lora", admit_anyway=True)
+    assert import_adapter(store, "law", tmp_path / "adapter", [law], anyway, progress=False).comparison.gain < 0
+
+
+def test_a_lora_module_is_learned_and_leaves_in_both_forms(store, tmp_path, capfd):
+    settings = {"kind": "lora", "r": 4, "layers": "1-2", "sequence_length": 32, "batch_size": 2, "epochs": 2}
+    config = LearnConfig(**settings, precision="float32", learning_rate=1e-2)
+    result = learn(store, "law", [store.path.parent / "law.jsonl"], config, progress=False)
+    assert result.gain > 0
+    assert store.module("law").fork_on(3) == 1
+    base = store.load_base()
+    ids = random_ids(2, 20)
+    wanted = ModuleSet(base, [store.load("law", base)]).logits(ids)
+    plain = base.logits(ids)
+    for form in ("peft", "checkpoint"):
+        with pytest.raises(SystemExit) as stopped:
+            main(["export", str(store.path), str(tmp_path / form), "--module", "law", "--as", form])
+        assert stopped.value.code == 0
+    assert "PeftModel.from_pretrained" in capfd.readouterr().out
+    model = peft.PeftModel.from_pretrained(store.load_base().model, tmp_path / "peft")
+    torch.testing.assert_close(model(ids).logits, wanted, atol=1e-5, rtol=1e-5)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
+    torch.testing.assert_close(whole(ids).logits, wanted, atol=1e-5, rtol=1e-5)
+    assert (wanted - plain).abs().max() > 1e-3
+    assert torch.equal(store.load_base().logits(ids), plain)
+
+
+def test_only_adapters_leave_as_adapters(store, tmp_path):
+    settings = {"sequence_length": 32, "batch_size": 2, "epochs": 1, "admit_anyway": True, "precision": "float32"}
+    law = [store.path.parent / "law.jsonl"]
+    learn(store, "blocks", law, LearnConfig(num_layers=1, **settings), progress=False)
+    learn(store, "rows", law, LearnConfig("lora", vocabulary="head", **settings), progress=False)
+    for name, match in (
+        ("blocks", "of kind blocks; only modules of kind lora"),
+        ("rows", "vocabulary rows of a module"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            export(store, tmp_path / "out", name, form="peft")
+        assert not (tmp_path / "out").exists()
+    export(store, tmp_path / "out", "rows")
+    base = store.load_base()
+    wanted = ModuleSet(base, [store.load("rows", base)]).logits(random_ids(2, 20))
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(whole(random_ids(2, 20)).logits, wanted, atol=1e-5, rtol=1e-5)

@@ -28,6 +28,7 @@ _HOMES = {
     "evaluate": "growlm.evaluation",
     "export": "growlm.surgery.export",
     "grow": "growlm.training.grow",
+    "import_adapter": "growlm.training.importing",
     "learn": "growlm.training.learn",
     "pretrain": "growlm.training.pretrain",
     "take_back": "growlm.training.grow",

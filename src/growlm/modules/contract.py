@@ -130,6 +130,11 @@ class KnowledgeModule(nn.Module, ABC):
     def extend(self, layers: Sequence[LayerToRun]) -> list[LayerToRun]:
         """All layers to run with this module, from all those without it. Leaves those before `fork` as they are."""
 
+    def fold(self, base: Base) -> bool:
+        """Puts what its layers add into the base's own weights, in place, for a checkpoint of both; False for a kind of
+        which these are layers of their own."""
+        return False
+
     @abstractmethod
     def cache_slots(self, base: Base) -> int:
         """How many slots of a key-value cache a forward pass with this module uses."""

@@ -140,6 +140,13 @@ class Lora(KnowledgeModule):
             changed[int(name)] = LayerToRun(layer, attention)
         return changed
 
+    @torch.no_grad()
+    def fold(self, base: Base) -> bool:
+        for index, path, adapter in self.adapters():
+            matrix = matrix_of(base.layers[index].get_submodule(path))
+            matrix.copy_(adapter.merged(matrix))
+        return True
+
     def cache_slots(self, base: Base) -> int:
         return base.num_layers
 
@@ -202,7 +209,7 @@ def _with(whole: nn.Module, path: Sequence[str], adapter: Adapter) -> nn.Module:
     shallow copies, which share all parameters; the base's own objects are not touched."""
     if not path:
         if isinstance(whole, _Adapted):
-            return _Adapted(whole.inner, [*whole.adapters, adapter])  # type: ignore[list-item]
+            return _Adapted(whole.inner, [*whole.adapters, adapter])
         return _Adapted(whole, [adapter])
     variant = copy.copy(whole)
     variant._modules = {**whole._modules, path[0]: _with(whole.get_submodule(path[0]), path[1:], adapter)}

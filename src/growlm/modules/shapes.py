@@ -227,9 +227,6 @@ class PeerConfig(ModuleConfig):
         return self.model_copy(update={"layers": layers, "steps": steps})
 
 
-ALL_LINEAR = "all-linear"
-
-
 class LoraConfig(ModuleConfig):
     """Shape of a `lora` module. Names are PEFT's.
 
@@ -249,7 +246,7 @@ class LoraConfig(ModuleConfig):
     vocabulary: Literal["none", "head", "both"] = "none"
     r: _Number = 16
     lora_alpha: _Alpha | None = None
-    target_modules: tuple[str, ...] | Literal["all-linear"] = ALL_LINEAR
+    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
     layers: tuple[Layer, ...] | None = None
     use_rslora: bool = False
     use_dora: bool = False
@@ -264,7 +261,7 @@ class LoraConfig(ModuleConfig):
     @field_validator("target_modules", mode="before")
     @classmethod
     def _parse_targets(cls, value: Any) -> Any:
-        if isinstance(value, str) and value != ALL_LINEAR:
+        if isinstance(value, str) and value != "all-linear":
             value = value.split(",")
         if isinstance(value, list | tuple) and not (value and all(isinstance(v, str) and v for v in value)):
             raise ConfigError(f"target_modules is {value!r}; write names of projections, e.g. q_proj,v_proj")

@@ -22,8 +22,15 @@ if TYPE_CHECKING:
     from growlm.store import Store
 
 
-def export(store: Store, out: str | Path, module: str, *, version: int | None = None) -> Path:
-    """Writes base and module to the folder `out`, tokenizer included. It appears complete or not at all.
+FORMS = ("checkpoint", "peft")
+
+
+def export(store: Store, out: str | Path, module: str, *, version: int | None = None, form: str = "checkpoint") -> Path:
+    """Writes a module to the folder `out`, which appears complete or not at all.
+
+    Args:
+        form: `checkpoint`: base and module as one transformers checkpoint, tokenizer included; or `peft`: a module of
+            kind `lora` alone, as an adapter in PEFT's format.
 
     Raises:
         StoreError: `out` exists and is not empty, or the disk is full.
@@ -33,6 +40,10 @@ def export(store: Store, out: str | Path, module: str, *, version: int | None = 
     out = Path(out).expanduser()
     refuse_existing(out)
     kind = store.module(module, version).manifest.kind
+    if form == "peft":
+        return _as_adapter(store, out, module, kind, version)
+    if form not in FORMS:
+        raise ConfigError(f"form is {form!r}; it is one of {', '.join(FORMS)}")
     if not kind_of(kind).exports:
         raise ConfigError(
             f"{module}: a module of kind {kind} and its base together are no model of the base's family; serve it with "
@@ -47,15 +58,30 @@ def export(store: Store, out: str | Path, module: str, *, version: int | None = 
     return out
 
 
+def _as_adapter(store: Store, out: Path, module: str, kind: str, version: int | None) -> Path:
+    from growlm.modules.lora import Lora
+    from growlm.surgery.peft import write_adapter
+
+    if kind != Lora.kind:
+        raise ConfigError(f"{module}: of kind {kind}; only modules of kind lora are adapters in PEFT's format")
+    base = store.load_base()
+    loaded = store.load(module, base, version=version)
+    assert isinstance(loaded, Lora)
+    with checkpoint_folder(out, loaded.num_bytes()) as work:
+        write_adapter(loaded, base, work, called=Path(store.manifest.base).name)
+    return out
+
+
 @torch.no_grad()
 def merge(base: Base, module: KnowledgeModule) -> Any:
-    """The base's transformers model, made deeper in place: its layers, config, head and embedding include the module.
+    """The base's transformers model, changed in place: its layers, config, head and embedding include the module.
 
     Vocabulary rows are added to the weights that they differ from; embedding and head are untied where only one of
     them has rows, or where both have their own.
     """
     model, anatomy = base.model, base.anatomy
-    attach(model, module)
+    if not module.fold(base):
+        attach(model, module)
     if module.rows.head is not None or module.rows.input is not None:
         if module.rows.head is not None:
             head = nn.Linear(base.hidden_size, base.vocab_size, bias=False, device="meta")

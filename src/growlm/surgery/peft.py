@@ -195,7 +195,8 @@ def _shape(said: Mapping[str, Any], found: Mapping[Place, Mapping[str, Tensor]],
     """What the tensors are, in the terms of a module."""
     dora, prefix = bool(said.get("use_dora")), _layers_of(base)
     wanted = {"lora_A", "lora_B", *(("lora_magnitude_vector",) if dora else ())}
-    ranks, alphas = {}, {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
     for (index, at), parts in sorted(found.items()):
         name = f"{prefix}.{index}.{at}"
         if parts.keys() != wanted:
@@ -218,7 +219,8 @@ def _shape(said: Mapping[str, Any], found: Mapping[Place, Mapping[str, Tensor]],
             )
         ranks[f"{index}.{at}"] = rank
         alphas[f"{index}.{at}"] = float(_by_pattern(said.get("alpha_pattern"), name, said.get("lora_alpha", 8)))
-    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    (rank, _), *_ = Counter(ranks.values()).most_common(1)
+    (alpha, _), *_ = Counter(alphas.values()).most_common(1)
     every = {f"{i}.{at}" for i in {index for index, _ in found} for at, _ in matrices_of(base, i)}
     try:
         return LoraConfig(

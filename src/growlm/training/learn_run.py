@@ -64,10 +64,8 @@ class LearnRun:
         old = store.find(name)
         unfinished = _unfinished(store, old)
         if unfinished is None and not update:
-            _require_free(store, old)
-        keep = bytes_to_keep(store, name, config)
-        if store.manifest.router == ROUTER_TRAINED:
-            require_samples(store, [m for m in store.modules.values() if m.name != name])
+            require_free(store, old)
+        keep = kept_bytes(store, name, config)
         body = TrainingCorpus.read(data, config)
 
         def run_after(version: int) -> str:
@@ -79,7 +77,7 @@ class LearnRun:
             if unfinished in map(run_after, range(old.version)):
                 run, saved = unfinished, old
             elif not update:
-                _require_free(store, old)
+                require_free(store, old)
         return cls(store, name, config, placement, old, keep, body, run, saved, remember)
 
     @property
@@ -109,14 +107,26 @@ class LearnRun:
         return base
 
 
-def _require_free(store: Store, current: StoredModule | None) -> None:
+def kept_bytes(store: Store, name: str, config: LearnConfig) -> int:
+    """How much of a text stays in the store with its module.
+
+    Raises:
+        StoreError: nothing, and the store's router is trained on it, or has too little of other modules.
+    """
+    keep = bytes_to_keep(store, name, config)
+    if store.manifest.router == ROUTER_TRAINED:
+        require_samples(store, [m for m in store.modules.values() if m.name != name])
+    return keep
+
+
+def require_free(store: Store, current: StoredModule | None) -> None:
     """
     Raises:
         StoreError: the name is taken.
     """
     if current is not None:
         raise StoreError(
-            f"{store.path}: module {current.name!r} exists (version {current.version}); use --update to learn its next "
+            f"{store.path}: module {current.name!r} exists (version {current.version}); use --update to make its next "
             "version"
         )
 

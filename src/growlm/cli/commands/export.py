@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -19,19 +19,28 @@ def export(
     out: OutPath,
     module: Annotated[str, typer.Option("--module", metavar="NAME", show_default=False)],
     version: Annotated[int | None, typer.Option("--version", help="By default the current one.")] = None,
+    form: Annotated[
+        Literal["checkpoint", "peft"],
+        typer.Option("--as", help="Base and module as one checkpoint, or a lora module alone as a PEFT adapter."),
+    ] = "checkpoint",
     as_json: Json = False,
 ) -> None:
-    """Write base and module as one transformers checkpoint. Any engine can load it.
+    """Write base and module as one transformers checkpoint, which any engine can load, or a lora module as an adapter.
 
-    Example:
+    Examples:
 
         growlm export brain out/ --module medicine
+
+        growlm export brain adapter/ --module law --as peft
     """
     opened = open_store(store, module)
     from growlm.surgery.export import export as run
 
-    path = run(opened, out, module, version=version)
+    path = run(opened, out, module, version=version, form=form)
     if as_json:
         return print_json({"path": str(path), "module": module})
+    if form == "peft":
+        print(f'{path}: {module} as a PEFT adapter; load it with PeftModel.from_pretrained(base, "{path}")')
+        return None
     print(f'{path}: base and {module}; load it with AutoModelForCausalLM.from_pretrained("{path}")')
     return None
