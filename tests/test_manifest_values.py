@@ -16,7 +16,9 @@ from growlm.disk.tensors import read_tensors, write_tensors
 from growlm.engine import Engine
 from growlm.errors import ConfigError, GrowlmError, IntegrityError
 from growlm.modules import KINDS, kind_of
-from growlm.modules.peer import Peer, PeerConfig
+from growlm.modules.lora import Lora
+from growlm.modules.peer import Peer
+from growlm.modules.shapes import LoraConfig, PeerConfig
 from growlm.router import load_router
 from growlm.store import ROUTER_FITTED, Store
 from growlm.store.manifests import ModuleManifest, RouterManifest, StoreManifest, read_manifest
@@ -27,13 +29,14 @@ from growlm.training.router import last_config, train_router
 from stores import add_experts, add_module, make_store
 from tiny import perturb
 
-MODULES = ("letters", "routed", "pools")
+MODULES = ("letters", "routed", "pools", "adapted")
 WRONG = {
     int: [-1, 2**70, "3", 1.5, None, True, [], {}],
     str: ["x" * 5000, 7, None, [], {}, ""],
     list: ["x", 7, {}, [-1], [2**70], ["x"], [None]],
     dict: ["x", 7, [], None],
     bool: ["x", 7, None, []],
+    float: [-1.0, 0, "x", None, [], {}],
 }
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -51,6 +54,8 @@ def made(tmp_path_factory) -> Path:
     pools.enable_new_experts()
     store.commit("pools", perturb(pools, 4), {"tokens": 5, "seed": 0})
     grow(store, "pools", 4, config=GrowConfig())
+    lora = Lora.create(base, LoraConfig(r=2, target_modules=("q_proj",), rank_pattern={"1.self_attn.q_proj": 3}))
+    store.commit("adapted", perturb(lora, 5), {"tokens": 5, "seed": 0})
     load_router(store)  # is kept
     return home
 
@@ -175,8 +180,8 @@ def test_every_key_of_a_kinds_config_has_a_type_and_bounds(store, name):
     for key, value in keys_of(kind.Config, content["config"]):
         wrongs = [-1, 2**70, 2**40 + 1, "x", 1.5, {}] if value is None else wrong_values(value)
         for wrong in wrongs:
-            if (name, key, wrong) == ("pools", "layers", None):
-                continue  # the middle one, which it is
+            if (name, key, wrong) in (("pools", "layers", None), ("adapted", "lora_alpha", None)):
+                continue  # the middle one and twice the rank, which they are
             edit(path, config={**content["config"], key: wrong})
             with pytest.raises(IntegrityError) as caught:
                 Store.open(store.path).load(name, base)
@@ -298,7 +303,7 @@ def test_evidence_that_is_none_is_refused(store, file, changes):
 )
 def test_kept_text_that_is_none_trains_no_router(store, changes):
     path = put(store, "letters", "samples.safetensors", **changes)
-    for name in ("routed", "pools"):
+    for name in ("routed", "pools", "adapted"):
         store.remove(name)
     with pytest.raises(IntegrityError) as caught:
         train_router(store, RouterConfig(epochs=1), progress=False)
@@ -323,7 +328,7 @@ def test_kept_text_that_is_none_trains_no_router(store, changes):
     ],
 )
 def test_a_router_that_does_not_say_how_it_was_trained_is_refused(store, settings):
-    for name in ("routed", "pools"):
+    for name in ("routed", "pools", "adapted"):
         store.remove(name)
     train_router(store, RouterConfig(tokens=64, sequence_length=16, router_layers=1), progress=False)
     assert last_config(store).router_layers == 1

@@ -25,7 +25,9 @@ def export(
     ] = "checkpoint",
     as_json: Json = False,
 ) -> None:
-    """Write base and module as one transformers checkpoint, which any engine can load, or a lora module as an adapter.
+    """Write base and module as one checkpoint, or a lora module as an adapter.
+
+    Any engine can load the checkpoint.
 
     Examples:
 
