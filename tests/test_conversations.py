@@ -47,6 +47,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "alpaca": {"instruction": "Who pays?", "input": "", "output": "The tenant."},
     "prompt": {"prompt": "Who pays?", "completion": "The tenant."},
 }
+PAIRS = [("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("query", "response")]
 QUESTIONS = ["kitchen", "cellar", "attic", "garage", "garden", "hall"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -94,6 +95,30 @@ def test_every_form_is_found_by_its_keys_or_by_its_name(tmp_path, format):
     (tmp_path / "a.json").write_text(json.dumps(FORMS[format]))  # one record, not a list of messages
     for name in ("a.parquet", "a.json"):
         assert read([tmp_path / name], format="auto").documents[0].turns == TURNS
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_what_is_asked_and_answered_has_several_names(tmp_path, pair):
+    record = dict(zip(pair, ("Who pays?", "The tenant."), strict=True))
+    file = write_records(tmp_path / "a.jsonl", {"id": 7, **record}, FORMS["prompt"])
+    (tmp_path / "a.csv").write_text(",".join((*pair, "id")) + "\nWho pays?,The tenant.,7\n")
+    (tmp_path / "a.json").write_text(json.dumps({**record, "sources": [{"id": 7}]}))
+    for format in ("auto", "prompt"):
+        assert [d.turns for d in read([file], format=format).documents] == [TURNS, TURNS]
+        for name in ("a.csv", "a.json"):
+            assert [d.turns for d in read([tmp_path / name], format=format).documents] == [TURNS]
+    both = write_records(file, {"text": "one", **record})
+    assert [d.text for d in read([both], format="auto").documents] == ["one"]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record, {pair[0]: "Why?"}]), tmp_path / "a.parquet")
+    told = refused(tmp_path / "a.parquet")
+    assert told == f"a.parquet:2: {pair[1]!r} is null, expected a string; correct it or drop it"
+
+
+def test_keys_that_nothing_is_known_of_are_named_with_what_to_do(tmp_path):
+    told = refused(write_records(tmp_path / "a.jsonl", {"q": "a", "a": "b"}))
+    assert told.startswith("a.jsonl:1: no key 'text' among 'q', 'a'; name the one that holds the text with --text-key")
+    assert told.endswith(", or rename two to question and answer for conversations")
+    assert refused(tmp_path / "a.jsonl", format="text").endswith("the text with --text-key")
 
 
 def test_more_than_question_and_answer(tmp_path):
@@ -145,9 +170,10 @@ ANSWER = {"role": "assistant", "content": "a"}
         ({"messages": "a"}, "'messages' is of type str, expected a list"),
         ({"messages": [{**ANSWER, "content": [{"type": "image"}]}]}, "message 1: 'content' is of type list"),
         ({"prompt": "a", "completion": None}, "'completion' is null"),
+        ({"question": "a", "answer": 7}, "'answer' is of type int"),
         ({"prompt": "a", "completion": "\ud800"}, "'completion' holds half of a surrogate pair"),
         ({"instruction": "a", "input": 7, "output": "a"}, "'input' is of type int"),
-        ({"question": "a"}, "no key 'text' among 'question'; name the one that holds the text with --text-key, or see"),
+        ({"question": "a"}, "no key 'text' among 'question'; name the one that holds the text with --text-key, or"),
         ({"text": "a"}, "a record of format text among those of format messages; put each in a file of its own"),
         (FORMS["prompt"], "a record of format prompt among those of format messages"),
     ],
@@ -155,7 +181,7 @@ ANSWER = {"role": "assistant", "content": "a"}
 def test_a_bad_record_is_named(tmp_path, record, expected):
     records = [FORMS["messages"], record]
     if not expected.startswith("a record of format") and "messages" not in record:
-        records = [*([FORMS["prompt"]] if "prompt" in record else [FORMS["alpaca"]]), record]
+        records = [FORMS["alpaca"] if "instruction" in record else FORMS["prompt"], record]
     assert refused(write_records(tmp_path / "a.jsonl", *records)).startswith(f"a.jsonl:2: {expected}")
 
 

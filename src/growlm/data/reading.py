@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from growlm.data.conversations import FORMATS, KEYS, MORE_KEYS, Turn, format_of, turns_of, written
+from growlm.data.conversations import FORMATS, MORE_KEYS, Turn, format_of, keys_of, lacking, turns_of, written
 from growlm.data.extracting import EXTRACTED, Extraction
 from growlm.data.records import (
     RECORDS,
@@ -252,14 +252,17 @@ class _Documents(Fields):
     def __init__(self, how: _How) -> None:
         self._how = how
         self._format: str | None = None  # that the file has
-        self._columns = False
+        self._columns: list[str] = []  # of a table, those that are read
         self.documents: list[Document] = []
 
     def columns(self, names: Sequence[str], where: str) -> list[str]:
-        self._format, self._columns = self._format_of(names, where, "column"), True
+        self._format = self._format_of(names, where, "column")
         if self._format == "text":
-            return [self._how.text_key]
-        return [*KEYS[self._format], *(key for key in MORE_KEYS.get(self._format, ()) if key in names)]
+            self._columns = [self._how.text_key]
+        else:
+            more = (key for key in MORE_KEYS.get(self._format, ()) if key in names)
+            self._columns = [*keys_of(names, self._format), *more]
+        return self._columns
 
     def is_record(self, record: Record) -> bool:
         return self._how.text_key in record or format_of(record) is not None
@@ -279,7 +282,7 @@ class _Documents(Fields):
             text = string_at(record[self._how.text_key], self._how.text_key, where)
             self.documents.append(Document(text, where))
         else:
-            turns = turns_of(record, found, where)
+            turns = turns_of({**dict.fromkeys(self._columns), **record}, found, where)  # with a table's nulls
             self.documents.append(Document(written(turns), where, turns))
 
     def _format_of(self, names: Collection[str], where: str, what: str) -> str:
@@ -291,11 +294,10 @@ class _Documents(Fields):
                 return found
             advice = "name the one that holds the text with --text-key"
             if wanted == "auto":
-                advice += ", or see --format for conversations"
+                advice += ", or rename two to question and answer for conversations"
             raise DataError(f"{where}: {_lacks(what, key, names)}; {advice}")
-        for key in KEYS[wanted]:
-            if key not in names:
-                raise DataError(f"{where}: {_lacks(what, key, names)}, as --format {wanted} has it; see --format")
+        for key in lacking(names, wanted):
+            raise DataError(f"{where}: {_lacks(what, key, names)}, as --format {wanted} has it; see --format")
         return wanted
 
 

@@ -126,7 +126,8 @@ class ConversationConfig(TrainConfig):
 
     Attributes:
         format: of records: text, messages (role and content), sharegpt (conversations of from and value), alpaca
-            (instruction, input, output) or prompt (prompt, completion); auto tells by their keys.
+            (instruction, input, output) or prompt (prompt and completion, or question and answer); auto tells by their
+            keys.
         loss: of conversations: answers learns what the assistant says, with the end of its turn; all learns all of it.
     """
 
