@@ -190,7 +190,7 @@ def test_data_show_json(home, answer, run):
     assert answer("data", "show", "digits.jsonl", "letters.jsonl", "--base", "store", "--samples", "2") == found
     code, out, _ = run("data", "show", "digits.jsonl", "--base", "base", "--sequence-length", "8")
     assert (code, out.count("«")) == (0, 3)
-    assert "all of which are learned" in out.splitlines()[0]
+    assert out.startswith("read: 12 documents, none held out; all ")
     code, out, err = run("data", "show", "digits.jsonl", "--base", "base", "--text-key", "body")
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert "digits.jsonl:1: no key 'body' among 'text'" in err
@@ -266,7 +266,8 @@ def test_results_are_on_stdout_and_remarks_on_stderr(home, run):
     code, out, err = run("learn", "store", "other", "--data", "other.jsonl", *LEARN)
     assert (code, out.startswith("other version 1: learned from")) == (0, True)
     assert all(line.startswith("other: ") for line in err.splitlines())
-    assert "12 documents: 512 tokens, all of which are learned" in err
+    assert "other: read: 12 documents; held out: " in err
+    assert "other: to train on: 32 rows of 16 tokens; all 512 tokens are learned" in err
 
 
 def test_eval_writes_its_report(home, run):

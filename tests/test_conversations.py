@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from chats import VOCAB_WITH_MARKERS, chat_tokenizer
 from disk import write_jsonl
 from growlm.base import Base
-from growlm.data import Document, Template, TextData, Turn, pack, passages, read, show, split, summary
+from growlm.data import Document, Template, TextData, Turn, pack, passages, read, show, split, split_told, summary
 from growlm.errors import ConfigError, DataError
 from growlm.evaluation import EvalConfig, evaluate
 from growlm.evaluation.beginnings import Beginnings
@@ -327,19 +327,42 @@ def test_what_is_shown_is_what_is_learned():
     packed = pack(documents(("one", "two"), ("three", "four")), CHATML, 64)
     assert (found.documents, found.conversations, found.learned) == (2, 2, packed.num_counted)
     assert found.to_json()["samples"][0]["learned"] == sample.learned
-    assert found.lines()[0].startswith(f"2 conversations: {found.tokens} tokens, {found.learned} of which are learned")
+    told = f"{found.learned} of {found.tokens} tokens are learned"
+    assert found.lines()[0] == f"read: 2 conversations (each up to 64 tokens), none held out; {told}"
+    assert found.lines()[2] == f"{sample.source}: {sample.learned} of {sample.tokens} tokens are learned"
     plain = show([Document("a text", "t")], CHATML, 64)
     assert plain.samples[0].text == "«a text»"
-    assert plain.lines()[0].startswith("1 document: ")
-    assert plain.lines()[0].endswith(" tokens, all of which are learned")
+    number = plain.tokens
+    assert plain.lines()[0] == f"read: 1 document, none held out; all {number} tokens are learned"
+    assert plain.lines()[2] == f"t: all {number} tokens are learned"
+    long = show([Document("a text " * 20, "t")], CHATML, 16)
+    count = long.samples[0].passages
+    assert count == -(-long.tokens // 16) > 1
+    assert long.lines()[2] == f"t, the first of {count} passages: all 16 tokens are learned"
 
 
 def test_the_summary_is_two_lines():
-    talks = documents(("one\nand", "two"))
-    first, second = summary(talks, pack(talks, CHATML, 64), CHATML)
-    assert first.startswith("1 conversation: 64 tokens, ")
-    assert first.endswith(" of which are learned, in 1 rows")
-    assert second.startswith("the first of them: <|im_start|>user\\none\\nand<|im_end|>\\n<|im_start|>assistant\\n«two")
+    packed = pack(documents(("one\nand", "two")), CHATML, 64)
+    first, second = summary(packed, CHATML)
+    assert first == f"to train on: 1 row of 64 tokens; {packed.num_counted} of 64 tokens are learned"
+    assert second.startswith("the first row: <|im_start|>user\\none\\nand<|im_end|>\\n<|im_start|>assistant\\n«two")
+    many = pack([Document("a text " * 99, "t")], CHATML, 16, max_tokens=32)
+    assert summary(many, CHATML, "--tokens")[0] == (
+        "to train on: the first 2 rows of 16 tokens (--tokens ends there); all 32 tokens are learned"
+    )
+
+
+def test_what_is_held_out_is_called_what_it_is():
+    def told(*found: Document) -> str:
+        return split_told(found, *split(TextData(list(found), [])))
+
+    texts = [Document(f"text {n}", f"d:{n}") for n in range(100)]
+    assert told(*texts) == "read: 100 documents; held out: 16 documents"
+    talks = documents(*((f"q{n}", f"a{n}") for n in range(400)))
+    assert told(*talks) == "read: 400 conversations; held out: 16 conversations"
+    long = Document("".join(f"paragraph {n} {'x' * 1500}\n\n" for n in range(200)), "long.txt")
+    assert told(long) == "read: 1 document; held out: 16 passages"
+    assert told(long, *talks[:9]).startswith("read: 1 document and 9 conversations; held out: ")
 
 
 # Learning

@@ -74,10 +74,11 @@ class TrainingCorpus:
             "documents": len(self.text.documents),
         }
 
-    def lines(self, tokens: Tokens, tokenizer: Any) -> list[str]:
-        """For people, before it is learned: how much it is, how much of that is learned, and a piece as the base will
-        see it."""
-        return text_data.summary(self.text.documents, tokens.packed, tokenizer)
+    def lines(self, tokens: Tokens, tokenizer: Any, config: ModuleTrainConfig) -> list[str]:
+        """For people, before it is learned: how much was read, how much of that is trained on, and a piece as the base
+        will see it."""
+        ended = config.max_tokens is not None and tokens.packed.num_tokens >= config.max_tokens
+        return [tokens.told, *text_data.summary(tokens.packed, tokenizer, "--tokens" if ended else None)]
 
     def tokenized(self, tokenizer: Any, config: ModuleTrainConfig) -> Tokens:
         """
@@ -100,7 +101,8 @@ class TrainingCorpus:
         if any(d.turns for d in self.text.documents):
             shown = [prompts_of(documents, tokenizer, length) for documents in (train, rest)]
             prompts = (shown[0], shown[1]) if all(shown) else None  # of those who say nothing
-        return Tokens(packed, replay, validation, heldout, begin, prompts)
+        told = text_data.split_told(self.text.documents, train, rest)
+        return Tokens(packed, replay, validation, heldout, begin, told, prompts)
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ class Tokens:
         validation: passages that are not trained on, by which rate and step are chosen.
         heldout: others, which choose nothing: by them it is decided whether a module is admitted.
         begin: what every prompt begins with.
+        told: how many documents were read and held out, for people.
         prompts: of conversations, what the router is shown: those that are trained on, and held-out ones.
     """
 
@@ -119,6 +122,7 @@ class Tokens:
     validation: list[text_data.Passage]
     heldout: list[text_data.Passage]
     begin: list[int]
+    told: str
     prompts: tuple[list[list[int]], list[list[int]]] | None = None
 
     def require_rows(self, base: Base, where: str, tokenizer: Any) -> None:

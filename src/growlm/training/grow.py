@@ -196,7 +196,7 @@ def _train(
     store.check_base()
     tokenizer = store.load_tokenizer()
     tokens = body.tokenized(tokenizer, config)
-    for line in body.lines(tokens, tokenizer):
+    for line in body.lines(tokens, tokenizer, config):
         say(line)
     run = run_from(step["from"])
     with run_folder(folder_of(store, name, run), busy, restart=restart) as work:
