@@ -764,6 +764,21 @@ WRONG = {
     "prune store --module digits --keep 0.5 --data nosuch.txt": "no such file or folder",
     "finetune nosuch out --data digits.jsonl": "no such folder",
     "pretrain out --data nosuch.txt": "no such file or folder",
+    "learn store law --data table.csv": "table.csv: header line: no column 'text' among 'id', 'body'",
+    "learn store law --data digits.jsonl --text-key body": "digits.jsonl:1: no key 'body' among 'text'",
+    "learn store law --data digits.jsonl --format prompt": "digits.jsonl:1: no key 'prompt' among 'text'",
+    "learn store law --data digits.jsonl --replay table.csv": "no column 'text'",
+    "learn store law --data mixed.jsonl": "mixed.jsonl:2: a record of format prompt among those of format text",
+    "grow store digits --data table.csv": "no column 'text'",
+    "eval store --data digits=table.csv": "no column 'text'",
+    "eval store --data digits=digits.jsonl --text-key body": "no key 'body'",
+    "usage store --module digits --data a=digits.jsonl --format chat": "format 'chat' is not one of",
+    "prune store --module digits --keep 0.5 --data digits.jsonl --text-key body": "no key 'body'",
+    "finetune base out --data table.csv": "no column 'text'",
+    "pretrain out --data digits.jsonl --text-key body": "no key 'body'",
+    "data show nosuch.txt --base store": "no such file or folder",
+    "data show table.csv --base base": "no column 'text'",
+    "new fresh --base base --general table.csv": "no column 'text'",
 }
 
 
@@ -787,6 +802,8 @@ for line, words in json.loads(sys.argv[1]).items():
     assert not {"torch", "transformers", "datasets"} & set(sys.modules), line
 print("done")
 """
+    (home / "table.csv").write_text("id,body\n1,a\n")
+    (home / "mixed.jsonl").write_text('{"text": "a"}\n{"question": "a", "answer": "b"}\n')
     done = command("-W", "error", "-c", code, json.dumps(WRONG), cwd=home)
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 

@@ -341,6 +341,12 @@ def test_what_is_shown_is_what_is_learned():
     assert long.lines()[2] == f"t, the first of {count} passages: all 16 tokens are learned"
 
 
+def test_what_to_learn_is_said_rightly():
+    for refuse in (pack, passages, show):
+        with pytest.raises(ConfigError, match="loss 'answer' is not one of answers, all"):
+            refuse(documents(("one", "two")), CHATML, 64, loss="answer")
+
+
 def test_the_summary_is_two_lines():
     packed = pack(documents(("one\nand", "two")), CHATML, 64)
     first, second = summary(packed, CHATML)

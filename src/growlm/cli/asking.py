@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from growlm.cli.output import name_of
 from growlm.progress import reporting
@@ -39,37 +39,38 @@ def open_engine(
         return Engine(opened, memory=memory, device=device, experts_on=experts_on, row_cache=row_cache, strict=strict)
 
 
-def open_store(path: Path | str, *names: str, data: Iterable[str] = ()) -> Store:
-    """A store, before anything is imported that takes seconds: what is wrong with the names is told at once.
+def open_store(path: Path | str, *names: str, data: Iterable[str] = (), **reading: Any) -> Store:
+    """A store, before anything is imported that takes seconds: what is wrong with names or data is told at once.
 
     Args:
         names: of modules that it must hold.
-        data: that must be there.
+        data: that must be there, and begin as it should.
+        reading: how it is read: the settings of `growlm.data.read`.
     """
     from growlm.store import Store
 
     store = Store.open(path)
     for name in names:
         store.module(name)
-    require_data(data)
+    require_data(data, **reading)
     return store
 
 
-def open_source(source: str, names: Sequence[str], data: Iterable[str]) -> None:
+def open_source(source: str, names: Sequence[str], data: Iterable[str], **reading: Any) -> None:
     """As `open_store`, for what is a store or a checkpoint. Of a checkpoint's modules nothing is asked here."""
     if (Path(source).expanduser() / "store.json").exists():
-        open_store(source, *names, data=data)
+        open_store(source, *names, data=data, **reading)
         return
+    require_data(data, **reading)
     from growlm.base.checkpoint import resolve
 
     resolve(source)
-    require_data(data)
 
 
-def require_data(data: Iterable[str]) -> None:
-    from growlm.data import require_there
+def require_data(data: Iterable[str], **reading: Any) -> None:
+    from growlm.data import look_at
 
-    require_there(data)
+    look_at(data, **reading)
 
 
 def module_names(names: list[str] | None) -> list[str | None] | str:

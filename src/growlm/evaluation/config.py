@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from growlm.errors import ConfigError
 from growlm.units import parse_count
@@ -49,3 +50,8 @@ class EvalConfig:
         for name, minimum in (("sequence_length", 2), ("max_documents", 0), ("route_tokens", 1)):
             if getattr(self, name) < minimum:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {minimum}")
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How data is read: the settings of `growlm.data.read`."""
+        return {"text_key": self.text_key, "separator": self.separator, "format": self.format}

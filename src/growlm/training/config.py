@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,11 @@ class TrainConfig:
             return self.epochs * num_rows
         return self.max_tokens // self.sequence_length
 
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How data is read: the settings of `growlm.data.read`."""
+        return {"text_key": self.text_key, "separator": self.separator}
+
     def to_json(self) -> dict[str, Any]:
         """What is recorded: all but the device, which another machine may not have. What it came to is recorded by
         itself."""
@@ -141,6 +146,10 @@ class ConversationConfig(TrainConfig):
         for name, known in (("format", FORMATS), ("loss", LOSSES)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        return {**super().reading, "format": self.format}
 
     def to_json(self) -> dict[str, Any]:
         """As of all; what is said of conversations only where it was said: a run on text goes on that knew of none."""
@@ -250,6 +259,10 @@ class ModuleTrainConfig(ConversationConfig):
             object.__setattr__(self, "keep_samples", parse_size(self.keep_samples))
         if self.router_samples < 1:
             raise ConfigError(f"router_samples is {self.router_samples}; it must be at least 1")
+
+    def paths(self, data: Sequence[str]) -> list[str]:
+        """All that is read: the data, and the text that is replayed."""
+        return [*data, *([] if self.replay is None else [self.replay])]
 
 
 @dataclass(frozen=True)

@@ -56,9 +56,8 @@ class TrainingCorpus:
         Raises:
             DataError: data that is missing or malformed.
         """
-        how: dict[str, Any] = {"text_key": config.text_key, "separator": config.separator, "format": config.format}
-        text = text_data.read(data, **how)
-        replayed = None if config.replay is None else text_data.read([config.replay], **how)
+        text = text_data.read(data, **config.reading)
+        replayed = None if config.replay is None else text_data.read([config.replay], **config.reading)
         return cls(", ".join(map(str, data)), text, replayed)
 
     @cached_property

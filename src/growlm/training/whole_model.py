@@ -133,8 +133,7 @@ def train_whole(
     """
     refuse_existing(out)
     placement = Placement.of(config.device, config.precision)
-    form = config.format if isinstance(config, ConversationConfig) else "text"
-    corpus = text_data.read(data, text_key=config.text_key, separator=config.separator, format=form)
+    corpus = text_data.read(data, **config.reading)
     train_documents, heldout_documents = text_data.split(corpus, at_most=_HELDOUT_DOCUMENTS, seed=config.seed)
 
     settings = config.to_json() | {"threads": torch.get_num_threads(), "device": placement.device.type}

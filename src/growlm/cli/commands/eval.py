@@ -43,7 +43,9 @@ def evaluate(
         growlm eval brain --data law=heldout2.txt none=news.txt --json
     """
     texts = named_paths(data)
-    opened = open_store(store, *(name for name in texts if name != "none"), data=chain(*texts.values()))
+    opened = open_store(
+        store, *(name for name in texts if name != "none"), data=chain(*texts.values()), **config.reading
+    )
     from growlm.base.placement import find_device
     from growlm.evaluation import evaluate as run
 

@@ -68,7 +68,7 @@ def grow(
         refuse_beside("--undo", *(option for option, value in asked.items() if value), *trains)
     elif experts is not None and not data:
         refuse_beside("--experts without --data", *trains, *(["--restart"] if restart else []))
-    opened = open_store(store, name, data=data or ())
+    opened = open_store(store, name, data=config.paths(data or ()), **config.reading)
     from growlm.training import grow as growth
 
     if undo:
