@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from growlm.cli.output import name_of
+from growlm.errors import UnknownModuleError
 from growlm.progress import reporting
 from growlm.units import parse_size
 
@@ -22,15 +23,15 @@ def open_engine(
     experts_on: str = "memory",
     row_cache: str | None = None,
     strict: bool = False,
-    modules: Sequence[str] | None = None,
+    wanted: Sequence[str | None] = (),
 ) -> Engine:
     """The engine of a store; its weights are read with progress under the store's name.
 
     Args:
-        modules: that will be asked for by name.
+        wanted: what is asked for, as `module_names` has it.
     """
     with reporting(name_of(store)):
-        opened = open_store(store, *(name for name in modules or () if name not in ("auto", "base")))
+        opened = open_store(store, *(name for name in wanted if name not in (None, "auto")))
         for size in (memory, row_cache):
             if size is not None:
                 parse_size(size)
@@ -73,6 +74,13 @@ def require_data(data: Iterable[str], **reading: Any) -> None:
     look_at(data, **reading)
 
 
-def module_names(names: list[str] | None) -> list[str | None] | str:
-    """What the engine understands for the names of --module: base is None, none given is auto."""
-    return [None if name == "base" else name for name in names] if names else "auto"
+def module_names(names: Sequence[str] | None) -> list[str | None]:
+    """What the engine understands for the names of --module: base is None, and where there are no names it is auto.
+
+    Raises:
+        UnknownModuleError: none, by which people mean the base.
+    """
+    for name in names or ():
+        if name.lower() in ("none", ""):
+            raise UnknownModuleError(f"no module {name!r}; to ask the base alone, name it: base")
+    return [None if name == "base" else name for name in names or ["auto"]]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from growlm.engine.scheduler import Names
-from growlm.errors import ConfigError
+from growlm.errors import ConfigError, UnknownModuleError
 from growlm.modules import check_together
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 AUTO = "auto"  # let the router choose
 Wanted = str | Sequence[str | None] | None  # as callers name it: one module, several, None for the base, or AUTO
 
+_BASE = ("base", "none")  # names that no module has, and that people give for the base
 _ALONE = {
     AUTO: 'leave out "auto", which lets the router choose, or give it alone',
     None: "leave out base, which is no module, or give it alone",
@@ -39,6 +40,8 @@ def select(
     if wanted == AUTO:
         return AUTO
     if isinstance(wanted, str):
+        if wanted in _BASE:
+            raise UnknownModuleError(f"no module {wanted!r}; for the base alone give None")
         store.module(wanted)
         return (wanted,)
     if not isinstance(wanted, Iterable):
