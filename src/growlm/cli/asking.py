@@ -32,9 +32,9 @@ def open_engine(
     """
     with reporting(name_of(store)):
         opened = open_store(store, *(name for name in wanted if name not in (None, "auto")))
-        for size in (memory, row_cache):
+        for name, size in (("memory", memory), ("row_cache", row_cache)):
             if size is not None:
-                parse_size(size)
+                parse_size(size, name)
         from growlm.engine import Engine
 
         return Engine(opened, memory=memory, device=device, experts_on=experts_on, row_cache=row_cache, strict=strict)

@@ -27,7 +27,7 @@ from growlm.data.records import (
     string_at,
     take_rows,
 )
-from growlm.errors import ConfigError, DataError
+from growlm.errors import ConfigError, DataError, setting
 from growlm.progress import phase, reporting, say, track
 
 # What is read from a folder, packed or not.
@@ -145,7 +145,7 @@ class _How:
         if separator == "":
             raise ConfigError("the separator is empty; leave it out, or give one such as a blank line")
         if format not in FORMATS:
-            raise ConfigError(f"format {format!r} is not one of {', '.join(FORMATS)}")
+            raise ConfigError(f"{setting('format')} {format!r} is not one of {', '.join(FORMATS)}")
         return cls(text_key, separator, format, Extraction())
 
 

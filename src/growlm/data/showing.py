@@ -112,7 +112,7 @@ def summary(packed: PackedTokens, tokenizer: Any, limit: str | None = None) -> l
     piece = marked(tokenizer, row, counted).replace("\n", "\\n")
     rows = f"{len(packed):,} row{'' if len(packed) == 1 else 's'} of {packed.tokens.shape[1] - 1:,} tokens"
     if limit is not None:
-        rows = f"the first {rows} ({limit} ends there)"
+        rows = f"{'the first ' if len(packed) > 1 else ''}{rows} ({limit} ends there)"
     return [
         f"to train on: {rows}; {_learned(packed.num_counted, packed.num_tokens)}",
         f"the first row: {_cut(piece, _LINE)}",

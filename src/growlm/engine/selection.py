@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from growlm.engine.scheduler import Names
-from growlm.errors import ConfigError, UnknownModuleError
+from growlm.errors import ConfigError, UnknownModuleError, setting
 from growlm.modules import check_together
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def require_one_way(wanted: Wanted, mix: int, reroute: int, known: int, listed: 
     """
     if mix < 1 or reroute < 0:
         name, value, minimum = ("mix", mix, 1) if mix < 1 else ("reroute", reroute, 0)
-        raise ConfigError(f"{name} is {value}; it must be at least {minimum}")
+        raise ConfigError(f"{setting(name)} is {value}; it must be at least {minimum}")
     if mix > 1 and mix > known:
         raise ConfigError(f"--mix {mix}: the router knows {known} modules; mix at most as many")
     if mix > 1 and mix > listed:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from growlm.errors import ConfigError
+from growlm.errors import ConfigError, setting
 
 if TYPE_CHECKING:
     from growlm.base import Base
@@ -122,12 +122,14 @@ class ExpertsConfig(ModuleConfig):
             ConfigError: layers that the base does not have, or lists of another length.
         """
         if self.first_layer >= depth:
-            raise ConfigError(f"first_layer is {self.first_layer}; {where} has {depth} layers, so at most {depth - 1}")
+            raise ConfigError(
+                f"{setting('first_layer')} is {self.first_layer}; {where} has {depth} layers, so at most {depth - 1}"
+            )
         for name in ("num_experts", "num_attention_experts"):
             numbers = getattr(self, name)
             if isinstance(numbers, tuple) and len(numbers) != depth - self.first_layer:
                 raise ConfigError(
-                    f"{name} lists {len(numbers)} layers; {where} has {depth - self.first_layer} from layer "
+                    f"{setting(name)} lists {len(numbers)} layers; {where} has {depth - self.first_layer} from layer "
                     f"{self.first_layer} on"
                 )
 
@@ -171,7 +173,7 @@ class PeerConfig(ModuleConfig):
         try:
             return tuple(int(part) for part in value.split(","))
         except ValueError:
-            raise ConfigError(f"layers is {value!r}; write numbers of layers, e.g. 3 or 2,5") from None
+            raise ConfigError(f"{setting('layers')} is {value!r}; write numbers of layers, e.g. 3 or 2,5") from None
 
     @model_validator(mode="after")
     def _check_steps(self) -> Self:
@@ -211,8 +213,8 @@ class PeerConfig(ModuleConfig):
         if rows < 1 or rest:
             below = max(rows, 1) * b
             raise ConfigError(
-                f"experts is {num_experts:+}; a sub-key of this module's pools has {b} experts, and they grow by whole "
-                f"ones: use {below:+} or {below + b:+}"
+                f"{setting('experts')} is {num_experts:+}; a sub-key of this module's pools has {b} experts, and "
+                f"they grow by whole ones: use {below:+} or {below + b:+}"
             )
         return self.model_copy(update={"steps": (*self.steps, a + rows)})
 
@@ -224,7 +226,9 @@ class PeerConfig(ModuleConfig):
         """
         layers = (base.num_layers // 2,) if self.layers is None else tuple(sorted(self.layers))
         if len(set(layers)) < len(layers) or not layers:
-            raise ConfigError(f"layers are {', '.join(map(str, self.layers or ()))}; name each once, and at least one")
+            raise ConfigError(
+                f"{setting('layers')} are {', '.join(map(str, self.layers or ()))}; name each once, and at least one"
+            )
         for layer in layers:
             if not 0 <= layer < base.num_layers:
                 raise ConfigError(f"layer {layer}: {base.where} has layers 0 to {base.num_layers - 1}")

@@ -20,7 +20,7 @@ from growlm import data as text_data
 from growlm import router
 from growlm.base import Base
 from growlm.disk.tensors import read_tensors
-from growlm.errors import ConfigError, DataError, StoreError
+from growlm.errors import ConfigError, DataError, StoreError, setting
 from growlm.modules import ModuleSet
 from growlm.modules.scoring import paired_losses
 from growlm.progress import phase
@@ -77,7 +77,7 @@ class TrainingCorpus:
         """For people, before it is learned: how much was read, how much of that is trained on, and a piece as the base
         will see it."""
         ended = config.max_tokens is not None and tokens.packed.num_tokens >= config.max_tokens
-        return [tokens.told, *text_data.summary(tokens.packed, tokenizer, "--tokens" if ended else None)]
+        return [tokens.told, *text_data.summary(tokens.packed, tokenizer, setting("tokens") if ended else None)]
 
     def tokenized(self, tokenizer: Any, config: ModuleTrainConfig) -> Tokens:
         """
@@ -269,7 +269,9 @@ def require_positions(base: Base, config: ModuleTrainConfig) -> None:
     """
     made_for = base.max_positions or base.trained_positions
     if made_for is not None and config.sequence_length > made_for:
-        raise ConfigError(f"sequence_length is {config.sequence_length}; {base.where} has {made_for} positions")
+        raise ConfigError(
+            f"{setting('sequence_length')} is {config.sequence_length}; {base.where} has {made_for} positions"
+        )
 
 
 # Evidence of several bodies in one module
