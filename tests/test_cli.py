@@ -16,13 +16,17 @@ import pytest
 
 from disk import all_files, edit, flip, write_jsonl
 from growlm import __version__, cli
+from growlm.cli.options import option as as_option
 from growlm.cli.options import spread
 from growlm.engine import Generation
+from growlm.engine.sampling import SamplingConfig
+from growlm.errors import ConfigError, settings_written
 from growlm.evaluation import EvalConfig
 from growlm.modules import KINDS, ModuleConfig, kind_of
 from growlm.modules.shapes import SHAPES
 from growlm.router import add_domain
 from growlm.store import ROUTER_DERIVED, Store
+from growlm.training.config import LearnConfig
 from stores import ALPHABETS, add_module, domain_text, make_store
 
 COMMANDS = ["pretrain", "new", "learn", "route", "generate", "chat", "eval", "status", "verify", "remove", "export"]
@@ -190,7 +194,7 @@ def test_data_show_json(home, answer, run):
     assert answer("data", "show", "digits.jsonl", "letters.jsonl", "--base", "store", "--samples", "2") == found
     code, out, _ = run("data", "show", "digits.jsonl", "--base", "base", "--sequence-length", "8")
     assert (code, out.count("«")) == (0, 3)
-    assert "all of which are learned" in out.splitlines()[0]
+    assert out.startswith("read: 12 documents, none held out; all ")
     code, out, err = run("data", "show", "digits.jsonl", "--base", "base", "--text-key", "body")
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert "digits.jsonl:1: no key 'body' among 'text'" in err
@@ -266,7 +270,8 @@ def test_results_are_on_stdout_and_remarks_on_stderr(home, run):
     code, out, err = run("learn", "store", "other", "--data", "other.jsonl", *LEARN)
     assert (code, out.startswith("other version 1: learned from")) == (0, True)
     assert all(line.startswith("other: ") for line in err.splitlines())
-    assert "12 documents: 512 tokens, all of which are learned" in err
+    assert "other: read: 12 documents; held out: " in err
+    assert "other: to train on: 32 rows of 16 tokens; all 512 tokens are learned" in err
 
 
 def test_eval_writes_its_report(home, run):
@@ -391,7 +396,7 @@ def test_chat_in_a_script_fails_if_a_turn_did(home, run, monkeypatch):
     assert code == 1
     assert "error:" in err
     code, _, err = run("chat", "store", "--top-p", "0")
-    assert (code, err.count("\n"), "top_p" in err) == (1, 1, True)
+    assert (code, err.count("\n"), "--top-p" in err) == (1, 1, True)
 
 
 def test_chat_ends_with_its_input(home, run, monkeypatch):
@@ -739,15 +744,30 @@ WRONG = {
     "learn nosuch x --data digits.jsonl": "not a store",
     "learn store Bad! --data digits.jsonl": "module name 'Bad!'",
     "learn store x --data nosuch.txt": "no such file or folder",
-    "learn store x --data digits.jsonl --warmup 2": "warmup is 2",
-    "learn store x --data digits.jsonl --kind nosuch": "module kind 'nosuch'",
+    "learn store x --data digits.jsonl --warmup 2": "growlm: --warmup is 2.0; it is a share",
+    "learn store x --data digits.jsonl --kind nosuch": "growlm: --kind 'nosuch' does not exist",
+    "learn store x --data digits.jsonl --tokens 0": "growlm: --tokens is 0; it must be at least --sequence-length, 512",
+    "learn store x --data digits.jsonl --tokens few": "growlm: --tokens is 'few', not a count; write it like 4M",
+    "learn store x --data digits.jsonl --num-layers 0": "growlm: --num-layers is 0, expected at least 1",
+    "learn store x --data digits.jsonl --kind peer --layers one": "growlm: --layers is 'one'; write numbers",
+    "learn store x --data digits.jsonl --top-k 3": "growlm: --top-k is for modules of kind peer",
+    "learn store x --data digits.jsonl --feature-cache much": "growlm: --feature-cache is 'much', not a size",
+    "finetune base out --data digits.jsonl --load-concentration -1": "growlm: --load-concentration is -1.0; it must",
+    "pretrain out --data digits.jsonl --preset large": "growlm: --preset 'large' is not one of",
+    "router store --kind transformer --router-layers 0": "growlm: --router-layers is 0; it must be at least 1",
+    "eval store --data digits=digits.jsonl --max-documents -1": "growlm: --max-documents is -1; it must",
     "learn store x --data nosuch.txt --dry-run": "no such file or folder",
     "generate nosuch hi": "not a store",
     "generate store hi --module nosuch": "no module 'nosuch'",
-    "generate store hi --memory much": "'much' is not a size",
+    "generate store hi --memory much": "growlm: --memory is 'much', not a size; write it like 2GB or 512MiB",
     "route nosuch hi": "not a store",
     "chat nosuch": "not a store",
     "chat store --module nosuch": "no module 'nosuch'",
+    "generate store hi --module digit": "no module 'digit'; did you mean digits?",
+    "generate store hi --module none": "no module 'none'; to ask the base alone, name it: base",
+    "generate store hi --module None": "no module 'None'; to ask the base alone",
+    "chat store --module none": "no module 'none'; to ask the base alone",
+    "eval store --data base=digits.jsonl": "text that belongs to no module is none=PATH",
     "eval nosuch --data digits=digits.jsonl": "not a store",
     "eval store --data nosuch=digits.jsonl": "no module 'nosuch'",
     "eval store --data digits=nosuch.jsonl": "no such file or folder",
@@ -763,6 +783,21 @@ WRONG = {
     "prune store --module digits --keep 0.5 --data nosuch.txt": "no such file or folder",
     "finetune nosuch out --data digits.jsonl": "no such folder",
     "pretrain out --data nosuch.txt": "no such file or folder",
+    "learn store law --data table.csv": "table.csv: header line: no column 'text' among 'id', 'body'",
+    "learn store law --data digits.jsonl --text-key body": "digits.jsonl:1: no key 'body' among 'text'",
+    "learn store law --data digits.jsonl --format prompt": "digits.jsonl:1: no key 'prompt' among 'text'",
+    "learn store law --data digits.jsonl --replay table.csv": "no column 'text'",
+    "learn store law --data mixed.jsonl": "mixed.jsonl:2: a record of format prompt among those of format text",
+    "grow store digits --data table.csv": "no column 'text'",
+    "eval store --data digits=table.csv": "no column 'text'",
+    "eval store --data digits=digits.jsonl --text-key body": "no key 'body'",
+    "usage store --module digits --data a=digits.jsonl --format chat": "format 'chat' is not one of",
+    "prune store --module digits --keep 0.5 --data digits.jsonl --text-key body": "no key 'body'",
+    "finetune base out --data table.csv": "no column 'text'",
+    "pretrain out --data digits.jsonl --text-key body": "no key 'body'",
+    "data show nosuch.txt --base store": "no such file or folder",
+    "data show table.csv --base base": "no column 'text'",
+    "new fresh --base base --general table.csv": "no column 'text'",
 }
 
 
@@ -786,8 +821,27 @@ for line, words in json.loads(sys.argv[1]).items():
     assert not {"torch", "transformers", "datasets"} & set(sys.modules), line
 print("done")
 """
+    (home / "table.csv").write_text("id,body\n1,a\n")
+    (home / "mixed.jsonl").write_text('{"text": "a"}\n{"question": "a", "answer": "b"}\n')
     done = command("-W", "error", "-c", code, json.dumps(WRONG), cwd=home)
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+
+
+def test_a_setting_is_named_as_it_was_written():
+    """In Python by its field, on the command line by its option."""
+    makers = {
+        "max_rows": lambda: LearnConfig(max_rows=0),
+        "feature_cache": lambda: LearnConfig(feature_cache="much"),
+        "num_layers": lambda: LearnConfig(num_layers=0),
+        "max_documents": lambda: EvalConfig(max_documents=-1),
+        "top_p": lambda: SamplingConfig(top_p=2.0),
+    }
+    for name, make in makers.items():
+        for write, expected in ((str, f"{name} is"), (as_option, f"--{name.replace('_', '-')} is")):
+            with settings_written(write), pytest.raises(ConfigError, match=f"^{expected}"):
+                make()
+        with pytest.raises(ConfigError, match=f"^{name} is"):
+            make()
 
 
 def test_the_settings_of_eval_come_from_their_class(home, run, answer):
@@ -897,7 +951,7 @@ def test_bad_router_options_are_one_line(home, run):
     for options, message in (
         (["--kind", "oracle"], "router 'oracle' is not one of gaussian, product-key, transformer"),
         (["--remove-version", "7"], "no trained router of version 7; versions are: none"),
-        (["--kind", "transformer", "--router-layers", "0"], "router_layers is 0; it must be at least 1"),
+        (["--kind", "transformer", "--router-layers", "0"], "--router-layers is 0; it must be at least 1"),
         (["--kind", "product-key", "--epochs", "3"], "--kind product-key trains nothing, so that --epochs is of no"),
         (["--router-layers", "3"], "this command without --kind transformer trains nothing, so that --router-layers"),
         (["--kind", "gaussian", "--restart"], "--kind gaussian trains nothing, so that --restart is of no effect"),

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from chats import VOCAB_WITH_MARKERS, chat_tokenizer
 from disk import write_jsonl
 from growlm.base import Base
-from growlm.data import Document, Template, TextData, Turn, pack, passages, read, show, split, summary
+from growlm.data import Document, Template, TextData, Turn, pack, passages, read, show, split, split_told, summary
 from growlm.errors import ConfigError, DataError
 from growlm.evaluation import EvalConfig, evaluate
 from growlm.evaluation.beginnings import Beginnings
@@ -47,6 +47,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "alpaca": {"instruction": "Who pays?", "input": "", "output": "The tenant."},
     "prompt": {"prompt": "Who pays?", "completion": "The tenant."},
 }
+PAIRS = [("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("query", "response")]
 QUESTIONS = ["kitchen", "cellar", "attic", "garage", "garden", "hall"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -94,6 +95,30 @@ def test_every_form_is_found_by_its_keys_or_by_its_name(tmp_path, format):
     (tmp_path / "a.json").write_text(json.dumps(FORMS[format]))  # one record, not a list of messages
     for name in ("a.parquet", "a.json"):
         assert read([tmp_path / name], format="auto").documents[0].turns == TURNS
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_what_is_asked_and_answered_has_several_names(tmp_path, pair):
+    record = dict(zip(pair, ("Who pays?", "The tenant."), strict=True))
+    file = write_records(tmp_path / "a.jsonl", {"id": 7, **record}, FORMS["prompt"])
+    (tmp_path / "a.csv").write_text(",".join((*pair, "id")) + "\nWho pays?,The tenant.,7\n")
+    (tmp_path / "a.json").write_text(json.dumps({**record, "sources": [{"id": 7}]}))
+    for format in ("auto", "prompt"):
+        assert [d.turns for d in read([file], format=format).documents] == [TURNS, TURNS]
+        for name in ("a.csv", "a.json"):
+            assert [d.turns for d in read([tmp_path / name], format=format).documents] == [TURNS]
+    both = write_records(file, {"text": "one", **record})
+    assert [d.text for d in read([both], format="auto").documents] == ["one"]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record, {pair[0]: "Why?"}]), tmp_path / "a.parquet")
+    told = refused(tmp_path / "a.parquet")
+    assert told == f"a.parquet:2: {pair[1]!r} is null, expected a string; correct it or drop it"
+
+
+def test_keys_that_nothing_is_known_of_are_named_with_what_to_do(tmp_path):
+    told = refused(write_records(tmp_path / "a.jsonl", {"q": "a", "a": "b"}))
+    assert told.startswith("a.jsonl:1: no key 'text' among 'q', 'a'; name the one that holds the text with --text-key")
+    assert told.endswith(", or rename two to question and answer for conversations")
+    assert refused(tmp_path / "a.jsonl", format="text").endswith("the text with --text-key")
 
 
 def test_more_than_question_and_answer(tmp_path):
@@ -145,9 +170,10 @@ ANSWER = {"role": "assistant", "content": "a"}
         ({"messages": "a"}, "'messages' is of type str, expected a list"),
         ({"messages": [{**ANSWER, "content": [{"type": "image"}]}]}, "message 1: 'content' is of type list"),
         ({"prompt": "a", "completion": None}, "'completion' is null"),
+        ({"question": "a", "answer": 7}, "'answer' is of type int"),
         ({"prompt": "a", "completion": "\ud800"}, "'completion' holds half of a surrogate pair"),
         ({"instruction": "a", "input": 7, "output": "a"}, "'input' is of type int"),
-        ({"question": "a"}, "no key 'text' among 'question'; name the one that holds the text with --text-key, or see"),
+        ({"question": "a"}, "no key 'text' among 'question'; name the one that holds the text with --text-key, or"),
         ({"text": "a"}, "a record of format text among those of format messages; put each in a file of its own"),
         (FORMS["prompt"], "a record of format prompt among those of format messages"),
     ],
@@ -155,7 +181,7 @@ ANSWER = {"role": "assistant", "content": "a"}
 def test_a_bad_record_is_named(tmp_path, record, expected):
     records = [FORMS["messages"], record]
     if not expected.startswith("a record of format") and "messages" not in record:
-        records = [*([FORMS["prompt"]] if "prompt" in record else [FORMS["alpaca"]]), record]
+        records = [FORMS["alpaca"] if "instruction" in record else FORMS["prompt"], record]
     assert refused(write_records(tmp_path / "a.jsonl", *records)).startswith(f"a.jsonl:2: {expected}")
 
 
@@ -301,19 +327,48 @@ def test_what_is_shown_is_what_is_learned():
     packed = pack(documents(("one", "two"), ("three", "four")), CHATML, 64)
     assert (found.documents, found.conversations, found.learned) == (2, 2, packed.num_counted)
     assert found.to_json()["samples"][0]["learned"] == sample.learned
-    assert found.lines()[0].startswith(f"2 conversations: {found.tokens} tokens, {found.learned} of which are learned")
+    told = f"{found.learned} of {found.tokens} tokens are learned"
+    assert found.lines()[0] == f"read: 2 conversations (each up to 64 tokens), none held out; {told}"
+    assert found.lines()[2] == f"{sample.source}: {sample.learned} of {sample.tokens} tokens are learned"
     plain = show([Document("a text", "t")], CHATML, 64)
     assert plain.samples[0].text == "«a text»"
-    assert plain.lines()[0].startswith("1 document: ")
-    assert plain.lines()[0].endswith(" tokens, all of which are learned")
+    number = plain.tokens
+    assert plain.lines()[0] == f"read: 1 document, none held out; all {number} tokens are learned"
+    assert plain.lines()[2] == f"t: all {number} tokens are learned"
+    long = show([Document("a text " * 20, "t")], CHATML, 16)
+    count = long.samples[0].passages
+    assert count == -(-long.tokens // 16) > 1
+    assert long.lines()[2] == f"t, the first of {count} passages: all 16 tokens are learned"
+
+
+def test_what_to_learn_is_said_rightly():
+    for refuse in (pack, passages, show):
+        with pytest.raises(ConfigError, match="loss 'answer' is not one of answers, all"):
+            refuse(documents(("one", "two")), CHATML, 64, loss="answer")
 
 
 def test_the_summary_is_two_lines():
-    talks = documents(("one\nand", "two"))
-    first, second = summary(talks, pack(talks, CHATML, 64), CHATML)
-    assert first.startswith("1 conversation: 64 tokens, ")
-    assert first.endswith(" of which are learned, in 1 rows")
-    assert second.startswith("the first of them: <|im_start|>user\\none\\nand<|im_end|>\\n<|im_start|>assistant\\n«two")
+    packed = pack(documents(("one\nand", "two")), CHATML, 64)
+    first, second = summary(packed, CHATML)
+    assert first == f"to train on: 1 row of 64 tokens; {packed.num_counted} of 64 tokens are learned"
+    assert second.startswith("the first row: <|im_start|>user\\none\\nand<|im_end|>\\n<|im_start|>assistant\\n«two")
+    many = pack([Document("a text " * 99, "t")], CHATML, 16, max_tokens=32)
+    assert summary(many, CHATML, "--tokens")[0] == (
+        "to train on: the first 2 rows of 16 tokens (--tokens ends there); all 32 tokens are learned"
+    )
+
+
+def test_what_is_held_out_is_called_what_it_is():
+    def told(*found: Document) -> str:
+        return split_told(found, *split(TextData(list(found), [])))
+
+    texts = [Document(f"text {n}", f"d:{n}") for n in range(100)]
+    assert told(*texts) == "read: 100 documents; held out: 16 documents"
+    talks = documents(*((f"q{n}", f"a{n}") for n in range(400)))
+    assert told(*talks) == "read: 400 conversations; held out: 16 conversations"
+    long = Document("".join(f"paragraph {n} {'x' * 1500}\n\n" for n in range(200)), "long.txt")
+    assert told(long) == "read: 1 document; held out: 16 passages"
+    assert told(long, *talks[:9]).startswith("read: 1 document and 9 conversations; held out: ")
 
 
 # Learning

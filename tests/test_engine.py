@@ -197,8 +197,9 @@ def test_an_unknown_name_is_an_error_never_the_base(llama, name):
         with pytest.raises(GrowlmError) as caught:
             call()
         assert "\n" not in str(caught.value)
-        if name == "nobody":
+        if name in ("nobody", "base", "none"):
             assert isinstance(caught.value, UnknownModuleError)
+        assert ("for the base alone give None" in str(caught.value)) == (name in ("base", "none"))
 
 
 @pytest.mark.versions

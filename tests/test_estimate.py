@@ -253,10 +253,12 @@ def test_the_command_tells_in_lines_and_in_json(store, capfd):
     with pytest.raises(SystemExit):
         main([*arguments, "--json"])
     told = json.loads(capfd.readouterr().out)
-    assert [line.split(":")[0] for line in lines[2:]] == [
-        "held out", "steps", "learning rates", "time", "memory", "disk", *["prompt", "  base"] * len(told["samples"]),
+    assert [line.split(":")[0] for line in lines[3:]] == [
+        "held-out text", "steps", "learning rates", "time", "memory", "disk",
+        *["prompt", "  base"] * len(told["samples"]),
     ]  # fmt: skip
     assert len(told["samples"]) == 3
     assert all(f"{s['prompt']}{s['text']}"[:200] in source.read_text().replace("\\n", "\n") for s in told["samples"])
-    assert f"steps: {told['steps']:,} at the most, of 128 tokens; {told['tokens_trained']:,} tokens" in lines
+    steps = f"steps: {told['steps']:,} at the most, of 128 tokens; {told['tokens_trained']:,} tokens in all"
+    assert f"{steps}, repeats included" in lines
     assert list(store.modules) == []

@@ -224,7 +224,7 @@ def result_of(**changes: Any) -> LearnResult:
 def test_the_table_has_both_losses_and_the_interval():
     lines = result_of().lines()
     assert lines[0].startswith(
-        "law version 2: learned from 40,000 tokens in 20 s (2,000 tokens/s), measured by 12 held-"
+        "law version 2: learned from 40,000 tokens, repeats included, in 20 s (2,000 tokens/s), measured by 12 held-"
     )
     assert [line.split("  ")[0] for line in lines[1:4]] == ["held-out text", "loss, nats a token", "perplexity"]
     assert "2.500  2.250    0.250 (0.030 to 0.470)" in lines[2]

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import lzma
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
-from growlm.data import Document, read
-from growlm.errors import DataError
+from growlm.data import Document, look_at, read
+from growlm.errors import ConfigError, DataError
 from growlm.progress import reporting
 
 # White space, quotes, separators and ends of lines: what a reader could stumble over.
@@ -24,9 +25,9 @@ TEXTS = ["one", 'two, or\nmore\tof "it"', "ünicode", "'", "l" * 200_000]
 RECORDS = [{"id": n, "text": text} for n, text in enumerate(TEXTS)]
 
 
-def refused(path: Path, **options: Any) -> str:
+def refused(path: Path, by: Callable[..., Any] = read, **options: Any) -> str:
     with pytest.raises(DataError) as caught:
-        read([path], **options)
+        by([path], **options)
     message = str(caught.value)
     assert "\n" not in message
     return message.removeprefix(f"{path.parent.as_posix()}/")
@@ -154,7 +155,48 @@ def test_json_of_a_folder_is_left_out_with_a_word(tmp_path, capsys):
 def test_what_is_malformed_is_named(tmp_path, name, content, expected):
     path = tmp_path / name
     path.write_bytes(content)
-    assert refused(path).startswith(expected)
+    told = refused(path)
+    assert told.startswith(expected)
+    if path.suffix in (".gz", ".zst") and ".jsonl" not in path.suffixes:  # is unpacked whole
+        look_at([path])
+    else:
+        assert refused(path, by=look_at) == told
+
+
+def test_a_look_at_data_is_short(tmp_path):
+    """It says what is wrong with the beginning of files; a pipe can be read once, and is left alone."""
+    bad = b'{"body": "a"}\n'
+    (tmp_path / "early.jsonl").write_bytes(json_lines([{"text": "a" * 1000}] * 9) + bad)
+    (tmp_path / "late.jsonl").write_bytes(json_lines([{"text": "a" * 1000}] * 9999) + bad)
+    assert refused(tmp_path / "early.jsonl", by=look_at).startswith("early.jsonl:10: no key 'text'")
+    look_at([tmp_path / "late.jsonl"])
+    (tmp_path / "late.csv").write_bytes(b"text\n" + b"a\n" * 99_999 + b'"a"b\n')
+    look_at([tmp_path / "late.csv"])
+    with pytest.raises(DataError, match="no such file or folder"):
+        look_at([tmp_path / "late.jsonl", tmp_path / "missing"])  # all of them are asked for
+    (tmp_path / "more").mkdir()
+    assert refused(tmp_path / "more", by=look_at) == refused(tmp_path / "more")
+    (tmp_path / "more" / "settings.json").write_text("{")
+    assert "no file to read in this folder" in refused(tmp_path / "more", by=look_at)
+    (tmp_path / "more" / "a.csv").write_text("id,body\n")
+    assert refused(tmp_path / "more", by=look_at) == refused(tmp_path / "more")
+    (tmp_path / "large.parquet").write_bytes(parquet([{"body": f"{n}" * 9999} for n in range(300)]))
+    assert refused(tmp_path / "large.parquet", by=look_at).startswith("large.parquet: no column 'text' among 'body'")
+    look_at([tmp_path / "large.parquet"], text_key="body")
+    os.mkfifo(tmp_path / "pipe")
+    look_at([tmp_path / "pipe", "hub:owner/name"])
+    with pytest.raises(ConfigError, match="format 'chat' is not one of"):
+        look_at([], format="chat")
+
+
+def test_a_look_does_not_read_on(tmp_path, monkeypatch):
+    """However much there is."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(json_lines([{"text": "a" * 1000}] * 9999))
+    seen = []
+    monkeypatch.setattr(json, "loads", lambda text: seen.append(text) or {"text": "a" * 1000})
+    look_at([path, path])
+    assert 1000 < len(seen) < 3000
 
 
 def test_text_key_names_the_key_or_column(tmp_path):

@@ -464,13 +464,26 @@ def test_an_incomplete_folder_is_replaced(store, base):
 
 def test_unknown_modules_are_an_error_that_lists_the_known(store, base):
     for call in (store.module, lambda name: store.load(name, base), store.remove):
-        with pytest.raises(UnknownModuleError, match=r"no module 'lav'; modules are: a, law"):
-            call("lav")
+        with pytest.raises(UnknownModuleError, match=r"no module 'tax'; modules are: a, law$"):
+            call("tax")
+        for near in ("lav", "Law", "la"):
+            with pytest.raises(UnknownModuleError, match=rf"no module '{near}'; did you mean law\?$"):
+                call(near)
     with pytest.raises(UnknownModuleError, match=r"no version 4; versions are \[1\]"):
         store.load("a", base, version=4)
     empty = Store.create(store.path.parent / "empty", store.base_folder)
     with pytest.raises(UnknownModuleError, match="none yet"):
         empty.module("a")
+
+
+def test_of_many_modules_some_are_listed(store, monkeypatch):
+    names = [f"m{n:03}" for n in range(30)]
+    monkeypatch.setattr(Store, "versions", lambda self: iter([(name, [1]) for name in names]))
+    with pytest.raises(UnknownModuleError) as caught:
+        store.module("zzz")
+    assert str(caught.value).endswith(f"modules are: {', '.join(names[:20])} and 10 more (growlm status)")
+    with pytest.raises(UnknownModuleError, match=r"did you mean m007\?"):
+        store.module("m00-7")
 
 
 def test_missing_names_are_those_that_were_never_there_or_are_gone(home, store, base):

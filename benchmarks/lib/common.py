@@ -9,7 +9,7 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def save_base(folder: Path, config: Qwen2Config) -> Path:
     return folder
 
 
-def interleaved(sides: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, float]:
+def interleaved(sides: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, float]:
     """Median seconds of each side, measured in turns within one run."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(warmup + rounds):

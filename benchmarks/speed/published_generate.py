@@ -1,9 +1,9 @@
-"""Answers on a published base: cold in a new process and warm in an engine, routed and named, with the router reading
-after a third of the base's layers and after the last; transformers alone beside it.
+"""Answers on a published base: cold in a new process and warm in an engine, routed and named, with transformers' own on
+the base alone beside it; and routing after a third of the base's layers, and after the last as in older stores.
 
 python -m benchmarks.speed.published_generate --store STORE --module NAME --prompt FILE
 
-STORE is any store whose router knows NAME; it is copied, nothing is written to it.
+STORE is any store whose router knows NAME; nothing is written to it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,6 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.lib.common import interleaved, show
 from growlm import Engine, Store
-
-LAYERS = ("after a third", "after the last")
 
 
 def main() -> None:
@@ -37,31 +35,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
-        stores = {name: Path(work, name.replace(" ", "-")) for name in LAYERS}
-        for name, path in stores.items():
-            copy(given.store, path, keep_layer=name == LAYERS[0])
-        numbers = warm(stores, given) | cold(stores, given)
+        older = Path(work, "older")
+        copy_older(given.store, older)
+        numbers = warm(given, older) | cold(given)
     show("published_generate", numbers)
 
 
-def copy(store: Path, to: Path, *, keep_layer: bool) -> None:
-    """A copy of a store, of the files that it may share. Without its routing layer it is as stores were before there
-    was one; what its modules keep for the router was read after that layer, which costs nothing and takes no time."""
-    shutil.copytree(store, to, ignore=shutil.ignore_patterns("work", "lock", "scratch"), copy_function=_link)
+def copy_older(store: Path, to: Path) -> None:
+    """A copy of a store without a routing layer, as stores were before there was one. What its modules keep for the
+    router was read after that layer, which takes no time; what it chooses means nothing."""
+    shutil.copytree(store, to, ignore=shutil.ignore_patterns("work", "lock", "scratch"))
     for path in [to / "store.json", *to.glob("modules/*/*/module.json")]:
         told = json.loads(path.read_text())
         if "base" in told:
             told["base"] = str((store / told["base"]).resolve())
-        if not keep_layer:
-            told["routing_layer"] = None
-        path.write_text(json.dumps(told))
-
-
-def _link(source: str, to: str) -> None:
-    if source.endswith(".json"):
-        shutil.copyfile(source, to)
-    else:
-        shutil.copy(source, to)
+        path.write_text(json.dumps({**told, "routing_layer": None}))
 
 
 def prompt_of(engine: Engine, given: argparse.Namespace) -> str:
@@ -69,53 +57,43 @@ def prompt_of(engine: Engine, given: argparse.Namespace) -> str:
     return engine.tokenizer.decode(ids[: given.length], skip_special_tokens=True)
 
 
-def warm(stores: dict[str, Path], given: argparse.Namespace) -> dict[str, Any]:
-    engines = {name: Engine(Store.open(path)) for name, path in stores.items()}
-    one = engines[LAYERS[0]]
-    prompt = prompt_of(one, given)
-    length = len(one.tokenizer(prompt)["input_ids"])
-    for engine in engines.values():
-        engine._end_tokens = set()  # as many tokens on all sides
-    model = AutoModelForCausalLM.from_pretrained(one.store.base_folder, dtype=torch.float32).eval()
+def warm(given: argparse.Namespace, older: Path) -> dict[str, Any]:
+    engine, other = Engine(Store.open(given.store)), Engine(Store.open(older))
+    prompt = prompt_of(engine, given)
+    engine._end_tokens = set()  # as many tokens on both sides
+    model = AutoModelForCausalLM.from_pretrained(engine.store.base_folder, dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None
-    ids = one.tokenizer(prompt, return_tensors="pt")
+    ids = engine.tokenizer(prompt, return_tensors="pt")
 
     @torch.inference_mode()
     def theirs(count: int) -> None:
         model.generate(**ids, min_new_tokens=count, max_new_tokens=count, do_sample=False)
 
-    def sides(do: Callable[[Engine], object]) -> dict[str, Callable[[], object]]:
-        return {name: lambda e=engine: do(e) for name, engine in engines.items()}  # type: ignore[misc]
-
-    ask = {"routed": {}, "named": {"module": given.module}}
+    routing = {"after a third": lambda: engine.route(prompt), "after the last": lambda: other.route(prompt)}
     numbers: dict[str, Any] = {
-        "prompt_tokens": length,
-        "chosen": {name: engine.route(prompt).module for name, engine in engines.items()},
-        "warm_route_ms": _ms(interleaved(sides(lambda e: e.route(prompt)), given.rounds)),
+        "prompt_tokens": ids["input_ids"].shape[1],
+        "chosen": engine.route(prompt).module,
+        "warm_route_ms": _ms(interleaved(routing, given.rounds)),
     }
     for count in (1, given.new):
-        for way, options in ask.items():
-            measured = sides(lambda e, o=options, n=count: e.generate(prompt, max_new_tokens=n, **o))  # type: ignore[misc]
-            measured["transformers, base alone"] = lambda n=count: theirs(n)  # type: ignore[misc]
-            numbers[f"warm_{way}_{count}_new_ms"] = _ms(interleaved(measured, given.rounds))
-    for engine in engines.values():
-        engine.close()
+        measured = {
+            "routed": partial(engine.generate, prompt, max_new_tokens=count),
+            "named": partial(engine.generate, prompt, max_new_tokens=count, module=given.module),
+            "transformers, base alone": partial(theirs, count),
+        }
+        numbers[f"warm_{count}_new_ms"] = _ms(interleaved(measured, given.rounds))
+    engine.close()
+    other.close()
     return numbers
 
 
-def cold(stores: dict[str, Path], given: argparse.Namespace) -> dict[str, Any]:
+def cold(given: argparse.Namespace) -> dict[str, Any]:
     """Whole processes, files in the page cache."""
     prompt = given.prompt.read_text(encoding="utf-8")[: 4 * given.length]
-
-    def process(path: Path, *options: str) -> Callable[[], object]:
-        command = [sys.executable, "-m", "growlm", "generate", str(path), prompt, "--max-new-tokens", str(given.new)]
-        return lambda: subprocess.run([*command, *options], check=True, capture_output=True)
-
-    numbers = {}
-    for way, options in (("routed", ()), ("named", ("--module", given.module))):
-        measured = {name: process(path, *options) for name, path in stores.items()}
-        numbers[f"cold_{way}_{given.new}_new_ms"] = _ms(interleaved(measured, given.rounds, warmup=1))
-    return numbers
+    command = [sys.executable, "-m", "growlm", "generate", str(given.store), prompt, "--max-new-tokens", str(given.new)]
+    run = partial(subprocess.run, check=True, capture_output=True)
+    measured = {"routed": partial(run, command), "named": partial(run, [*command, "--module", given.module])}
+    return {f"cold_{given.new}_new_ms": _ms(interleaved(measured, given.rounds, warmup=1))}
 
 
 def _ms(seconds: dict[str, float]) -> dict[str, float]:

@@ -6,6 +6,9 @@ What only a bug of ours can cause is an `assert`, never one of these.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -64,12 +67,34 @@ class GrowlmWarning(UserWarning):
     """Something that goes on and may not be what was meant. The command line prints it in one line on stderr."""
 
 
-def first_error(error: ValidationError) -> str:
-    """The first thing that was refused, as our own messages say it: which key, what it is, what it may be."""
+_written: ContextVar[Callable[[str], str]] = ContextVar("written", default=str)
+
+
+def setting(name: str) -> str:
+    """A setting's name as the reader of a message would write it: a field in Python, on the command line an option."""
+    return _written.get()(name)
+
+
+@contextmanager
+def settings_written(write: Callable[[str], str]) -> Iterator[None]:
+    """Inside, messages name settings in this way."""
+    token = _written.set(write)
+    try:
+        yield
+    finally:
+        _written.reset(token)
+
+
+def first_error(error: ValidationError, name: Callable[[str], str] = str) -> str:
+    """The first thing that was refused, as our own messages say it: which key, what it is, what it may be.
+
+    Args:
+        name: how the key is called.
+    """
     first = error.errors()[0]
     # Without the names of what was tried of several types.
     parts = [str(p) for p in first["loc"] if p not in ("[key]", "constrained-int") and not str(p).startswith("tuple[")]
-    where = shortened(".".join(parts))
+    where = shortened(".".join([*map(name, parts[:1]), *parts[1:]]))
     if first["type"] == "extra_forbidden":
         return f"unknown key {where}"
     where, message = where[1:-1], first["msg"].removeprefix("Value error, ")

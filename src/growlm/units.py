@@ -2,41 +2,47 @@
 
 from __future__ import annotations
 
+import math
 import re
 
-from growlm.errors import ConfigError
+from growlm.errors import ConfigError, setting
 
 _SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _SIZES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
-def parse_size(size: int | str) -> int:
+def parse_size(size: int | str, name: str | None = None) -> int:
     """Bytes of a size such as 2GB, 512MiB or 1000000.
+
+    Args:
+        name: of the setting, for messages.
 
     Raises:
         ConfigError: not a size.
     """
-    return _parse(size, _SIZES, "size", "2GB or 512MiB")
+    return _parse(size, _SIZES, "size", "2GB or 512MiB", name)
 
 
-def parse_count(count: int | str) -> int:
+def parse_count(count: int | str, name: str | None = None) -> int:
     """A count such as 4M, 250k or 1000.
+
+    Args:
+        name: of the setting, for messages.
 
     Raises:
         ConfigError: not a count.
     """
-    return _parse(count, _COUNTS, "count", "4M or 250k")
+    return _parse(count, _COUNTS, "count", "4M or 250k", name)
 
 
-def _parse(value: int | str, units: dict[str, int], what: str, example: str) -> int:
+def _parse(value: int | str, units: dict[str, int], what: str, example: str, name: str | None) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
     unit = match[2].upper() if match else None
-    if match is None or unit not in units:
-        raise ConfigError(f"{value!r} is not a {what}; write it like {example}")
-    number = float(match[1]) * units[unit]
+    number = math.inf if match is None or unit not in units else float(match[1]) * units[unit]
     if not number < 2**63:
-        raise ConfigError(f"{value!r} is not a {what}; write it like {example}")
+        told = f"{value!r} is not" if name is None else f"{setting(name)} is {value!r}, not"
+        raise ConfigError(f"{told} a {what}; write it like {example}")
     return int(number)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from growlm.errors import ConfigError
+from growlm.errors import ConfigError, setting
 
 _PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _WORTH = 1.5  # times the speed of float32 from which on bfloat16 is taken: clear of what timing errs by
@@ -82,7 +82,7 @@ def find_device(name: str | torch.device | None = "auto") -> torch.device:
     if re.fullmatch(r"cuda(:[0-9]{1,3})?", name):
         _require_cuda(name)
         return torch.device(name)
-    raise ConfigError(f"device {name!r} is not one of auto, cpu, cuda, cuda:N, mps")
+    raise ConfigError(f"{setting('device')} {name!r} is not one of auto, cpu, cuda, cuda:N, mps")
 
 
 def gpus() -> list[torch.device]:

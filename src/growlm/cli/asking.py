@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from growlm.cli.output import name_of
+from growlm.errors import UnknownModuleError
 from growlm.progress import reporting
 from growlm.units import parse_size
 
@@ -22,56 +23,64 @@ def open_engine(
     experts_on: str = "memory",
     row_cache: str | None = None,
     strict: bool = False,
-    modules: Sequence[str] | None = None,
+    wanted: Sequence[str | None] = (),
 ) -> Engine:
     """The engine of a store; its weights are read with progress under the store's name.
 
     Args:
-        modules: that will be asked for by name.
+        wanted: what is asked for, as `module_names` has it.
     """
     with reporting(name_of(store)):
-        opened = open_store(store, *(name for name in modules or () if name not in ("auto", "base")))
-        for size in (memory, row_cache):
+        opened = open_store(store, *(name for name in wanted if name not in (None, "auto")))
+        for name, size in (("memory", memory), ("row_cache", row_cache)):
             if size is not None:
-                parse_size(size)
+                parse_size(size, name)
         from growlm.engine import Engine
 
         return Engine(opened, memory=memory, device=device, experts_on=experts_on, row_cache=row_cache, strict=strict)
 
 
-def open_store(path: Path | str, *names: str, data: Iterable[str] = ()) -> Store:
-    """A store, before anything is imported that takes seconds: what is wrong with the names is told at once.
+def open_store(path: Path | str, *names: str, data: Iterable[str] = (), **reading: Any) -> Store:
+    """A store, before anything is imported that takes seconds: what is wrong with names or data is told at once.
 
     Args:
         names: of modules that it must hold.
-        data: that must be there.
+        data: that must be there, and begin as it should.
+        reading: how it is read: the settings of `growlm.data.read`.
     """
     from growlm.store import Store
 
     store = Store.open(path)
     for name in names:
         store.module(name)
-    require_data(data)
+    require_data(data, **reading)
     return store
 
 
-def open_source(source: str, names: Sequence[str], data: Iterable[str]) -> None:
+def open_source(source: str, names: Sequence[str], data: Iterable[str], **reading: Any) -> None:
     """As `open_store`, for what is a store or a checkpoint. Of a checkpoint's modules nothing is asked here."""
     if (Path(source).expanduser() / "store.json").exists():
-        open_store(source, *names, data=data)
+        open_store(source, *names, data=data, **reading)
         return
+    require_data(data, **reading)
     from growlm.base.checkpoint import resolve
 
     resolve(source)
-    require_data(data)
 
 
-def require_data(data: Iterable[str]) -> None:
-    from growlm.data import require_there
+def require_data(data: Iterable[str], **reading: Any) -> None:
+    from growlm.data import look_at
 
-    require_there(data)
+    look_at(data, **reading)
 
 
-def module_names(names: list[str] | None) -> list[str | None] | str:
-    """What the engine understands for the names of --module: base is None, none given is auto."""
-    return [None if name == "base" else name for name in names] if names else "auto"
+def module_names(names: Sequence[str] | None) -> list[str | None]:
+    """What the engine understands for the names of --module: base is None, and where there are no names it is auto.
+
+    Raises:
+        UnknownModuleError: none, by which people mean the base.
+    """
+    for name in names or ():
+        if name.lower() in ("none", ""):
+            raise UnknownModuleError(f"no module {name!r}; to ask the base alone, name it: base")
+    return [None if name == "base" else name for name in names or ["auto"]]

@@ -12,9 +12,9 @@ from typing import Any
 import typer
 
 from growlm.cli.app import app
-from growlm.cli.options import spread
+from growlm.cli.options import option, spread
 from growlm.cli.output import note
-from growlm.errors import GrowlmError, GrowlmWarning, Interrupted
+from growlm.errors import GrowlmError, GrowlmWarning, Interrupted, settings_written
 
 # Typer brings a click of its own or uses the installed one: take the base class from what it raises.
 ClickError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -32,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("always", GrowlmWarning)
         warnings.showwarning = _noting(warnings.showwarning)
-        _run(given)
+        with settings_written(option):
+            _run(given)
 
 
 def _noting(show: Callable[..., None]) -> Callable[..., None]:

@@ -101,6 +101,11 @@ Format = Annotated[
 ]
 
 
+def option(name: str) -> str:
+    """How a setting is written on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
 def named_paths(data: Sequence[str]) -> dict[str, list[str]]:
     """Paths by name.
 
@@ -162,12 +167,12 @@ def from_config(
         for name, (default, hint, doc, panel) in {**made, **shaped}.items():
             # A number with a unit is written as text.
             kind = {int | str: str, int | str | None: str | None, float | str | None: str | None}.get(hint, hint)
-            flag = name.replace("_", "-")
-            spelled = f"--{flag}/--no-{flag}" if kind in (bool, bool | None) else f"--{flag}"
-            option = typer.Option(spelled, help=doc, rich_help_panel=panel)
+            flag = option(name)
+            spelled = f"{flag}/--no-{flag[2:]}" if kind in (bool, bool | None) else flag
+            given = typer.Option(spelled, help=doc, rich_help_panel=panel)
             parameters.append(
                 inspect.Parameter(
-                    name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
+                    name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, given]
                 )
             )
         ordered = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
@@ -233,7 +238,7 @@ def token_count(tokens: str | None) -> int | None:
     """
     if tokens is None:
         return None
-    count = parse_count(tokens)
+    count = parse_count(tokens, "tokens")
     if count < 2:
         raise ConfigError(f"--tokens is {tokens}; it must be at least 2")
     return count

@@ -8,13 +8,13 @@ modules, devices or training.
 from growlm.data.conversations import FORMATS, Turn, asked
 from growlm.data.encoding import encode_texts, start_tokens
 from growlm.data.packing import LOSSES, PackedTokens, Passage, batches, masks_of, pack, passages, schedule
-from growlm.data.reading import SUFFIXES, Document, Source, TextData, read, require_there
-from growlm.data.showing import Sample, Shown, marked, show, summary
+from growlm.data.reading import SUFFIXES, Document, Source, TextData, look_at, read
+from growlm.data.showing import Sample, Shown, marked, show, split_told, summary
 from growlm.data.splitting import split
 from growlm.data.template import Template, has_template
 
 __all__ = [
     "FORMATS", "LOSSES", "SUFFIXES", "Document", "PackedTokens", "Passage", "Sample", "Shown", "Source", "Template",
-    "TextData", "Turn", "asked", "batches", "encode_texts", "has_template", "marked", "masks_of", "pack", "passages",
-    "read", "require_there", "schedule", "show", "split", "start_tokens", "summary",
+    "TextData", "Turn", "asked", "batches", "encode_texts", "has_template", "look_at", "marked", "masks_of", "pack",
+    "passages", "read", "schedule", "show", "split", "split_told", "start_tokens", "summary",
 ]  # fmt: skip

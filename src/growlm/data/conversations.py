@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 from growlm.data.records import Record, string_at, type_of
 from growlm.errors import DataError, shortened
 
-# By form, the keys without which a record is of another one; the first form that fits is taken.
-KEYS: Mapping[str, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "sharegpt": ("conversations",),
-    "alpaca": ("instruction", "output"),
-    "prompt": ("prompt", "completion"),
+# By form, the keys of its records, one set or another; the first form and the first set that fit are taken.
+KEYS: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    "messages": (("messages",),),
+    "sharegpt": (("conversations",),),
+    "alpaca": (("instruction", "output"),),
+    "prompt": (("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("query", "response")),
 }
 MORE_KEYS: Mapping[str, tuple[str, ...]] = {"alpaca": ("input", "system")}  # that it may have besides
 FORMATS = ("auto", "text", *KEYS)
@@ -37,26 +37,34 @@ class Turn(NamedTuple):
 
 def format_of(keys: Collection[str]) -> str | None:
     """The form of conversation that records with these keys or columns have."""
-    return next((name for name, wanted in KEYS.items() if all(key in keys for key in wanted)), None)
+    return next((name for name in KEYS if not lacking(keys, name)), None)
+
+
+def keys_of(found: Collection[str], format: str) -> tuple[str, ...]:
+    """Of the form's sets of keys the first of which fewest are missing."""
+    return min(KEYS[format], key=lambda keys: sum(key not in found for key in keys))
+
+
+def lacking(found: Collection[str], format: str) -> list[str]:
+    """Keys that are missing to be of this form."""
+    return [key for key in keys_of(found, format) if key not in found]
 
 
 def turns_of(record: Record, format: str, where: str) -> tuple[Turn, ...]:
     """The turns of a record, at least one of which is an answer.
 
     Args:
-        format: one of `KEYS`.
+        format: one of `KEYS`, whose keys it has.
         where: the record's place, for messages.
 
     Raises:
         DataError: it has no answer, or holds something else.
     """
-    missing = [key for key in KEYS[format] if key not in record]
-    if missing:
-        raise DataError(f"{where}: no {missing[0]!r} in a record of format {format}; correct it or drop it")
     if format in ("messages", "sharegpt"):
-        turns = _messages(record[KEYS[format][0]], KEYS[format][0], where)
+        (key,) = keys_of(record, format)
+        turns = _messages(record[key], key, where)
     else:
-        asked, answered = KEYS[format]
+        asked, answered = keys_of(record, format)
         system, more = (string_at(record.get(key) or "", key, where) for key in ("system", "input"))
         question = string_at(record[asked], asked, where)
         if format == "alpaca" and more.strip():

@@ -33,14 +33,8 @@ class Extraction:
         Raises:
             DataError: the package that reads it is missing, or it cannot be read.
         """
-        what = _NAMES[kind]
-        package, read = _READERS[what]
-        try:
-            reader = importlib.import_module(package)
-        except ImportError:
-            raise DataError(
-                f'{name}: {what} is read with an extra: pip install "growlm[documents]"; or give its text as .txt'
-            ) from None
+        what, reader = _NAMES[kind], self.reader(kind, name)
+        _, read = _READERS[what]
         counts = self._counts.setdefault(what, Counter())
         try:
             text = read(reader, content, counts)
@@ -50,6 +44,21 @@ class Extraction:
         counts["characters"] += len(text)
         counts["empty"] += not text.strip()
         return text
+
+    @staticmethod
+    def reader(kind: str, name: str) -> Any:
+        """The package that reads a file of this suffix.
+
+        Raises:
+            DataError: it is missing.
+        """
+        what = _NAMES[kind]
+        try:
+            return importlib.import_module(_READERS[what][0])
+        except ImportError:
+            raise DataError(
+                f'{name}: {what} is read with an extra: pip install "growlm[documents]"; or give its text as .txt'
+            ) from None
 
     def lines(self) -> list[str]:
         """For people: a line for each kind of file that there was."""

@@ -18,7 +18,7 @@ from growlm.data.encoding import encode_texts, start_tokens
 from growlm.data.reading import Document
 from growlm.data.records import one_line
 from growlm.data.template import Template
-from growlm.errors import ConfigError, DataError
+from growlm.errors import ConfigError, DataError, setting
 from growlm.progress import phase, say, track
 
 if TYPE_CHECKING:
@@ -107,11 +107,10 @@ def pack(
     Raises `DataError` for less than one window and a conversation that the tokenizer's chat template cannot write,
     `ConfigError` for a tokenizer without an end-of-text token, or for conversations without a chat template.
     """
-    require("sequence_length", sequence_length, 1)
+    require(setting("sequence_length"), sequence_length, 1)
     if max_tokens is not None:
         require("max_tokens", max_tokens, sequence_length)
-    if loss not in LOSSES:
-        raise ConfigError(f"loss {loss!r} is not one of {', '.join(LOSSES)}")
+    _require_loss(loss)
     if tokenizer.eos_token_id is None:
         raise ConfigError("the tokenizer has no end-of-text token to join documents; set its eos_token")
     texts, talks = _parted(documents)
@@ -119,6 +118,11 @@ def pack(
     if talks:
         parts.append(_rows([talk for _, talk in talks], tokenizer, sequence_length, max_tokens, loss))
     return parts[0] if len(parts) == 1 else PackedTokens.joined(parts)
+
+
+def _require_loss(loss: str) -> None:
+    if loss not in LOSSES:
+        raise ConfigError(f"{setting('loss')} {loss!r} is not one of {', '.join(LOSSES)}")
 
 
 def _parted(documents: Iterable[Document]) -> tuple[Sequence[Document], list[tuple[int, Document]]]:
@@ -263,7 +267,8 @@ def passages(
 
     A conversation is one passage, cut to the length, in which the same tokens count as in training (`pack`).
     """
-    require("sequence_length", sequence_length, 2)
+    require(setting("sequence_length"), sequence_length, 2)
+    _require_loss(loss)
     texts, talks = _parted(documents)
     if talks:
         places = [place for place, _ in talks]

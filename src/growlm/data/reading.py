@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from growlm.data.conversations import FORMATS, KEYS, MORE_KEYS, Turn, format_of, turns_of, written
+from growlm.data.conversations import FORMATS, MORE_KEYS, Turn, format_of, keys_of, lacking, turns_of, written
 from growlm.data.extracting import EXTRACTED, Extraction
 from growlm.data.records import (
     RECORDS,
+    TABLES,
     Fields,
     Record,
     decode,
@@ -24,8 +27,8 @@ from growlm.data.records import (
     string_at,
     take_rows,
 )
-from growlm.errors import ConfigError, DataError
-from growlm.progress import phase, say, track
+from growlm.errors import ConfigError, DataError, setting
+from growlm.progress import phase, reporting, say, track
 
 # What is read from a folder, packed or not.
 PROSE = ".txt .md .rst .tex"
@@ -39,6 +42,10 @@ _BINARY = EXTRACTED | {".parquet", ".arrow"}
 
 FILES_LISTED = 1000  # a folder with more files than this is recorded as one source
 _ROWS = 1000  # of a hub dataset that are read at a time
+_IN_PARTS = frozenset((".jsonl", ".csv", ".tsv"))  # read no further than is asked for, packed or not
+_LOOKED_AT = 2_000_000  # characters or so, before anything slow is begun
+_LOOKED_AT_FILE = 4000  # of these for each file at the least,
+_LOOKED_AT_RECORD = 40  # and for each record besides its text
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,18 +116,10 @@ def read(
     """
     if isinstance(paths, str | Path):
         paths = [paths]
-    if separator == "":
-        raise ConfigError("the separator is empty; leave it out, or give one such as a blank line")
-    if format not in FORMATS:
-        raise ConfigError(f"format {format!r} is not one of {', '.join(FORMATS)}")
-    data, how = TextData([], []), _How(text_key, separator, format, Extraction())
+    data, how = TextData([], []), _How.checked(text_key, separator, format)
     for spec in paths:
-        try:
+        with _readable(spec):
             documents, sources = _read_spec(spec, how)
-        except OSError as error:
-            where = spec if error.filename is None else error.filename
-            reason = one_line(error.strerror or error)
-            raise DataError(f"{where}: cannot be read ({reason}); check its permissions") from error
         data.documents.extend(documents)
         data.sources.extend(sources)
     for line in how.extraction.lines():
@@ -141,14 +140,63 @@ class _How:
     format: str
     extraction: Extraction
 
+    @classmethod
+    def checked(cls, text_key: str, separator: str | None, format: str) -> _How:
+        if separator == "":
+            raise ConfigError("the separator is empty; leave it out, or give one such as a blank line")
+        if format not in FORMATS:
+            raise ConfigError(f"{setting('format')} {format!r} is not one of {', '.join(FORMATS)}")
+        return cls(text_key, separator, format, Extraction())
 
-def require_there(paths: Iterable[str | Path]) -> None:
+
+def look_at(
+    paths: Iterable[str | Path], *, text_key: str = "text", separator: str | None = None, format: str = "text"
+) -> None:
+    """Reads the beginning of the data in a fraction of a second and keeps nothing, for what is wrong with it to be told
+    early. Hub datasets are left to `read`, and what is in pages, documents, and large files that are read as one.
+
+    Raises as `read`.
     """
-    Raises:
-        DataError: one of these is no file, folder or hub dataset, as `read` would say.
-    """
-    for spec in paths:
-        _hub_dataset(spec)
+    how, left = _How.checked(text_key, separator, format), _LOOKED_AT
+    local = [Path(spec) for spec in paths if _hub_dataset(spec) is None]
+    with reporting("", False):
+        for path in local:
+            with _readable(path):
+                found = (f for f in _walk(path) if kind_of(f)[0] != ".json") if path.is_dir() else iter([path])
+                first = next(found, None)
+                if first is None:
+                    raise _nothing_in(path)
+                for file in itertools.chain([first], found):
+                    if left <= 0:
+                        return
+                    left -= max(_look_at(file, how, left), _LOOKED_AT_FILE)
+
+
+def _look_at(path: Path, how: _How, most: int) -> int:
+    """How many characters or so were looked at."""
+    name, (kind, packing), size = _name(path), kind_of(path), path.stat().st_size
+    if not path.is_file():  # a pipe, which can be read once
+        return 0
+    if kind in EXTRACTED:
+        how.extraction.reader(kind, name)
+    elif kind in _IN_PARTS or (kind in TABLES and not packing) or (kind in RECORDS and not packing and size <= most):
+        fields = _Beginning(how, most, columns_alone=kind not in _IN_PARTS and size > most)
+        with suppress(_Enough):
+            read_records(path, name, fields)
+        return most - fields.left
+    elif kind not in RECORDS and not packing and size <= most:
+        return _read_file(path, name, how)[2]
+    return 0
+
+
+@contextmanager
+def _readable(spec: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        where = spec if error.filename is None else error.filename
+        reason = one_line(error.strerror or error)
+        raise DataError(f"{where}: cannot be read ({reason}); check its permissions") from error
 
 
 def _hub_dataset(spec: str | Path) -> re.Match[str] | None:
@@ -175,10 +223,7 @@ def _read_spec(spec: str | Path, how: _How) -> tuple[list[Document], list[Source
         if len(files) < len(walked):
             say(f"{name}: {len(walked) - len(files)} .json left out, as they may be settings; name those that are text")
     if not files:
-        kinds = " ".join(sorted(SUFFIXES))
-        raise DataError(
-            f"{name}: no file to read in this folder; name its files themselves, or give a folder with any of {kinds}"
-        )
+        raise _nothing_in(name)
     documents, sources = [], []
     with phase(f"reading {path.name or name}", sum(file.stat().st_size for file in files), "bytes") as reading:
         for file in files:
@@ -192,6 +237,13 @@ def _read_spec(spec: str | Path, how: _How) -> tuple[list[Document], list[Source
         sha256 = hashlib.sha256("".join(lines).encode()).hexdigest()
         sources = [Source(_name(path), sha256, sum(s.bytes for s in sources), len(documents))]
     return documents, sources
+
+
+def _nothing_in(folder: str | Path) -> DataError:
+    kinds = " ".join(sorted(SUFFIXES))
+    return DataError(
+        f"{folder}: no file to read in this folder; name its files themselves, or give a folder with any of {kinds}"
+    )
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -252,14 +304,17 @@ class _Documents(Fields):
     def __init__(self, how: _How) -> None:
         self._how = how
         self._format: str | None = None  # that the file has
-        self._columns = False
+        self._columns: list[str] = []  # of a table, those that are read
         self.documents: list[Document] = []
 
     def columns(self, names: Sequence[str], where: str) -> list[str]:
-        self._format, self._columns = self._format_of(names, where, "column"), True
+        self._format = self._format_of(names, where, "column")
         if self._format == "text":
-            return [self._how.text_key]
-        return [*KEYS[self._format], *(key for key in MORE_KEYS.get(self._format, ()) if key in names)]
+            self._columns = [self._how.text_key]
+        else:
+            more = (key for key in MORE_KEYS.get(self._format, ()) if key in names)
+            self._columns = [*keys_of(names, self._format), *more]
+        return self._columns
 
     def is_record(self, record: Record) -> bool:
         return self._how.text_key in record or format_of(record) is not None
@@ -279,7 +334,7 @@ class _Documents(Fields):
             text = string_at(record[self._how.text_key], self._how.text_key, where)
             self.documents.append(Document(text, where))
         else:
-            turns = turns_of(record, found, where)
+            turns = turns_of({**dict.fromkeys(self._columns), **record}, found, where)  # with a table's nulls
             self.documents.append(Document(written(turns), where, turns))
 
     def _format_of(self, names: Collection[str], where: str, what: str) -> str:
@@ -291,12 +346,36 @@ class _Documents(Fields):
                 return found
             advice = "name the one that holds the text with --text-key"
             if wanted == "auto":
-                advice += ", or see --format for conversations"
+                advice += ", or rename two to question and answer for conversations"
             raise DataError(f"{where}: {_lacks(what, key, names)}; {advice}")
-        for key in KEYS[wanted]:
-            if key not in names:
-                raise DataError(f"{where}: {_lacks(what, key, names)}, as --format {wanted} has it; see --format")
+        for key in lacking(names, wanted):
+            raise DataError(f"{where}: {_lacks(what, key, names)}, as --format {wanted} has it; see --format")
         return wanted
+
+
+class _Enough(Exception):
+    pass
+
+
+class _Beginning(_Documents):
+    """The first records of a file, of so many characters or so; of a table perhaps its columns alone. Raises `_Enough`
+    where there may be more."""
+
+    def __init__(self, how: _How, most: int, *, columns_alone: bool) -> None:
+        super().__init__(how)
+        self.left, self._alone = most, columns_alone
+
+    def columns(self, names: Sequence[str], where: str) -> list[str]:
+        found = super().columns(names, where)
+        if self._alone:
+            raise _Enough
+        return found
+
+    def take(self, record: Record, where: str) -> None:
+        super().take(record, where)
+        self.left -= len(self.documents.pop().text) + _LOOKED_AT_RECORD
+        if self.left <= 0:
+            raise _Enough
 
 
 def _read_hub(name: str, dataset: str, split: str, how: _How) -> list[Document]:

@@ -74,9 +74,9 @@ def read_records(path: Path, name: str, fields: Fields) -> tuple[str, int]:
     """
     kind, packing = kind_of(path)
     if kind in (".parquet", ".arrow") and not packing:
+        _read_columns(kind, path, name, fields)
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        _read_columns(kind, path, name, fields)
         return sha256, path.stat().st_size
     with opened(path, name) as (stream, read):
         if kind == ".jsonl":

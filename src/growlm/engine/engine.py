@@ -25,7 +25,7 @@ from growlm.engine.rerouting import decode_rerouted
 from growlm.engine.sampling import SamplingConfig
 from growlm.engine.scheduler import Names, Wave, plan
 from growlm.engine.selection import AUTO, Wanted, require_one_way, select
-from growlm.errors import BudgetError, ClosedError, ConfigError, IntegrityError
+from growlm.errors import BudgetError, ClosedError, ConfigError, IntegrityError, setting
 from growlm.modules import KnowledgeModule, ModuleSet
 from growlm.progress import phase
 from growlm.router import NONE, Route, load_router
@@ -73,15 +73,18 @@ class Engine:
         strict: bool = False,
     ) -> None:
         if experts_on not in ("memory", "disk"):
-            raise ConfigError(f"experts_on is {experts_on!r}, expected memory or disk")
+            raise ConfigError(f"{setting('experts_on')} is {experts_on!r}, expected memory or disk")
         if row_cache is not None and experts_on == "memory":
-            raise ConfigError("row_cache is for tables on the disk; use it with experts_on disk")
-        self._row_cache = parse_size(_ROW_CACHE if row_cache is None else row_cache) if experts_on == "disk" else None
+            raise ConfigError(
+                f"{setting('row_cache')} is for tables on the disk; use it with {setting('experts_on')} disk"
+            )
+        rows = parse_size(_ROW_CACHE if row_cache is None else row_cache, "row_cache")
+        self._row_cache = rows if experts_on == "disk" else None
         if max_batch < 1:
             raise ConfigError(f"max_batch is {max_batch}; it must be at least 1")
         found = find_device(device)
         self.store = store
-        self.memory = None if memory is None else parse_size(memory)
+        self.memory = None if memory is None else parse_size(memory, "memory")
         self.max_batch = max_batch
         self.router = load_router(store, kind=router)
         self._check_budget(store.base_bytes())

@@ -9,7 +9,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from growlm.errors import ConfigError
+from growlm.errors import ConfigError, setting
 
 _GREEDY = 1e-5  # temperatures below it choose the likeliest token; dividing by them would overflow
 _HOTTEST = 1e30  # every token is as likely as any other long before
@@ -42,18 +42,20 @@ class SamplingConfig:
         for name, minimum in (("max_new_tokens", 1), ("top_k", 0), ("seed", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < minimum:
-                raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least {minimum}")
+                raise ConfigError(f"{setting(name)} is {value!r}; it must be a whole number of at least {minimum}")
         if self.seed >= 2**64:
-            raise ConfigError(f"seed is {self.seed}; it must be below 2**64")
+            raise ConfigError(f"{setting('seed')} is {self.seed}; it must be below 2**64")
         if not isinstance(self.temperature, Real) or not 0 <= self.temperature <= _HOTTEST:
-            raise ConfigError(f"temperature is {self.temperature!r}; it must be from 0 (greedy) to {_HOTTEST:g}")
+            raise ConfigError(
+                f"{setting('temperature')} is {self.temperature!r}; it must be from 0 (greedy) to {_HOTTEST:g}"
+            )
         if not isinstance(self.top_p, Real) or not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p is {self.top_p!r}; it must be above 0 and at most 1")
+            raise ConfigError(f"{setting('top_p')} is {self.top_p!r}; it must be above 0 and at most 1")
         if isinstance(self.stop, str) or not isinstance(self.stop, Sequence):
-            raise ConfigError(f"stop is {self.stop!r}; give a tuple of texts")
+            raise ConfigError(f"{setting('stop')} is {self.stop!r}; give a tuple of texts")
         for text in self.stop:
             if not isinstance(text, str) or not text:
-                raise ConfigError(f"stop holds {text!r}; each must be a text of at least one character")
+                raise ConfigError(f"{setting('stop')} holds {text!r}; each must be a text of at least one character")
         object.__setattr__(self, "stop", tuple(self.stop))
 
 

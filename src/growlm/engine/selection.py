@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from growlm.engine.scheduler import Names
-from growlm.errors import ConfigError
+from growlm.errors import ConfigError, UnknownModuleError, setting
 from growlm.modules import check_together
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 AUTO = "auto"  # let the router choose
 Wanted = str | Sequence[str | None] | None  # as callers name it: one module, several, None for the base, or AUTO
 
+_BASE = ("base", "none")  # names that no module has, and that people give for the base
 _ALONE = {
     AUTO: 'leave out "auto", which lets the router choose, or give it alone',
     None: "leave out base, which is no module, or give it alone",
@@ -39,6 +40,8 @@ def select(
     if wanted == AUTO:
         return AUTO
     if isinstance(wanted, str):
+        if wanted in _BASE:
+            raise UnknownModuleError(f"no module {wanted!r}; for the base alone give None")
         store.module(wanted)
         return (wanted,)
     if not isinstance(wanted, Iterable):
@@ -68,7 +71,7 @@ def require_one_way(wanted: Wanted, mix: int, reroute: int, known: int, listed: 
     """
     if mix < 1 or reroute < 0:
         name, value, minimum = ("mix", mix, 1) if mix < 1 else ("reroute", reroute, 0)
-        raise ConfigError(f"{name} is {value}; it must be at least {minimum}")
+        raise ConfigError(f"{setting(name)} is {value}; it must be at least {minimum}")
     if mix > 1 and mix > known:
         raise ConfigError(f"--mix {mix}: the router knows {known} modules; mix at most as many")
     if mix > 1 and mix > listed:

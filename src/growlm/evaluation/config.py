@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from growlm.errors import ConfigError
+from growlm.errors import ConfigError, setting
 from growlm.units import parse_count
 
 
@@ -43,9 +44,14 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         if self.tokens is not None:
-            object.__setattr__(self, "tokens", parse_count(self.tokens))
+            object.__setattr__(self, "tokens", parse_count(self.tokens, "tokens"))
             if int(self.tokens) < 2:
-                raise ConfigError(f"tokens is {self.tokens}; it must be at least 2")
+                raise ConfigError(f"{setting('tokens')} is {self.tokens}; it must be at least 2")
         for name, minimum in (("sequence_length", 2), ("max_documents", 0), ("route_tokens", 1)):
             if getattr(self, name) < minimum:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {minimum}")
+                raise ConfigError(f"{setting(name)} is {getattr(self, name)}; it must be at least {minimum}")
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How data is read: the settings of `growlm.data.read`."""
+        return {"text_key": self.text_key, "separator": self.separator, "format": self.format}

@@ -144,12 +144,7 @@ def _evaluate(
     for name in data:
         if name != NONE:
             store.module(name)
-    corpora = {
-        name: text_data.read(
-            paths, text_key=config.text_key, separator=config.separator, format=config.format
-        ).documents
-        for name, paths in data.items()
-    }
+    corpora = {name: text_data.read(paths, **config.reading).documents for name, paths in data.items()}
     order = in_order(store)
     learned = [m.name for m in order if m.name in data]
     replayed = config.matrix and len(learned) > 1

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from growlm.base import Base, LayerToRun, tensor_bytes
-from growlm.errors import ConfigError, IntegrityError
+from growlm.errors import ConfigError, IntegrityError, settings_written
 from growlm.modules.shapes import ModuleConfig
 from growlm.modules.vocabulary import VocabularyRows
 
@@ -71,7 +71,7 @@ class KnowledgeModule(nn.Module, ABC):
         if held not in ("none", config.vocabulary):
             raise IntegrityError(f"{where}: has rows of {held!r}, its config says {config.vocabulary!r}")
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), settings_written(str):  # not what anyone has typed
                 module = cls(base, config, rows)
         except ConfigError as error:
             raise IntegrityError(

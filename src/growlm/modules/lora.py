@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from growlm.base import Base, LayerToRun
-from growlm.errors import ConfigError
+from growlm.errors import ConfigError, setting
 from growlm.modules.contract import KnowledgeModule
 from growlm.modules.shapes import LoraConfig, is_called
 from growlm.modules.vocabulary import VocabularyRows
@@ -167,7 +167,9 @@ def targets_of(base: Base, config: LoraConfig) -> dict[int, list[tuple[str, nn.M
     for name in wanted:
         if not any(is_called(full, name) for full in every):
             have = ", ".join(dict.fromkeys(full.rpartition(".")[2] for full in every)) or "none"
-            raise ConfigError(f"target_modules: no {name!r} in the layers of {base.where}; they have {have}")
+            raise ConfigError(
+                f"{setting('target_modules')}: no {name!r} in the layers of {base.where}; they have {have}"
+            )
     if wanted:
         found = {
             index: [(path, part) for path, part in parts if any(is_called(f"{index}.{path}", n) for n in wanted)]
@@ -175,7 +177,9 @@ def targets_of(base: Base, config: LoraConfig) -> dict[int, list[tuple[str, nn.M
         }
     for index, parts in found.items():
         if not parts:
-            raise ConfigError(f"target_modules: layer {index} of {base.where} has none of them; leave out the layer")
+            raise ConfigError(
+                f"{setting('target_modules')}: layer {index} of {base.where} has none of them; leave out the layer"
+            )
     return found
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from growlm.errors import ConfigError
+from growlm.errors import ConfigError, setting
 
 if TYPE_CHECKING:
     from growlm.base import Base
@@ -124,12 +124,14 @@ class ExpertsConfig(ModuleConfig):
             ConfigError: layers that the base does not have, or lists of another length.
         """
         if self.first_layer >= depth:
-            raise ConfigError(f"first_layer is {self.first_layer}; {where} has {depth} layers, so at most {depth - 1}")
+            raise ConfigError(
+                f"{setting('first_layer')} is {self.first_layer}; {where} has {depth} layers, so at most {depth - 1}"
+            )
         for name in ("num_experts", "num_attention_experts"):
             numbers = getattr(self, name)
             if isinstance(numbers, tuple) and len(numbers) != depth - self.first_layer:
                 raise ConfigError(
-                    f"{name} lists {len(numbers)} layers; {where} has {depth - self.first_layer} from layer "
+                    f"{setting(name)} lists {len(numbers)} layers; {where} has {depth - self.first_layer} from layer "
                     f"{self.first_layer} on"
                 )
 
@@ -208,8 +210,8 @@ class PeerConfig(ModuleConfig):
         if rows < 1 or rest:
             below = max(rows, 1) * b
             raise ConfigError(
-                f"experts is {num_experts:+}; a sub-key of this module's pools has {b} experts, and they grow by whole "
-                f"ones: use {below:+} or {below + b:+}"
+                f"{setting('experts')} is {num_experts:+}; a sub-key of this module's pools has {b} experts, and "
+                f"they grow by whole ones: use {below:+} or {below + b:+}"
             )
         return self.model_copy(update={"steps": (*self.steps, a + rows)})
 
@@ -264,7 +266,9 @@ class LoraConfig(ModuleConfig):
         if isinstance(value, str) and value != "all-linear":
             value = value.split(",")
         if isinstance(value, list | tuple) and not (value and all(isinstance(v, str) and v for v in value)):
-            raise ConfigError(f"target_modules is {value!r}; write names of projections, e.g. q_proj,v_proj")
+            raise ConfigError(
+                f"{setting('target_modules')} is {value!r}; write names of projections, e.g. q_proj,v_proj"
+            )
         return tuple(value) if isinstance(value, list) else value
 
     @field_validator("rank_pattern", "alpha_pattern", mode="before")
@@ -274,7 +278,9 @@ class LoraConfig(ModuleConfig):
             return value
         pairs = [part.partition("=") for part in value.split(",")]
         if not all(name and number for name, _, number in pairs):
-            raise ConfigError(f"{info.field_name} is {value!r}; write names and numbers, e.g. down_proj=32,q_proj=8")
+            raise ConfigError(
+                f"{setting(str(info.field_name))} is {value!r}; write names and numbers, e.g. down_proj=32,q_proj=8"
+            )
         return {name: number for name, _, number in pairs}
 
     def rank_of(self, name: str) -> int:
@@ -326,7 +332,9 @@ def _layers(value: Any) -> Any:
         try:
             found += range(int(first), int(last) + 1) if dash else [int(first)]
         except ValueError:
-            raise ConfigError(f"layers is {value!r}; write numbers of layers, e.g. 3, 2,5 or 10-29") from None
+            raise ConfigError(
+                f"{setting('layers')} is {value!r}; write numbers of layers, e.g. 3, 2,5 or 10-29"
+            ) from None
     return tuple(found)
 
 
@@ -337,7 +345,7 @@ def _of(layers: tuple[int, ...], base: Base) -> tuple[int, ...]:
         ConfigError: none, one twice, or one that the base does not have.
     """
     if len(set(layers)) < len(layers) or not layers:
-        raise ConfigError(f"layers are {', '.join(map(str, layers))}; name each once, and at least one")
+        raise ConfigError(f"{setting('layers')} are {', '.join(map(str, layers))}; name each once, and at least one")
     for layer in layers:
         if not 0 <= layer < base.num_layers:
             raise ConfigError(f"layer {layer}: {base.where} has layers 0 to {base.num_layers - 1}")

@@ -5,6 +5,7 @@ A module is a folder that appears by one rename, its manifest written last. Noth
 
 from __future__ import annotations
 
+import difflib
 import os
 import shutil
 import warnings
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from growlm.modules import KnowledgeModule
 
 _FEW = 64  # names that are looked up one by one
+_LISTED = 20  # names in a message
 _KEPT = "2MB"  # of every domain's text, where a router is trained on it
 MIN_SAMPLE_BYTES = 8  # bytes that a single token of text takes, with its length: fewer keep nothing
 
@@ -197,12 +199,20 @@ class Store(StoreBase):
         # A name that no module can have is not looked for on the disk.
         versions = complete_versions(self.path / "modules" / name, MANIFEST) if is_name(name) else []
         if not versions:
-            known = ", ".join(list(self.modules)[:20]) or "none yet"
-            raise UnknownModuleError(f"{self.path}: no module {name!r}; modules are: {known}")
+            raise UnknownModuleError(f"{self.path}: no module {name!r}; {self._instead_of(name)}")
         if version is not None and version not in versions:
             raise UnknownModuleError(f"{self.path}: module {name!r} has no version {version}; versions are {versions}")
         chosen = versions[-1] if version is None else version
         return StoredModule(name, chosen, self.path / "modules" / name / str(chosen))
+
+    def _instead_of(self, name: str) -> str:
+        """What to say of a name that no module has: the nearest that one has, or some of them all."""
+        known, wanted = [existing for existing, _ in self.versions()], str(name).lower()
+        beginnings = [existing for existing in known if wanted and existing.startswith(wanted)]
+        if close := difflib.get_close_matches(wanted, known, n=1) or beginnings:
+            return f"did you mean {close[0]}?"
+        more = f" and {len(known) - _LISTED:,} more (growlm status)" if len(known) > _LISTED else ""
+        return f"modules are: {', '.join(known[:_LISTED]) or 'none yet'}{more}"
 
     def commit(
         self,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from growlm.errors import ConfigError, first_error
+from growlm.errors import ConfigError, first_error, setting
 from growlm.modules.shapes import SHAPES, BlocksConfig, ModuleConfig
 from growlm.units import parse_count, parse_size
 
@@ -67,35 +67,36 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.tokens is not None:
-            object.__setattr__(self, "tokens", parse_count(self.tokens))
+            object.__setattr__(self, "tokens", parse_count(self.tokens, "tokens"))
         for name in ("epochs", "sequence_length", "batch_size"):
             value = getattr(self, name)
             if value is None and type(self).__dataclass_fields__[name].default is None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool):
-                raise ConfigError(f"{name} is {value!r}; it must be a whole number")
+                raise ConfigError(f"{setting(name)} is {value!r}; it must be a whole number")
             if value < 1:
-                raise ConfigError(f"{name} is {value}; it must be at least 1")
+                raise ConfigError(f"{setting(name)} is {value}; it must be at least 1")
         if self.tokens is not None and int(self.tokens) < self.sequence_length:
-            raise ConfigError(f"tokens is {self.tokens}; it must be at least sequence_length, {self.sequence_length}")
+            least = f"{setting('sequence_length')}, {self.sequence_length}"
+            raise ConfigError(f"{setting('tokens')} is {self.tokens}; it must be at least {least}")
         rate = AUTO if self.learning_rate is None else self.learning_rate
         if rate != AUTO:
             try:
                 rate = float(rate)
             except (TypeError, ValueError):
-                raise ConfigError(f"learning_rate is {rate!r}; give a number, or auto") from None
+                raise ConfigError(f"{setting('learning_rate')} is {rate!r}; give a number, or auto") from None
             if not 0 < rate < 1:
-                raise ConfigError(f"learning_rate is {rate}; it must be between 0 and 1")
+                raise ConfigError(f"{setting('learning_rate')} is {rate}; it must be between 0 and 1")
         object.__setattr__(self, "learning_rate", rate)
         if not 0 <= self.warmup < 1:
-            raise ConfigError(f"warmup is {self.warmup}; it is a share of all steps, from 0 to below 1")
+            raise ConfigError(f"{setting('warmup')} is {self.warmup}; it is a share of all steps, from 0 to below 1")
         for name in ("weight_decay", "clip", "checkpoint_seconds"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be a number, 0 or more")
+                raise ConfigError(f"{setting(name)} is {getattr(self, name)}; it must be a number, 0 or more")
         if not 0 <= self.seed < _SEEDS:
-            raise ConfigError(f"seed is {self.seed}; it must be from 0 to below 2**63")
+            raise ConfigError(f"{setting('seed')} is {self.seed}; it must be from 0 to below 2**63")
         if self.precision not in ("auto", "bfloat16", "float32"):
-            raise ConfigError(f"precision {self.precision!r} is not one of auto, bfloat16, float32")
+            raise ConfigError(f"{setting('precision')} {self.precision!r} is not one of auto, bfloat16, float32")
 
     def rate_or(self, computed: float) -> float:
         """The learning rate that is given; where it is auto, what was found or computed for it."""
@@ -112,6 +113,11 @@ class TrainConfig:
             return self.epochs * num_rows
         return self.max_tokens // self.sequence_length
 
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How data is read: the settings of `growlm.data.read`."""
+        return {"text_key": self.text_key, "separator": self.separator}
+
     def to_json(self) -> dict[str, Any]:
         """What is recorded: all but the device, which another machine may not have. What it came to is recorded by
         itself."""
@@ -126,7 +132,8 @@ class ConversationConfig(TrainConfig):
 
     Attributes:
         format: of records: text, messages (role and content), sharegpt (conversations of from and value), alpaca
-            (instruction, input, output) or prompt (prompt, completion); auto tells by their keys.
+            (instruction, input, output) or prompt (prompt and completion, or question and answer); auto tells by their
+            keys.
         loss: of conversations: answers learns what the assistant says, with the end of its turn; all learns all of it.
     """
 
@@ -139,7 +146,11 @@ class ConversationConfig(TrainConfig):
         super().__post_init__()
         for name, known in (("format", FORMATS), ("loss", LOSSES)):
             if getattr(self, name) not in known:
-                raise ConfigError(f"{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
+                raise ConfigError(f"{setting(name)} {getattr(self, name)!r} is not one of {', '.join(known)}")
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        return {**super().reading, "format": self.format}
 
     def to_json(self) -> dict[str, Any]:
         """As of all; what is said of conversations only where it was said: a run on text goes on that knew of none."""
@@ -167,7 +178,7 @@ class WholeModelConfig(TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.segment_length is not None and self.segment_length < 1:
-            raise ConfigError(f"segment_length is {self.segment_length}; it must be at least 1")
+            raise ConfigError(f"{setting('segment_length')} is {self.segment_length}; it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -191,9 +202,11 @@ class PretrainConfig(WholeModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.config is None and self.preset not in PRESETS:
-            raise ConfigError(f"preset {self.preset!r} is not one of {', '.join(PRESETS)}")
+            raise ConfigError(f"{setting('preset')} {self.preset!r} is not one of {', '.join(PRESETS)}")
         if self.config is not None and self.preset != type(self).preset:
-            raise ConfigError(f"preset is {self.preset!r} and config {self.config!r}; give one of them")
+            raise ConfigError(
+                f"{setting('preset')} is {self.preset!r} and {setting('config')} {self.config!r}; give one of them"
+            )
 
 
 @dataclass(frozen=True)
@@ -211,7 +224,9 @@ class FinetuneConfig(WholeModelConfig, ConversationConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.load_concentration < math.inf:
-            raise ConfigError(f"load_concentration is {self.load_concentration}; it must be a number, 0 or more")
+            raise ConfigError(
+                f"{setting('load_concentration')} is {self.load_concentration}; it must be a number, 0 or more"
+            )
 
 
 @dataclass(frozen=True)
@@ -240,15 +255,24 @@ class ModuleTrainConfig(ConversationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "feature_cache", parse_size(self.feature_cache))
+        object.__setattr__(self, "feature_cache", parse_size(self.feature_cache, "feature_cache"))
         if self.replay is None and self.replay_ratio != type(self).replay_ratio:
-            raise ConfigError(f"replay_ratio is {self.replay_ratio} and there is no replay; name the text to replay")
+            raise ConfigError(
+                f"{setting('replay_ratio')} is {self.replay_ratio} and there is no {setting('replay')}; name the "
+                "text to replay"
+            )
         if not 0 < self.replay_ratio < 1:
-            raise ConfigError(f"replay_ratio is {self.replay_ratio}; it is a share of the rows, above 0 and below 1")
+            raise ConfigError(
+                f"{setting('replay_ratio')} is {self.replay_ratio}; it is a share of the rows, above 0 and below 1"
+            )
         if self.keep_samples is not None:
-            object.__setattr__(self, "keep_samples", parse_size(self.keep_samples))
+            object.__setattr__(self, "keep_samples", parse_size(self.keep_samples, "keep_samples"))
         if self.router_samples < 1:
-            raise ConfigError(f"router_samples is {self.router_samples}; it must be at least 1")
+            raise ConfigError(f"{setting('router_samples')} is {self.router_samples}; it must be at least 1")
+
+    def paths(self, data: Sequence[str]) -> list[str]:
+        """All that is read: the data, and the text that is replayed."""
+        return [*data, *([] if self.replay is None else [self.replay])]
 
 
 @dataclass(frozen=True)
@@ -284,15 +308,17 @@ class LearnConfig(ModuleTrainConfig):
             ConfigError: no such kind, a setting that nothing has or only other kinds have, or a value that cannot be.
         """
         if not isinstance(kind, str) or kind not in SHAPES:
-            raise ConfigError(f"module kind {kind!r} does not exist; kinds are {', '.join(SHAPES)}")
+            raise ConfigError(f"{setting('kind')} {kind!r} does not exist; kinds are {', '.join(SHAPES)}")
         own = {f.name: f.default for f in fields(self)}
         of_shape = {name: settings.pop(name) for name in list(settings) if name not in own}
         for name in of_shape:
             if name not in SHAPES[kind].settings():
                 have = [other for other, shape in SHAPES.items() if name in shape.settings()]
                 if not have:
-                    raise ConfigError(f"there is no setting {name}; growlm learn --help lists them")
-                raise ConfigError(f"{name} is for modules of kind {' or '.join(have)}; this one is of kind {kind}")
+                    raise ConfigError(f"there is no setting {setting(name)}; growlm learn --help lists them")
+                raise ConfigError(
+                    f"{setting(name)} is for modules of kind {' or '.join(have)}; this one is of kind {kind}"
+                )
         shape = settings.get("shape")
         if shape is None or shape in (other() for other in SHAPES.values()):  # of which nothing was chosen
             settings["shape"] = shape if isinstance(shape, SHAPES[kind]) else SHAPES[kind]()
@@ -303,7 +329,7 @@ class LearnConfig(ModuleTrainConfig):
         try:
             settings["shape"] = SHAPES[kind](**{**settings["shape"].model_dump(exclude_unset=True), **of_shape})
         except ValidationError as error:
-            raise ConfigError(first_error(error)) from None
+            raise ConfigError(first_error(error, setting)) from None
         for name, value in {**own, **settings, "kind": kind}.items():
             object.__setattr__(self, name, value)
         self.__post_init__()
@@ -313,12 +339,12 @@ class LearnConfig(ModuleTrainConfig):
         for name in ("routing_regularisation", "load_concentration"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
-                raise ConfigError(f"{name} is {value}; it must be a number, 0 or more")
+                raise ConfigError(f"{setting(name)} is {value}; it must be a number, 0 or more")
             if value and not self.shape.has_routers:
                 have = " or ".join(kind for kind, shape in SHAPES.items() if shape.has_routers)
-                raise ConfigError(f"{name} is for modules of kind {have}; this one is of kind {self.kind}")
+                raise ConfigError(f"{setting(name)} is for modules of kind {have}; this one is of kind {self.kind}")
         if self.max_rows is not None and self.max_rows < 1:
-            raise ConfigError(f"max_rows is {self.max_rows}; it must be at least 1")
+            raise ConfigError(f"{setting('max_rows')} is {self.max_rows}; it must be at least 1")
 
     def to_json(self) -> dict[str, Any]:
         settings = super().to_json()
@@ -348,7 +374,7 @@ class RouterConfig(TrainConfig):
         super().__post_init__()
         for name in ("router_layers", "passages"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+                raise ConfigError(f"{setting(name)} is {getattr(self, name)}; it must be at least 1")
 
     def to_json(self) -> dict[str, Any]:
         """As of all; the next training asks for itself what it admits."""

@@ -20,7 +20,7 @@ from growlm import data as text_data
 from growlm import router
 from growlm.base import Base
 from growlm.disk.tensors import read_tensors
-from growlm.errors import ConfigError, DataError, StoreError
+from growlm.errors import ConfigError, DataError, StoreError, setting
 from growlm.modules import ModuleSet
 from growlm.modules.scoring import paired_losses
 from growlm.progress import phase
@@ -56,9 +56,8 @@ class TrainingCorpus:
         Raises:
             DataError: data that is missing or malformed.
         """
-        how: dict[str, Any] = {"text_key": config.text_key, "separator": config.separator, "format": config.format}
-        text = text_data.read(data, **how)
-        replayed = None if config.replay is None else text_data.read([config.replay], **how)
+        text = text_data.read(data, **config.reading)
+        replayed = None if config.replay is None else text_data.read([config.replay], **config.reading)
         return cls(", ".join(map(str, data)), text, replayed)
 
     @cached_property
@@ -74,10 +73,11 @@ class TrainingCorpus:
             "documents": len(self.text.documents),
         }
 
-    def lines(self, tokens: Tokens, tokenizer: Any) -> list[str]:
-        """For people, before it is learned: how much it is, how much of that is learned, and a piece as the base will
-        see it."""
-        return text_data.summary(self.text.documents, tokens.packed, tokenizer)
+    def lines(self, tokens: Tokens, tokenizer: Any, config: ModuleTrainConfig) -> list[str]:
+        """For people, before it is learned: how much was read, how much of that is trained on, and a piece as the base
+        will see it."""
+        ended = config.max_tokens is not None and tokens.packed.num_tokens >= config.max_tokens
+        return [tokens.told, *text_data.summary(tokens.packed, tokenizer, setting("tokens") if ended else None)]
 
     def tokenized(self, tokenizer: Any, config: ModuleTrainConfig) -> Tokens:
         """
@@ -100,7 +100,8 @@ class TrainingCorpus:
         if any(d.turns for d in self.text.documents):
             shown = [prompts_of(documents, tokenizer, length) for documents in (train, rest)]
             prompts = (shown[0], shown[1]) if all(shown) else None  # of those who say nothing
-        return Tokens(packed, replay, validation, heldout, begin, prompts)
+        told = text_data.split_told(self.text.documents, train, rest)
+        return Tokens(packed, replay, validation, heldout, begin, told, prompts)
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ class Tokens:
         validation: passages that are not trained on, by which rate and step are chosen.
         heldout: others, which choose nothing: by them it is decided whether a module is admitted.
         begin: what every prompt begins with.
+        told: how many documents were read and held out, for people.
         prompts: of conversations, what the router is shown: those that are trained on, and held-out ones.
     """
 
@@ -119,6 +121,7 @@ class Tokens:
     validation: list[text_data.Passage]
     heldout: list[text_data.Passage]
     begin: list[int]
+    told: str
     prompts: tuple[list[list[int]], list[list[int]]] | None = None
 
     def require_rows(self, base: Base, where: str, tokenizer: Any) -> None:
@@ -266,7 +269,9 @@ def require_positions(base: Base, config: ModuleTrainConfig) -> None:
     """
     made_for = base.max_positions or base.trained_positions
     if made_for is not None and config.sequence_length > made_for:
-        raise ConfigError(f"sequence_length is {config.sequence_length}; {base.where} has {made_for} positions")
+        raise ConfigError(
+            f"{setting('sequence_length')} is {config.sequence_length}; {base.where} has {made_for} positions"
+        )
 
 
 # Evidence of several bodies in one module

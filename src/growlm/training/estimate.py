@@ -50,8 +50,8 @@ class Estimate:
     Attributes:
         text: what is read and a piece of it, as `learn` says it.
         documents, tokens, learned, rows: that were read: of `tokens`, `learned` are counted by the loss, in rows.
-        heldout: documents that are held out, tokens of them by which rate and step are chosen (`validation`), and by
-            which it is decided whether the module is admitted (`deciding`).
+        heldout: documents or passages that are held out, tokens of them by which rate and step are chosen
+            (`validation`), and by which it is decided whether the module is admitted (`deciding`).
         steps: at the most: fewer if more does not help on held-out text.
         resumes: steps that a stopped run has done already.
         trials: of learning rates, in rounds: how many, and for how many short steps each.
@@ -97,10 +97,10 @@ class Estimate:
         resumed = f"; a stopped run goes on after step {self.resumes:,}" if self.resumes else ""
         return [
             *self.text,
-            f"held out: {held['documents']:,} documents; {held['validation']:,} tokens choose the step, "
-            f"{held['deciding']:,} decide whether the module is admitted",
-            f"steps: {self.steps:,} at the most, of {self.tokens_per_step:,} tokens; {self.tokens_trained:,} tokens"
-            f"{resumed}",
+            f"held-out text: {held['validation']:,} tokens of it choose the step, {held['deciding']:,} decide whether "
+            "the module is admitted",
+            f"steps: {self.steps:,} at the most, of {self.tokens_per_step:,} tokens; {self.tokens_trained:,} tokens "
+            f"in all, repeats included{resumed}",
             f"learning rates: {rounds or 'none are tried'}",
             f"time: about {format_seconds(self.total_seconds)}"
             + (f" ({', '.join(f'{part} {format_seconds(s)}' for part, s in parts.items())})" if parts else ""),
@@ -204,7 +204,7 @@ def _estimate(
     clock.count("samples")
     return Estimate(
         name=name,
-        text=run.body.lines(tokens, tokenizer),
+        text=run.body.lines(tokens, tokenizer, config),
         documents=len(run.body.text.documents),
         tokens=tokens.packed.num_tokens,
         learned=tokens.packed.num_counted,

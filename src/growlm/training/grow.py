@@ -19,7 +19,7 @@ from growlm import router
 from growlm.base import Base
 from growlm.base.placement import Placement, find_device
 from growlm.disk.files import locked
-from growlm.errors import ConfigError, IntegrityError, StoreError
+from growlm.errors import ConfigError, IntegrityError, StoreError, setting
 from growlm.modules import KnowledgeModule, ModuleSet
 from growlm.modules.peer import Peer, PeerConfig
 from growlm.modules.probe import probe
@@ -196,7 +196,7 @@ def _train(
     store.check_base()
     tokenizer = store.load_tokenizer()
     tokens = body.tokenized(tokenizer, config)
-    for line in body.lines(tokens, tokenizer):
+    for line in body.lines(tokens, tokenizer, config):
         say(line)
     run = run_from(step["from"])
     with run_folder(folder_of(store, name, run), busy, restart=restart) as work:
@@ -303,7 +303,7 @@ def _number(experts: int | str) -> int:
         number = parse_count(text.removeprefix("+"))
     if number is None or number < 1:
         told = text if len(text) <= 40 else f"{text[:40]}..."
-        raise ConfigError(f"experts is {told!r}; give how many to append, e.g. +4096")
+        raise ConfigError(f"{setting('experts')} is {told!r}; give how many to append, e.g. +4096")
     return number
 
 

@@ -90,8 +90,8 @@ class LearnResult:
         texts = "" if self.texts is None else f", measured by {self.texts} held-out text" + "s" * (self.texts != 1)
         router = f"; router version {self.router}" if self.router else ""
         lines = [
-            f"{self.name} version {self.version}: learned from {self.tokens:,} tokens in {self.seconds:,.0f} s "
-            f"({self.tokens_per_second:,.0f} tokens/s){texts}{router}"
+            f"{self.name} version {self.version}: learned from {self.tokens:,} tokens, repeats included, in "
+            f"{self.seconds:,.0f} s ({self.tokens_per_second:,.0f} tokens/s){texts}{router}"
         ]
         rows = self.table()
         first, *rest = (max(map(len, column)) for column in zip(*rows, strict=True))
@@ -178,7 +178,7 @@ def _learn(
             version = router_after(store, restart=restart, device=config.device)
         return _result(run.saved, version)
     tokens, tokenizer = run.tokenized()
-    for line in run.body.lines(tokens, tokenizer):
+    for line in run.body.lines(tokens, tokenizer, config):
         say(line)
 
     with run_folder(run.folder, busy, restart=restart) as work:

@@ -16,7 +16,7 @@ from torch import nn
 from growlm import data as text_data
 from growlm.base.anatomy import FAMILIES, anatomy_of
 from growlm.base.settings import config_settings
-from growlm.errors import ConfigError
+from growlm.errors import ConfigError, setting
 from growlm.progress import phase, reporting
 from growlm.training.config import PRESETS, PretrainConfig
 from growlm.training.whole_model import TrainedModel, train_whole
@@ -92,7 +92,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     if vocab_size < 257:
-        raise ConfigError(f"vocab_size is {vocab_size}; a byte-level vocabulary has at least 257 entries")
+        raise ConfigError(f"{setting('vocab_size')} is {vocab_size}; a byte-level vocabulary has at least 257 entries")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from growlm.base import Base
 from growlm.base.cache import cache_of
-from growlm.errors import ConfigError
+from growlm.errors import ConfigError, setting
 from growlm.modules import ModuleSet
 
 if TYPE_CHECKING:
@@ -73,18 +73,21 @@ def check_segments(base: Base, sequence_length: int, *, separate_documents: bool
     """
     family = base.config.model_type
     if family != "growlm" and (separate_documents or segment_length is not None):
-        setting = "separate_documents" if separate_documents else "segment_length"
-        raise ConfigError(f"{setting} is for growlm models, e.g. the preset molm-tiny; {base.where} is a {family}")
+        given = "separate_documents" if separate_documents else "segment_length"
+        raise ConfigError(
+            f"{setting(given)} is for growlm models, e.g. the preset molm-tiny; {base.where} is a {family}"
+        )
     if segment_length is None:
         return
     if segment_length >= sequence_length:
         raise ConfigError(
-            f"segment_length is {segment_length}; it must be less than sequence_length, {sequence_length}"
+            f"{setting('segment_length')} is {segment_length}; it must be less than {setting('sequence_length')}, "
+            f"{sequence_length}"
         )
     if not base.config.history_length:
         raise ConfigError(f"{base.where}: history_length is 0 in its config, so segments would read nothing; set it")
     if any(base.config.attention_of(i) == "softmax" for i in range(base.num_layers)):
         raise ConfigError(
-            f"{base.where}: segment_length needs stick-breaking attention in all layers; a history would shift rotary "
-            "positions"
+            f"{base.where}: {setting('segment_length')} needs stick-breaking attention in all layers; a history "
+            "would shift rotary positions"
         )

@@ -22,7 +22,7 @@ from growlm.base import Base
 from growlm.base.checkpoint import save_model
 from growlm.base.placement import Placement
 from growlm.disk.files import refuse_existing, sync, write_atomic
-from growlm.errors import ConfigError, DataError
+from growlm.errors import ConfigError, DataError, setting
 from growlm.layers.cross_entropy import linear_cross_entropy
 from growlm.modules import ModuleSet
 from growlm.modules.scoring import num_labels, passage_losses
@@ -133,8 +133,7 @@ def train_whole(
     """
     refuse_existing(out)
     placement = Placement.of(config.device, config.precision)
-    form = config.format if isinstance(config, ConversationConfig) else "text"
-    corpus = text_data.read(data, text_key=config.text_key, separator=config.separator, format=form)
+    corpus = text_data.read(data, **config.reading)
     train_documents, heldout_documents = text_data.split(corpus, at_most=_HELDOUT_DOCUMENTS, seed=config.seed)
 
     settings = config.to_json() | {"threads": torch.get_num_threads(), "device": placement.device.type}
@@ -187,7 +186,9 @@ def _run(
 
     base = Base(model, str(out), freeze=False)
     if base.max_positions is not None and config.sequence_length > base.max_positions:
-        raise ConfigError(f"sequence_length is {config.sequence_length}; the config has {base.max_positions} positions")
+        raise ConfigError(
+            f"{setting('sequence_length')} is {config.sequence_length}; the config has {base.max_positions} positions"
+        )
     for read in (packed.tokens, np.concatenate([p.tokens for p in passages])):
         base.require_rows(read, f"{out}: its text", tokenizer)
     check_segments(

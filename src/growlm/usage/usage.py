@@ -20,7 +20,7 @@ from growlm.base import Base
 from growlm.base.checkpoint import load_model, load_tokenizer, resolve, stored_dtype
 from growlm.base.padding import pad_right
 from growlm.base.placement import find_device
-from growlm.errors import ConfigError, DataError
+from growlm.errors import ConfigError, DataError, setting
 from growlm.layers.experts import AttentionExperts, SparseFeedForward
 from growlm.layers.insertion import AttentionUnion, Beside, FeedForwardUnion
 from growlm.layers.routing import watched
@@ -197,7 +197,7 @@ def count_usage(
         DataError: text that is missing, malformed or shorter than two tokens.
     """
     if sequence_length < 2:
-        raise ConfigError(f"sequence_length is {sequence_length}; it must be at least 2")
+        raise ConfigError(f"{setting('sequence_length')} is {sequence_length}; it must be at least 2")
     places = places_of(modules)
     if not places and not PoolCounter(modules):
         what = ", ".join(f"a module of kind {m.kind}" for m in modules.modules) or "the model"

@@ -47,10 +47,11 @@ def chat(
 
         growlm chat brain --memory 2GB
     """
-    with open_engine(store, memory, device, experts_on, row_cache, strict, module) as engine:
+    wanted = module_names(module)
+    with open_engine(store, memory, device, experts_on, row_cache, strict, wanted) as engine:
         from growlm.engine.chat import Chat
 
-        talk = Chat(engine, module_names(module), max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+        talk = Chat(engine, wanted, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
         note(_CHAT_HELP)
         turn, failed = 0, False
         while True:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from growlm.cli.app import app
+from growlm.cli.asking import open_source
 from growlm.cli.options import Format, Json, Separator, TextKey
 from growlm.cli.output import print_json, reports
 
@@ -55,14 +56,16 @@ def show(
 
         growlm data show questions.csv --base brain/ --text-key body --json
     """
+    reading: dict[str, Any] = {"text_key": text_key, "separator": separator, "format": format}
+    open_source(base, [], files, **reading)
     from growlm.base.checkpoint import load_tokenizer, resolve
     from growlm.data import read
     from growlm.data import show as run
     from growlm.store import Store
 
+    documents = read(files, **reading).documents
     of_store = (Path(base) / "store.json").is_file()
     tokenizer = Store.open(base).load_tokenizer() if of_store else load_tokenizer(resolve(base))
-    documents = read(files, text_key=text_key, separator=separator, format=format).documents
     shown = run(documents, tokenizer, sequence_length, loss=loss, samples=samples, seed=seed)
     if as_json:
         return print_json(shown.to_json())

@@ -12,6 +12,7 @@ from growlm.cli.app import app
 from growlm.cli.asking import open_store
 from growlm.cli.options import Json, Memory, StorePath, from_config, named_paths
 from growlm.cli.output import note, print_json, reports
+from growlm.errors import ConfigError
 from growlm.evaluation.config import EvalConfig
 
 
@@ -43,7 +44,11 @@ def evaluate(
         growlm eval brain --data law=heldout2.txt none=news.txt --json
     """
     texts = named_paths(data)
-    opened = open_store(store, *(name for name in texts if name != "none"), data=chain(*texts.values()))
+    if "base" in texts:
+        raise ConfigError("--data base=...: the base is no module; text that belongs to no module is none=PATH")
+    opened = open_store(
+        store, *(name for name in texts if name != "none"), data=chain(*texts.values()), **config.reading
+    )
     from growlm.base.placement import find_device
     from growlm.evaluation import evaluate as run
 

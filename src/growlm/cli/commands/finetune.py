@@ -43,7 +43,7 @@ def finetune(
 
         growlm finetune small/ better/ --data src/ --tokens 2M --learning-rate 1e-4
     """
-    open_source(source, [], data)
+    open_source(source, [], data, **config.reading)
     from growlm.training.finetune import finetune as run
 
     result = run(source, out, data, config, restart=restart)

@@ -75,7 +75,7 @@ def generate(
         "stop": tuple(stop or ()),
     }
     wanted = module_names(module)
-    with open_engine(store, memory, device, experts_on, row_cache, strict, module) as engine:
+    with open_engine(store, memory, device, experts_on, row_cache, strict, wanted) as engine:
         if as_json:
             with reporting(name_of(store)), phase("answering"):
                 answer = engine.generate(prompt, module=wanted, mix=mix, reroute=reroute, **sampling)

@@ -16,6 +16,7 @@ from growlm.cli.options import (
     StorePath,
     from_config,
     given_options,
+    option,
     refuse_beside,
 )
 from growlm.cli.output import note, print_json, reports
@@ -58,17 +59,17 @@ def grow(
     """
     given = given_options(context, config).items()
     used = ("seed", "device")  # without training too
-    trains = [f"--{field.replace('_', '-')}" for field, value in given if field not in used and value is not None]
+    trains = [option(field) for field, value in given if field not in used and value is not None]
     if experts is not None and re.match(r"\s*\d", experts):
         raise ConfigError(
             f"--experts {experts}: so many are appended to those that there are; write --experts +{experts}"
         )
     if undo:
         asked = {"--experts": experts, "--data": data, "--restart": restart}
-        refuse_beside("--undo", *(option for option, value in asked.items() if value), *trains)
+        refuse_beside("--undo", *(name for name, value in asked.items() if value), *trains)
     elif experts is not None and not data:
         refuse_beside("--experts without --data", *trains, *(["--restart"] if restart else []))
-    opened = open_store(store, name, data=data or ())
+    opened = open_store(store, name, data=config.paths(data or ()), **config.reading)
     from growlm.training import grow as growth
 
     if undo:

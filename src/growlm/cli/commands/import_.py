@@ -11,6 +11,7 @@ from growlm.cli.app import app
 from growlm.cli.asking import open_store
 from growlm.cli.options import Device, Format, Json, Separator, SomeDataPaths, StorePath, TextKey
 from growlm.cli.output import print_json, reports
+from growlm.training.config import LearnConfig
 from growlm.units import format_count, format_size
 
 
@@ -42,14 +43,13 @@ def import_(
 
         growlm import brain law adapters/law
     """
-    opened = open_store(store, data=data or ())
-    opened.find(name)
-    from growlm.training.config import LearnConfig
-    from growlm.training.importing import import_adapter
-
     config = LearnConfig(
         "lora", text_key=text_key, separator=separator, format=format, admit_anyway=admit_anyway, device=device
     )
+    opened = open_store(store, data=data or (), **config.reading)
+    opened.find(name)
+    from growlm.training.importing import import_adapter
+
     result = import_adapter(opened, name, folder, data or (), config, update=update)
     if as_json:
         return print_json(result.to_json())

@@ -57,7 +57,7 @@ def learn(
 
         growlm learn brain law --data statutes/ --dry-run
     """
-    opened = open_store(store, data=data)
+    opened = open_store(store, data=config.paths(data), **config.reading)
     opened.find(name)
     if dry_run and (restart or report is not None):
         raise ConfigError(f"{'--restart' if restart else '--report'} does nothing with --dry-run; leave one out")

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from growlm.cli.app import app
+from growlm.cli.asking import require_data
 from growlm.cli.options import Json, StorePath
 from growlm.cli.output import print_json, reports
 from growlm.errors import ConfigError
@@ -67,6 +68,7 @@ def new(
     from growlm.store import Store
 
     if general:
+        require_data(general, format="auto")
         from growlm.base.placement import find_device
 
         find_device(device)  # before anything is made

@@ -32,7 +32,7 @@ def pretrain(
 
         growlm pretrain base/ --data text.parquet --config my-model/config.json --epochs 2
     """
-    require_data(data)
+    require_data(data, **config.reading)
     from growlm.training.pretrain import pretrain as run
 
     result = run(out, data, config, restart=restart)

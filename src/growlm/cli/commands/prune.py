@@ -91,13 +91,14 @@ def prune(
 
         growlm prune molm/ shallow/ --drop-layers uniform --keep 0.5
     """
-    open_source(source, [] if module is None else [module], data or ())
+    reading: dict[str, Any] = {"text_key": text_key, "separator": separator, "format": format}
+    open_source(source, [] if module is None else [module], data or (), **reading)
     from growlm.surgery import pruning
     from growlm.surgery.module_pruning import prune_module
 
     settings: dict[str, Any] = {
-        "keep": keep, "normalise": normalise or "max", "tokens": token_count(tokens), "text_key": text_key,
-        "separator": separator, "format": format, "device": device,
+        "keep": keep, "normalise": normalise or "max", "tokens": token_count(tokens), "device": device,
+        **reading,
     }  # fmt: skip
     if (Path(source).expanduser() / "store.json").exists():
         from growlm.store import Store

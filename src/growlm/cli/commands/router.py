@@ -14,6 +14,7 @@ from growlm.cli.options import (
     StorePath,
     from_config,
     given_options,
+    option,
     refuse_beside,
 )
 from growlm.cli.output import plural, print_json, reports
@@ -60,7 +61,7 @@ def router(
     given = given_options(context, config)
     if kind != "transformer":
         what = f"--kind {kind}" if kind else "this command without --kind transformer"
-        trains = [f"--{field.replace('_', '-')}" for field, value in given.items() if value is not None]
+        trains = [option(field) for field, value in given.items() if value is not None]
         refuse_beside(what, *trains, *(["--restart"] if restart else []))
     opened = open_store(store)
     from growlm.router import load_router

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import chain
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -57,7 +57,8 @@ def usage(
         growlm usage brain --module german --data german=heldout.txt --json
     """
     paths = named_paths(data)
-    open_source(source, module or [], chain(*paths.values()))
+    reading: dict[str, Any] = {"text_key": text_key, "separator": separator, "format": format}
+    open_source(source, module or [], chain(*paths.values()), **reading)
     from growlm.usage.usage import count_usage, open_modules
 
     modules, tokenizer = open_modules(source, module or [], device=device)
@@ -69,9 +70,7 @@ def usage(
         paths,
         tokens=token_count(tokens),
         sequence_length=sequence_length,
-        text_key=text_key,
-        separator=separator,
-        format=format,
+        **reading,
     )
     if figure is not None and found.places:
         from growlm.usage.figures import write_usage
