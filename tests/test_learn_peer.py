@@ -156,7 +156,7 @@ def test_every_token_reads_as_many_experts_whatever_their_number() -> None:
     [
         ({"layers": "7"}, "layer 7: .* has layers 0 to"),
         ({"layers": "1,1"}, "name each once"),
-        ({"layers": "one"}, "write numbers, e.g. 3"),
+        ({"layers": "one"}, "write numbers of layers"),
         ({"num_experts": 1009}, "num_experts is 1009"),
         ({"top_k": 101}, "top_k is 101"),
         ({"key_size": 5}, "key_size is 5, expected an even number"),
@@ -184,7 +184,7 @@ def test_sizes_that_cannot_be_are_refused_and_leave_nothing(store: Store, settin
         ({"kind": "peer", "num_heads": 0}, "num_heads is 0, expected at least 1"),
         ({"kind": "peer", "neurons": 2}, "there is no setting neurons"),
         ({"kind": "peer", "steps": (3,)}, "there is no setting steps"),
-        ({"kind": "pear"}, "kind 'pear' does not exist; kinds are blocks, experts, peer"),
+        ({"kind": "pear"}, "module kind 'pear' does not exist; kinds are blocks, experts, peer"),
         ({"kind": "peer", "query_norm": "some"}, "query_norm is 'some', expected 'batch', 'layer' or 'none'"),
     ],
 )
