@@ -286,7 +286,8 @@ class LearnConfig(ModuleTrainConfig):
     `growlm.modules.shapes`, as in `LearnConfig(kind="peer", num_experts=65_536, epochs=3)`.
 
     Attributes:
-        kind: of module: blocks (whole layers), experts (routed experts in the base's own layers) or peer (a pool of
+        kind: of module: blocks (whole layers), lora (low-rank differences of the base's own matrices), experts (routed
+            experts in the base's own layers) or peer (a pool of
             very many tiny experts in a layer).
         max_rows: the most tokens that get rows of their own; by default a quarter of the vocabulary and at most 8,192,
             so that modules of one store need about the same memory.
