@@ -19,9 +19,9 @@ from growlm.cli import main
 from growlm.errors import BaseModelError, ConfigError, GrowlmError, IntegrityError, NotBetterError, StoreError
 from growlm.modules import ModuleSet
 from growlm.modules.lora import Lora
-from growlm.modules.shapes import LoraConfig
+from growlm.modules.shapes import LoraConfig as LoraShape
 from growlm.surgery.peft import read_adapter, write_adapter
-from stores import store_with_texts
+from stores import add_experts, make_store, store_with_texts
 from tiny import FAMILIES, make_base, make_model, perturb, random_ids
 
 pytestmark = [
@@ -91,7 +91,7 @@ def test_an_adapter_of_pefts_computes_what_peft_computes_and_goes_back_as_it_cam
 @torch.no_grad()
 def test_what_was_learned_here_is_an_adapter_for_peft(family, tmp_path):
     base = make_base(family)
-    config = LoraConfig(r=3, lora_alpha=5.0, layers=(1, 2), rank_pattern={"v_proj": 2})
+    config = LoraShape(r=3, lora_alpha=5.0, layers=(1, 2), rank_pattern={"v_proj": 2})
     module = perturb(Lora.create(base, config), 3)
     wanted = ModuleSet(base, [module]).logits(random_ids(2, 20))
     write_adapter(module, base, tmp_path, called="tiny")
@@ -242,7 +242,7 @@ def test_files_that_are_missing_or_cut_are_named(adapter, tmp_path):
 )
 def test_what_the_base_does_not_have_is_refused(settings, match):
     with pytest.raises(ConfigError, match=match):
-        Lora.create(make_base(), LoraConfig(**settings))
+        Lora.create(make_base(), LoraShape(**settings))
 
 
 @pytest.mark.parametrize(
@@ -255,11 +255,11 @@ def test_what_the_base_does_not_have_is_refused(settings, match):
 )  # fmt: skip
 def test_settings_that_cannot_be_are_refused(settings):
     with pytest.raises((ConfigError, ValueError)):
-        LoraConfig(**settings)
+        LoraShape(**settings)
 
 
 def test_settings_as_the_command_line_has_them():
-    found = LoraConfig(
+    found = LoraShape(
         layers="1,4-6", target_modules="q_proj,v_proj", rank_pattern="v_proj=2", alpha_pattern="v_proj=3.5"
     )
     assert found.layers == (1, 4, 5, 6)
@@ -267,13 +267,13 @@ def test_settings_as_the_command_line_has_them():
     assert (found.rank_of("4.self_attn.v_proj"), found.rank_of("4.self_attn.q_proj")) == (2, 16)
     assert found.scaling_of("4.self_attn.v_proj") == 3.5 / 2
     assert found.scaling_of("4.self_attn.q_proj") == 2
-    assert LoraConfig(r=16, use_rslora=True).scaling_of("0.mlp.up_proj") == 32 / 4
+    assert LoraShape(r=16, use_rslora=True).scaling_of("0.mlp.up_proj") == 32 / 4
 
 
 @torch.no_grad()
 def test_doras_rows_have_the_length_that_is_learned():
     base = make_base()
-    module = perturb(Lora.create(base, LoraConfig(r=2, use_dora=True, target_modules=("q_proj",))), 1)
+    module = perturb(Lora.create(base, LoraShape(r=2, use_dora=True, target_modules=("q_proj",))), 1)
     for index, path, adapter in module.adapters():
         whole = adapter.merged(base.layers[index].get_submodule(path).weight)
         torch.testing.assert_close(torch.linalg.vector_norm(whole, dim=1), adapter.magnitude.abs())
@@ -381,3 +381,64 @@ def test_only_adapters_leave_as_adapters(store, tmp_path):
     wanted = ModuleSet(base, [store.load("rows", base)]).logits(random_ids(2, 20))
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(whole(random_ids(2, 20)).logits, wanted, atol=1e-5, rtol=1e-5)
+
+
+# In the engine
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory) -> Store:
+    shapes = {"letters": {"num_layers": 1}}
+    store = make_store(tmp_path_factory.mktemp("mixed"), "llama", shapes)
+    base = store.load_base()
+    add_experts(store, base, "routed", 3, domain="signs")
+    for seed, (name, config) in enumerate(
+        {
+            "low": LoraShape(r=2),
+            "upper": LoraShape(r=3, layers=(2,), vocabulary="head"),
+            "dora": LoraShape(r=2, use_dora=True, target_modules=("v_proj", "up_proj")),
+        }.items()
+    ):
+        rows = torch.arange(3, 60) if config.vocabulary != "none" else None
+        store.commit(name, perturb(Lora.create(base, config, rows), seed + 7), {"tokens": 1, "seed": seed})
+    return store
+
+
+NAMES = ["low", "letters", None, "upper", "dora", "routed", ["low", "upper"], ["upper", "dora"]]
+
+
+def test_a_batch_of_many_kinds_answers_as_each_alone(mixed):
+    prompts = [f"The {n} law" for n in range(len(NAMES))]
+    with Engine(mixed) as engine:
+        together = engine.generate_many(prompts, modules=NAMES, max_new_tokens=6)
+        for prompt, name, answer in zip(prompts, NAMES, together, strict=True):
+            assert engine.generate(prompt, module=name, max_new_tokens=6).tokens == answer.tokens
+    assert len({tuple(answer.tokens) for answer in together}) > 4
+
+
+def test_a_module_that_forks_above_shares_what_is_below(mixed):
+    base = mixed.load_base()
+    assert [mixed.module(name).fork_on(base.num_layers) for name in ("low", "upper", "dora")] == [0, 2, 0]
+    assert mixed.module("upper").about() == "rank 3, layers 2 to 2"
+
+
+@torch.no_grad()
+def test_several_add_up(mixed):
+    base, ids = mixed.load_base(), random_ids(2, 20)
+    low = mixed.load("low", base)
+    both = Lora.create(base, LoraShape(r=2))
+    for (_, _, one), (_, _, new) in zip(low.adapters(), both.adapters(), strict=True):
+        new.lora_A.weight.copy_(one.lora_A.weight)
+        new.lora_B.weight.copy_(2 * one.lora_B.weight)
+    twin = Lora.restore(base, low.config, {k: v.clone() for k, v in low.state_dict().items()}, "twin")
+    found = ModuleSet(base, [low, twin]).logits(ids)
+    torch.testing.assert_close(found, ModuleSet(base, [both]).logits(ids), atol=1e-5, rtol=1e-5)
+
+
+def test_a_memory_budget_holds_with_adapters(mixed):
+    largest = max(mixed.module(name).bytes for name in ("low", "upper", "dora"))
+    with Engine(mixed) as engine:
+        budget = engine.fixed_bytes + largest
+    with Engine(mixed, memory=budget) as engine:
+        for name in ("low", "upper", "dora", "low"):
+            assert engine.generate("abc", module=name, max_new_tokens=2).resident_bytes <= budget

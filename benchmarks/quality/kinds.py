@@ -1,8 +1,8 @@
 """Which module for a published base: every kind and shape on the same rows of text, at its best rate.
 
 Every way (a kind and its settings) trains on the first so many tokens of a domain, once, at each of its rates; the rate
-is chosen on the domain's `valid.txt` and the loss is told on its `test.txt`, in nats a token. What `lora` trains is what
-PEFT trains. A cell is a file in OUT, so that a run that was stopped goes on; more ways or tokens can be added.
+is chosen on the domain's `valid.txt`, and the loss on its `test.txt` is told, in nats a token. What `lora` trains is
+what PEFT trains. A cell is a file in OUT, so that a run that was stopped goes on; ways and tokens can be added.
 
 python -m benchmarks.quality.kinds --data DIR --base CHECKPOINT --out kinds/ --domains medical_qa german_novels \
     --tokens 10k

@@ -297,7 +297,9 @@ class LoraConfig(ModuleConfig):
         return self.alpha_of(name) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def about(self) -> str:
-        return f"rank {self.r}{', DoRA' if self.use_dora else ''}"
+        layers = self.layers or ()
+        where = f", layers {layers[0]} to {layers[-1]}" if layers else ""
+        return f"rank {self.r}{', DoRA' if self.use_dora else ''}{where}"
 
     def completed(self, base: Base) -> Self:
         """With what is recorded when a module is made.
