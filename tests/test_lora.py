@@ -442,3 +442,22 @@ def test_a_memory_budget_holds_with_adapters(mixed):
     with Engine(mixed, memory=budget) as engine:
         for name in ("low", "upper", "dora", "low"):
             assert engine.generate("abc", module=name, max_new_tokens=2).resident_bytes <= budget
+
+
+@torch.no_grad()
+def test_lengths_of_dora_are_kept_until_something_changes(monkeypatch):
+    base, ids = make_base(), random_ids(2, 20)
+    module = perturb(Lora.create(base, LoraShape(r=2, use_dora=True)), 1)
+    modules, counted, norm = ModuleSet(base, [module]), [], torch.linalg.vector_norm
+    monkeypatch.setattr(torch.linalg, "vector_norm", lambda *a, **k: counted.append(1) or norm(*a, **k))
+    first = modules.logits(ids)
+    assert len(counted) == len(list(module.adapters()))
+    assert torch.equal(modules.logits(ids), first)
+    assert len(counted) == len(list(module.adapters()))
+    *_, adapter = next(module.adapters())
+    adapter.lora_B.weight.mul_(2)
+    changed = modules.logits(ids)
+    assert len(counted) == len(list(module.adapters())) + 1
+    again = Lora.restore(base, module.config, {k: v.clone() for k, v in module.state_dict().items()}, "again")
+    assert torch.equal(ModuleSet(base, [again]).logits(ids), changed)
+    assert (changed - first).abs().max() > 1e-4

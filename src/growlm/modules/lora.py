@@ -35,6 +35,7 @@ class Adapter(nn.Module):
         self.lora_A = nn.Linear(num_in, rank, bias=False)
         self.lora_B = nn.Linear(rank, num_out, bias=False)
         self.magnitude = nn.Parameter(torch.empty(num_out)) if dora else None
+        self._found: tuple[list[Any], tuple[Tensor, Tensor], Tensor] | None = None  # lengths, and of which tensors
 
     @torch.no_grad()
     def begin(self, weight: Tensor) -> None:
@@ -58,11 +59,21 @@ class Adapter(nn.Module):
             return whole
         return whole * (self.magnitude.float() / torch.linalg.vector_norm(whole, dim=1))[:, None]
 
+    @torch.no_grad()
     def _lengths(self, weight: Tensor) -> Tensor:
-        """Lengths of the rows of W + s B A, of which no gradient is taken (Liu et al. 2024, section 4.3)."""
-        with torch.no_grad():
-            moved = self.scaling * self.lora_B.weight.float() @ self.lora_A.weight.float()
-            return torch.linalg.vector_norm(weight.float() + moved, dim=1)
+        """Lengths of the rows of W + s B A, of which no gradient is taken (Liu et al. 2024, section 4.3). They cost as
+        much as the matrix itself does for many tokens, so that they are kept as long as nothing changes."""
+        of = self.lora_A.weight, self.lora_B.weight
+        state = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in (*of, weight)]
+        # These very tensors: another one may come to lie where one was.
+        if (
+            self._found is None
+            or self._found[0] != state
+            or any(a is not b for a, b in zip(self._found[1], of, strict=True))
+        ):
+            moved = self.scaling * of[1].float() @ of[0].float()
+            self._found = state, of, torch.linalg.vector_norm(weight.float() + moved, dim=1)
+        return self._found[2]
 
 
 class _Adapted(nn.Module):
