@@ -410,11 +410,11 @@ def test_the_command_says_so_and_fails(store, spoilt, capfd):
     assert store.modules == {}
     # What it still takes is told, then and later.
     (left,) = store.status()["runs"]
-    assert f"{format_size(left['bytes'])} of this run are kept for --admit-anyway" in err
+    assert f"{format_size(left['bytes'])} are kept, with which the same command and --admit-anyway saves it" in err
     assert left["bytes"] == sum(p.stat().st_size for p in (store.path / left["folder"]).rglob("*")) > 0
     with pytest.raises(SystemExit):
         main(["status", str(store.path)])
-    assert f"  {left['folder']}  {format_size(left['bytes'])} of a run that" in capfd.readouterr().out
+    assert f"  {left['folder']}  {format_size(left['bytes'])} of a run that was not admitted" in capfd.readouterr().out
     learn(store, "law", [store.path.parent / "law.jsonl"], config(admit_anyway=True), progress=False)
     assert store.status()["runs"] == []
 

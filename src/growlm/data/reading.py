@@ -166,10 +166,10 @@ def look_at(
                 first = next(found, None)
                 if first is None:
                     raise _nothing_in(path)
-                for file in itertools.chain([first], found):
-                    if left <= 0:
-                        return
-                    left -= max(_look_at(file, how, left), _LOOKED_AT_FILE)
+                for number, file in enumerate(itertools.chain([first], found)):
+                    if number and left <= 0:
+                        break
+                    left -= max(_look_at(file, how, max(left, _LOOKED_AT_FILE)), _LOOKED_AT_FILE)
 
 
 def _look_at(path: Path, how: _How, most: int) -> int:
@@ -317,7 +317,12 @@ class _Documents(Fields):
         return self._columns
 
     def is_record(self, record: Record) -> bool:
-        return self._how.text_key in record or format_of(record) is not None
+        if self._how.text_key in record:
+            return True
+        found = None if self._how.format == "text" else format_of(record)
+        # One object around a list may have such keys as well.
+        texts = found in ("prompt", "alpaca")
+        return found is not None and not (texts and any(isinstance(value, list) for value in record.values()))
 
     def take(self, record: Record, where: str) -> None:
         found = self._format
