@@ -136,7 +136,10 @@ def test_a_run_finds_its_rate_and_says_what_it_tried(store, capfd):
     low, high = (t for t in said["trials"] if t["steps"] == said["trials"][-1]["steps"])
     wanted = between(low["rate"], high["rate"], low["loss"], high["loss"])
     assert result.learning_rate == said["learning_rate"] == wanted
-    assert f"learning rate {result.learning_rate:.2g}, from the last two" in capfd.readouterr().err
+    chosen = (
+        f"learning rate {result.learning_rate:.2g}, chosen from {low['rate']:.2g} to {high['rate']:.2g} by their losses"
+    )
+    assert chosen in capfd.readouterr().err
     # A rate that is given is not looked for.
     assert learn(store, "lease", [source], config(learning_rate=1e-3), progress=False).learning_rate == 1e-3
     assert store.module("lease").manifest.training["trials"] == []
