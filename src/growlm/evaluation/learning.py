@@ -54,7 +54,7 @@ def _training(result: LearnResult) -> str:
         "The loss of every step on the text that it trained on, before its change, and at some steps that of other "
         "text, which is not trained on and chooses rate and step. Where documents are alike the first is lower from "
         f"the beginning: a row that is trained on holds several, and a held-out text stands alone.{kept} Peak learning "
-        f"rate {result.learning_rate:.2g}; {result.tokens:,} tokens in {result.seconds:,.0f} s. Every step is in {FILE}."
+        f"rate {result.learning_rate:.2g}; {result.tokens:,} tokens in {result.seconds:,.0f} s. All are in {FILE}."
     )
     table = page.table("Loss of text that chooses the step", ["after step", "loss"], rows)
     return page.section("Training", text, [page.svg(figure, "losses", alt)], table)
