@@ -827,6 +827,13 @@ print("done")
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 
 
+@pytest.mark.parametrize(("option", "value"), [("--mix", "0"), ("--reroute", "-1")])
+def test_a_setting_is_named_as_it_was_written_where_the_answer_is_streamed_too(home, run, option, value):
+    for more in ((), ("--json",)):
+        code, _, err = run("generate", "store", "hi", option, value, *more)
+        assert (code, err.splitlines()[-1].startswith(f"growlm: {option} is {value}; it must be")) == (1, True)
+
+
 def test_a_setting_is_named_as_it_was_written():
     """In Python by its field, on the command line by its option."""
     makers = {

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from growlm import data
 from growlm.data import Document, TextData, batches, pack, passages, read, schedule, split, start_tokens
 from growlm.errors import ConfigError, DataError
+from growlm.progress import reporting
 
 EOS = "<|end|>"
 
@@ -70,6 +71,19 @@ def test_a_text_file_is_one_document_with_its_hash(tmp_path: Path) -> None:
     content = file.read_bytes()
     assert body.sources == [data.Source(file.as_posix(), hashlib.sha256(content).hexdigest(), len(content), 1)]
     assert read(str(file)) == body  # one path need not be wrapped in a list
+
+
+def test_a_separator_may_be_typed_with_escapes_and_one_that_is_nowhere_is_told(tmp_path: Path, capsys) -> None:
+    (tmp_path / "a.txt").write_text("one\n\ntwo\tthree")
+    assert [d.text for d in read([tmp_path / "a.txt"], separator="\\n\\n").documents] == ["one", "two\tthree"]
+    assert [d.text for d in read([tmp_path / "a.txt"], separator="\\t").documents] == ["one\n\ntwo", "three"]
+    with reporting("data"):
+        read([tmp_path / "a.txt"], separator="\\n\\n")
+        read([tmp_path / "a.txt"], separator="---")
+    assert (
+        capsys.readouterr().err
+        == "data: the separator '---' is in none of the files; a blank line is written '\\n\\n'\n"
+    )
 
 
 def test_separator_cuts_a_text_file_into_documents_and_blank_ones_go(tmp_path: Path) -> None:

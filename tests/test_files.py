@@ -17,6 +17,7 @@ from disk import largest_file
 from growlm.disk import files
 from growlm.disk.files import (
     HashMemo,
+    bytes_in,
     clear_scratch,
     locked,
     new_folder,
@@ -435,3 +436,13 @@ def test_hash_memo_works_where_nothing_can_be_written(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     memo = HashMemo(tmp_path / "file" / "memo.json")
     assert memo.sha256(tmp_path / "weights") == hashlib.sha256(b"one").hexdigest()
+
+
+def test_files_that_go_while_they_are_counted_count_nothing(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "a").write_bytes(b"123")
+    (tmp_path / "b").write_bytes(b"4567")
+    assert bytes_in(tmp_path) == 7
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    assert bytes_in(tmp_path) == 7
+    assert bytes_in(tmp_path / "nowhere") == 0

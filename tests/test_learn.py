@@ -398,7 +398,9 @@ def test_a_run_that_goes_on_has_chosen_its_vocabulary_rows(home, store, monkeypa
         run(store)
     (file,) = (store.path / "work").glob("*/rows.json")
     kept = file.read_bytes()
-    for at, damaged in enumerate((b"", b"[3, 1]", b"[0, 99999]", b'{"rows": 1}', b"[[1, 2]]"), 10):
+    rows = json.loads(kept)
+    fewer, other = {**rows, "rows": rows["rows"][:-1]}, {**rows, "rows": [rows["rows"][0] + 1, *rows["rows"][1:]]}
+    for at, damaged in enumerate((b"", b"[]", b'{"rows": 1}', *(json.dumps(d).encode() for d in (fewer, other))), 10):
         file.write_bytes(damaged)
         with at_step(at, interrupt), pytest.raises(Interrupted):
             run(store)

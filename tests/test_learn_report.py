@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -291,6 +292,8 @@ def test_the_command_prints_the_table_and_writes_the_page(store_of_one, tmp_path
     assert out.startswith("law version 1: learned from ")
     assert out.count("prompt: ") == out.count("  the text: ") == 3
     assert f"report: {report / 'index.html'}" in err
+    links = re.findall(r'href="([^"#]+)"', (report / "index.html").read_text())
+    assert links == ["losses.jsonl"]
     steps = store.module("law").manifest.training["steps"]
     assert len((report / "losses.jsonl").read_text().splitlines()) == steps
     # Another's folder is refused before anything is learned.

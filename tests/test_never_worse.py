@@ -136,7 +136,10 @@ def test_a_run_finds_its_rate_and_says_what_it_tried(store, capfd):
     low, high = (t for t in said["trials"] if t["steps"] == said["trials"][-1]["steps"])
     wanted = between(low["rate"], high["rate"], low["loss"], high["loss"])
     assert result.learning_rate == said["learning_rate"] == wanted
-    assert f"learning rate {result.learning_rate:.2g}, from the last two" in capfd.readouterr().err
+    chosen = (
+        f"learning rate {result.learning_rate:.2g}, chosen from {low['rate']:.2g} to {high['rate']:.2g} by their losses"
+    )
+    assert chosen in capfd.readouterr().err
     # A rate that is given is not looked for.
     assert learn(store, "lease", [source], config(learning_rate=1e-3), progress=False).learning_rate == 1e-3
     assert store.module("lease").manifest.training["trials"] == []
@@ -410,11 +413,11 @@ def test_the_command_says_so_and_fails(store, spoilt, capfd):
     assert store.modules == {}
     # What it still takes is told, then and later.
     (left,) = store.status()["runs"]
-    assert f"{format_size(left['bytes'])} of this run are kept for --admit-anyway" in err
+    assert f"{format_size(left['bytes'])} are kept, with which the same command and --admit-anyway saves it" in err
     assert left["bytes"] == sum(p.stat().st_size for p in (store.path / left["folder"]).rglob("*")) > 0
     with pytest.raises(SystemExit):
         main(["status", str(store.path)])
-    assert f"  {left['folder']}  {format_size(left['bytes'])} of a run that" in capfd.readouterr().out
+    assert f"  {left['folder']}  {format_size(left['bytes'])} of a run that was not admitted" in capfd.readouterr().out
     learn(store, "law", [store.path.parent / "law.jsonl"], config(admit_anyway=True), progress=False)
     assert store.status()["runs"] == []
 

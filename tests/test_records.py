@@ -163,17 +163,26 @@ def test_what_is_malformed_is_named(tmp_path, name, content, expected):
         assert refused(path, by=look_at) == told
 
 
+@pytest.mark.parametrize("format", ["text", "auto"])
+def test_one_object_around_a_list_may_have_keys_of_conversations(tmp_path, format):
+    (tmp_path / "a.json").write_text(json.dumps({"query": "heart", "response": [{"text": "one"}, {"text": "two"}]}))
+    assert [d.text for d in read([tmp_path / "a.json"], format=format).documents] == ["one", "two"]
+
+
 def test_a_look_at_data_is_short(tmp_path):
     """It says what is wrong with the beginning of files; a pipe can be read once, and is left alone."""
     bad = b'{"body": "a"}\n'
-    (tmp_path / "early.jsonl").write_bytes(json_lines([{"text": "a" * 1000}] * 9) + bad)
     (tmp_path / "late.jsonl").write_bytes(json_lines([{"text": "a" * 1000}] * 9999) + bad)
+    (tmp_path / "huge.jsonl").write_bytes(json_lines([{"text": "a" * 3_000_000}]))
+    (tmp_path / "early.jsonl").write_bytes(json_lines([{"text": "a" * 10}] * 9) + bad)
     assert refused(tmp_path / "early.jsonl", by=look_at).startswith("early.jsonl:10: no key 'text'")
     look_at([tmp_path / "late.jsonl"])
     (tmp_path / "late.csv").write_bytes(b"text\n" + b"a\n" * 99_999 + b'"a"b\n')
     look_at([tmp_path / "late.csv"])
     with pytest.raises(DataError, match="no such file or folder"):
         look_at([tmp_path / "late.jsonl", tmp_path / "missing"])  # all of them are asked for
+    with pytest.raises(DataError, match=r"early.jsonl:10: no key 'text'"):
+        look_at([tmp_path / "huge.jsonl", tmp_path / "late.csv", tmp_path / "early.jsonl"])
     (tmp_path / "more").mkdir()
     assert refused(tmp_path / "more", by=look_at) == refused(tmp_path / "more")
     (tmp_path / "more" / "settings.json").write_text("{")

@@ -23,6 +23,8 @@ from growlm.units import format_count, format_seconds, format_size, parse_count,
         ("2MB", 2_000_000),
         ("2GB", 2_000_000_000),
         ("2gb", 2_000_000_000),
+        ("2G", 2_000_000_000),
+        ("500m", 500_000_000),
         ("1TB", 10**12),
         ("1KiB", 1024),
         ("512MiB", 512 * 1024**2),
@@ -60,7 +62,7 @@ def test_parse_count(text, count):
 BAD = ["", " ", "-1", "+1", "GB", "1,5", "1_000", "1e9", "0x10", ".5", "1.", "nan", "inf", "1 2", "1MM", "None", "True"]
 
 
-@pytest.mark.parametrize("text", [*BAD, "2GG", "4M", "1kib/s", "2 G B"])
+@pytest.mark.parametrize("text", [*BAD, "2GG", "4Q", "1kib/s", "2 G B"])
 def test_a_bad_size_is_refused_with_an_example(text):
     with pytest.raises(ConfigError, match="is not a size") as caught:
         parse_size(text)

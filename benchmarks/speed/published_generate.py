@@ -37,7 +37,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         older = Path(work, "older")
         copy_older(given.store, older)
-        numbers = warm(given, older) | cold(given)
+        with Engine(Store.open(given.store)) as engine:
+            prompt = prompt_of(engine, given)
+            if (chosen := engine.route(prompt).module) != given.module:
+                raise SystemExit(f"{given.prompt}: the router chooses {chosen or 'none'} for it, not {given.module}")
+            numbers = warm(engine, prompt, given, older)
+        numbers |= cold(prompt, given)
     show("published_generate", numbers)
 
 
@@ -47,7 +52,7 @@ def copy_older(store: Path, to: Path) -> None:
     shutil.copytree(store, to, ignore=shutil.ignore_patterns("work", "lock", "scratch"))
     for path in [to / "store.json", *to.glob("modules/*/*/module.json")]:
         told = json.loads(path.read_text())
-        if "base" in told:
+        if "base" in told and (store / told["base"]).exists():  # else a model's name
             told["base"] = str((store / told["base"]).resolve())
         path.write_text(json.dumps({**told, "routing_layer": None}))
 
@@ -57,9 +62,8 @@ def prompt_of(engine: Engine, given: argparse.Namespace) -> str:
     return engine.tokenizer.decode(ids[: given.length], skip_special_tokens=True)
 
 
-def warm(given: argparse.Namespace, older: Path) -> dict[str, Any]:
-    engine, other = Engine(Store.open(given.store)), Engine(Store.open(older))
-    prompt = prompt_of(engine, given)
+def warm(engine: Engine, prompt: str, given: argparse.Namespace, older: Path) -> dict[str, Any]:
+    other = Engine(Store.open(older))
     engine._end_tokens = set()  # as many tokens on both sides
     model = AutoModelForCausalLM.from_pretrained(engine.store.base_folder, dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None
@@ -72,7 +76,6 @@ def warm(given: argparse.Namespace, older: Path) -> dict[str, Any]:
     routing = {"after a third": lambda: engine.route(prompt), "after the last": lambda: other.route(prompt)}
     numbers: dict[str, Any] = {
         "prompt_tokens": ids["input_ids"].shape[1],
-        "chosen": engine.route(prompt).module,
         "warm_route_ms": _ms(interleaved(routing, given.rounds)),
     }
     for count in (1, given.new):
@@ -82,16 +85,16 @@ def warm(given: argparse.Namespace, older: Path) -> dict[str, Any]:
             "transformers, base alone": partial(theirs, count),
         }
         numbers[f"warm_{count}_new_ms"] = _ms(interleaved(measured, given.rounds))
-    engine.close()
     other.close()
     return numbers
 
 
-def cold(given: argparse.Namespace) -> dict[str, Any]:
-    """Whole processes, files in the page cache."""
-    prompt = given.prompt.read_text(encoding="utf-8")[: 4 * given.length]
+def cold(prompt: str, given: argparse.Namespace) -> dict[str, Any]:
+    """Whole processes of `growlm generate`, files in the page cache; an answer may end before `--new` tokens."""
     command = [sys.executable, "-m", "growlm", "generate", str(given.store), prompt, "--max-new-tokens", str(given.new)]
     run = partial(subprocess.run, check=True, capture_output=True)
+    told = json.loads(run([*command, "--json"]).stdout)
+    assert told["finish_reason"] == "length", "the answer ended early: choose another prompt"
     measured = {"routed": partial(run, command), "named": partial(run, [*command, "--module", given.module])}
     return {f"cold_{given.new}_new_ms": _ms(interleaved(measured, given.rounds, warmup=1))}
 

@@ -8,12 +8,13 @@ import re
 from growlm.errors import ConfigError, setting
 
 _SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_SIZES |= {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _SIZES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 def parse_size(size: int | str, name: str | None = None) -> int:
-    """Bytes of a size such as 2GB, 512MiB or 1000000.
+    """Bytes of a size such as 2GB, 2G, 512MiB or 1000000.
 
     Args:
         name: of the setting, for messages.

@@ -90,7 +90,7 @@ Separator = Annotated[
     str | None,
     typer.Option(
         "--separator",
-        help="Cuts text files into documents, e.g. a blank line; by default a file is one document.",
+        help="Cuts text files into documents, e.g. '\\n\\n', a blank line; by default a file is one document.",
         show_default=False,
     ),
 ]

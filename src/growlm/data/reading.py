@@ -124,6 +124,8 @@ def read(
         data.sources.extend(sources)
     for line in how.extraction.lines():
         say(line)
+    if how.separator is not None and data.documents and not any(d.source.endswith(":2") for d in data.documents):
+        say(f"the separator {how.separator!r} is in none of the files; a blank line is written '\\n\\n'")
     if not data.documents:
         names = ", ".join(str(spec) for spec in paths[:3]) + (", ..." if len(paths) > 3 else "")
         found = f"no text in {names}: all of it is empty" if names else "no source of text was named"
@@ -142,6 +144,8 @@ class _How:
 
     @classmethod
     def checked(cls, text_key: str, separator: str | None, format: str) -> _How:
+        if separator is not None:  # as it is typed: a backslash and an n are the end of a line
+            separator = separator.replace("\\n", "\n").replace("\\t", "\t")
         if separator == "":
             raise ConfigError("the separator is empty; leave it out, or give one such as a blank line")
         if format not in FORMATS:
@@ -166,10 +170,10 @@ def look_at(
                 first = next(found, None)
                 if first is None:
                     raise _nothing_in(path)
-                for file in itertools.chain([first], found):
-                    if left <= 0:
-                        return
-                    left -= max(_look_at(file, how, left), _LOOKED_AT_FILE)
+                for number, file in enumerate(itertools.chain([first], found)):
+                    if number and left <= 0:
+                        break
+                    left -= max(_look_at(file, how, max(left, _LOOKED_AT_FILE)), _LOOKED_AT_FILE)
 
 
 def _look_at(path: Path, how: _How, most: int) -> int:
@@ -317,7 +321,13 @@ class _Documents(Fields):
         return self._columns
 
     def is_record(self, record: Record) -> bool:
-        return self._how.text_key in record or format_of(record) is not None
+        if self._how.text_key in record:
+            return True
+        found = None if self._how.format == "text" else format_of(record)
+        if found not in ("prompt", "alpaca"):
+            return found is not None
+        # One object around a list may have such keys as well.
+        return not any(isinstance(record[key], list) for key in keys_of(record, found))
 
     def take(self, record: Record, where: str) -> None:
         found = self._format

@@ -179,7 +179,7 @@ def new_folder(final: Path, scratch: Path, manifest: str) -> Iterator[Path]:
         StoreError: `final` exists, or the disk is full.
     """
     try:
-        with _work_folder(scratch) as work:
+        with work_folder(scratch) as work:
             yield work
             assert (work / manifest).exists()
             for file in work.iterdir():
@@ -256,15 +256,25 @@ def refuse_existing(out: Path) -> None:
         raise StoreError(f"{out}: exists already; choose another folder, or remove it")
 
 
+def bytes_in(folder: Path) -> int:
+    """Of all files in a folder, in which some may appear and go meanwhile."""
+    total = 0
+    for where, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                total += os.stat(os.path.join(where, name)).st_size
+    return total
+
+
 def remove_folder(folder: Path, scratch: Path) -> None:
     """Deletes a folder so that no one ever sees half of it: renamed away first."""
-    with _work_folder(scratch) as work:
+    with work_folder(scratch) as work:
         os.rename(folder, work / "gone")
         sync(folder.parent)
 
 
 @contextmanager
-def _work_folder(scratch: Path) -> Iterator[Path]:
+def work_folder(scratch: Path) -> Iterator[Path]:
     """A locked temporary folder in `scratch`, deleted on exit. The lock beside it says that it is in use, on any
     machine that shares the disk; it is there before the folder and goes after it."""
     work = scratch / secrets.token_hex(8)

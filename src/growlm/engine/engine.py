@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import copy_context
 from queue import SimpleQueue
 from typing import Any
 
@@ -214,7 +215,8 @@ class Engine:
             except BaseException as error:
                 queue.put(error)
 
-        worker = threading.Thread(target=run, name="growlm-stream")
+        # In the caller's context: how settings are written in messages is part of it.
+        worker = threading.Thread(target=copy_context().run, args=(run,), name="growlm-stream")
         worker.start()
         try:
             while True:

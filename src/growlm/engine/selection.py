@@ -52,7 +52,7 @@ def select(
     if len(given) == 1:
         return select(store, given[0], resident)
     for name, advice in _ALONE.items():
-        if name in given:
+        if name in given or (name is None and any(isinstance(g, str) and g in _BASE for g in given)):
             raise ConfigError(f"{name or 'base'} cannot be active together with others; {advice}")
     names = tuple(sorted({str(name) for name in given}))
     current = [store.module(name) for name in names]

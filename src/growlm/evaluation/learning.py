@@ -22,7 +22,7 @@ def write_learning_report(result: LearnResult, out_dir: Path) -> Path:
     Raises ConfigError when `out_dir` cannot be written, and StoreError when its disk is full.
     """
     with phase("drawing the report"):
-        drawn = page.page(f"growlm: {result.name} version {result.version}", _body(result))
+        drawn = page.page(f"growlm: {result.name} version {result.version}", _body(result), FILE)
     return page.write(out_dir, drawn, {FILE: lines(result.history)})
 
 
@@ -52,8 +52,9 @@ def _training(result: LearnResult) -> str:
     kept = "" if result.best_step is None else f" What was kept is the module after step {result.best_step:,}."
     text = (
         "The loss of every step on the text that it trained on, before its change, and at some steps that of other "
-        f"text, which is not trained on and chooses rate and step.{kept} Peak learning rate "
-        f"{result.learning_rate:.2g}; {result.tokens:,} tokens in {result.seconds:,.0f} s. Every step is in {FILE}."
+        "text, which is not trained on and chooses rate and step. Where documents are alike the first is lower from "
+        f"the beginning: a row that is trained on holds several, and a held-out text stands alone.{kept} Peak learning "
+        f"rate {result.learning_rate:.2g}; {result.tokens:,} tokens in {result.seconds:,.0f} s. All are in {FILE}."
     )
     table = page.table("Loss of text that chooses the step", ["after step", "loss"], rows)
     return page.section("Training", text, [page.svg(figure, "losses", alt)], table)

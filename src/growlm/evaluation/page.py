@@ -63,12 +63,16 @@ def write(out_dir: Path, drawn: str, files: Mapping[str, str]) -> Path:
     return out_dir / PAGE
 
 
-def page(title: str, body: Iterable[str]) -> str:
+def page(title: str, body: Iterable[str], file: str) -> str:
+    """
+    Args:
+        file: beside the page, with its numbers in full.
+    """
     light, dark = (
         " ".join(f"--{role}: {colour};" for role, colour in colours.items()) for colours in (plots.LIGHT, plots.DARK)
     )
     template = Template(_TEMPLATE.read_text("utf-8"))
-    return template.substitute(title=escape(title), light=light, dark=dark, body="\n".join(body))
+    return template.substitute(title=escape(title), light=light, dark=dark, body="\n".join(body), file=file)
 
 
 def svg(figure: Figure, name: str, alt: str) -> str:

@@ -51,7 +51,7 @@ def _page(result: Mapping[str, Any]) -> str:
         "compute": _compute, "samples": _samples,
     }  # fmt: skip
     body += [section(result[key]) for key, section in sections.items() if result.get(key)]
-    return page.page(title, body)
+    return page.page(title, body, FILE)
 
 
 def _tiles(result: Mapping[str, Any]) -> str:

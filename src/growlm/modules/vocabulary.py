@@ -163,7 +163,7 @@ class VocabularyRows(nn.Module):
                 or rows is None
                 or ids.ndim != 1
                 or rows.shape != (len(ids), base.hidden_size)
-                or not are_rows(ids, base)
+                or not _known(ids, base)
             ):
                 raise IntegrityError(f"{where}: its {name} rows do not fit the base; learn the module again")
             parts[name] = kind(ids, rows)
@@ -201,8 +201,7 @@ def choose_rows(loss_by_token: Tensor, count_by_token: Tensor, max_rows: int) ->
     return order[: min(max_rows, int(used.sum()))].sort().values
 
 
-def are_rows(ids: Tensor, base: Base) -> bool:
-    """Whether these can be ids of a module's own rows: ascending, and of tokens that the base has."""
+def _known(ids: Tensor, base: Base) -> bool:
     if ids.dtype != torch.int64 or len(ids) == 0:
         return False
     return bool((ids.diff() > 0).all()) and int(ids[0]) >= 0 and int(ids[-1]) < base.vocab_size

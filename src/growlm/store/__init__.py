@@ -9,10 +9,10 @@ from growlm.store.router_files import (
     ROUTER_TRAINED,
     ROUTERS,
 )
-from growlm.store.store import MIN_SAMPLE_BYTES, Store
+from growlm.store.store import MIN_SAMPLE_BYTES, REFUSED, Store
 from growlm.store.stored_module import MANIFEST, WEIGHTS, StoredModule, check_name
 
 __all__ = [
-    "GENERAL", "MANIFEST", "MIN_SAMPLE_BYTES", "ROUTERS", "ROUTER_DERIVED", "ROUTER_FITTED", "ROUTER_INDEX",
+    "GENERAL", "MANIFEST", "MIN_SAMPLE_BYTES", "REFUSED", "ROUTERS", "ROUTER_DERIVED", "ROUTER_FITTED", "ROUTER_INDEX",
     "ROUTER_SUMS", "ROUTER_TRAINED", "WEIGHTS", "Store", "StoredModule", "check_name",
 ]  # fmt: skip

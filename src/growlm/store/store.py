@@ -18,6 +18,7 @@ from growlm.base import checkpoint, tensor_bytes
 from growlm.base.gguf import is_gguf
 from growlm.disk.files import (
     HashMemo,
+    bytes_in,
     clear_scratch,
     locked,
     make_folders,
@@ -58,6 +59,8 @@ if TYPE_CHECKING:
 _FEW = 64  # names that are looked up one by one
 _LISTED = 20  # names in a message
 _KEPT = "2MB"  # of every domain's text, where a router is trained on it
+REFUSED = "refused"  # in the folder of a run that ended and was not admitted
+_COMPARED = 1000  # names with which an unknown one is compared: of many more it would take seconds
 MIN_SAMPLE_BYTES = 8  # bytes that a single token of text takes, with its length: fewer keep nothing
 
 
@@ -209,7 +212,8 @@ class Store(StoreBase):
         """What to say of a name that no module has: the nearest that one has, or some of them all."""
         known, wanted = [existing for existing, _ in self.versions()], str(name).lower()
         beginnings = [existing for existing in known if wanted and existing.startswith(wanted)]
-        if close := difflib.get_close_matches(wanted, known, n=1) or beginnings:
+        alike = known if len(known) <= _COMPARED else [e for e in known if e[:2] == wanted[:2]][:_COMPARED]
+        if close := difflib.get_close_matches(wanted, alike, n=1) or beginnings:
             return f"did you mean {close[0]}?"
         more = f" and {len(known) - _LISTED:,} more (growlm status)" if len(known) > _LISTED else ""
         return f"modules are: {', '.join(known[:_LISTED]) or 'none yet'}{more}"
@@ -384,7 +388,8 @@ class Store(StoreBase):
 
     @property
     def work(self) -> Path:
-        """Where trainings keep what they need to go on."""
+        """Where trainings keep what they need to go on, a folder each; with a file REFUSED in it, one that ended and
+        was not admitted."""
         return self.path / "work"
 
     @property
@@ -424,9 +429,9 @@ class Store(StoreBase):
             "total_parameters": base + sum(sizes),
             "active_parameters": base + max(sizes, default=0),
             "runs": [
-                {"folder": str(folder.relative_to(self.path)), "bytes": kept}
+                {"folder": str(folder.relative_to(self.path)), "bytes": kept, "refused": (folder / REFUSED).exists()}
                 for folder in sorted(self.work.glob("*/"))
-                if (kept := sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()))
+                if (kept := bytes_in(folder))
             ],
         }
 

@@ -87,15 +87,15 @@ class StoreBase:
         if self.manifest.base_gguf is not None:
             self._check_file(memo)
         folder = self.base_folder
-        found = checkpoint.fingerprint(folder, memo.sha256)
+        where, found = folder.resolve(), checkpoint.fingerprint(folder, memo.sha256)
         if found != self.manifest.base_fingerprint:
             raise BaseModelError(
-                f"{folder}: not the base that {self.path} was made for (fingerprint {found[:12]}..., the store "
+                f"{where}: not the base that {self.path} was made for (fingerprint {found[:12]}..., the store "
                 f"says {self.manifest.base_fingerprint[:12]}...); restore it, or make a new store"
             )
         if checkpoint.tokenizer_fingerprint(folder) != self.manifest.tokenizer_fingerprint:
             raise BaseModelError(
-                f"{folder}: its tokenizer has changed since {self.path} was made; restore it, or make a new store"
+                f"{where}: its tokenizer has changed since {self.path} was made; restore it, or make a new store"
             )
         return folder
 

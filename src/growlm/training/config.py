@@ -46,7 +46,7 @@ class TrainConfig:
         device: where to compute: cpu, cuda, cuda:N, mps, or auto: a CUDA GPU where there is one, else the processor.
         precision: of matrix products: bfloat16, float32, or auto: bfloat16 on a CUDA GPU or a processor that is made
             for it, else float32.
-        separator: cuts text files into documents, e.g. a blank line; by default a file is one document.
+        separator: cuts text files into documents, e.g. '\\n\\n', a blank line; by default a file is one document.
         checkpoint_seconds: how often progress is saved; a run that is killed goes on from there.
     """
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 from growlm import data as text_data
 from growlm import router
 from growlm.base import Base, tensor_bytes
+from growlm.disk.files import work_folder
 from growlm.errors import StoreError
 from growlm.modules import ModuleSet, kind_of
 from growlm.modules.scoring import paired_losses
@@ -28,7 +28,7 @@ from growlm.training.corpus import beginnings, validation_tokens
 from growlm.training.general import general_shown
 from growlm.training.learn import shown
 from growlm.training.learn_run import LearnRun
-from growlm.training.memory import peak_bytes
+from growlm.training.memory import device_peak_bytes, peak_bytes
 from growlm.training.module_training import as_served
 from growlm.training.rehearsal import Rehearsal
 from growlm.training.router import last_config
@@ -131,25 +131,26 @@ def estimate(
         as `learn`, but that it may turn out no better than the base; and StoreError: the module of this run is saved
             already, and only the router is left to be trained.
     """
-    with reporting(name, progress), tempfile.TemporaryDirectory() as work:
-        return _estimate(store, name, data, config or LearnConfig(), update, samples, Path(work))
+    # On the disk that the run would be on.
+    with reporting(name, progress), work_folder(store.scratch) as work:
+        return _estimate(store, name, data, config or LearnConfig(), update, samples, work)
 
 
 def _estimate(
     store: Store, name: str, data: Sequence[str | Path], config: LearnConfig, update: bool, samples: int, work: Path
 ) -> Estimate:
-    run = LearnRun.prepare(store, name, data, config, update=update, remember=False)
+    run = LearnRun.prepare(store, name, data, config, update=update)
     if run.saved is not None:
         raise StoreError(
             f"{store.path}: version {run.saved.version} of {name!r} is saved, by a run that was stopped after that; "
             "the same command without --dry-run ends it"
         )
     clock = _Clock()
-    tokens, tokenizer = run.tokenized()
-    clock.count("text")
-    base = run.load_base()
-    tokens.require_rows(base, run.body.where, tokenizer)
+    base = run.load_base(remember=False)
     clock.count("base")
+    tokens, tokenizer = run.tokenized()
+    run.require_fit(base, tokens, tokenizer)
+    clock.count("text")
     served = base.dtype
 
     # The router's share.
@@ -159,14 +160,14 @@ def _estimate(
     clock.count(None)
     seen = router.gather_evidence(base, few, few[:1], layer=layer)
     passage = clock.count(None) / (len(few) + 1)
-    clock.seconds["showing the router the text"] = passage * len(passages)
+    clock.seconds["passages for the router"] = passage * len(passages)
     if not router.has_general(store):
-        clock.seconds["showing it general text"] = passage * len(general_shown(store, base, tokenizer))
+        clock.seconds["general text for the router"] = passage * len(general_shown(store, base, tokenizer))
     trace = tensor_bytes(t for tensors in router.files_of(seen).values() for t in tensors.values())
     beside = trace * len(passages) // (len(few) + 1) + tensor_bytes(tokens.samples(config, run.keep).values())
     if store.manifest.router == ROUTER_TRAINED:
         token = passage / statistics.mean(map(len, few)) * base.num_layers / (layer or base.num_layers)
-        clock.seconds["training the router"] = _router_tokens(store, name, base) * token
+        clock.seconds["router"] = _router_tokens(store, name, base) * token
 
     learning = Rehearsal(
         base,
@@ -184,7 +185,7 @@ def _estimate(
     if run.placement.dtype != served:
         clock.count(None)
         del base
-        base = run.load_base()
+        base = run.load_base(remember=False)
         clock.count("base")
     module = as_served(base, trained, name)
 
@@ -222,7 +223,7 @@ def _estimate(
         seconds=clock.seconds,
         total_seconds=sum(clock.seconds.values()),
         memory=max(found.peak, peak_bytes()),
-        device_memory=found.device_peak,
+        device_memory=_most(found.device_peak, device_peak_bytes(run.placement.device)),
         scratch=found.scratch,
         bytes=module.num_bytes(),
         beside=beside,
@@ -245,6 +246,10 @@ class _Clock:
         if part is not None:
             self.seconds[part] = self.seconds.get(part, 0.0) + now - last
         return now - last
+
+
+def _most(one: int | None, other: int | None) -> int | None:
+    return max((n for n in (one, other) if n is not None), default=None)
 
 
 def _length(passages: Sequence[text_data.Passage]) -> int:

@@ -177,13 +177,14 @@ def _learn(
             say(f"version {run.saved.version} is saved already")
             version = router_after(store, restart=restart, device=config.device)
         return _result(run.saved, version)
+    store.check_base()
     tokens, tokenizer = run.tokenized()
     for line in run.body.lines(tokens, tokenizer, config):
         say(line)
 
     with run_folder(run.folder, busy, restart=restart) as work:
         base = run.load_base()
-        tokens.require_rows(base, run.body.where, tokenizer)
+        run.require_fit(base, tokens, tokenizer)
         # The router is only shown what the engine will show it: the base in the store's dtype.
         served = base.dtype
         if not router.has_general(store):

@@ -29,7 +29,6 @@ class LearnRun:
         keep: bytes of the text that will stay in the store.
         id: tells it from every other run.
         saved: the module, where an earlier process of this run has saved it: only the router is left to be trained.
-        remember: as `Store.check_base`.
     """
 
     store: Store
@@ -41,7 +40,6 @@ class LearnRun:
     body: TrainingCorpus
     id: str
     saved: StoredModule | None
-    remember: bool = True
 
     @classmethod
     def prepare(
@@ -52,7 +50,6 @@ class LearnRun:
         config: LearnConfig,
         *,
         update: bool,
-        remember: bool = True,
     ) -> LearnRun:
         """
         Raises:
@@ -78,7 +75,7 @@ class LearnRun:
                 run, saved = unfinished, old
             elif not update:
                 require_free(store, old)
-        return cls(store, name, config, placement, old, keep, body, run, saved, remember)
+        return cls(store, name, config, placement, old, keep, body, run, saved)
 
     @property
     def folder(self) -> Path:
@@ -89,22 +86,23 @@ class LearnRun:
         """The text in ids of the base's tokenizer, and the tokenizer.
 
         Raises:
-            BaseModelError: the base is missing or has changed.
             DataError, ConfigError: as `TrainingCorpus.tokenized`.
         """
-        self.store.check_base(remember=self.remember)
         tokenizer = self.store.load_tokenizer()
         return self.body.tokenized(tokenizer, self.config), tokenizer
 
-    def load_base(self) -> Base:
+    def load_base(self, *, remember: bool = True) -> Base:
+        """As `Store.load_base`, on the run's device."""
+        return self.store.load_base(device=self.placement.device, remember=remember)
+
+    def require_fit(self, base: Base, tokens: Tokens, tokenizer: Any) -> None:
         """
         Raises:
-            BaseModelError: the base is missing or has changed.
-            ConfigError: rows are longer than it was made for.
+            ConfigError: rows are longer than the base was made for.
+            DataError: a token that it has no row for.
         """
-        base = self.store.load_base(device=self.placement.device, remember=self.remember)
         require_positions(base, self.config)
-        return base
+        tokens.require_rows(base, self.body.where, tokenizer)
 
 
 def kept_bytes(store: Store, name: str, config: LearnConfig) -> int:

@@ -5,10 +5,12 @@ Knows token rows, a base and a kind of module; nothing of stores, files of text 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from growlm.layers.pools import imitation
 from growlm.layers.routing import watched
 from growlm.modules import KnowledgeModule, ModuleSet
 from growlm.modules.scoring import passage_losses
-from growlm.modules.vocabulary import are_rows, choose_rows
+from growlm.modules.vocabulary import choose_rows
 from growlm.progress import phase, say
 from growlm.training import history
 from growlm.training.config import AUTO, LearnConfig, ModuleTrainConfig
@@ -280,15 +282,14 @@ class ModuleTraining:
         if config.shape.vocabulary == "none":
             return None
         file = self.work / _ROWS
-        try:
-            chosen = torch.tensor(read_json(file), dtype=torch.long)
-            if are_rows(chosen, self.base):
-                return chosen
-        except (OSError, ValueError, TypeError):
-            pass
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            known = read_json(file)
+            if known["sha256"] == _digest(known["rows"]):
+                return torch.tensor(known["rows"], dtype=torch.long)
         chosen = self._least_known(config, begin)
         self.work.mkdir(parents=True, exist_ok=True)
-        write_atomic(file, json.dumps(chosen.tolist()).encode())
+        rows = chosen.tolist()
+        write_atomic(file, json.dumps({"rows": rows, "sha256": _digest(rows)}).encode())
         return chosen
 
     def _least_known(self, config: LearnConfig, begin: Sequence[int]) -> Tensor:
@@ -434,6 +435,10 @@ class _Upper(nn.Module):
             return base.norm(self._set.hidden(given))
         shared = base.pass_for(given, torch.arange(given.shape[1], device=given.device)[None])
         return base.norm(base.run(given, self._set.layers[fork:], shared))
+
+
+def _digest(rows: Sequence[int]) -> str:
+    return hashlib.sha256(repr(rows).encode()).hexdigest()
 
 
 def as_served(base: Base, module: KnowledgeModule, where: str) -> KnowledgeModule:

@@ -91,7 +91,7 @@ def find_rate(
             left = sorted(_better_first(losses)[: max(number // 2, 2)])
     low, high = left
     best = between(low, high, losses[low], losses[high])
-    say(f"learning rate {best:.2g}, from the last two and how near their losses are")
+    say(f"learning rate {best:.2g}, chosen from {low:.2g} to {high:.2g} by their losses")
     return best, done
 
 

@@ -13,15 +13,13 @@ from typing import Any
 import torch
 
 from growlm.base.placement import Placement
-from growlm.disk.files import locked
+from growlm.disk.files import bytes_in, locked
 from growlm.errors import NotBetterError, StoreError, TrainingError
 from growlm.progress import say
-from growlm.store import Store
+from growlm.store import REFUSED, Store
 from growlm.training.checkpoints import saved_step
 from growlm.training.config import ModuleTrainConfig
 from growlm.units import format_size
-
-_REFUSED = "refused"  # marks the folder of a run that ended and was not admitted
 
 
 @contextmanager
@@ -50,9 +48,8 @@ def run_folder(folder: Path, busy: str, *, restart: bool) -> Iterator[Path]:
             raise
         except NotBetterError:
             # --admit-anyway goes on from here; the next run under the name takes it away.
-            (folder / _REFUSED).touch()
-            kept = sum(path.stat().st_size for path in folder.iterdir())
-            say(f"{format_size(kept)} of this run are kept for --admit-anyway until the name is learned otherwise")
+            (folder / REFUSED).touch()
+            say(f"{format_size(bytes_in(folder))} are kept, with which the same command and --admit-anyway saves it")
             raise
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -61,7 +58,7 @@ def _drop_refused(folder: Path) -> None:
     """Takes away what other runs under the same name have left that were not admitted."""
     name, dash, _ = folder.name.rpartition("-")
     for other in folder.parent.glob(f"{name}-*") if dash else ():
-        if other != folder and other.name.rpartition("-")[0] == name and (other / _REFUSED).is_file():
+        if other != folder and other.name.rpartition("-")[0] == name and (other / REFUSED).is_file():
             with locked(other.with_name(f"{other.name}.lock"), wait=False, keep=False) as mine:
                 if mine:  # else it is being admitted after all
                     shutil.rmtree(other, ignore_errors=True)

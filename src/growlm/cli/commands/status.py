@@ -31,10 +31,10 @@ def status(store: StorePath, as_json: Json = False) -> None:
             f"{format_count(m['parameters'])} parameters{', ' + m['about'] if m['about'] else ''}"
         )
     for run in found["runs"]:
-        print(
-            f"  {run['folder']}  {format_size(run['bytes'])} of a run that is under way, was stopped or was not "
-            "admitted: the same command goes on from it"
-        )
+        what = "is under way or was stopped; the same command goes on"
+        if run["refused"]:
+            what = "was not admitted; with --admit-anyway its command does"
+        print(f"  {run['folder']}  {format_size(run['bytes'])} of a run that {what}")
     print(
         f"total {format_count(found['total_parameters'])} parameters; with the largest module "
         f"{format_count(found['active_parameters'])}"
