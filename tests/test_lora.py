@@ -364,6 +364,36 @@ def test_a_lora_module_is_learned_and_leaves_in_both_forms(store, tmp_path, capf
     assert torch.equal(store.load_base().logits(ids), plain)
 
 
+def test_settings_are_options_of_the_command_line(store, capfd):
+    law = str(store.path.parent / "law.jsonl")
+    line = [
+        "learn",
+        str(store.path),
+        "law",
+        "--data",
+        law,
+        "--kind",
+        "lora",
+        "--sequence-length",
+        "32",
+        "--samples",
+        "0",
+    ]
+    line += ["--target-modules", "q_proj,down_proj", "--layers", "1-2", "--r", "3", "--rank-pattern", "down_proj=2"]
+    with pytest.raises(SystemExit) as stopped:
+        main([*line, "--lora-alpha", "5", "--use-dora", "--admit-anyway", "--tokens", "320"])
+    assert stopped.value.code == 0
+    config = store.module("law").shape()[1]
+    assert (config.r, config.lora_alpha, config.layers, config.use_dora) == (3, 5.0, (1, 2), True)
+    assert (config.target_modules, config.rank_pattern) == (("q_proj", "down_proj"), {"down_proj": 2})
+    capfd.readouterr()
+    for option, value in (("--rank-pattern", "down_proj"), ("--rank-pattern", "down_proj=x"), ("--r", "0")):
+        with pytest.raises(SystemExit) as stopped:
+            main([*line[:2], "more", *line[3:], option, value])
+        assert stopped.value.code == 1
+        assert capfd.readouterr().err.splitlines()[-1].startswith(f"growlm: {option}")
+
+
 def test_only_adapters_leave_as_adapters(store, tmp_path):
     settings = {"sequence_length": 32, "batch_size": 2, "epochs": 1, "admit_anyway": True, "precision": "float32"}
     law = [store.path.parent / "law.jsonl"]

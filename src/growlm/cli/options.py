@@ -210,7 +210,7 @@ def _written_as(hint: Any) -> Any:
     text."""
     while get_origin(hint) in (Union, UnionType, Annotated):
         hint = get_args(hint)[0]
-    return str if get_origin(hint) in (tuple, Literal) else hint
+    return str if get_origin(hint) in (tuple, dict, Literal) else hint
 
 
 def given_options(context: typer.Context, config: Any) -> dict[str, Any]:

@@ -122,6 +122,8 @@ def _check_folder(folder: Path) -> None:
     """Before anything in it is read."""
     if not folder.is_dir():
         raise IntegrityError(f"{folder}: no such folder; give the folder of a PEFT adapter")
+    if not (folder / CONFIG).exists():
+        raise IntegrityError(f"{folder}: there is no {CONFIG} in it; give the folder of a PEFT adapter")
     for path in sorted(folder.rglob("*")):
         if path.is_symlink():
             raise IntegrityError(f"{path}: is a link; copy the adapter's own files to a folder, and give that one")
@@ -129,9 +131,8 @@ def _check_folder(folder: Path) -> None:
             raise IntegrityError(
                 f"{path}: may be a pickle, which can run code; give a folder with {CONFIG} and {WEIGHTS} alone"
             )
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise IntegrityError(f"{folder}: there is no {name} in it; give the folder of a PEFT adapter")
+    if not (folder / WEIGHTS).is_file():
+        raise IntegrityError(f"{folder}: there is no {WEIGHTS} in it; give the folder of a PEFT adapter")
 
 
 def _settings(path: Path) -> dict[str, Any]:
