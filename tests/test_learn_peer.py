@@ -184,7 +184,7 @@ def test_sizes_that_cannot_be_are_refused_and_leave_nothing(store: Store, settin
         ({"kind": "peer", "num_heads": 0}, "num_heads is 0, expected at least 1"),
         ({"kind": "peer", "neurons": 2}, "there is no setting neurons"),
         ({"kind": "peer", "steps": (3,)}, "there is no setting steps"),
-        ({"kind": "pear"}, "module kind 'pear' does not exist; kinds are blocks, experts, peer"),
+        ({"kind": "pear"}, "kind 'pear' does not exist; kinds are blocks, experts, peer, lora"),
         ({"kind": "peer", "query_norm": "some"}, "query_norm is 'some', expected 'batch', 'layer' or 'none'"),
     ],
 )

@@ -25,7 +25,7 @@ def export(
     ] = "checkpoint",
     as_json: Json = False,
 ) -> None:
-    """Write base and module as one checkpoint, or a lora module as an adapter.
+    """Write base and module as one checkpoint, or as a PEFT adapter.
 
     Any engine can load the checkpoint.
 
