@@ -559,3 +559,12 @@ def test_finetune_learns_answers_and_pretrain_reads_text(home):
     assert kept == [d.plain for d in kept_out]
     with pytest.raises(DataError, match="no key 'text' among 'prompt', 'completion'"):
         pretrain(home / "new", [home / "chats.jsonl"], PretrainConfig(preset="tiny"), progress=False)
+
+
+def test_records_of_another_form_than_was_said_are_told_theirs(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"question": "Why?", "answer": "So."}) + "\n")
+    with pytest.raises(DataError, match=r"no key 'messages'.*these are of --format prompt, which auto finds"):
+        read([tmp_path / "a.jsonl"], format="messages")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"q": "Why?"}) + "\n")
+    with pytest.raises(DataError, match=r"as --format messages has it; see --format"):
+        read([tmp_path / "a.jsonl"], format="messages")

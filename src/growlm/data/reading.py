@@ -359,7 +359,9 @@ class _Documents(Fields):
                 advice += ", or rename two to question and answer for conversations"
             raise DataError(f"{where}: {_lacks(what, key, names)}; {advice}")
         for key in lacking(names, wanted):
-            raise DataError(f"{where}: {_lacks(what, key, names)}, as --format {wanted} has it; see --format")
+            found = format_of(names)
+            advice = "see --format" if found is None else f"these are of --format {found}, which auto finds"
+            raise DataError(f"{where}: {_lacks(what, key, names)}, as --format {wanted} has it; {advice}")
         return wanted
 
 
