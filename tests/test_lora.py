@@ -155,6 +155,27 @@ def test_what_modules_do_not_do_is_an_error(adapter, changes, match):
     refused(adapter, ConfigError, match)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"alpha_pattern": {"(": 3}}, {"alpha_pattern": [1]}, {"alpha_pattern": {"q_proj": "x"}}, {"lora_alpha": "x"},
+        {"lora_alpha": None}, {"lora_alpha": -1}, {"lora_alpha": 0}, {"modules_to_save": 7}, {"alpha_pattern": "q"},
+    ],
+)  # fmt: skip
+def test_settings_that_peft_does_not_write_are_one_line(adapter, changes):
+    setting(adapter, **changes)
+    refused(adapter, IntegrityError, "adapter_config.json: a setting is none that PEFT writes")
+
+
+def test_tensors_that_are_no_matrices_are_named(adapter):
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    for wrong in (torch.zeros(()), torch.zeros(4), torch.zeros(4, 32, 1)):
+        save_file({**tensors, key: wrong}, path)
+        refused(adapter, IntegrityError, "layers.0.self_attn.q_proj: lora_A or lora_B is no matrix")
+
+
 def test_ways_to_begin_that_leave_the_base_alone_are_read(adapter):
     for begun in (False, "gaussian", "eva", "orthogonal"):
         setting(adapter, init_lora_weights=begun)
@@ -198,7 +219,7 @@ def test_an_adapter_that_changes_nothing_is_refused(adapter):
 
 def test_a_folder_with_a_pickle_or_a_link_is_not_read(adapter, tmp_path, monkeypatch):
     monkeypatch.setattr("growlm.surgery.peft.read_tensors", None)
-    monkeypatch.setattr("growlm.surgery.peft.read_json", None)
+    monkeypatch.setattr("growlm.surgery.peft.read_object", None)
     for name in ("adapter_model.bin", "training_args.bin", "optimizer.pt", "x.pkl"):
         (adapter / name).touch()
         refused(adapter, IntegrityError, f"{name}: may be a pickle, which can run code")

@@ -16,7 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from growlm.base import Base
-from growlm.disk.files import read_json, write_atomic
+from growlm.base.settings import read_object
+from growlm.disk.files import write_atomic
 from growlm.disk.tensors import read_tensors, write_tensors
 from growlm.errors import BaseModelError, ConfigError, IntegrityError
 from growlm.modules.lora import Lora, matrices_of, matrix_of
@@ -55,9 +56,15 @@ def read_adapter(folder: str | Path, base: Base) -> Lora:
     """
     folder = Path(folder).expanduser()
     _check_folder(folder)
-    said = _settings(folder / CONFIG)
-    found = _by_place(read_tensors(folder / WEIGHTS), base, str(folder))
-    config = _shape(said, found, base, folder / CONFIG)
+    try:
+        said = _settings(folder / CONFIG)
+        found = _by_place(read_tensors(folder / WEIGHTS), base, str(folder))
+        config = _shape(said, found, base, folder / CONFIG)
+    except (TypeError, ValueError, AttributeError, re.error) as error:
+        reason = str(error).splitlines()[0]
+        raise IntegrityError(
+            f"{folder / CONFIG}: a setting is none that PEFT writes ({reason}); save the adapter again"
+        ) from None
     tensors = {
         f"layers.{index}.{path}.{_NAMES[part]}": tensor.float()
         for (index, path), parts in found.items()
@@ -136,12 +143,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    try:
-        said = read_json(path)
-    except (OSError, ValueError) as error:
-        raise IntegrityError(f"{path}: cannot be read ({error}); save the adapter again") from None
-    if not isinstance(said, dict):
-        raise IntegrityError(f"{path}: holds no settings; save the adapter again")
+    said = read_object(path)
     if (kind := said.get("peft_type")) != "LORA":
         raise ConfigError(f"{path}: peft_type is {kind!r}; only LORA adapters become modules")
     begun = said.get("init_lora_weights")
@@ -208,9 +210,11 @@ def _shape(said: Mapping[str, Any], found: Mapping[Place, Mapping[str, Tensor]],
         matrix = dict(matrices_of(base, index)).get(at) if index < base.num_layers else None
         if matrix is None:
             raise BaseModelError(f"{path.parent}: {base.where} has no {name}; it is an adapter for another model")
-        (num_out, num_in), (rank, *rest) = matrix_of(matrix).shape, parts["lora_A"].shape
+        if parts["lora_A"].ndim != 2 or parts["lora_B"].ndim != 2:
+            raise IntegrityError(f"{path.parent}: {name}: lora_A or lora_B is no matrix; save the adapter again")
+        (num_out, num_in), (rank, width) = matrix_of(matrix).shape, parts["lora_A"].shape
         if (
-            [*rest] != [num_in]
+            width != num_in
             or [*parts["lora_B"].shape] != [num_out, rank]
             or (dora and [*parts["lora_magnitude_vector"].shape] != [num_out])
         ):
@@ -223,19 +227,16 @@ def _shape(said: Mapping[str, Any], found: Mapping[Place, Mapping[str, Tensor]],
     (rank, _), *_ = Counter(ranks.values()).most_common(1)
     (alpha, _), *_ = Counter(alphas.values()).most_common(1)
     every = {f"{i}.{at}" for i in {index for index, _ in found} for at, _ in matrices_of(base, i)}
-    try:
-        return LoraConfig(
-            r=rank,
-            lora_alpha=alpha,
-            layers=tuple(sorted({index for index, _ in found})),
-            target_modules=tuple(_shortest(set(ranks), every)),
-            rank_pattern={name: r for name, r in ranks.items() if r != rank},
-            alpha_pattern={name: a for name, a in alphas.items() if a != alpha},
-            use_rslora=bool(said.get("use_rslora")),
-            use_dora=dora,
-        )
-    except (ValueError, TypeError) as error:
-        raise IntegrityError(f"{path}: {str(error).splitlines()[0]}; save the adapter again") from None
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        layers=tuple(sorted({index for index, _ in found})),
+        target_modules=tuple(_shortest(set(ranks), every)),
+        rank_pattern={name: r for name, r in ranks.items() if r != rank},
+        alpha_pattern={name: a for name, a in alphas.items() if a != alpha},
+        use_rslora=bool(said.get("use_rslora")),
+        use_dora=dora,
+    )
 
 
 def _targets(module: Lora, base: Base) -> list[str]:
