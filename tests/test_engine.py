@@ -295,10 +295,10 @@ def test_closing_a_stream_early_stops_its_worker(llama):
     written = []
     project = ModuleSet.project
 
-    def counted(self, hidden):
+    def counted(self, hidden, contexts=None):
         written.append(1)
         time.sleep(0.02)
-        return project(self, hidden)
+        return project(self, hidden, contexts)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ModuleSet, "project", counted)

@@ -374,10 +374,10 @@ def test_a_stream_that_is_open_while_the_engine_closes_ends_with_an_error(made, 
     written: list[int] = []
     project = ModuleSet.project
 
-    def slow(self, hidden):
+    def slow(self, hidden, contexts=None):
         written.append(1)
         time.sleep(0.005)
-        return project(self, hidden)
+        return project(self, hidden, contexts)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ModuleSet, "project", slow)
@@ -398,10 +398,10 @@ def test_an_answer_that_is_being_written_is_finished_before_the_engine_closes(ma
     started, found = threading.Event(), []
     project = ModuleSet.project
 
-    def slow(self, hidden):
+    def slow(self, hidden, contexts=None):
         started.set()
         time.sleep(0.002)
-        return project(self, hidden)
+        return project(self, hidden, contexts)
 
     monkeypatch.setattr(ModuleSet, "project", slow)
     answering = threading.Thread(

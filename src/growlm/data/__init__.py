@@ -7,7 +7,7 @@ modules, devices or training.
 
 from growlm.data.conversations import FORMATS, Turn, asked
 from growlm.data.encoding import encode_texts, start_tokens
-from growlm.data.packing import LOSSES, PackedTokens, Passage, batches, masks_of, pack, passages, schedule
+from growlm.data.packing import LOSSES, PackedTokens, Passage, batches, masks_of, pack, passages, schedule, whole
 from growlm.data.reading import SUFFIXES, Document, Source, TextData, look_at, read
 from growlm.data.showing import Sample, Shown, marked, show, split_told, summary
 from growlm.data.splitting import split
@@ -17,4 +17,5 @@ __all__ = [
     "FORMATS", "LOSSES", "SUFFIXES", "Document", "PackedTokens", "Passage", "Sample", "Shown", "Source", "Template",
     "TextData", "Turn", "asked", "batches", "encode_texts", "has_template", "look_at", "marked", "masks_of", "pack",
     "passages", "read", "schedule", "show", "split", "split_told", "start_tokens", "summary",
+    "whole",
 ]  # fmt: skip

@@ -297,6 +297,22 @@ def masks_of(found: Sequence[Passage]) -> list[list[bool]] | None:
     return [[True] * len(p.tokens) if p.counted is None else p.counted for p in found]
 
 
+def whole(documents: Sequence[Document], tokenizer: Any) -> Iterator[np.ndarray]:
+    """All token ids (n,) int32 of each document in turn, a conversation as the chat template writes it.
+
+    Raises:
+        DataError: a conversation that the template cannot write.
+        ConfigError: conversations without a chat template.
+    """
+    texts, talks = _parted(documents)
+    if not talks:
+        yield from _token_ids(documents, tokenizer)
+        return
+    written, plain = _written([talk for _, talk in talks], tokenizer, 1 << 40, "all"), _token_ids(texts, tokenizer)
+    for document in documents:
+        yield np.array(next(written)[1], dtype=np.int32) if document.turns else next(plain)
+
+
 def _token_ids(documents: Iterable[Document], tokenizer: Any) -> Iterator[np.ndarray]:
     """Token ids (n,) int32 of each document in turn."""
     parts: list[np.ndarray] = []

@@ -26,6 +26,7 @@ from growlm.engine.rerouting import decode_rerouted
 from growlm.engine.sampling import SamplingConfig
 from growlm.engine.scheduler import Names, Wave, plan
 from growlm.engine.selection import AUTO, Wanted, require_one_way, select
+from growlm.engine.sources import Quote, quotes
 from growlm.errors import BudgetError, ClosedError, ConfigError, IntegrityError, setting
 from growlm.modules import KnowledgeModule, ModuleSet
 from growlm.progress import phase
@@ -268,6 +269,21 @@ class Engine:
         with self._turn():
             return self._routes(prefill(self.base, [tokens], {self._read_at}))[0]
 
+    def sources(self, prompt: Prompt, answer: Generation) -> list[Quote]:
+        """What of an answer stands in the texts of the modules that wrote it, and where: of those that recall. With
+        `mix` and `reroute` of the module that the answer names.
+
+        Args:
+            prompt: that was answered.
+
+        Raises:
+            As `generate` of the prompt.
+        """
+        self._require_open()
+        tokens = self._prompts.encode(prompt, len(answer.tokens))
+        with self._turn(), self.modules.using(answer.modules) as held:
+            return quotes(ModuleSet(self.base, list(held.values())), self.tokenizer, tokens, answer.tokens)
+
     def logits(self, input_ids: Tensor, module: Wanted = None) -> Tensor:
         """Logits (batch, tokens, vocab) of `input_ids` (batch, tokens) under the modules that are named, as in
         `generate`; None is the base.
@@ -479,7 +495,7 @@ class Engine:
             if prefix is None:
                 return prefill(self.base, texts, forks), unrouted
             new = [texts[0][len(prefix.tokens) :]]
-            return prefill(self.base, new, forks, past=len(prefix.tokens), cache=prefix.cache), unrouted
+            return prefill(self.base, new, forks, before=prefix.tokens, cache=prefix.cache), unrouted
         at = self._read_at
         state = prefill(self.base, texts, {*forks, at, *(f for f in self.router.fork_layers if f < at)})
         routes = self._routes(state)

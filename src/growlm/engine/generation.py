@@ -27,12 +27,14 @@ class Prefilled:
 
     Attributes:
         input_ids: (b, t), padded on the left; without the `past` tokens that were in the cache already.
+        seen: (b, past + t), with them; -1 where a row is padded.
         visible: (b, past + t) bool, or None where nothing is padded.
         cache: keys and values of the base's layers.
         hidden: the input of layer f, (b, t, d), for every layer f asked for; the last is where the base has come to.
     """
 
     input_ids: Tensor
+    seen: Tensor
     visible: Tensor | None
     past: int
     shared: Pass
@@ -61,22 +63,27 @@ def prefill(
     texts: Sequence[Sequence[int]],
     layers: Collection[int],
     *,
-    past: int = 0,
+    before: Sequence[int] = (),
     cache: KVCache | None = None,
 ) -> Prefilled:
     """Runs the base over prompts.
 
     Args:
-        texts: token ids; the new ones where `cache` holds `past` tokens (of a single text) already.
+        texts: token ids; the new ones where `cache` holds the tokens `before` them (of a single text) already.
         layers: whose inputs are wanted: where module sets may branch off, and what the router reads. The base is run
             up to the last of them.
     """
     input_ids, visible = pad_left(texts, base.device)
+    past, seen = len(before), input_ids
     assert past == 0 or visible is None
+    if past:
+        seen = torch.cat([torch.tensor([before], device=base.device), input_ids], dim=1)
+    elif visible is not None:
+        seen = input_ids.masked_fill(~visible, -1)
     cache = KVCache(base.num_layers) if cache is None else cache
     embedded, shared = base.begin(input_ids, past=past, visible=visible, cache=cache)
     begun = {0: base.embed_positions(embedded, shared.positions)}
-    state = Prefilled(input_ids, visible, past, shared, cache, begun)
+    state = Prefilled(input_ids, seen, visible, past, shared, cache, begun)
     state.run_on(base, layers)
     return state
 
@@ -91,6 +98,11 @@ class _Running:
 
     def part(self, tensor: Tensor) -> Tensor:
         return tensor[self.start : self.stop] if tensor.shape[0] > 1 else tensor
+
+    def project(self, hidden: Tensor, seen: Tensor) -> Tensor:
+        """Logits (b, 1, v) after the newest of all rows' tokens (b, s)."""
+        contexts = self.modules.contexts(self.part(seen), 1)
+        return self.modules.project(hidden[:, -1:], contexts)
 
     def share(self, shared: Pass) -> Pass:
         return shared.part(self.part, self.cache)
@@ -126,16 +138,16 @@ def decode(
     everything = rows == list(range(len(prefilled.input_ids)))
     chosen = None if everything else torch.tensor(rows, device=base.device)
     prefix = prefilled.cache.select(chosen, 0, joint)
-    visible = prefilled.visible
-    if visible is not None and chosen is not None:
-        visible = visible[chosen]
+    visible, seen = prefilled.visible, prefilled.seen
+    if chosen is not None:
+        visible, seen = None if visible is None else visible[chosen], seen[chosen]
     running: list[_Running] = []
     logits: list[Tensor] = []
     for group in groups:
         own = None if everything and len(groups) == 1 else torch.tensor(group.rows, device=base.device)
         state, hidden = begin_group(prefilled, group, own, joint, running[-1].stop if running else 0)
         running.append(state)
-        logits.append(group.modules.project(hidden[:, -1:]))
+        logits.append(state.project(hidden, seen))
 
     if generators is None:
         generators = [torch.Generator(base.device).manual_seed(config.seed) for _ in rows]
@@ -156,10 +168,12 @@ def decode(
             generators = [generators[i] for i in kept.tolist()]
             tokens = tokens[kept.to(base.device)]
             visible = None if visible is None else visible[kept.to(base.device)]
+            seen = seen[kept.to(base.device)]
             live = live[kept]
         if visible is not None:
             visible = torch.cat([visible, visible.new_ones(len(rows), 1)], dim=-1)
-        logits = step_groups(base, tokens[:, None], joint, prefix, running, past=length, visible=visible, passed=passed)
+        seen = torch.cat([seen, tokens[:, None]], dim=1)
+        logits = step_groups(base, seen, joint, prefix, running, past=length, visible=visible, passed=passed)
         length += 1
     return prefix.extended(running[0].modules.cache_slots).joined(running[0].cache, joint)
 
@@ -203,7 +217,7 @@ def begin_group(
 
 def step_groups(
     base: Base,
-    tokens: Tensor,
+    seen: Tensor,
     joint: int,
     prefix: KVCache,
     running: Sequence[_Running],
@@ -212,7 +226,8 @@ def step_groups(
     visible: Tensor | None,
     passed: dict[int, list[Tensor]] | None = None,
 ) -> list[Tensor]:
-    """The logits of each group, (b, 1, v), after one more token of every row, `tokens` (b, 1)."""
+    """The logits of each group, (b, 1, v), after one more token of every row, the newest of `seen` (b, s)."""
+    tokens = seen[:, -1:]
     embedded, shared = base.begin(tokens, past=past, visible=visible, cache=prefix)
     hidden = embedded
     if joint > 0:
@@ -229,7 +244,7 @@ def step_groups(
             own_tokens = tokens if len(running) == 1 else tokens[group.start : group.stop]
             own = base.embed_positions(group.modules.embed(own, own_tokens), group_pass.positions)
         own = base.run(own, group.modules.layers[joint:], group_pass)
-        logits.append(group.modules.project(own))
+        logits.append(group.project(own, seen))
     return logits
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from growlm.engine.generation import Group, Prefilled, begin_group, step_groups
 from growlm.engine.sampling import SamplingConfig, sample
-from growlm.layers.cross_entropy import token_losses
 from growlm.modules import ModuleSet
+from growlm.modules.scoring import label_losses
 
 # k modules, n tokens, v vocabulary
 
@@ -78,28 +78,22 @@ def decode_mixed(
     for number, modules in enumerate(sets):
         state, hidden = begin_group(prefilled, Group(modules, [0]), first, joint, number)
         running.append(state)
-        log_probabilities.append(modules.project(hidden[:, -1:])[0, -1].float().log_softmax(-1))
-        own = modules.rows.head
-        rows, ids = (None, None) if own is None else (own.rows, own.ids)
-        states = base.norm(hidden[0, :-1])
-        losses.append(
-            token_losses(states, base.head_weight, prompt[1:], rows=rows, ids=ids, softcap=base.softcap)
-            if len(states)
-            else torch.empty(0, device=base.device)
-        )
+        log_probabilities.append(state.project(hidden, prefilled.seen)[0, -1].float().log_softmax(-1))
+        before = modules.contexts(prefilled.seen[:, :-1], len(prompt) - 1)
+        losses.append(label_losses(modules, hidden[0, :-1], prompt[1:], None if before is None else before[0]))
     for column in torch.stack(losses).T:
         posterior.update(-column)
     prefix = prefilled.cache.select(first.expand(len(sets)), 0, joint)
     generator = [torch.Generator(base.device).manual_seed(config.seed)]
-    length = prefilled.input_ids.shape[1]
+    length, seen = prefilled.input_ids.shape[1], prefilled.seen.expand(len(sets), -1)
     for count in range(1, config.max_new_tokens + 1):
         each = torch.stack(log_probabilities)
         token = sample(posterior.mix(each)[None], config, generator)
         if int(token) in end_tokens or not on_token(int(token)) or count == config.max_new_tokens:
             break
         posterior.update(each[:, int(token)])
-        tokens = token.expand(len(sets))[:, None]
-        logits = step_groups(base, tokens, joint, prefix, running, past=length, visible=None)
+        seen = torch.cat([seen, token.expand(len(sets))[:, None]], dim=1)
+        logits = step_groups(base, seen, joint, prefix, running, past=length, visible=None)
         log_probabilities = [part[0, -1].float().log_softmax(-1) for part in logits]
         length += 1
     return posterior.weights

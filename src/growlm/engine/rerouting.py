@@ -86,7 +86,7 @@ def decode_rerouted(
         if ended or written - before < most or written == config.max_new_tokens:
             return changes
         # The newest token has not been run yet.
-        state = prefill(base, [text[-1:]], hidden, past=hidden[depth].shape[1] + len(passed[depth]), cache=cache)
+        state = prefill(base, [text[-1:]], hidden, before=text[:-1], cache=cache)
         hidden = {at: torch.cat([states, *passed[at], state.hidden[at]], dim=1) for at, states in hidden.items()}
 
 
@@ -95,4 +95,4 @@ def _from_the_beginning(base: Base, text: list[int], below: Tensor, cache: KVCac
     cache = cache.select(None, 0, base.num_layers)
     ids = torch.tensor([text], device=below.device)
     shared = base.pass_for(below, torch.arange(len(text), device=below.device)[None], cache=cache)
-    return Prefilled(ids, None, 0, shared, cache, {base.num_layers: below})
+    return Prefilled(ids, ids, None, 0, shared, cache, {base.num_layers: below})

@@ -47,9 +47,12 @@ def attach(model: Any, module: KnowledgeModule) -> None:
     this: it runs any number of modules beside one base that nobody changes.
 
     Raises:
-        ConfigError: a module is attached already.
+        ConfigError: a module is attached already, or this one recalls text, for which a model of transformers has no
+            place.
         BaseModelError: the family is not supported.
     """
+    if module.memory is not None and module.memory.active:
+        raise ConfigError("a module that recalls text cannot be attached to a transformers model; use growlm's Engine")
     if hasattr(model, "_growlm_detached"):
         raise ConfigError("this model has a module attached already; detach it first")
     base = Base(model, freeze=False)

@@ -19,6 +19,7 @@ from growlm.base import Base, LayerToRun, tensor_bytes
 from growlm.errors import ConfigError, IntegrityError, settings_written
 from growlm.modules.shapes import ModuleConfig
 from growlm.modules.vocabulary import VocabularyRows
+from growlm.recall.memory import Memory
 
 _made = itertools.count()  # modules in the order in which this process made them
 
@@ -30,6 +31,7 @@ class KnowledgeModule(nn.Module, ABC):
         config: its shape, as saved.
         fork: first base layer whose output it changes; `num_layers` of the base if none.
         rows: its vocabulary rows.
+        memory: the domain's text that it carries, if its config says `recall`.
         shape: family, layers, width and vocabulary of the base that it was made for.
         identity: tells it from every other module and version; part of the key of its key-value caches. Modules that
             are active together run in its order.
@@ -37,12 +39,14 @@ class KnowledgeModule(nn.Module, ABC):
 
     kind: ClassVar[str]
     combines: ClassVar[bool] = False  # whether several of the kind can be active together
+    trains: ClassVar[bool] = True  # whether it has parameters that are trained
     exports: ClassVar[bool] = True  # whether base and module together are a model of the base's own family
     Config: ClassVar[type[ModuleConfig]]
 
     config: ModuleConfig
     fork: int
     rows: VocabularyRows
+    memory: Memory | None
     identity: str
     shape: tuple[str, int, int, int]
 
@@ -50,6 +54,9 @@ class KnowledgeModule(nn.Module, ABC):
     def __init__(self, base: Base, config: Any, rows: VocabularyRows) -> None:
         super().__init__()
         self.config, self.rows = config, rows
+        self.memory = Memory() if config.recall else None
+        if self.memory is not None:
+            self.memory.close()
         self.shape = base_shape(base)
         self.identity = f"unsaved-{next(_made):09}-{uuid.uuid4().hex}"
 
@@ -93,6 +100,8 @@ class KnowledgeModule(nn.Module, ABC):
         Raises:
             ConfigError: not all of it is in memory.
         """
+        if self.memory is not None and self.memory.text is None:
+            raise ConfigError("a module that recalls has no text; load it from a store")
 
     @classmethod
     def is_table(cls, name: str) -> bool:

@@ -7,24 +7,24 @@ from collections.abc import Sequence
 
 from growlm.errors import ConfigError
 from growlm.modules.contract import KnowledgeModule
+from growlm.modules.shapes import parted_kind
 
 KINDS = {
     "blocks": "growlm.modules.blocks:Blocks",
     "experts": "growlm.modules.experts:Experts",
     "peer": "growlm.modules.peer:Peer",
     "lora": "growlm.modules.lora:Lora",
+    "recall": "growlm.modules.recall:Recall",
 }
 
 
 def kind_of(name: str) -> type[KnowledgeModule]:
-    """The class of a module kind.
+    """The class of a module kind, with or without text.
 
     Raises:
         ConfigError: no such kind.
     """
-    if name not in KINDS:
-        raise ConfigError(f"module kind {name!r} does not exist; kinds are {', '.join(KINDS)}")
-    home, _, cls = KINDS[name].partition(":")
+    home, _, cls = KINDS[parted_kind(name)[0]].partition(":")
     return getattr(importlib.import_module(home), cls)
 
 

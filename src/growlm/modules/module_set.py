@@ -13,6 +13,8 @@ from growlm.errors import BaseModelError, ConfigError
 from growlm.modules.contract import KnowledgeModule, base_shape
 from growlm.modules.kinds import check_together
 from growlm.modules.vocabulary import VocabularyRows
+from growlm.recall.memory import Memory
+from growlm.recall.text import contexts_of
 
 
 class ModuleSet:
@@ -43,6 +45,7 @@ class ModuleSet:
             layers = module.extend(layers)
         self.layers = layers
         self.rows = VocabularyRows.joined([m.rows for m in modules])
+        self.memories: list[Memory] = [m.memory for m in modules if m.memory is not None and m.memory.active]
         self.cache_slots = max((m.cache_slots(base) for m in modules), default=base.num_layers)
         names = "\n".join(m.identity for m in modules)
         self.digest = hashlib.sha256(names.encode()).hexdigest() if modules else "base"
@@ -50,9 +53,23 @@ class ModuleSet:
     def embed(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
         return self.rows.embed(self.base, hidden, input_ids)
 
-    def project(self, hidden: Tensor) -> Tensor:
-        """Logits (b, t, v) from the last layer's output (b, t, d)."""
-        return self.rows.logits(self.base, self.base.norm(hidden))
+    def project(self, hidden: Tensor, contexts: Tensor | None = None) -> Tensor:
+        """Logits (..., v) from the last layer's output (..., d).
+
+        Args:
+            contexts: (..., l) the tokens up to each of them, the newest first, below 0 where there is none; asked for
+                where `memories` are active (`contexts_of`).
+        """
+        logits = self.rows.logits(self.base, self.base.norm(hidden))
+        for memory in self.memories:
+            assert contexts is not None
+            logits = memory.mix(logits, contexts)
+        return logits
+
+    def contexts(self, seen: Tensor, count: int) -> Tensor | None:
+        """What `project` is to be given for the newest `count` tokens of rows (b, s), which are below 0 where a row has
+        none: (b, count, l), if anything."""
+        return contexts_of(seen, count) if self.memories else None
 
     def hidden(self, input_ids: Tensor, *, visible: Tensor | None = None) -> Tensor:
         """The last layer's output (b, t, d), before the final norm, without a cache."""
@@ -62,7 +79,9 @@ class ModuleSet:
 
     def logits(self, input_ids: Tensor, *, visible: Tensor | None = None) -> Tensor:
         """Logits (b, t, v) of `input_ids` (b, t), without a cache."""
-        return self.project(self.hidden(input_ids, visible=visible))
+        seen = input_ids if visible is None else input_ids.masked_fill(~visible, -1)
+        contexts = self.contexts(seen, input_ids.shape[1])
+        return self.project(self.hidden(input_ids, visible=visible), contexts)
 
 
 def _called(module: KnowledgeModule) -> str:

@@ -62,21 +62,38 @@ def paired_losses(
             hidden = embedded
             if fork == 0:
                 hidden = base.embed_positions(modules.embed(embedded, inputs), shared.positions)
-            hidden = base.norm(base.run(hidden, modules.layers[fork:], shared))
-            own = modules.rows.head
-            losses = token_losses(
-                hidden[scored],
-                base.head_weight,
-                labels,
-                rows=None if own is None else own.rows,
-                ids=None if own is None else own.ids,
-                softcap=base.softcap,
-            )
+            hidden = base.run(hidden, modules.layers[fork:], shared)
+            contexts = modules.contexts(inputs, inputs.shape[1])
+            losses = label_losses(modules, hidden[scored], labels, contexts if contexts is None else contexts[scored])
             if per_token is not None:
                 per_token(labels, losses)
             parts = losses.cpu().double().split(scored.sum(-1).tolist())  # not every device has float64
             totals[row, chosen] = torch.stack([part.sum() for part in parts])
     return totals
+
+
+@torch.no_grad()
+def label_losses(
+    modules: ModuleSet, hidden: torch.Tensor, labels: torch.Tensor, contexts: torch.Tensor | None
+) -> torch.Tensor:
+    """Log-losses of labels (n,) in nats, (n,) float32, from the last layer's output (n, d) and, where the modules ask
+    for them, contexts (n, l)."""
+    if contexts is not None:
+        losses = [labels.new_empty(0, dtype=torch.float32)]
+        for at in range(0, len(labels), _PROJECTED):
+            part = slice(at, at + _PROJECTED)
+            logits = modules.project(hidden[part], contexts[part]).float()
+            losses.append(torch.nn.functional.cross_entropy(logits, labels[part], reduction="none"))
+        return torch.cat(losses)
+    base, own = modules.base, modules.rows.head
+    return token_losses(
+        base.norm(hidden),
+        base.head_weight,
+        labels,
+        rows=None if own is None else own.rows,
+        ids=None if own is None else own.ids,
+        softcap=base.softcap,
+    )
 
 
 def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
@@ -114,9 +131,11 @@ def continuation_scores(
         scored = real & (torch.arange(ids.shape[1]) >= contexts[:, None])
         ids, scored = ids.to(base.device), scored[:, 1:].to(base.device)
         hidden, labels = modules.hidden(ids[:, :-1])[scored], ids[:, 1:][scored]
+        before = modules.contexts(ids[:, :-1], ids.shape[1] - 1)
         found, greedy = [], []
-        for part, wanted in zip(hidden.split(_PROJECTED), labels.split(_PROJECTED), strict=True):
-            logits = modules.project(part[None])[0].float()
+        for at in range(0, len(labels), _PROJECTED):
+            part, wanted = slice(at, at + _PROJECTED), labels[at : at + _PROJECTED]
+            logits = modules.project(hidden[part], None if before is None else before[scored][part]).float()
             found.append(logits.log_softmax(-1).gather(-1, wanted[:, None])[:, 0])
             greedy.append(logits.argmax(-1) == wanted)
         sizes = scored.sum(-1).tolist()

@@ -31,6 +31,7 @@ class ModuleConfig(BaseModel):
 
     Attributes:
         vocabulary: own rows of the output head (head), of the input embedding too (both), or none.
+        recall: whether it carries the domain's text as well: what the kind says, as in lora+recall.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -38,11 +39,12 @@ class ModuleConfig(BaseModel):
     has_routers: ClassVar[bool] = False  # whether a module of this shape has routers, on which losses can be put
 
     vocabulary: Literal["none", "head", "both"] = "head"
+    recall: bool = False
 
     @classmethod
     def settings(cls) -> list[str]:
         """Names of the fields that can be chosen when a module is made."""
-        return [name for name in cls.model_fields if name not in cls.recorded]
+        return [name for name in cls.model_fields if name not in {"recall", *cls.recorded}]
 
     def about(self) -> str:
         """What `growlm status` says of it besides its size."""
@@ -311,12 +313,37 @@ class LoraConfig(ModuleConfig):
         return self.model_copy(update={"layers": layers, "lora_alpha": self.lora_alpha or 2.0 * self.r})
 
 
+class RecallConfig(ModuleConfig):
+    """Shape of a `recall` module, which has no layers: a text needs no settings."""
+
+    recorded = frozenset({"vocabulary"})
+
+    vocabulary: Literal["none"] = "none"
+    recall: Literal[True] = True
+
+
 SHAPES: dict[str, type[ModuleConfig]] = {
     "blocks": BlocksConfig,
     "experts": ExpertsConfig,
     "peer": PeerConfig,
     "lora": LoraConfig,
+    "recall": RecallConfig,
 }
+RECALLING = "+recall"  # what a kind is called that carries the domain's text besides
+
+
+def parted_kind(kind: str) -> tuple[str, bool]:
+    """A kind as it is written, e.g. lora+recall: the kind of its layers, and whether text comes with them.
+
+    Raises:
+        ConfigError: no such kind.
+    """
+    name = kind.removesuffix(RECALLING) if isinstance(kind, str) else kind
+    recalls = name != kind
+    if name not in SHAPES or (recalls and name == "recall"):
+        also = ", or one of the others with the text itself, e.g. lora+recall"
+        raise ConfigError(f"{setting('kind')} {kind!r} does not exist; kinds are {', '.join(SHAPES)}{also}")
+    return name, recalls
 
 
 def is_called(name: str, key: str) -> bool:

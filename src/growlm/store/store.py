@@ -11,6 +11,7 @@ import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -243,6 +244,7 @@ class Store(StoreBase):
 
         check_name(name)
         module.require_whole()
+        files = {**(files or {}), **(module.memory.text.files() if module.memory and module.memory.text else {})}
         dtype = getattr(torch, self.manifest.dtype)
         weights = {k: v.to(dtype) if v.is_floating_point() else v for k, v in module.state_dict().items()}
         clear_scratch(self.scratch)
@@ -260,7 +262,7 @@ class Store(StoreBase):
                 remove_folder(final, self.scratch)
             with new_folder(final, self.scratch, MANIFEST) as folder:
                 hashes = {WEIGHTS: write_tensors(folder / WEIGHTS, weights)}
-                for file, tensors in (files or {}).items():
+                for file, tensors in files.items():
                     hashes[file] = write_tensors(folder / file, tensors)
                 manifest = ModuleManifest(
                     created=now(),
@@ -343,6 +345,11 @@ class Store(StoreBase):
             )
         if row_cache is not None:
             module.keep_rows(row_cache)
+        if module.memory is not None:
+            from growlm.recall.text import RecalledText
+
+            module.memory.text = RecalledText.open(stored.folder, stored.text_files, base.vocab_size, verify=verify)
+            digest = sha256("\n".join([digest, *stored.text_files.values()]).encode()).hexdigest()
         module.identity = f"{name}@{stored.version}:{digest}"
         return module
 

@@ -15,6 +15,8 @@ from pydantic import ValidationError
 
 from growlm.disk.tensors import outline
 from growlm.errors import ConfigError, IntegrityError, StoreError, first_error
+from growlm.modules.shapes import RECALLING
+from growlm.recall import is_text
 from growlm.store.manifests import ModuleManifest, as_written, read_manifest
 
 if TYPE_CHECKING:
@@ -50,7 +52,14 @@ class StoredModule:
 
     @property
     def kind(self) -> str:
-        return self.manifest.kind
+        """As `learn` takes it, e.g. lora or lora+recall."""
+        kind, recalls = self.manifest.kind, self.manifest.config.get("recall") is True
+        return f"{kind}{RECALLING}" if recalls and kind != "recall" else kind
+
+    @property
+    def text_files(self) -> dict[str, str]:
+        """The files that hold the domain's text to be recalled, and their sha256."""
+        return {file: digest for file, digest in self.manifest.files.items() if is_text(file)}
 
     @property
     def bytes(self) -> int:

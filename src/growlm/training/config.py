@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from growlm.errors import ConfigError, first_error, setting
-from growlm.modules.shapes import SHAPES, BlocksConfig, ModuleConfig
+from growlm.modules.shapes import SHAPES, BlocksConfig, ModuleConfig, parted_kind
 from growlm.units import parse_count, parse_size
 
 AUTO = "auto"  # a learning rate that is found or computed
@@ -287,8 +287,8 @@ class LearnConfig(ModuleTrainConfig):
 
     Attributes:
         kind: of module: blocks (whole layers), lora (low-rank differences of the base's own matrices), experts (routed
-            experts in the base's own layers) or peer (a pool of
-            very many tiny experts in a layer).
+            experts in the base's own layers), peer (a pool of very many tiny experts in a layer), recall (the text
+            itself, found by what stands before) or one of the others with it, e.g. lora+recall.
         max_rows: the most tokens that get rows of their own; by default a quarter of the vocabulary and at most 8,192,
             so that modules of one store need about the same memory.
         routing_regularisation: of kinds with routers: weight of the loss that keeps new experts from being chosen
@@ -308,12 +308,11 @@ class LearnConfig(ModuleTrainConfig):
         Raises:
             ConfigError: no such kind, a setting that nothing has or only other kinds have, or a value that cannot be.
         """
-        if not isinstance(kind, str) or kind not in SHAPES:
-            raise ConfigError(f"{setting('kind')} {kind!r} does not exist; kinds are {', '.join(SHAPES)}")
+        layers, recalls = parted_kind(kind)
         own = {f.name: f.default for f in fields(self)}
         of_shape = {name: settings.pop(name) for name in list(settings) if name not in own}
         for name in of_shape:
-            if name not in SHAPES[kind].settings():
+            if name not in SHAPES[layers].settings():
                 have = [other for other, shape in SHAPES.items() if name in shape.settings()]
                 if not have:
                     raise ConfigError(f"there is no setting {setting(name)}; growlm learn --help lists them")
@@ -322,13 +321,14 @@ class LearnConfig(ModuleTrainConfig):
                 )
         shape = settings.get("shape")
         if shape is None or shape in (other() for other in SHAPES.values()):  # of which nothing was chosen
-            settings["shape"] = shape if isinstance(shape, SHAPES[kind]) else SHAPES[kind]()
-        elif not isinstance(shape, SHAPES[kind]):
+            settings["shape"] = shape if isinstance(shape, SHAPES[layers]) else SHAPES[layers]()
+        elif not isinstance(shape, SHAPES[layers]):
             raise ConfigError(
-                f"shape is a {type(shape).__name__}; a module of kind {kind} has a {SHAPES[kind].__name__}"
+                f"shape is a {type(shape).__name__}; a module of kind {kind} has a {SHAPES[layers].__name__}"
             )
         try:
-            settings["shape"] = SHAPES[kind](**{**settings["shape"].model_dump(exclude_unset=True), **of_shape})
+            chosen = {**settings["shape"].model_dump(exclude_unset=True), **of_shape}
+            settings["shape"] = SHAPES[layers](**chosen | ({"recall": True} if recalls else {}))
         except ValidationError as error:
             raise ConfigError(first_error(error, setting)) from None
         for name, value in {**own, **settings, "kind": kind}.items():

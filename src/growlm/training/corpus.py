@@ -101,7 +101,7 @@ class TrainingCorpus:
             shown = [prompts_of(documents, tokenizer, length) for documents in (train, rest)]
             prompts = (shown[0], shown[1]) if all(shown) else None  # of those who say nothing
         told = text_data.split_told(self.text.documents, train, rest)
-        return Tokens(packed, replay, validation, heldout, begin, told, prompts)
+        return Tokens(train, packed, replay, validation, heldout, begin, told, prompts)
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,7 @@ class Tokens:
     """A body in token ids.
 
     Attributes:
+        documents: all that are not held out, of which `packed` are those that are trained on.
         validation: passages that are not trained on, by which rate and step are chosen.
         heldout: others, which choose nothing: by them it is decided whether a module is admitted.
         begin: what every prompt begins with.
@@ -116,6 +117,7 @@ class Tokens:
         prompts: of conversations, what the router is shown: those that are trained on, and held-out ones.
     """
 
+    documents: Sequence[text_data.Document]
     packed: text_data.PackedTokens
     replay: text_data.PackedTokens | None
     validation: list[text_data.Passage]
@@ -278,7 +280,7 @@ def require_positions(base: Base, config: ModuleTrainConfig) -> None:
 
 
 def evidence_beside(stored: StoredModule) -> Files:
-    """All that lies beside a stored module's weights.
+    """All that lies beside a stored module's weights, but for the text that it recalls.
 
     Raises:
         IntegrityError: a file is not what its manifest says.
@@ -286,7 +288,7 @@ def evidence_beside(stored: StoredModule) -> Files:
     return {
         file: read_tensors(stored.folder / file, sha256=digest)
         for file, digest in stored.manifest.files.items()
-        if file != WEIGHTS
+        if file != WEIGHTS and file not in stored.text_files
     }
 
 

@@ -7,6 +7,7 @@ modules and nothing of any one kind.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from growlm.training.general import ensure_general
 from growlm.training.learn_run import LearnRun
 from growlm.training.loop import require_finite
 from growlm.training.module_training import ModuleTraining, as_served
+from growlm.training.recalling import recalling
 from growlm.training.router import router_after
 from growlm.training.runs import empty, run_folder
 from growlm.training.samples import Sample, side_by_side
@@ -189,17 +191,27 @@ def _learn(
         served = base.dtype
         if not router.has_general(store):
             ensure_general(store, base, tokenizer)
-        learning = ModuleTraining(
-            base, kind_of(config.kind), config, tokens.packed, work, tokens.begin, tokens.replay, tokens.validation
-        )
-        seconds = learning.run()
-        trained, num_tokens, searched = learning.module, learning.num_tokens, learning.record()
-        steps = learning.history
-        del learning
-        if run.placement.dtype != served:
-            del base
-            base = run.load_base()
+        started, kind = time.monotonic(), kind_of(config.kind)
+        if kind.trains:
+            learning = ModuleTraining(
+                base, kind, config, tokens.packed, work, tokens.begin, tokens.replay, tokens.validation
+            )
+            seconds = learning.run()
+            trained, num_tokens, searched = learning.module, learning.num_tokens, learning.record()
+            steps = learning.history
+            del learning
+            if run.placement.dtype != served:
+                del base
+                base = run.load_base()
+        else:
+            trained, num_tokens, searched, steps = kind.create(base, config.shape), 0, {}, []
+            seconds = 0.0
         module = as_served(base, trained, name)
+        if module.memory is not None:
+            module, remembered = recalling(base, module, tokens, tokenizer, name)
+            searched["recall"] = remembered
+            num_tokens = num_tokens or remembered["tokens"]
+            seconds = seconds or time.monotonic() - started
         alone, together = ModuleSet(base), ModuleSet(base, [module])
         found = tokens.compare(alone, together, config)
         require_finite(f"{name}: the held-out loss after training", found.after)

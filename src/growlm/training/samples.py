@@ -15,9 +15,9 @@ import torch
 
 from growlm import data as text_data
 from growlm.base import Base
+from growlm.base.cache import KVCache
 from growlm.base.padding import pad_left
-from growlm.modules import KnowledgeModule
-from growlm.modules.attachment import attached
+from growlm.modules import KnowledgeModule, ModuleSet
 from growlm.progress import phase
 
 _PROMPT = 32  # tokens of a text's beginning; of a conversation all before its first answer,
@@ -58,9 +58,8 @@ def side_by_side(
     with phase("answering held-out prompts", len(found), "prompts") as answering:
         for at in range(0, len(found), _BATCH):
             prompts = [prompt for prompt, _ in found[at : at + _BATCH]]
-            alone += _written(base, tokenizer, prompts)
-            with attached(base.model, module):
-                together += _written(base, tokenizer, prompts)
+            alone += _written(ModuleSet(base), tokenizer, prompts)
+            together += _written(ModuleSet(base, [module]), tokenizer, prompts)
             answering.advance(len(prompts))
 
     def text(tokens: Sequence[int]) -> str:
@@ -97,19 +96,24 @@ def _prompts(
 
 
 @torch.inference_mode()
-def _written(base: Base, tokenizer: Any, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    from transformers import GenerationConfig
-
-    model, ends = base.model, sorted(base.end_tokens(tokenizer))
+def _written(modules: ModuleSet, tokenizer: Any, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The likeliest tokens, one after another."""
+    base, ends = modules.base, modules.base.end_tokens(tokenizer)
     ids, visible = pad_left(prompts, base.device)
-    mask = torch.ones_like(ids) if visible is None else visible.long()
-    # Of the base's own settings, such as a penalty on repetition, none counts: `growlm generate` knows none either.
-    own = model.generation_config
-    model.generation_config = GenerationConfig(
-        max_new_tokens=_NEW, do_sample=False, eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0
-    )
-    try:
-        written = model.generate(ids, attention_mask=mask)[:, ids.shape[1] :].tolist()
-    finally:
-        model.generation_config = own
-    return [row[: next((at for at, token in enumerate(row) if token in ends), len(row))] for row in written]
+    seen = ids if visible is None else ids.masked_fill(~visible, -1)
+    cache, new = KVCache(modules.cache_slots), ids
+    rows: list[list[int]] = [[] for _ in prompts]
+    going = set(range(len(prompts)))
+    while True:
+        hidden, shared = base.begin(new, past=seen.shape[1] - new.shape[1], visible=visible, cache=cache)
+        hidden = base.embed_positions(modules.embed(hidden, new), shared.positions)
+        hidden = base.run(hidden, modules.layers, shared)[:, -1:]
+        new = modules.project(hidden, modules.contexts(seen, 1)).argmax(-1)
+        going -= {row for row in going if int(new[row]) in ends}
+        for row in going:
+            rows[row].append(int(new[row]))
+        if not going or len(rows[next(iter(going))]) == _NEW:
+            return rows
+        seen = torch.cat([seen, new], dim=1)
+        if visible is not None:
+            visible = torch.cat([visible, visible.new_ones(len(rows), 1)], dim=1)

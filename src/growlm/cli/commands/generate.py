@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,6 +25,12 @@ from growlm.cli.options import (
 from growlm.cli.output import name_of, note, print_json, print_stream
 from growlm.progress import phase, reporting
 from growlm.units import format_size
+
+if TYPE_CHECKING:
+    from growlm.engine.sources import Quote
+
+_THEIRS = 0.5  # share from which a piece of an answer is told to be a text's
+_SHOWN = 60  # characters of it
 
 
 @app.command()
@@ -47,6 +54,9 @@ def generate(
     reroute: Annotated[
         int, typer.Option("--reroute", help="Choose the module anew after every so many tokens; 0 chooses once.")
     ] = 0,
+    sources: Annotated[
+        bool, typer.Option("--sources", help="Tell what of the answer stands in the text of a module that recalls.")
+    ] = False,
     strict: Strict = False,
     as_json: Json = False,
 ) -> None:
@@ -64,6 +74,8 @@ def generate(
 
         growlm generate brain "The patient sued the hospital because" --mix 2
 
+        growlm generate brain "A notice to quit must" --module law --sources
+
         growlm generate brain "Once upon a time" --module tales --memory 1GB --experts-on disk --row-cache 200MB
     """
     sampling: dict[str, Any] = {
@@ -79,9 +91,11 @@ def generate(
         if as_json:
             with reporting(name_of(store)), phase("answering"):
                 answer = engine.generate(prompt, module=wanted, mix=mix, reroute=reroute, **sampling)
-            return print_json(answer.to_json())
+                found = [quote.to_json() for quote in engine.sources(prompt, answer)] if sources else None
+            return print_json(answer.to_json() | ({} if found is None else {"sources": found}))
         pieces = engine.stream(prompt, module=wanted, mix=mix, reroute=reroute, **sampling)
         result = print_stream(pieces, name_of(store))
+        quotes = engine.sources(prompt, result) if sources else None
     if not result.text.strip() and result.finish_reason == "stop" and not stop:
         note("the model ended the text at once; a question is best asked with growlm chat")
     writers = result.module or "base"
@@ -93,4 +107,23 @@ def generate(
         f"[{writers}; {format_size(result.resident_bytes)} of weights in memory"
         f"{'; loaded ' + ', '.join(result.loaded) if result.loaded else ''}]"
     )
+    if quotes is not None:
+        for line in _told(quotes):
+            note(line)
     return None
+
+
+def _told(quotes: Sequence[Quote]) -> list[str]:
+    """For people: what is the text's rather than the model's own."""
+    theirs = [quote for quote in quotes if quote.share >= _THEIRS and quote.text.strip()]
+    if not theirs:
+        return ["sources: none of it is from a module's text"]
+    return ["sources:"] + [
+        f"  {_cut(quote.text)!r}: {quote.module}, {quote.source}, character {quote.character:,} ({quote.share:.0%})"
+        for quote in theirs
+    ]
+
+
+def _cut(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

@@ -1,0 +1,102 @@
+"""Memory: what a module carries of a domain's text, and how it changes the next token's distribution.
+
+Nothing is trained but a few dozen gates (`growlm.layers.recall`). Knows logits and the tokens before them; no layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from growlm.errors import ConfigError
+from growlm.layers.recall import FEATURES, LEVELS, NOTHING, Recalled, mixed, recalled
+from growlm.recall.text import Place, RecalledText
+
+_AT_A_TIME = 512  # contexts that are looked up together
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a token may come from.
+
+    Attributes:
+        share: of the token's probability that is the text's and not the model's.
+        length: tokens before it that stand there too.
+    """
+
+    share: float
+    length: int
+    place: Place
+
+
+class Memory(nn.Module):
+    """The memory that a module carries: gates that are part of its weights, and text beside them.
+
+    Attributes:
+        gates: (levels, features); what the first of a level is -inf counts for nothing.
+        text: None until it is given: a module without it cannot run.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gates = nn.Parameter(torch.zeros(len(LEVELS), FEATURES), requires_grad=False)
+        self.text: RecalledText | None = None
+
+    @torch.no_grad()
+    def close(self) -> None:
+        """Nothing is recalled: the logits are what they were, bit for bit."""
+        self.gates.zero_()[:, 0] = NOTHING
+
+    @property
+    def active(self) -> bool:
+        """Whether any gate is open."""
+        return bool(self.gates[:, 0].isfinite().any())
+
+    def recalled(self, log_probabilities: Tensor, contexts: Tensor) -> Recalled:
+        """What the text says of the next tokens, where the model says (n, v), after contexts (n, l)."""
+        found = self._text.find(contexts.cpu().numpy())
+        arrays = (torch.from_numpy(a).to(log_probabilities.device) for a in (found.lengths, found.tokens))
+        return recalled(log_probabilities, *arrays)
+
+    def mix(self, logits: Tensor, contexts: Tensor) -> Tensor:
+        """Log-probabilities (..., v) in float32 of model and text, from the model's logits (..., v).
+
+        Args:
+            contexts: (..., l) the tokens before each of them, the newest first; below 0 where there is none.
+        """
+        flat, before = logits.flatten(0, -2), contexts.flatten(0, -2)
+        out = torch.empty(flat.shape, dtype=torch.float32, device=flat.device)
+        for at in range(0, len(flat), _AT_A_TIME):
+            own = flat[at : at + _AT_A_TIME].float().log_softmax(-1)
+            found = self.recalled(own, before[at : at + _AT_A_TIME])
+            out[at : at + _AT_A_TIME] = mixed(own, found, self.gates)
+        return out.view(logits.shape)
+
+    def origins(self, logits: Tensor, contexts: Tensor, tokens: Tensor) -> list[Origin | None]:
+        """Where tokens (n,) may come from that were written after contexts (n, l), where the model alone had logits
+        (n, v); None for one that stands nowhere after such a context."""
+        own = logits.float().log_softmax(-1)
+        gates = self.recalled(own, contexts).gates(self.gates.float())
+        said = self.recalled(own, contexts).probability(tokens)
+        theirs = (gates[:, 1:].exp() * said).sum(-1)
+        shares = theirs / (theirs + gates[:, 0].exp() * own.gather(1, tokens[:, None])[:, 0].exp())
+        found = self._text.find(contexts.cpu().numpy())
+        origins: list[Origin | None] = []
+        for row, (token, share) in enumerate(zip(tokens.tolist(), shares.tolist(), strict=True)):
+            where = np.flatnonzero((found.tokens[row] == token) & (found.lengths[row] > 0))
+            if not len(where):
+                origins.append(None)
+                continue
+            best = where[0]  # those that agree longest come first
+            place = self._text.place(int(found.parts[row, best]), int(found.places[row, best]) + 1)
+            origins.append(Origin(share, int(found.lengths[row, best]), place))
+        return origins
+
+    @property
+    def _text(self) -> RecalledText:
+        if self.text is None:
+            raise ConfigError("a module that recalls has no text; load it from a store")
+        return self.text

@@ -1,0 +1,254 @@
+"""Recalled text: the documents of a domain in token ids, sorted for search, in parts that are files.
+
+A part holds its tokens, its suffix array and where each document came from. Parts are found in together, so that a text
+grows by one more part, and a document goes by making its part anew. Knows arrays and files; not what is predicted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from growlm.disk.tensors import map_tensors, require_kinds
+from growlm.errors import IntegrityError
+from growlm.progress import phase
+from growlm.recall import FILE
+from growlm.recall.suffixes import LONGEST, Neighbours, neighbours, separated, sorted_places
+
+WIDTH = 64  # places that a context finds
+_PART = 1 << 26  # tokens of a part, at the most: to sort so many takes about 2 GB of memory
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a token stands.
+
+    Attributes:
+        part, document: of which part, and which of its documents.
+        token: how many of the document's tokens come before, and which (`before`).
+        source: of the document, as it was read.
+    """
+
+    part: int
+    document: int
+    token: int
+    source: str
+    before: list[int]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Documents that were sorted together.
+
+    Attributes:
+        text: (n,) uint16 or int32: token ids, with a separator, the size of the vocabulary, around every document.
+        order: (m,) int32, the suffix array (`growlm.recall.suffixes`).
+        starts: (d,) int64: where each document begins in the text.
+        names: (c,) uint8 and (d,) int64: the documents' sources in UTF-8 one after another, and where each ends.
+    """
+
+    text: np.ndarray
+    order: np.ndarray
+    starts: np.ndarray
+    names: np.ndarray
+    name_ends: np.ndarray
+
+    @classmethod
+    def of(cls, documents: Sequence[tuple[str, np.ndarray]], vocab_size: int) -> Part:
+        """Sorts documents, given as source and token ids."""
+        text = separated([ids for _, ids in documents], vocab_size)
+        lengths = np.array([len(ids) + 1 for _, ids in documents], dtype=np.int64)
+        names = [source.encode("utf-8", "surrogatepass") for source, _ in documents]
+        return cls(
+            text,
+            sorted_places(text, vocab_size),
+            np.cumsum(lengths) - lengths + 1,
+            np.frombuffer(b"".join(names), dtype=np.uint8).copy(),
+            np.cumsum([len(name) for name in names], dtype=np.int64),
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.text) - len(self.starts) - 1
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As it is saved."""
+        return {name: torch.from_numpy(getattr(self, name)) for name in _TENSORS}
+
+    @classmethod
+    def restore(cls, tensors: Mapping[str, Tensor], vocab_size: int, where: Path, *, whole: bool) -> Part:
+        """
+        Args:
+            whole: look at every number, and not at the sizes alone.
+
+        Raises:
+            IntegrityError: tensors that are no sorted text of such a vocabulary.
+        """
+        tokens = torch.uint16 if vocab_size < 1 << 16 else torch.int32
+        require_kinds(where, tensors, {name: (dtype or tokens, 1) for name, dtype in _TENSORS.items()})
+        part = cls(**{name: tensor.numpy() for name, tensor in tensors.items()})
+        if not part._fits(vocab_size, whole):
+            raise IntegrityError(f"{where}: is no sorted text of this base's tokens; restore it or learn it again")
+        return part
+
+    def _fits(self, vocab_size: int, whole: bool) -> bool:
+        if len(self.starts) != len(self.name_ends) or len(self.order) >= len(self.text):
+            return False
+        if not whole:
+            return True
+        inside = self.order.min() > 0 and self.order.max() < len(self.text) - 1 and self.text.max() <= vocab_size
+        starts = self.starts[0] == 1 and self.starts[-1] < len(self.text) and (np.diff(self.starts) > 0).all()
+        names = (np.diff(self.name_ends) >= 0).all() and self.name_ends[-1] <= len(self.names)
+        return bool(inside and starts and names)
+
+    def documents(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Source and token ids of each, as `of` takes them."""
+        for number in range(len(self.starts)):
+            yield self.source(number), self.ids(number)
+
+    def source(self, document: int) -> str:
+        begin = self.name_ends[document - 1] if document else 0
+        return self.names[begin : self.name_ends[document]].tobytes().decode("utf-8", "replace")
+
+    def ids(self, document: int) -> np.ndarray:
+        end = self.starts[document + 1] if document + 1 < len(self.starts) else len(self.text)
+        return self.text[self.starts[document] : end - 1]
+
+
+_TENSORS: dict[str, torch.dtype | None] = {
+    "text": None,
+    "order": torch.int32,
+    "starts": torch.int64,
+    "names": torch.uint8,
+    "name_ends": torch.int64,
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """Neighbours in all parts together: `lengths`, `places`, `tokens` and `parts`, (q, w)."""
+
+    lengths: np.ndarray
+    places: np.ndarray
+    tokens: np.ndarray
+    parts: np.ndarray
+
+
+class RecalledText:
+    """All parts of a domain's text."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = tuple(parts)
+
+    @classmethod
+    def of(cls, documents: Iterable[tuple[str, np.ndarray]], vocab_size: int, *, most: int = _PART) -> RecalledText:
+        """Sorts documents (source, token ids), in as many parts as they need."""
+        parts: list[Part] = []
+        some: list[tuple[str, np.ndarray]] = []
+        size = 0
+        for source, ids in documents:
+            if some and size + len(ids) > most:
+                parts.append(_sorted(some, vocab_size))
+                some, size = [], 0
+            some.append((source, ids))
+            size += len(ids)
+        return cls([*parts, *([_sorted(some, vocab_size)] if some else [])])
+
+    @classmethod
+    def open(cls, folder: Path, files: Mapping[str, str], vocab_size: int, *, verify: bool) -> RecalledText:
+        """The parts that lie in a folder, mapped: what is looked at is read when it is looked at.
+
+        Args:
+            files: names and sha256.
+            verify: compare the hashes.
+
+        Raises:
+            IntegrityError: a file is missing, cut, changed, or not of this vocabulary.
+        """
+        parts = []
+        for name, digest in files.items():
+            tensors = map_tensors(folder / name, lambda _: True, sha256=digest if verify else None)
+            parts.append(Part.restore(tensors, vocab_size, folder / name, whole=verify))
+        return cls(parts)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(part.num_tokens for part in self.parts)
+
+    @property
+    def num_documents(self) -> int:
+        return sum(len(part.starts) for part in self.parts)
+
+    def find(self, contexts: np.ndarray, width: int = WIDTH) -> Found:
+        """Up to `width` places like each of the contexts (q, l), the newest token first; -1 where it is shorter."""
+        found = [neighbours(part.text, part.order, contexts, width) for part in self.parts]
+        if not found:
+            found = [Neighbours.none(len(contexts), width)]
+        lengths, places, tokens = (
+            np.concatenate([getattr(part, name) for part in found], axis=1) for name in ("lengths", "places", "tokens")
+        )
+        parts = np.repeat(np.arange(len(found)), width)[None].repeat(len(contexts), axis=0)
+        if len(found) == 1:
+            return Found(lengths, places, tokens, parts)
+        ranked = np.argsort(-lengths, axis=1, kind="stable")[:, :width]
+        return Found(*(np.take_along_axis(array, ranked, axis=1) for array in (lengths, places, tokens, parts)))
+
+    def place(self, number: int, at: int) -> Place:
+        """Of a token of a part's text."""
+        part = self.parts[number]
+        document = int(np.searchsorted(part.starts, at, side="right")) - 1
+        start = int(part.starts[document])
+        before = part.text[start:at].astype(np.int64).tolist()
+        return Place(number, document, at - start, part.source(document), before)
+
+    def with_more(self, documents: Iterable[tuple[str, np.ndarray]], vocab_size: int) -> RecalledText:
+        """With further documents. Parts at the end that are no larger than what comes after are sorted with it, so that
+        of n tokens there are never more than log n parts."""
+        new = list(documents)
+        size, kept = sum(len(ids) for _, ids in new), list(self.parts)
+        while kept and kept[-1].num_tokens <= size and kept[-1].num_tokens + size <= _PART:
+            part = kept.pop()
+            new = [*part.documents(), *new]
+            size += part.num_tokens
+        return RecalledText([*kept, *RecalledText.of(new, vocab_size).parts])
+
+    def without(self, leaves: Callable[[str], bool], vocab_size: int) -> RecalledText:
+        """Without the documents whose source `leaves`: only parts that hold one are made anew."""
+        parts: list[Part] = []
+        for part in self.parts:
+            stay = [n for n in range(len(part.starts)) if not leaves(part.source(n))]
+            if len(stay) == len(part.starts):
+                parts.append(part)
+            elif stay:
+                parts.append(_sorted([(part.source(n), part.ids(n)) for n in stay], vocab_size))
+        return RecalledText(parts)
+
+    def sources(self) -> Iterator[str]:
+        """Of every document."""
+        for part in self.parts:
+            yield from (part.source(number) for number in range(len(part.starts)))
+
+    def files(self) -> dict[str, dict[str, Tensor]]:
+        """As they are saved, by file."""
+        return {FILE.format(number): part.tensors() for number, part in enumerate(self.parts)}
+
+
+def contexts_of(seen: Tensor, count: int) -> Tensor:
+    """The tokens before each of the newest `count` places of rows (b, s), and at it: (b, count, l), the newest first.
+
+    Args:
+        seen: token ids, below 0 where a row has none.
+    """
+    padded = torch.nn.functional.pad(seen[:, max(seen.shape[1] - count - LONGEST + 1, 0) :], (LONGEST, 0), value=-1)
+    return padded.unfold(1, LONGEST, 1).flip(-1)[:, -count:]
+
+
+def _sorted(documents: Sequence[tuple[str, np.ndarray]], vocab_size: int) -> Part:
+    many = sum(len(ids) for _, ids in documents)
+    with phase("sorting text", note=f"{many:,} tokens"):
+        return Part.of(documents, vocab_size)
