@@ -14,11 +14,11 @@ from torch import Tensor
 
 from growlm.disk.tensors import read_tensors
 from growlm.errors import IntegrityError
+from growlm.store.stored_module import SAMPLES
 
 if TYPE_CHECKING:
     from growlm.store import StoredModule
 
-SAMPLES = "samples.safetensors"  # beside a module's weights
 GENERAL_SAMPLES = "general-samples"  # under router/: of text that is none of the modules'
 
 

@@ -425,6 +425,8 @@ class Store(StoreBase):
                 "bytes": m.bytes,
                 "parameters": m.parameters,
                 "about": m.about(),
+                "text_bytes": m.text_bytes,
+                "holds_text": m.holds_text,
             }
             for m in track(found, "reading manifests", "modules")
         ]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = "module.safetensors"
 MANIFEST = "module.json"
+SAMPLES = "samples.safetensors"  # text for a router that is trained on it, beside the weights
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _RESERVED = ("auto", "base", "general", "none")
 
@@ -60,6 +61,16 @@ class StoredModule:
     def text_files(self) -> dict[str, str]:
         """The files that hold the domain's text to be recalled, and their sha256."""
         return {file: digest for file, digest in self.manifest.files.items() if is_text(file)}
+
+    @property
+    def holds_text(self) -> bool:
+        """Whether its domain's text can be read from it: what it recalls, or samples that a router is trained on."""
+        return bool(self.text_files) or SAMPLES in self.manifest.files
+
+    @property
+    def text_bytes(self) -> int:
+        """Bytes on the disk of the text that it recalls, sorted."""
+        return sum(path.stat().st_size for file in self.text_files if (path := self.folder / file).is_file())
 
     @property
     def bytes(self) -> int:

@@ -25,21 +25,33 @@ if TYPE_CHECKING:
 FORMS = ("checkpoint", "peft")
 
 
-def export(store: Store, out: str | Path, module: str, *, version: int | None = None, form: str = "checkpoint") -> Path:
+def export(
+    store: Store,
+    out: str | Path,
+    module: str,
+    *,
+    version: int | None = None,
+    form: str = "checkpoint",
+    no_text: bool = False,
+) -> Path:
     """Writes a module to the folder `out`, which appears complete or not at all.
 
     Args:
         form: `checkpoint`: base and module as one transformers checkpoint, tokenizer included; or `peft`: a module of
-            kind `lora` alone, as an adapter in PEFT's format.
+            kind `lora` alone, as an adapter in PEFT's format. Neither has the text that a module recalls.
+        no_text: refuse a module that holds text.
 
     Raises:
         StoreError: `out` exists and is not empty, or the disk is full.
         UnknownModuleError: no such module.
-        ConfigError: a kind that cannot be exported.
+        ConfigError: a kind that cannot be exported, or with `no_text` a module that holds text.
     """
     out = Path(out).expanduser()
     refuse_existing(out)
-    kind = store.module(module, version).manifest.kind
+    stored = store.module(module, version)
+    if no_text and stored.holds_text:
+        raise ConfigError(f"{module}: holds text of its domain; leave out --no-text, or learn it without +recall")
+    kind = stored.manifest.kind
     if form == "peft":
         return _as_adapter(store, out, module, kind, version)
     if form not in FORMS:
@@ -51,6 +63,7 @@ def export(store: Store, out: str | Path, module: str, *, version: int | None = 
         )
     base = store.load_base()
     loaded = store.load(module, base, version=version)
+    loaded.memory = None
     model = merge(base, loaded)
     with checkpoint_folder(out, base.num_bytes() + loaded.num_bytes()) as work:
         save_model(model, work)

@@ -21,6 +21,7 @@ from growlm.errors import StoreError
 from growlm.modules import ModuleSet, kind_of
 from growlm.modules.scoring import paired_losses
 from growlm.progress import reporting
+from growlm.recall.text import RecalledText
 from growlm.store import ROUTER_TRAINED, Store
 from growlm.training.checkpoints import saved_step
 from growlm.training.config import LearnConfig
@@ -30,7 +31,8 @@ from growlm.training.learn import shown
 from growlm.training.learn_run import LearnRun
 from growlm.training.memory import device_peak_bytes, peak_bytes
 from growlm.training.module_training import as_served
-from growlm.training.rehearsal import Rehearsal
+from growlm.training.recalling import FITTED, token_documents
+from growlm.training.rehearsal import Rehearsal, Rehearsed
 from growlm.training.router import last_config
 from growlm.training.samples import side_by_side
 from growlm.training.validation import Validation
@@ -59,8 +61,8 @@ class Estimate:
         memory: peak of main memory in bytes, at the least what this process has had already; `device_memory` of the
             GPU's, where there is one.
         samples: held-out prompts that base and module will answer: `prompt`, `text` and what the `base` answers.
-        bytes: of the module on the disk; `beside` it lies what the router keeps of the text; `scratch`, what the run
-            takes besides until it ends.
+        bytes: of the module on the disk; `text_bytes` of the text that it recalls; `beside` it lies what the router
+            keeps of the text; `scratch`, what the run takes besides until it ends.
         timed: optimiser steps from which all this is told.
     """
 
@@ -81,6 +83,7 @@ class Estimate:
     memory: int
     device_memory: int | None
     bytes: int
+    text_bytes: int
     beside: int
     scratch: int
     timed: int
@@ -95,17 +98,23 @@ class Estimate:
         rounds = ", then ".join(f"{r['rates']} are tried for {r['steps']} short steps" for r in self.trials)
         gpu = "" if self.device_memory is None else f", {format_size(self.device_memory)} of the GPU's"
         resumed = f"; a stopped run goes on after step {self.resumes:,}" if self.resumes else ""
-        return [
-            *self.text,
+        text = f"{format_size(self.text_bytes)} of text, " if self.text_bytes else ""
+        steps = [
             f"held-out text: {held['validation']:,} tokens of it choose the step, {held['deciding']:,} decide whether "
             "the module is admitted",
             f"steps: {self.steps:,} at the most, of {self.tokens_per_step:,} tokens; {self.tokens_trained:,} tokens "
             f"in all, repeats included{resumed}",
             f"learning rates: {rounds or 'none are tried'}",
+        ]
+        if not self.steps:
+            steps = [f"held-out text: {held['deciding']:,} tokens decide whether the module is admitted", "steps: none"]
+        return [
+            *self.text,
+            *steps,
             f"time: about {format_seconds(self.total_seconds)}"
             + (f" ({', '.join(f'{part} {format_seconds(s)}' for part, s in parts.items())})" if parts else ""),
             f"memory: about {format_size(self.memory)} at the most{gpu}",
-            f"disk: {format_size(self.bytes)}, and beside it {format_size(self.beside)} for the router; "
+            f"disk: {format_size(self.bytes)}, {text}and beside it {format_size(self.beside)} for the router; "
             f"{format_size(self.scratch)} more until the run ends",
             *(
                 f"prompt: {shown(s['prompt'], _SHOWN, end=True)}\n  base: {shown(s['base'], _SHOWN)}"
@@ -169,25 +178,35 @@ def _estimate(
         token = passage / statistics.mean(map(len, few)) * base.num_layers / (layer or base.num_layers)
         clock.seconds["router"] = _router_tokens(store, name, base) * token
 
-    learning = Rehearsal(
-        base,
-        kind_of(config.kind),
-        config,
-        tokens.packed,
-        work,
-        tokens.begin,
-        tokens.replay,
-        beginnings(tokens.validation, _TIMED_TOKENS, config.seed),
-    )
-    found, steps, trained = learning.measure(_SECONDS), learning.steps, learning.module
-    del learning
+    kind = kind_of(config.kind)
+    if kind.trains:
+        learning = Rehearsal(
+            base,
+            kind,
+            config,
+            tokens.packed,
+            work,
+            tokens.begin,
+            tokens.replay,
+            beginnings(tokens.validation, _TIMED_TOKENS, config.seed),
+        )
+        found, steps, trained = learning.measure(_SECONDS), learning.steps, learning.module
+        del learning
+    else:
+        found, steps, trained = Rehearsed.nothing(), [], kind.create(base, config.shape)
     clock.seconds |= {"vocabulary rows": found.rows, "trials": found.trials, "steps": found.steps}
     if run.placement.dtype != served:
         clock.count(None)
         del base
         base = run.load_base(remember=False)
         clock.count("base")
-    module = as_served(base, trained, name)
+    module, text, fitted_by = as_served(base, trained, name), 0, 0
+    if module.memory is not None:
+        clock.count(None)
+        kept = RecalledText.of(token_documents(tokens.documents, tokenizer), base.vocab_size)
+        clock.count("sorting the text")
+        text = sum(tensor_bytes(part.values()) for part in kept.files().values())
+        fitted_by = _length(beginnings(tokens.validation, FITTED, 0))
 
     # Scores: where training begins and after some steps, and in the end of the best one.
     read = sum(map(len, steps)) * config.sequence_length
@@ -198,7 +217,8 @@ def _estimate(
     paired_losses([ModuleSet(base), ModuleSet(base, [module])], [p.tokens for p in timed])
     a_token = clock.count(None) / _length(timed)
     times = 1 if run.old is None else 2  # by the version that it replaces as well
-    scored = len(Validation.due(len(steps), len(steps)))
+    scored = len(Validation.due(len(steps), len(steps))) if steps else 0
+    clock.seconds["fitting what the text adds"] = fitted_by * a_token / 2
     clock.seconds["scores and admission"] = chosen_by * found.score * scored + _length(decided_by) * a_token * times
     clock.count(None)
     answers = side_by_side(base, module, tokenizer, tokens.heldout, samples, seed=config.seed)
@@ -216,7 +236,7 @@ def _estimate(
             "deciding": _length(decided_by),
         },
         steps=len(steps),
-        tokens_per_step=max(map(len, steps)) * config.sequence_length,
+        tokens_per_step=max(map(len, steps), default=0) * config.sequence_length,
         tokens_trained=read,
         resumes=saved_step(run.folder),
         trials=[{"rates": number, "steps": length} for number, length in found.rounds],
@@ -226,6 +246,7 @@ def _estimate(
         device_memory=_most(found.device_peak, device_peak_bytes(run.placement.device)),
         scratch=found.scratch,
         bytes=module.num_bytes(),
+        text_bytes=text,
         beside=beside,
         timed=found.timed,
         samples=[{"prompt": a.prompt, "text": a.text, "base": a.base} for a in answers],

@@ -104,7 +104,7 @@ def grow(
         raise ConfigError("nothing to do: give a number of experts to append, text to train new ones on, or both")
     placement = Placement.of(config.device, config.precision)
     _peer(store, name)
-    with reporting(name, progress), _alone(store, name):
+    with reporting(name, progress), alone(store, name):
         stored, shape = _peer(store, name)
         if data:
             return _train(store, stored, shape, number, data, config, placement, restart=restart)
@@ -127,7 +127,7 @@ def take_back(store: Store, name: str, *, device: str | torch.device = "auto") -
     """
     found = find_device(device)
     _peer(store, name)
-    with _alone(store, name):
+    with alone(store, name):
         stored, shape = _peer(store, name)
         steps = _steps(stored, shape)
         if not steps:
@@ -326,7 +326,7 @@ def _peer(store: Store, name: str) -> tuple[StoredModule, PeerConfig]:
 
 
 @contextmanager
-def _alone(store: Store, name: str) -> Iterator[None]:
+def alone(store: Store, name: str) -> Iterator[None]:
     """
     Raises:
         StoreError: another process is changing the module's size.

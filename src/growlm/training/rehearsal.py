@@ -48,6 +48,11 @@ class Rehearsed:
     device_peak: int | None
     scratch: int
 
+    @classmethod
+    def nothing(cls) -> Rehearsed:
+        """Of a kind of which nothing is trained."""
+        return cls([], 0.0, 0.0, 0.0, 0.0, 0, 0, None, 0)
+
 
 class _EnoughError(Exception):
     """The time is up."""

@@ -9,7 +9,7 @@ import typer
 from growlm.cli.app import app
 from growlm.cli.asking import open_store
 from growlm.cli.options import Json, OutPath, StorePath
-from growlm.cli.output import print_json, reports
+from growlm.cli.output import note, print_json, reports
 
 
 @app.command()
@@ -23,6 +23,7 @@ def export(
         Literal["checkpoint", "peft"],
         typer.Option("--as", help="Base and module as one checkpoint, or a lora module alone as a PEFT adapter."),
     ] = "checkpoint",
+    no_text: Annotated[bool, typer.Option("--no-text", help="Refuse a module that holds text of its domain.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write base and module as one checkpoint, or as a PEFT adapter.
@@ -38,7 +39,9 @@ def export(
     opened = open_store(store, module)
     from growlm.surgery.export import export as run
 
-    path = run(opened, out, module, version=version, form=form)
+    path = run(opened, out, module, version=version, form=form, no_text=no_text)
+    if opened.module(module, version).text_files:
+        note("the text that it recalls is not part of this: what is written answers by the layers alone")
     if as_json:
         return print_json({"path": str(path), "module": module})
     if form == "peft":

@@ -30,7 +30,7 @@ from growlm.training.config import GrowConfig
 def grow(
     context: typer.Context,
     store: StorePath,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Of a module of kind peer.", show_default=False)],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Of a module.", show_default=False)],
     config: Any,
     experts: Annotated[
         str | None,
@@ -41,7 +41,10 @@ def grow(
     restart: Restart = False,
     as_json: Json = False,
 ) -> None:
-    """Append experts to a module of kind peer and train them. New ones learn new text; or the last step is taken back.
+    """Append experts to a module of kind peer and train them, or text to one that recalls.
+
+    New experts learn new text; the last step can be taken back. To a module of kind recall, or lora+recall and its
+    like, documents are appended, and nothing is trained.
 
     What the module has learned keeps its bits. Without --data it answers as before until the new experts are trained;
     without --experts those are trained that were appended before. Each is the module's next version, and the one before
@@ -56,6 +59,8 @@ def grow(
         growlm grow brain law --data statutes-2027/ --epochs 3
 
         growlm grow brain law --undo
+
+        growlm grow brain manuals --data manual-2027.pdf
     """
     given = given_options(context, config).items()
     used = ("seed", "device")  # without training too
@@ -70,6 +75,23 @@ def grow(
     elif experts is not None and not data:
         refuse_beside("--experts without --data", *trains, *(["--restart"] if restart else []))
     opened = open_store(store, name, data=config.paths(data or ()), **config.reading)
+    if opened.module(name).text_files:
+        asked = {"--experts": experts, "--undo": undo, "--restart": restart}
+        if wrong := [flag for flag, value in asked.items() if value]:
+            raise ConfigError(f"{name} recalls a text, which grows by --data alone; leave out {wrong[0]}")
+        if not data:
+            raise ConfigError(f"{name} recalls a text; name with --data what is to be appended")
+        from growlm.training.text_growth import add_text
+
+        added = add_text(opened, name, data, config)
+        if as_json:
+            return print_json(added.to_json())
+        print(
+            f"{name} version {added.version}: {added.tokens_before:,} -> {added.tokens:,} tokens of text, "
+            f"{added.documents_before:,} -> {added.documents:,} documents; held-out loss {added.loss_before:.3f} -> "
+            f"{added.loss_after:.3f}"
+        )
+        return None
     from growlm.training import grow as growth
 
     if undo:

@@ -26,9 +26,11 @@ def status(store: StorePath, as_json: Json = False) -> None:
     width = max((len(m["name"]) for m in found["modules"]), default=0)
     for m in found["modules"]:
         older = f" ({plural(len(m['older_versions']), 'older version')})" if m["older_versions"] else ""
+        text = f", {format_size(m['text_bytes'])} of text on the disk" if m["text_bytes"] else ""
+        text = text or (", samples of text for the router" if m["holds_text"] else "")
         print(
             f"  {m['name']:<{width}}  version {m['version']}{older}  {m['kind']}  {format_size(m['bytes']):>9}  "
-            f"{format_count(m['parameters'])} parameters{', ' + m['about'] if m['about'] else ''}"
+            f"{format_count(m['parameters'])} parameters{', ' + m['about'] if m['about'] else ''}{text}"
         )
     for run in found["runs"]:
         what = "is under way or was stopped; the same command goes on"
