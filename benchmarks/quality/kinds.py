@@ -96,7 +96,7 @@ class Kinds:
             seed=seed,
             precision="float32",
             device="cpu",
-        )
+        ).on(0)
         # The first rows are the text; which of them are in one step is drawn.
         packed = text_data.pack(self.documents(domain, "train"), self.tokenizer, LENGTH, max_tokens=tokens)
         work = self.a.out / "runs" / slug(domain, way, rate, seed, tokens)

@@ -137,7 +137,7 @@ class PublishedStages(Stages):
         base = clock.of("load", 1, lambda: store.load_base(device=placement.device))
         config = LearnConfig(
             tokens=_MEASURED_ROWS * SEQUENCE_LENGTH, learning_rate=1e-4, device=self.device, precision=self.precision
-        )
+        ).on(sum(p.numel() for p in base.model.parameters()))
         require_positions(base, config)
         name = next(iter(self.size.learn_tokens))
         tokens = TrainingCorpus.read([self._train(name)], config).tokenized(store.load_tokenizer(), config)

@@ -14,7 +14,9 @@ from growlm.errors import ConfigError, first_error, setting
 from growlm.modules.shapes import SHAPES, BlocksConfig, ModuleConfig, parted_kind
 from growlm.units import parse_count, parse_size
 
-AUTO = "auto"  # a learning rate that is found or computed
+AUTO = "auto"  # a learning rate that is found or computed, or the kind that suits the base
+ON_PUBLISHED = "lora+recall"  # the kind that learns most at equal bytes on bases of so many parameters and more
+_PUBLISHED = 50_000_000
 _SEEDS = 2**63  # how many there are: torch takes no larger ones as they are
 
 # Sizes of a llama, or the file of a growlm model's config.
@@ -288,7 +290,8 @@ class LearnConfig(ModuleTrainConfig):
     Attributes:
         kind: of module: blocks (whole layers), lora (low-rank differences of the base's own matrices), experts (routed
             experts in the base's own layers), peer (a pool of very many tiny experts in a layer), recall (the text
-            itself, found by what stands before) or one of the others with it, e.g. lora+recall.
+            itself, found by what stands before) or one of the others with it, e.g. lora+recall; auto: lora+recall on a
+            base of 50 million parameters or more, blocks on a smaller one.
         max_rows: the most tokens that get rows of their own; by default a quarter of the vocabulary and at most 8,192,
             so that modules of one store need about the same memory.
         routing_regularisation: of kinds with routers: weight of the loss that keeps new experts from being chosen
@@ -297,20 +300,23 @@ class LearnConfig(ModuleTrainConfig):
         shape: made of the settings of the kind.
     """
 
-    kind: str = "blocks"
+    kind: str = AUTO
     max_rows: int | None = None
     routing_regularisation: float = 0.0
     load_concentration: float = 0.0
     shape: ModuleConfig = field(default_factory=BlocksConfig)
 
-    def __init__(self, kind: str = "blocks", **settings: Any) -> None:
+    def __init__(self, kind: str = AUTO, **settings: Any) -> None:
         """
         Raises:
             ConfigError: no such kind, a setting that nothing has or only other kinds have, or a value that cannot be.
         """
-        layers, recalls = parted_kind(kind)
         own = {f.name: f.default for f in fields(self)}
         of_shape = {name: settings.pop(name) for name in list(settings) if name not in own}
+        if kind == AUTO:
+            kind = _kind_with(of_shape)
+        # Until the base is known: a smaller one is what every setting suits.
+        layers, recalls = ("blocks", False) if kind == AUTO else parted_kind(kind)
         for name in of_shape:
             if name not in SHAPES[layers].settings():
                 have = [other for other, shape in SHAPES.items() if name in shape.settings()]
@@ -347,11 +353,29 @@ class LearnConfig(ModuleTrainConfig):
         if self.max_rows is not None and self.max_rows < 1:
             raise ConfigError(f"{setting('max_rows')} is {self.max_rows}; it must be at least 1")
 
+    def on(self, parameters: int) -> LearnConfig:
+        """With the kind that `auto` means on a base of so many parameters."""
+        if self.kind != AUTO:
+            return self
+        given = self.shape.model_dump(exclude_unset=True)
+        fits = parameters >= _PUBLISHED and given.keys() <= set(SHAPES[parted_kind(ON_PUBLISHED)[0]].settings())
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("kind", "shape")}
+        return LearnConfig(ON_PUBLISHED if fits else "blocks", **own, **given)
+
     def to_json(self) -> dict[str, Any]:
         settings = super().to_json()
         del settings["shape"]
         chosen = self.shape.model_dump(mode="json")
         return {**settings, **{name: chosen[name] for name in self.shape.settings()}}
+
+
+def _kind_with(settings: Mapping[str, Any]) -> str:
+    """The kind that settings of a shape are of, where no kind is named: auto if they suit what that may be."""
+    having = [kind for kind, shape in SHAPES.items() if settings.keys() <= set(shape.settings())]
+    if "blocks" in having or not having:
+        return AUTO
+    layers = parted_kind(ON_PUBLISHED)[0]
+    return ON_PUBLISHED if layers in having else having[0]
 
 
 @dataclass(frozen=True)

@@ -149,6 +149,7 @@ def _estimate(
     store: Store, name: str, data: Sequence[str | Path], config: LearnConfig, update: bool, samples: int, work: Path
 ) -> Estimate:
     run = LearnRun.prepare(store, name, data, config, update=update)
+    config = run.config
     if run.saved is not None:
         raise StoreError(
             f"{store.path}: version {run.saved.version} of {name!r} is saved, by a run that was stopped after that; "

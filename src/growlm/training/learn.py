@@ -173,6 +173,7 @@ def _learn(
     store: Store, name: str, data: Sequence[str | Path], config: LearnConfig, update: bool, restart: bool, samples: int
 ) -> LearnResult:
     run = LearnRun.prepare(store, name, data, config, update=update)
+    config = run.config
     busy = f"{store.path}: the same learning of {name!r} is running already"
     if run.saved is not None:
         with run_folder(run.folder, busy, restart=True):  # its checkpoints are of no use now

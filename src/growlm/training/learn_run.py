@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from growlm.base import Base
+from growlm.base import Base, checkpoint
 from growlm.base.placement import Placement
 from growlm.errors import StoreError
+from growlm.progress import say
 from growlm.store import ROUTER_TRAINED, Store, StoredModule
-from growlm.training.config import LearnConfig
+from growlm.training.config import AUTO, LearnConfig
 from growlm.training.corpus import Tokens, TrainingCorpus, bytes_to_keep, require_positions
 from growlm.training.router import require_samples
 from growlm.training.runs import folder_of, module_run
@@ -57,6 +58,9 @@ class LearnRun:
             DataError: data that is missing or malformed.
             ConfigError: there is no such device.
         """
+        if config.kind == AUTO:
+            config = config.on(checkpoint.num_parameters(store.base_folder))
+            say(f"kind {config.kind}, which suits this base")
         placement = Placement.of(config.device, config.precision)
         old = store.find(name)
         unfinished = _unfinished(store, old)
