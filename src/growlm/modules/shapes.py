@@ -46,6 +46,10 @@ class ModuleConfig(BaseModel):
         """Names of the fields that can be chosen when a module is made."""
         return [name for name in cls.model_fields if name not in {"recall", *cls.recorded}]
 
+    def recorded_as(self) -> dict[str, Any]:
+        """As a manifest has it. That a module recalls nothing is not said, so that what could be read before still can be."""
+        return {k: v for k, v in self.model_dump(mode="json").items() if k != "recall" or v}
+
     def about(self) -> str:
         """What `growlm status` says of it besides its size."""
         return ""

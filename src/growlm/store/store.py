@@ -269,7 +269,7 @@ class Store(StoreBase):
                     name=name,
                     version=version,
                     kind=module.kind,
-                    config=module.config.model_dump(mode="json"),
+                    config=module.config.recorded_as(),
                     fork=module.fork,
                     base_fingerprint=self.manifest.base_fingerprint,
                     tokenizer_fingerprint=self.manifest.tokenizer_fingerprint,
