@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import copy_context
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -556,17 +557,12 @@ class Engine:
 
     def _load(self, stored: StoredModule) -> KnowledgeModule:
         """Reads one version of a module; its hash is compared once for a file that does not change."""
-        path = stored.folder / WEIGHTS
-        try:
-            stat = path.stat()
-            mark = (str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        except FileNotFoundError:
-            mark = (str(path), 0, 0, 0)
+        marks = {_mark(stored.folder / file) for file in (WEIGHTS, *stored.text_files)}
         module = self.store.load(
             stored.name,
             self.base,
             version=stored.version,
-            verify=mark not in self._verified,
+            verify=not marks <= self._verified,
             row_cache=self._row_cache,
         )
         counted = self._memory_of(stored)
@@ -575,7 +571,7 @@ class Engine:
                 f"{stored.folder / MANIFEST}: says {counted:,} bytes, the weights take {module.num_bytes():,}; "
                 f"learn {stored.name!r} again"
             )
-        self._verified.add(mark)
+        self._verified |= marks
         return module
 
     def _check_budget(self, base_bytes: int) -> None:
@@ -585,6 +581,15 @@ class Engine:
                 f"--memory {format_size(self.memory)} is too small: base {format_size(base_bytes)} and router "
                 f"{format_size(self.router.num_bytes())} need {format_size(needed)} before any module"
             )
+
+
+def _mark(path: Path) -> tuple[str, int, int, int]:
+    """Tells a file that was checked from one that has changed since."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return str(path), 0, 0, 0
+    return str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _sampling(options: dict[str, Any]) -> SamplingConfig:

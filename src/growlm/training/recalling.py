@@ -102,6 +102,9 @@ def recalling(
     if fitted.penalty is None and module.trains:
         say("the text is not kept")
         module = without_memory(base, module, where)
+    else:
+        leave_out = "; a kind without +recall does not" if module.trains else ""
+        say(f"the module will hold its text, {text.num_tokens:,} tokens, for anyone who has it to read{leave_out}")
     record = {"tokens": text.num_tokens, "documents": text.num_documents, "fit": fitted.to_json()}
     return module, record
 
