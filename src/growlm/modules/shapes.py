@@ -47,7 +47,7 @@ class ModuleConfig(BaseModel):
         return [name for name in cls.model_fields if name not in {"recall", *cls.recorded}]
 
     def recorded_as(self) -> dict[str, Any]:
-        """As a manifest has it. That a module recalls nothing is not said, so that what could be read before still can be."""
+        """As a manifest has it. That a module recalls nothing is not said: what could read it before still can."""
         return {k: v for k, v in self.model_dump(mode="json").items() if k != "recall" or v}
 
     def about(self) -> str:
