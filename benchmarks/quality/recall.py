@@ -35,10 +35,10 @@ from growlm.modules.scoring import label_losses
 from growlm.modules.shapes import RecallConfig
 from growlm.progress import reporting
 from growlm.recall.text import RecalledText
-from growlm.training.config import AUTO, LearnConfig
+from growlm.training.config import AUTO, FITTED, LearnConfig
 from growlm.training.corpus import beginnings
 from growlm.training.module_training import ModuleTraining, as_served
-from growlm.training.recalling import FITTED, remember, token_documents
+from growlm.training.recalling import remember, token_documents
 from growlm.units import parse_count
 
 LENGTH, BATCH = 256, 4

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from growlm.demo.sizing import learning
+from growlm.training.config import FITTED
 
 DOMAINS = ("models", "operators", "maths")
 FIRST = ("base", "text")  # stages of which the machine is not measured: they come before
@@ -27,8 +28,7 @@ _DOCUMENT_TOKENS = 1400
 _EVIDENCE = (
     96 + 32
 ) * 64  # of a domain, for the router: beginnings of passages; of general text as many, before the first
-_VALIDATIONS = 6  # times that a run is scored; of a module's, what lies above the fork is
-_ABOVE = 0.4  # of what it takes to score a token, the part above the fork
+_VALIDATIONS = 6  # times that a run is scored
 _LOADS = 1.5  # times the base is loaded or hashed in a verb,
 _WRITES = 4  # and as often as that takes, that it is written, with its optimiser, and read again
 _SAMPLES = 1000  # that are generated one by one, which takes longer
@@ -112,7 +112,7 @@ def seconds_of(size: PublishedSize, speeds: PublishedSpeeds) -> dict[str, float]
     seconds = {}
     for name, tokens in size.learn_tokens.items():
         shown = _EVIDENCE * (2 if name == order[0] else 1)
-        scored = _ABOVE * _VALIDATIONS * _validation(tokens) + 2 * max(tokens // 20, 2048) + tokens // 20
+        scored = _VALIDATIONS * _validation(tokens) + 2 * max(tokens // 20, 2048) + tokens // 20 + FITTED
         seconds[learning(name)] = load + _TRIALS * tokens * speeds.learn + shown * read + scored * score
     # All texts under the base, of which English is the shortest, and domains under their modules, and where the router
     # errs under others.

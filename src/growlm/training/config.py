@@ -17,6 +17,7 @@ from growlm.units import parse_count, parse_size
 AUTO = "auto"  # a learning rate that is found or computed, or the kind that suits the base
 ON_PUBLISHED = "lora+recall"  # the kind that learns most at equal bytes on bases of so many parameters and more
 _PUBLISHED = 50_000_000
+FITTED = 4096  # held-out tokens on which it is fitted how much a text that is recalled counts
 _SEEDS = 2**63  # how many there are: torch takes no larger ones as they are
 
 # Sizes of a llama, or the file of a growlm model's config.

@@ -24,14 +24,14 @@ from growlm.progress import reporting
 from growlm.recall.text import RecalledText
 from growlm.store import ROUTER_TRAINED, Store
 from growlm.training.checkpoints import saved_step
-from growlm.training.config import LearnConfig
+from growlm.training.config import FITTED, LearnConfig
 from growlm.training.corpus import beginnings, validation_tokens
 from growlm.training.general import general_shown
 from growlm.training.learn import shown
 from growlm.training.learn_run import LearnRun
 from growlm.training.memory import device_peak_bytes, peak_bytes
 from growlm.training.module_training import as_served
-from growlm.training.recalling import FITTED, token_documents
+from growlm.training.recalling import token_documents
 from growlm.training.rehearsal import Rehearsal, Rehearsed
 from growlm.training.router import last_config
 from growlm.training.samples import side_by_side

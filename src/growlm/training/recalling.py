@@ -22,9 +22,9 @@ from growlm.modules import KnowledgeModule, ModuleSet
 from growlm.progress import phase, say
 from growlm.recall.memory import Memory
 from growlm.recall.text import RecalledText, contexts_of
+from growlm.training.config import FITTED
 from growlm.training.corpus import Tokens, beginnings
 
-FITTED = 4096  # tokens on which the gates are fitted
 _PENALTIES = (1e-4, 1e-3, 1e-2)  # on the squares of what the gates are apart from where they begin
 _BEGIN = -2.0  # a level's first gate: it counts for an eighth
 _FOLDS = 4
