@@ -6,7 +6,9 @@ grows by one more part, and a document goes by making its part anew. Knows array
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from growlm.recall import FILE
 from growlm.recall.suffixes import LONGEST, Neighbours, neighbours, separated, sorted_places
 
 WIDTH = 64  # places that a context finds
+_READ_AHEAD = 1 << 30  # bytes of a file at the most
 _PART = 1 << 26  # tokens of a part, at the most: to sort so many takes about 2 GB of memory
 
 
@@ -172,6 +175,7 @@ class RecalledText:
         """
         parts = []
         for name, digest in files.items():
+            _read_ahead(folder / name)
             tensors = map_tensors(folder / name, lambda _: True, sha256=digest if verify else None)
             parts.append(Part.restore(tensors, vocab_size, folder / name, whole=verify))
         return cls(parts)
@@ -236,6 +240,13 @@ class RecalledText:
     def files(self) -> dict[str, dict[str, Tensor]]:
         """As they are saved, by file."""
         return {FILE.format(number): part.tensors() for number, part in enumerate(self.parts)}
+
+
+def _read_ahead(path: Path) -> None:
+    """Has the system bring a file into its cache while other things are done: a search touches pages all over it."""
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError), open(path, "rb", buffering=0) as f:
+            os.posix_fadvise(f.fileno(), 0, _READ_AHEAD, os.POSIX_FADV_WILLNEED)
 
 
 def contexts_of(seen: Tensor, count: int) -> Tensor:
