@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from growlm.errors import ConfigError
 from growlm.layers.recall import FEATURES, LEVELS, NOTHING, Recalled, mixed, recalled
-from growlm.recall.text import Place, RecalledText
+from growlm.recall.text import Found, Place, RecalledText
 
 _AT_A_TIME = 512  # contexts that are looked up together
 
@@ -57,9 +57,7 @@ class Memory(nn.Module):
 
     def recalled(self, log_probabilities: Tensor, contexts: Tensor) -> Recalled:
         """What the text says of the next tokens, where the model says (n, v), after contexts (n, l)."""
-        found = self._text.find(contexts.cpu().numpy())
-        arrays = (torch.from_numpy(a).to(log_probabilities.device) for a in (found.lengths, found.tokens))
-        return recalled(log_probabilities, *arrays)
+        return _weighed(log_probabilities, self._find(contexts))
 
     def mix(self, logits: Tensor, contexts: Tensor) -> Tensor:
         """Log-probabilities (..., v) in float32 of model and text, from the model's logits (..., v).
@@ -78,25 +76,33 @@ class Memory(nn.Module):
     def origins(self, logits: Tensor, contexts: Tensor, tokens: Tensor) -> list[Origin | None]:
         """Where tokens (n,) may come from that were written after contexts (n, l), where the model alone had logits
         (n, v); None for one that stands nowhere after such a context."""
-        own = logits.float().log_softmax(-1)
-        gates = self.recalled(own, contexts).gates(self.gates.float())
-        said = self.recalled(own, contexts).probability(tokens)
-        theirs = (gates[:, 1:].exp() * said).sum(-1)
-        shares = theirs / (theirs + gates[:, 0].exp() * own.gather(1, tokens[:, None])[:, 0].exp())
-        found = self._text.find(contexts.cpu().numpy())
+        own, found = logits.float().log_softmax(-1), self._find(contexts)
+        said = _weighed(own, found)
+        gates = said.gates(self.gates.float()).exp()
+        theirs = (gates[:, 1:] * said.probability(tokens)).sum(-1)
+        shares = theirs / (theirs + gates[:, 0] * own.gather(1, tokens[:, None])[:, 0].exp())
         origins: list[Origin | None] = []
+        following = (-1, -1)  # part and place after the token before
         for row, (token, share) in enumerate(zip(tokens.tolist(), shares.tolist(), strict=True)):
             where = np.flatnonzero((found.tokens[row] == token) & (found.lengths[row] > 0))
             if not len(where):
                 origins.append(None)
                 continue
-            best = where[0]  # those that agree longest come first
-            place = self._text.place(int(found.parts[row, best]), int(found.places[row, best]) + 1)
-            origins.append(Origin(share, int(found.lengths[row, best]), place))
+            places = [(int(found.parts[row, at]), int(found.places[row, at]) + 1) for at in where]
+            # Where the token before it stood, if it goes on there; else what agrees longest, which comes first.
+            best = places.index(following) if following in places else 0
+            part, at = places[best]
+            following = part, at + 1
+            assert self.text is not None
+            origins.append(Origin(share, int(found.lengths[row, where[best]]), self.text.place(part, at)))
         return origins
 
-    @property
-    def _text(self) -> RecalledText:
+    def _find(self, contexts: Tensor) -> Found:
         if self.text is None:
             raise ConfigError("a module that recalls has no text; load it from a store")
-        return self.text
+        return self.text.find(contexts.cpu().numpy())
+
+
+def _weighed(log_probabilities: Tensor, found: Found) -> Recalled:
+    arrays = (torch.from_numpy(array).to(log_probabilities.device) for array in (found.lengths, found.tokens))
+    return recalled(log_probabilities, *arrays)
