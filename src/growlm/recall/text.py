@@ -104,10 +104,14 @@ class Part:
             return False
         if not whole:
             return True
-        inside = self.order.min() > 0 and self.order.max() < len(self.text) - 1 and self.text.max() <= vocab_size
-        starts = self.starts[0] == 1 and self.starts[-1] < len(self.text) and (np.diff(self.starts) > 0).all()
-        names = (np.diff(self.name_ends) >= 0).all() and self.name_ends[-1] <= len(self.names)
-        return bool(inside and starts and names)
+        last = len(self.text) - 1
+        inside = self.order.min() > 0 and self.order.max() < last
+        if not (inside and self.text.min() >= 0 and self.text.max() <= vocab_size):
+            return False
+        around = np.array_equal(np.flatnonzero(self.text == vocab_size), [*(self.starts - 1), last])
+        followed = (self.text[self.order + 1] != vocab_size).all()
+        names = (np.diff(self.name_ends, prepend=0) >= 0).all() and self.name_ends[-1] <= len(self.names)
+        return bool(around and followed and names)
 
     def documents(self) -> Iterator[tuple[str, np.ndarray]]:
         """Source and token ids of each, as `of` takes them."""
@@ -150,11 +154,14 @@ class RecalledText:
 
     @classmethod
     def of(cls, documents: Iterable[tuple[str, np.ndarray]], vocab_size: int, *, most: int = _PART) -> RecalledText:
-        """Sorts documents (source, token ids), in as many parts as they need."""
+        """Sorts documents (source, token ids), in as many parts as they need. Those of a single token, which nothing
+        follows, are left out."""
         parts: list[Part] = []
         some: list[tuple[str, np.ndarray]] = []
         size = 0
         for source, ids in documents:
+            if len(ids) < 2:
+                continue
             if some and size + len(ids) > most:
                 parts.append(_sorted(some, vocab_size))
                 some, size = [], 0
@@ -211,11 +218,11 @@ class RecalledText:
         return Place(number, document, at - start, part.source(document), before)
 
     def with_more(self, documents: Iterable[tuple[str, np.ndarray]], vocab_size: int) -> RecalledText:
-        """With further documents. Parts at the end that are no larger than what comes after are sorted with it, so that
-        of n tokens there are never more than log n parts."""
+        """With further documents. Parts at the end that are less than twice as large as what comes after are sorted
+        with it: each part has at least twice the tokens of the next, so that of n tokens there are log n parts."""
         new = list(documents)
         size, kept = sum(len(ids) for _, ids in new), list(self.parts)
-        while kept and kept[-1].num_tokens <= size and kept[-1].num_tokens + size <= _PART:
+        while kept and kept[-1].num_tokens < 2 * size and kept[-1].num_tokens + size <= _PART:
             part = kept.pop()
             new = [*part.documents(), *new]
             size += part.num_tokens
@@ -255,8 +262,9 @@ def contexts_of(seen: Tensor, count: int) -> Tensor:
     Args:
         seen: token ids, below 0 where a row has none.
     """
-    padded = torch.nn.functional.pad(seen[:, max(seen.shape[1] - count - LONGEST + 1, 0) :], (LONGEST, 0), value=-1)
-    return padded.unfold(1, LONGEST, 1).flip(-1)[:, -count:]
+    start = max(seen.shape[1] - count - LONGEST + 1, 0)
+    padded = torch.nn.functional.pad(seen[:, start:], (LONGEST - 1, 0), value=-1)
+    return padded.unfold(1, LONGEST, 1).flip(-1)[:, seen.shape[1] - start - count :]
 
 
 def _sorted(documents: Sequence[tuple[str, np.ndarray]], vocab_size: int) -> Part:
