@@ -69,15 +69,17 @@ def recalled(log_probabilities: Tensor, lengths: Tensor, tokens: Tensor) -> Reca
         chosen = there & (lengths >= length[:, None]) & (length > 0)[:, None]
         count = chosen.sum(-1)
         mass = chosen / count.clamp(min=1)[:, None]
-        share = torch.where(chosen, (same @ mass[..., None])[..., 0], 0.0)  # of all that say the same
-        most = share.max(-1)
+        votes = chosen * (same @ chosen.float()[..., None])[..., 0]  # whole numbers: of how many that say the same
+        most = votes.amax(-1)
+        # Of several tokens that most say, what the model finds likeliest: not what happens to lie first.
+        likeliest = torch.where(chosen & (votes == most[:, None]), own, _LEAST).amax(-1)
         masses.append(mass)
         seen = [
             torch.ones_like(surest),
             length.clamp(min=1).float().log(),
             count.clamp(min=1).float().log(),
-            most.values,
-            own.gather(1, most.indices[:, None])[:, 0] / 4,
+            most / count.clamp(min=1),
+            likeliest / 4,
             (own * mass).sum(-1) / 4,
             surest,
             entropy / 4,
