@@ -8,16 +8,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from disk import write_jsonl
 from growlm import router
 from growlm.base import Base
 from growlm.base.checkpoint import save_model
-from growlm.modules import ModuleSet
-from growlm.modules.blocks import Blocks, BlocksConfig
+from growlm.modules import KnowledgeModule, ModuleSet, kind_of
 from growlm.modules.experts import Experts, ExpertsConfig
 from growlm.modules.probe import probe
+from growlm.modules.shapes import parted_kind
+from growlm.recall.text import RecalledText
 from growlm.store import Store, StoredModule
 from tiny import TEXT, make_model, make_tokenizer, perturb, save_base
 
@@ -36,9 +38,32 @@ def domain_ids(tokenizer: Any, domain: str, number: int = 40, *, first: int = 0)
     return [tokenizer.encode(domain_text(domain, first + i)) for i in range(number)]
 
 
-def make_module(base: Base, seed: int, *, strength: float = 0.2, **config: Any) -> Blocks:
-    module = Blocks.create(base, BlocksConfig(**{"num_layers": 1, **config}), torch.arange(20, 300))
+def make_module(
+    base: Base, seed: int, *, kind: str = "blocks", strength: float = 0.2, **config: Any
+) -> KnowledgeModule:
+    """A module that has learned something; of a kind that recalls, without its text."""
+    layers, recalls = parted_kind(kind)
+    cls = kind_of(kind)
+    settings = cls.Config(
+        **{**({"num_layers": 1} if layers == "blocks" else {}), **config, "recall": recalls or layers == "recall"}
+    )
+    module = cls.create(base, settings, None if settings.vocabulary == "none" else torch.arange(20, 300))
+    module.enable_new_experts()
     return perturb(module, seed, strength=strength)
+
+
+def give_text(module: KnowledgeModule, texts: Sequence[Sequence[int]], seed: int, *, most: int = 1 << 20) -> None:
+    """Token ids to recall, and gates that are open.
+
+    Args:
+        most: tokens of a part.
+    """
+    assert module.memory is not None
+    documents = [(f"book-{number}.txt", np.array(ids, dtype=np.int32)) for number, ids in enumerate(texts)]
+    module.memory.text = RecalledText.of(documents, module.shape[-1], most=most)
+    gates = module.memory.gates
+    gates.data = torch.randn(gates.shape, generator=torch.Generator().manual_seed(seed)).to(gates) * 0.3
+    gates.data[:, 0] += 1.0
 
 
 def add_module(
@@ -52,6 +77,8 @@ def add_module(
     tokenizer = store.load_tokenizer()
     module = make_module(base, seed, **config)
     texts = domain_ids(tokenizer, domain or name)
+    if module.memory is not None:
+        give_text(module, texts, seed, most=200)
     optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
     for step in range(steps):
         ids = torch.tensor([texts[step % 30]])
@@ -104,7 +131,8 @@ def make_store(
     keep_samples: int = 0,
     **changes: Any,
 ) -> Store:
-    """`folder/base` and `folder/store`, with modules by name: the fields of their `BlocksConfig`, and `domain`."""
+    """`folder/base` and `folder/store`, with modules by name: their `kind`, by default blocks, its
+    settings, and `domain`."""
     base_folder = save_lively_base(folder / "base", family, **changes)
     store = Store.create(folder / "store", base_folder, keep_samples=keep_samples)
     base = store.load_base()

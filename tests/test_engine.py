@@ -42,6 +42,11 @@ SHAPES = {
     "digits": {"placement": "interleaved", "vocabulary": "head", "num_layers": 2},
     "signs": {"placement": "top", "vocabulary": "both"},
 }
+RECALLING = {
+    "letters": {"kind": "recall"},
+    "digits": {"kind": "lora+recall", "r": 4},
+    "signs": {"kind": "blocks+recall", "vocabulary": "both"},
+}
 NAMES = [*SHAPES, None]
 PROMPTS = ["abc de", domain_text("digits", 7), "x", domain_text("letters", 3, words=6), "<= >> def add("]
 TOKENS = 12
@@ -51,7 +56,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory) -> dict[str, Store]:
-    return {family: make_store(tmp_path_factory.mktemp(family), family, SHAPES) for family in FAMILIES}
+    plain = {family: make_store(tmp_path_factory.mktemp(family), family, SHAPES) for family in FAMILIES}
+    return {**plain, "recalling": make_store(tmp_path_factory.mktemp("recalling"), "qwen3", RECALLING)}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +68,7 @@ def made(tmp_path_factory) -> Path:
     return home
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=[*FAMILIES, "recalling"])
 def engine(request, stores):
     with Engine(stores[request.param]) as made:
         yield made

@@ -29,7 +29,7 @@ from growlm.training.router import last_config, train_router
 from stores import add_experts, add_module, make_store
 from tiny import perturb
 
-MODULES = ("letters", "routed", "pools", "adapted")
+MODULES = ("letters", "routed", "pools", "adapted", "quoted")
 WRONG = {
     int: [-1, 2**70, "3", 1.5, None, True, [], {}],
     str: ["x" * 5000, 7, None, [], {}, ""],
@@ -56,6 +56,7 @@ def made(tmp_path_factory) -> Path:
     grow(store, "pools", 4, config=GrowConfig())
     lora = Lora.create(base, LoraConfig(r=2, target_modules=("q_proj",), rank_pattern={"1.self_attn.q_proj": 3}))
     store.commit("adapted", perturb(lora, 5), {"tokens": 5, "seed": 0})
+    add_module(store, base, "quoted", 6, domain="other", kind="recall")
     load_router(store)  # is kept
     return home
 

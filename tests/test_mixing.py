@@ -24,12 +24,18 @@ SHAPES = {
     "digits": {"placement": "interleaved", "vocabulary": "head", "num_layers": 2},
     "signs": {"placement": "top", "vocabulary": "both"},
 }
+RECALLING = {
+    "letters": {"kind": "recall"},
+    "digits": {"kind": "lora+recall", "r": 4},
+    "signs": {"kind": "blocks+recall", "vocabulary": "both"},
+}
 PROMPT = domain_text("letters", 990, words=4)
 
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory) -> dict[str, Store]:
-    return {f: make_store(tmp_path_factory.mktemp(f), f, SHAPES) for f in ("llama", "gemma2", "gpt2")}
+    plain = {f: make_store(tmp_path_factory.mktemp(f), f, SHAPES) for f in ("llama", "gemma2", "gpt2")}
+    return {**plain, "recalling": make_store(tmp_path_factory.mktemp("recalling"), modules=RECALLING)}
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +45,29 @@ def made(tmp_path_factory) -> Path:
     return home
 
 
-@pytest.fixture(params=["llama", "gemma2", "gpt2"])
+@pytest.fixture(params=["llama", "gemma2", "gpt2", "recalling"])
 def engine(request, stores):
     with Engine(stores[request.param]) as made:
         yield made
 
 
+@pytest.fixture(scope="module")
+def above(tmp_path_factory) -> Store:
+    """Of modules above the base, two of which recall."""
+    modules = {"letters": {"kind": "recall"}, "digits": {"kind": "blocks+recall"}, "signs": {}}
+    return make_store(tmp_path_factory.mktemp("above"), modules=modules)
+
+
 @pytest.fixture
 def plain(home):
     with Engine(Store.open(home / "store")) as made:
+        yield made
+
+
+@pytest.fixture(params=["plain", "above"])
+def top(request, above):
+    """An engine of modules that answers can be rerouted between."""
+    with Engine(above if request.param == "above" else request.getfixturevalue("store")) as made:
         yield made
 
 
@@ -202,25 +222,25 @@ def scripted(monkeypatch, choices: list[str | None]) -> list[int]:
     [["letters", "digits", "signs"], ["letters", "letters", "digits"], [None, "signs", None], ["digits"]],
     ids=str,
 )
-def test_a_rerouted_answer_equals_whole_forward_passes(plain, monkeypatch, choices):
-    plain._end_tokens = set()
-    ids = plain.tokenizer.encode(PROMPT)
+def test_a_rerouted_answer_equals_whole_forward_passes(top, monkeypatch, choices):
+    top._end_tokens = set()
+    ids = top.tokenizer.encode(PROMPT)
     wanted, text = [], list(ids)
     for name in [*choices, choices[-1], choices[-1]][: max(3, len(choices))]:
-        modules = [] if name is None else [plain.store.load(name, plain.base)]
-        part = greedy(plain.base, modules, text, 4, end=-1)
+        modules = [] if name is None else [top.store.load(name, top.base)]
+        part = greedy(top.base, modules, text, 4, end=-1)
         wanted, text = wanted + part, text + part
     shown = scripted(monkeypatch, choices)
     widths = []
-    run = type(plain.base.layers[0]).forward
+    run = type(top.base.layers[0]).forward
 
     def counted(layer, hidden, *arguments, **options):
-        if layer is plain.base.layers[0]:
+        if layer is top.base.layers[0]:
             widths.append(hidden.shape[1])
         return run(layer, hidden, *arguments, **options)
 
-    monkeypatch.setattr(type(plain.base.layers[0]), "forward", counted)
-    answer = plain.generate(PROMPT, reroute=4, max_new_tokens=12)
+    monkeypatch.setattr(type(top.base.layers[0]), "forward", counted)
+    answer = top.generate(PROMPT, reroute=4, max_new_tokens=12)
     assert answer.tokens == wanted
     assert sum(widths) == len(ids) + 11  # every token once, the newest not at all
     assert shown == [len(ids), len(ids), len(ids) + 4, len(ids) + 8]
@@ -232,12 +252,12 @@ def test_a_rerouted_answer_equals_whole_forward_passes(plain, monkeypatch, choic
     assert answer.module == changes[-1][1]
 
 
-def test_rerouting_that_changes_nothing_is_the_plain_answer(plain):
+def test_rerouting_that_changes_nothing_is_the_plain_answer(top):
     for settings in ({}, {"temperature": 0.9, "top_k": 20, "seed": 5}):
-        once = plain.generate(PROMPT, module="letters", max_new_tokens=11, **settings)
+        once = top.generate(PROMPT, module="letters", max_new_tokens=11, **settings)
         with pytest.MonkeyPatch.context() as patch:
             scripted(patch, ["letters"])
-            again = plain.generate(PROMPT, reroute=3, max_new_tokens=11, **settings)
+            again = top.generate(PROMPT, reroute=3, max_new_tokens=11, **settings)
         assert (again.text, again.tokens, again.finish_reason) == (once.text, once.tokens, once.finish_reason)
         assert again.changes == [(0, "letters")]
 
