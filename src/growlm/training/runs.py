@@ -47,9 +47,12 @@ def run_folder(folder: Path, busy: str, *, restart: bool) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)  # the same run would end the same
             raise
         except NotBetterError:
-            # --admit-anyway goes on from here; the next run under the name takes it away.
-            (folder / REFUSED).touch()
-            say(f"{format_size(bytes_in(folder))} are kept, with which the same command and --admit-anyway saves it")
+            if folder.exists():  # what trains nothing leaves nothing
+                # --admit-anyway goes on from here; the next run under the name takes it away.
+                (folder / REFUSED).touch()
+                say(
+                    f"{format_size(bytes_in(folder))} are kept, with which the same command and --admit-anyway saves it"
+                )
             raise
         shutil.rmtree(folder, ignore_errors=True)
 
