@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from growlm.base import checkpoint, tensor_bytes
 from growlm.disk.files import sha256_file
@@ -41,7 +41,7 @@ def _bytes_on_disk(store: Store) -> int:
 
 def _problems(store: Store) -> list[str]:
     problems: list[str] = []
-    depth: int | None = None
+    config: Any = None
     try:
         problems += _check_gguf(store)
         folder = store.base_folder
@@ -50,7 +50,7 @@ def _problems(store: Store) -> list[str]:
         if checkpoint.tokenizer_fingerprint(folder) != store.manifest.tokenizer_fingerprint:
             problems.append(f"{folder}: not the tokenizer that this store was made for")
         checkpoint.check(folder)
-        depth = checkpoint.read_config(folder).num_hidden_layers
+        config = checkpoint.read_config(folder)
     except GrowlmError as error:
         problems.append(str(error))
     for folder in sorted(store.router_path.glob("*/*")):
@@ -69,7 +69,7 @@ def _problems(store: Store) -> list[str]:
             except GrowlmError as error:
                 problems.append(str(error))
                 continue
-            problems += _check_files(folder, manifest.files) or _check_sizes(stored, depth)
+            problems += _check_files(folder, manifest.files) or _check_contents(stored, config)
             for field in ("base_fingerprint", "tokenizer_fingerprint", "dtype", "routing_layer"):
                 if getattr(manifest, field) != getattr(store.manifest, field):
                     problems.append(f"{folder / MANIFEST}: {field} is not the store's")
@@ -99,17 +99,20 @@ def _check_files(folder: Path, files: Mapping[str, str]) -> list[str]:
     return problems
 
 
-def _check_sizes(stored: StoredModule, depth: int | None) -> list[str]:
-    """What a manifest says of weights that are as they were saved.
+def _check_contents(stored: StoredModule, config: Any) -> list[str]:
+    """What a manifest says of weights that are as they were saved, and the numbers of a text that is.
 
     Args:
-        depth: layers of the base, where they are known.
+        config: of the base; None where it cannot be read.
     """
+    from growlm.recall.text import RecalledText
+
     path = stored.folder / MANIFEST
     try:
         stored.shape()
-        if depth is not None:
-            stored.fork_on(depth)
+        if config is not None:
+            stored.fork_on(config.num_hidden_layers)
+            RecalledText.open(stored.folder, stored.text_files, config.vocab_size, verify=True)
         weights = outline(stored.folder / WEIGHTS).values()
     except GrowlmError as error:
         return [str(error)]
