@@ -66,8 +66,9 @@ def manifest_of(store: Store, name: str) -> Path:
 
 
 def keys_of(model: type[BaseModel], content: dict[str, Any]) -> list[tuple[str, Any]]:
-    assert content.keys() == model.model_fields.keys()  # not one is left out below
-    return list(content.items())
+    unsaid = {"recall"} & model.model_fields.keys() - content.keys()  # that a module recalls nothing is not said
+    assert content.keys() | unsaid == model.model_fields.keys()  # not one is left out below
+    return [*content.items(), *((key, False) for key in unsaid)]
 
 
 def wrong_values(value: Any) -> list[Any]:
