@@ -35,6 +35,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "experts": {"num_experts": 3, "router_size": 8, "expert_size": 16},
     "peer": {"num_experts": 100, "num_heads": 2, "top_k": 4},
     "lora": {"r": 4, "use_dora": True},
+    "lora+recall": {"r": 4},
     "peer, instead": {"kind": "peer", "num_experts": 100, "num_heads": 2, "top_k": 4, "replace_feed_forward": True},
 }
 
