@@ -19,7 +19,7 @@ from growlm.base import Base
 from growlm.base.padding import pad_right
 from growlm.layers.recall import FEATURES, LEVELS, mixture_losses
 from growlm.modules import KnowledgeModule, ModuleSet
-from growlm.progress import phase, say
+from growlm.progress import phase, say, track
 from growlm.recall.memory import Memory
 from growlm.recall.text import RecalledText, contexts_of
 from growlm.training.config import FITTED
@@ -64,7 +64,8 @@ class Fitted:
 def token_documents(documents: Sequence[text_data.Document], tokenizer: Any) -> Iterator[tuple[str, np.ndarray]]:
     """Source and token ids of each, as training reads them: a text with its end, a conversation in the template."""
     end = np.array([tokenizer.eos_token_id], dtype=np.int32)
-    for document, ids in zip(documents, text_data.whole(documents, tokenizer), strict=True):
+    pairs = zip(documents, text_data.whole(documents, tokenizer), strict=True)
+    for document, ids in track(pairs, "tokenizing what is recalled", "documents", total=len(documents)):
         yield document.source, np.concatenate([ids, end[: int(ids[-1:].tolist() != end.tolist())]])
 
 
@@ -83,7 +84,7 @@ def remember(module: KnowledgeModule, text: RecalledText, base: Base, passages: 
         parts = []
         for at in range(0, len(chosen), _BATCH):
             parts.append(_Sample.of(ModuleSet(base, [module]), memory, chosen[at : at + _BATCH], at))
-            fitting.advance(len(parts[-1:]) * min(_BATCH, len(chosen) - at))
+            fitting.advance(min(_BATCH, len(chosen) - at))
     sample = _Sample.joined(parts)
     found, gates = _best(sample)
     if gates is not None:
