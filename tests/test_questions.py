@@ -115,8 +115,8 @@ def test_shares_have_the_interval_of_their_mean_and_differences_are_paired():
     assert benchmark.percent([1, 0, 1, 1]) == "75.0 ± 49.0"
     wrong, right = ([benchmark.Answer([-x, -2.0], [1, 1], None, None, 0.1)] for x in (3.0, 1.0))
     asked = facts.Question("name", "a b", 1, (" c", " d"), True, 1, 3)
-    first = benchmark.Cell([asked] * 3, [*wrong, *wrong, *right], {})
-    second = benchmark.Cell([asked] * 3, [*right, *right, *right], {})
+    first = benchmark.Cell([asked] * 3, [*wrong, *wrong, *right], {}, 0.0)
+    second = benchmark.Cell([asked] * 3, [*right, *right, *right], {}, 0.0)
     assert second.against(first) == "+66.7 ± 65.3"
     table = benchmark.report({("d", "base"): first, ("d", "lora"): second})
     assert "| d | lora | 100.0 ± 0.0 of 3 |  |  |  | 100.0 ± 0.0 of 3 |  |" in table
@@ -174,7 +174,7 @@ def run(tmp_path, monkeypatch, capsys):
     folder.mkdir(parents=True)
     module = perturb(Lora.create(base, LoraConfig(r=2)), 1)
     write_tensors(folder / "module.safetensors", dict(module.state_dict()))
-    written = {"rows": [0, 3, 4, 5, 9], "config": module.config.model_dump(mode="json")}
+    written = {"rows": [0, 3, 4, 5, 9], "config": module.config.model_dump(mode="json"), "seconds": 7.0}
     (folder / "training.json").write_text(json.dumps(written))
     (tmp_path / "data" / "towns").mkdir(parents=True)
     (tmp_path / "data" / "towns" / "train.txt").write_text("\n\n".join(DOCUMENTS))
@@ -197,6 +197,8 @@ def test_ways_are_compared_and_a_run_that_was_stopped_goes_on(run, tmp_path):
     found = {p.stem: json.loads(p.read_text()) for p in (tmp_path / "out" / "results").glob("*.json")}
     assert found["towns-base"]["bytes"] == {"module": 0, "text": 0, "index": 0}
     assert found["towns-lora"]["bytes"]["module"] > 0 == found["towns-lora"]["bytes"]["text"]
+    assert found["towns-lora"]["made"] == {"adapter": 7.0}
+    assert found["towns-lora+recall-rows"]["made"].keys() == {"adapter", "memory", "fit"}
     both, alone = found["towns-recall"]["bytes"], found["towns-lora+recall-rows"]["bytes"]
     assert both["text"] > alone["text"] > 0 < alone["index"]
     assert any(answer["found"] for answer in found["towns-recall+bm25-1"]["answers"])

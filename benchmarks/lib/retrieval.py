@@ -5,6 +5,7 @@ Knows texts; no base, and nothing of what is asked.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,10 +27,12 @@ class Index(Protocol):
     Attributes:
         num_bytes: of the index, without the text.
         encoder_bytes: of the model that it needs besides.
+        seconds: that it took to make.
     """
 
     num_bytes: int
     encoder_bytes: int
+    seconds: float
 
     def best(self, question: str, count: int) -> list[int]:
         """The numbers of the nearest passages, the nearest first."""
@@ -49,8 +52,10 @@ class Bm25:
     def __init__(self, passages: Sequence[str]) -> None:
         import bm25s
 
+        start = time.perf_counter()
         self._index = bm25s.BM25()
         self._index.index(self._words(passages), show_progress=False)
+        self.seconds = time.perf_counter() - start
         arrays = [a for a in self._index.scores.values() if isinstance(a, np.ndarray)]
         words = sum(len(word.encode()) + 4 for word in self._index.vocab_dict)  # each with its number
         self.num_bytes = sum(a.nbytes for a in arrays) + words
@@ -101,9 +106,13 @@ class Embedding:
     def __init__(self, passages: Sequence[str], encoder: Encoder, kept: Path) -> None:
         if not kept.exists():
             kept.parent.mkdir(parents=True, exist_ok=True)
-            write_tensors(kept.with_suffix(".part"), {"vectors": encoder.encode(passages)})
+            start = time.perf_counter()
+            vectors = encoder.encode(passages)
+            seconds = torch.tensor(time.perf_counter() - start)
+            write_tensors(kept.with_suffix(".part"), {"vectors": vectors, "seconds": seconds})
             kept.with_suffix(".part").replace(kept)
-        self._vectors = read_tensors(kept)["vectors"]
+        read = read_tensors(kept)
+        self._vectors, self.seconds = read["vectors"], float(read["seconds"])
         self._encoder = encoder
         self.num_bytes, self.encoder_bytes = self._vectors.nbytes, encoder.num_bytes
 

@@ -96,7 +96,7 @@ class Domain:
     def __init__(self, name: str, adapters: Adapters, a: argparse.Namespace) -> None:
         self.name, self.adapters, self.a = name, adapters, a
         self.tokenizer = adapters.tokenizer
-        self._modules: dict[frozenset[str], tuple[KnowledgeModule | None, dict[str, Any] | None]] = {}
+        self._modules: dict[frozenset[str], tuple[KnowledgeModule | None, dict[str, Any]]] = {}
         trained = a.adapters and a.adapters / "adapters" / slug(name, a.seed, a.rate)
         self.folder: Path | None = trained
         if trained and not (trained / "training.json").exists():
@@ -147,7 +147,7 @@ class Domain:
         parts = [part for part in way.split("+") if part != "base"]
         retrieved = [part for part in parts if "-" in part and part != "recall-rows"]
         with reporting(f"{self.name}, {way}"):
-            module, told = self._module(frozenset(p for p in parts if p not in retrieved))
+            module, made = self._module(frozenset(p for p in parts if p not in retrieved))
             modules = ModuleSet(self.adapters.base, [] if module is None else [module])
             index, count = (None, 0) if not retrieved else self._retriever(*retrieved)
             answers = [self._answer(modules, question, index, count) for question in self.questions]
@@ -160,7 +160,8 @@ class Domain:
                 "index": sizes["index"] + index.num_bytes,
                 "encoder": index.encoder_bytes,
             }
-        return {"answers": [asdict(answer) for answer in answers], "bytes": sizes, "fit": told}
+            made = {**made, "index": index.seconds}
+        return {"answers": [asdict(answer) for answer in answers], "bytes": sizes, "made": made}
 
     def _answer(self, modules: ModuleSet, question: Question, index: Index | None, count: int) -> Answer:
         start = time.perf_counter()
@@ -181,19 +182,20 @@ class Domain:
             time.perf_counter() - start,
         )
 
-    def _module(self, parts: frozenset[str]) -> tuple[KnowledgeModule | None, dict[str, Any] | None]:
-        """The module that has these parts, if any, and how its gates were fitted; made once."""
+    def _module(self, parts: frozenset[str]) -> tuple[KnowledgeModule | None, dict[str, Any]]:
+        """The module that has these parts, if any, and how it was made; made once."""
         if parts not in self._modules:
             self._modules[parts] = self._made(parts)
         return self._modules[parts]
 
-    def _made(self, parts: frozenset[str]) -> tuple[KnowledgeModule | None, dict[str, Any] | None]:
+    def _made(self, parts: frozenset[str]) -> tuple[KnowledgeModule | None, dict[str, Any]]:
         base = self.adapters.base
         memory = parts & {"recall", "recall-rows"}
         if unknown := parts - {"lora", *memory}:
             raise SystemExit(f"--ways: {', '.join(sorted(unknown))} is not known; known are {', '.join(WAYS)}")
         if not parts:
-            return None, None
+            return None, {}
+        made: dict[str, Any] = {"adapter": self.trained["seconds"]} if "lora" in parts else {}
         if "lora" in parts:
             assert self.folder is not None
             kind = kind_of("lora")
@@ -206,11 +208,12 @@ class Domain:
             kind = kind_of("recall")
             module = kind.create(base, kind.Config())
         if not memory:
-            return module, None
+            return module, made
+        start = time.perf_counter()
         documents = self.whole if "recall" in memory else self.rows
         text = RecalledText.of(((f"{self.name}:{n}", ids) for n, ids in enumerate(documents)), base.vocab_size)
         fitted = remember(module, text, base, self.adapters.passages(self.name, "valid", FITTING))
-        return module, fitted.to_json()
+        return module, {**made, "memory": time.perf_counter() - start, "fit": fitted.to_json()}
 
     def _retriever(self, way: str) -> tuple[Index, int]:
         kind, _, count = way.rpartition("-")
@@ -254,12 +257,13 @@ class Cell:
     questions: list[Question]
     answers: list[Answer]
     bytes: dict[str, int]
+    seconds: float  # that it took to make what answers
 
     @classmethod
     def joined(cls, cells: Sequence[Cell]) -> Cell:
         each = [q for cell in cells for q in cell.questions], [x for cell in cells for x in cell.answers]
         sizes = {name: sum(cell.bytes.get(name, 0) for cell in cells) for name in cells[0].bytes}
-        return cls(*each, sizes)
+        return cls(*each, sizes, sum(cell.seconds for cell in cells))
 
     @property
     def right(self) -> np.ndarray:
@@ -293,7 +297,7 @@ def report(cells: dict[tuple[str, str], Cell]) -> str:
     """Two tables in Markdown, by domain and way."""
     columns = [
         "right", "right by sum", "written", "against base", "against lora", "in rows trained on", "elsewhere",
-        "passage has it", "ms a question", "module", "text", "index", "encoder",
+        "passage has it", "ms a question", "s to make", "module", "text", "index", "encoder",
     ]  # fmt: skip
     lines = _head(["domain", "way", "questions", *columns])
     for (domain, way), cell in cells.items():
@@ -308,6 +312,7 @@ def report(cells: dict[tuple[str, str], Cell]) -> str:
             cell.share(lambda x: x.right, lambda q: not q.trained),
             cell.share(lambda x: x.found),
             f"{1000 * statistics.median(x.seconds for x in cell.answers):.0f}",
+            f"{cell.seconds:.0f}" if cell.seconds else "",
             *(format_size(size) if (size := cell.bytes.get(name, 0)) else "" for name in columns[-4:]),
         ]
         lines.append(_row([domain, way, str(len(cell.answers)), *row]))
@@ -363,7 +368,8 @@ def main() -> None:
         for way in ways:
             found = kept(a.out, slug(name, way), lambda domain=domain, way=way: domain.answers(way))
             answers = [Answer(**answer) for answer in found["answers"]]
-            cells[name, way] = Cell(domain.questions, answers, found["bytes"])
+            seconds = sum(spent for part, spent in found["made"].items() if part != "fit")
+            cells[name, way] = Cell(domain.questions, answers, found["bytes"], seconds)
     if len(a.domains) > 1:
         for way in ways:
             cells["all", way] = Cell.joined([cells[name, way] for name in a.domains])
