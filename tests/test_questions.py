@@ -63,10 +63,13 @@ def test_what_is_asked_of_running_text_stands_there_and_its_answer_is_determined
     assert len(found) == 40
     for q in found:
         assert q.context + q.choices[0] in text
-        assert q.context[-q.own :].startswith("Of place ")
+        before, _, sentence = q.context.partition("\n")
+        assert before.startswith("There is more")
         assert len({c.lower() for c in q.choices}) == len(q.choices) == 4
         assert not any(c.strip() in q.context.split() for c in q.choices)
         assert text.count(q.context[-40:] + q.choices[0]) == text.count(q.context[-40:])
+        assert q.reworded.startswith(f"Fill in the blank: {sentence} ____")
+        assert not any(c.strip() in q.reworded.split() for c in q.choices)
         assert q.times == text.count(" ".join(q.context.split(" ")[-3:]) + q.choices[0])
         assert q.answers == text.count(q.choices[0].strip()) >= 1
         if q.kind == "number":
@@ -83,11 +86,19 @@ def test_a_sentence_that_the_text_ends_in_two_ways_is_not_asked():
     assert {q.kind for q in facts.questions(twice, [], 60, 0)} == {"number"}
 
 
+def test_an_answer_that_stands_beside_its_place_too_is_not_asked():
+    def again(document: str) -> str:
+        at = document.split("mill at ")[1].split(" ")[0]
+        return document.replace(". Most", f" for those of {at} and around. Most")
+
+    assert {q.kind for q in facts.questions([again(d) for d in DOCUMENTS], [], 40, 0)} == {"number"}
+
+
 def test_half_is_asked_of_rows_that_were_trained_on():
     rows = [d[10:] for d in DOCUMENTS[:10]]
     found = facts.questions(DOCUMENTS, rows, 20, 0)
     assert [q.trained for q in found] == [True] * 10 + [False] * 10
-    assert all(any(q.fact in row for row in rows) is q.trained for q in found)
+    assert all(any(q.context.split("\n")[1] + q.choices[0] in row for row in rows) is q.trained for q in found)
     assert sum(q.trained for q in facts.questions(DOCUMENTS, rows[:1], 20, 0)) < 10  # as many as there are
 
 
@@ -100,6 +111,7 @@ def test_the_texts_own_questions_are_asked_with_answers_about_the_same_thing():
         assert ill in ILLS
         assert all(c.startswith(f" {ill} is caused by ") for c in q.choices)
         assert q.choices[0].endswith(CAUSES[ILLS.index(ill)] + ".")
+        assert q.reworded == f"This is about {ill}. What is the cause of it?\nReply:"
         assert len(set(q.choices)) == 4
         assert q.trained is (ILLS.index(ill) < 3)
 
@@ -114,7 +126,7 @@ def test_an_answer_is_chosen_by_what_a_byte_costs_and_by_the_sum():
 def test_shares_have_the_interval_of_their_mean_and_differences_are_paired():
     assert benchmark.percent([1, 0, 1, 1]) == "75.0 ± 49.0"
     wrong, right = ([benchmark.Answer([-x, -2.0], [1, 1], None, None, 0.1)] for x in (3.0, 1.0))
-    asked = facts.Question("name", "a b", 1, (" c", " d"), True, 1, 3)
+    asked = facts.Question("name", "a b", "b", "b?", (" c", " d"), True, 1, 3)
     first = benchmark.Cell([asked] * 3, [*wrong, *wrong, *right], {}, 0.0)
     second = benchmark.Cell([asked] * 3, [*right, *right, *right], {}, 0.0)
     assert second.against(first) == "+66.7 ± 65.3"
@@ -212,6 +224,9 @@ def test_ways_are_compared_and_a_run_that_was_stopped_goes_on(run, tmp_path):
     )
     assert (tmp_path / "out" / "results" / "towns-base.json").stat().st_mtime_ns == kept
     assert "| towns | base | 6 |" in again
+    assert "reworded; in percent" in run("--questions", "6", "--ways", "base", "--reworded")
+    other = json.loads((tmp_path / "out" / "results" / "towns-base-reworded.json").read_text())["answers"]
+    assert [a["scores"] for a in other] != scores["towns-base"]
     with pytest.raises(SystemExit, match="holds results with another questions"):
         run("--questions", "8")
 

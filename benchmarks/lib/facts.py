@@ -37,7 +37,9 @@ class Question:
     """
     Attributes:
         kind: of `KINDS`, or the form of one of the text's own questions.
-        context: what stands before the answer; `own` of it at its end is the sentence or question itself.
+        context: what stands before the answer: its sentence so far and the one before it, or the question.
+        tail: the last words of it, with which the answer is counted.
+        reworded: the same question in words after which the answer stands nowhere in the text.
         choices: the true answer first; each begins with the space before it.
         trained: whether sentence and answer stand in a row that was trained on.
         times: how often the answer stands in the whole text after the last words before it.
@@ -46,7 +48,8 @@ class Question:
 
     kind: str
     context: str
-    own: int
+    tail: str
+    reworded: str
     choices: tuple[str, ...]
     trained: bool
     times: int
@@ -54,8 +57,8 @@ class Question:
 
     @property
     def fact(self) -> str:
-        """The sentence or question with its true answer, as it stands in the text."""
-        return self.context[-self.own :] + self.choices[0]
+        """The last words with the true answer, as they stand in the text."""
+        return self.tail + self.choices[0]
 
 
 def questions(
@@ -89,9 +92,8 @@ class _Text:
         whole = "\n\n".join(documents)
         return cls(whole, "\n\n".join(rows), Counter(w for w in _WORD.findall(whole) if w[0].islower()))
 
-    def question(self, kind: str, context: str, own: int, tail: str, choices: Sequence[str], trained: bool) -> Question:
-        times, answers = self.whole.count(tail + choices[0]), self.whole.count(choices[0].strip())
-        return Question(kind, context, own, tuple(choices), trained, times, answers)
+    def times(self, words: str) -> int:
+        return self.whole.count(words)
 
 
 # Running text
@@ -108,6 +110,7 @@ class _Place:
     tail: int
     start: int
     end: int
+    stop: int  # where the sentence ends
     kind: str
     form: str  # answers of one kind and form can stand for each other
     before: str  # the word before it
@@ -175,6 +178,7 @@ def _places(number: int, document: str, text: _Text) -> Iterator[_Place]:
                     words[at - _TAIL].start(),
                     first,
                     words[last].end(),
+                    stop,
                     *found,
                     words[at - 1].group(),
                 )
@@ -222,15 +226,16 @@ def _cloze(
 ) -> Question | None:
     answer = document[place.start : place.end]
     context = document[place.context : place.start]
-    standing = {w.lower() for w in _WORD.findall(context)}
+    rest = document[place.end : place.stop]
+    standing = {w.lower() for w in _WORD.findall(context + rest)}
 
     def stands(words: str) -> bool:
-        """In the context: it would be repeated and not known."""
+        """Beside it: it would be repeated and not known."""
         return any(w.lower() in standing for w in words.split(" "))
 
     determined = document[place.determined : place.start]
     usual = place.kind == "name" and pool[answer].count > _USUAL
-    if usual or stands(answer) or text.whole.count(determined) != text.whole.count(determined + answer):
+    if usual or stands(answer) or text.times(determined) != text.times(determined + answer):
         return None
     others = [o for o in pool if not stands(o) and not o.startswith(answer) and not answer.startswith(o)]
     if len(others) < CHOICES - 1:
@@ -238,8 +243,17 @@ def _cloze(
     draw.shuffle(others)
     like = sorted(others, key=lambda o: _unlike(answer, pool[answer].count, place.before, o, pool[o]))
     chosen = draw.sample(like[:_LIKE], CHOICES - 1)
-    own, tail = place.start - place.sentence - 1, document[place.tail : place.start - 1]
-    return text.question(place.kind, context[:-1], own, tail, [f" {c}" for c in (answer, *chosen)], trained)
+    sentence, tail = document[place.sentence : place.start], document[place.tail : place.start - 1]
+    return Question(
+        kind=place.kind,
+        context=context[:-1],
+        tail=tail,
+        reworded=f"Fill in the blank: {sentence}____{rest}\nAnswer:",
+        choices=tuple(f" {choice}" for choice in (answer, *chosen)),
+        trained=trained,
+        times=text.times(f"{tail} {answer}"),
+        answers=text.times(answer),
+    )
 
 
 def _unlike(answer: str, count: int, before: str, other: str, seen: _Seen) -> float:
@@ -274,7 +288,7 @@ class _Asked:
         parts = [self.answer[: found.start()], self.answer[found.end() :]] if found else [self.answer]
         rest = " ".join(parts)
         named = any(w in rest.lower() for w in re.findall(r"[^\W\d_]{4,}", self.subject.lower()))
-        short = parts[1].startswith(" (") if found else re.search(r"[A-Z]{3}", rest)
+        short = parts[1].startswith(" (") if found else re.search(r"[A-Z]{2}", rest)
         heading = self.answer.endswith("?") or " - " in self.answer
         return None if named or short or heading else parts
 
@@ -310,8 +324,16 @@ def _own_questions(documents: Sequence[str], text: _Text, draw: random.Random) -
                 others = _other_answers(one, by_form[one.form], draw)
                 if len(others) == CHOICES - 1:
                     tail = one.context[one.context.index(one.subject) :]
-                    choices = [f" {answer}" for answer in (one.answer, *others)]
-                    yield text.question(one.form[0].strip(), one.context, len(one.context), tail, choices, trained)
+                    yield Question(
+                        kind=one.form[0].strip(),
+                        context=one.context,
+                        tail=tail,
+                        reworded=f"This is about {one.subject}. {one.form[0]}it{one.form[1]}\nReply:",
+                        choices=tuple(f" {answer}" for answer in (one.answer, *others)),
+                        trained=trained,
+                        times=text.times(f"{tail} {one.answer}"),
+                        answers=text.times(one.answer),
+                    )
 
     return {trained: some(trained) for trained in (True, False)}
 

@@ -3,8 +3,9 @@ retrieval.
 
 Of every domain, questions with four answers each (`benchmarks.lib.facts`) about the first `--text` tokens of its
 training text: half of them about the rows that its adapter was trained on (`benchmarks.quality.recall`), half about the
-rest. An answer is chosen by its log-probability a byte: answers to one question differ in length, and a plain sum
-favours short ones; the sum is told beside it. A way is any of these, joined with +, or `base`:
+rest. They are asked as the text goes on or, with `--reworded`, in words after which the answer stands nowhere in it. An
+answer is chosen by its log-probability a byte: answers to one question differ in length, and a plain sum favours short
+ones; the sum is told beside it. A way is any of these, joined with +, or `base`:
 
     lora                     the adapter
     recall, recall-rows      a memory of the whole text, or of the rows that the adapter was trained on
@@ -66,7 +67,7 @@ class Answer:
         scores: log-probabilities of the choices in nats, the true one first.
         sizes: bytes of each.
         written: whether greedy decoding would have written the true one; None where that is long.
-        found: whether a passage before the question has the answer in its sentence; None without passages.
+        found: whether a passage before the question has the answer after the words before it; None without passages.
         seconds: to find passages and to score all choices.
     """
 
@@ -165,10 +166,11 @@ class Domain:
 
     def _answer(self, modules: ModuleSet, question: Question, index: Index | None, count: int) -> Answer:
         start = time.perf_counter()
-        ids = self._encoded(question.context)[-CONTEXT:]
+        asked = question.reworded if self.a.reworded else question.context
+        ids = self._encoded(asked)[-CONTEXT:]
         context, found = [*text_data.start_tokens(self.tokenizer)], None
         if index is not None:
-            numbers = index.best(question.context, count)[::-1]
+            numbers = index.best(asked, count)[::-1]
             for number in numbers:
                 context += [*self.passages[number].tolist(), *self._encoded("\n\n")]
             found = any(question.fact in self._decoded(self.passages[number]) for number in numbers)
@@ -352,6 +354,7 @@ def main() -> None:
     parser.add_argument("--domains", nargs="+", default=DOMAINS)
     parser.add_argument("--ways", nargs="+", default=WAYS)
     parser.add_argument("--questions", type=int, default=200, help="a domain")
+    parser.add_argument("--reworded", action="store_true", help="ask in words after which the text has no answer")
     parser.add_argument("--text", type=parse_count, default=400_000, help="that the whole text has, at most")
     parser.add_argument("--seed", type=int, default=0, help="of the questions, and of the adapters")
     parser.add_argument("--rate", default=AUTO, help="of the adapters, as they were trained")
@@ -366,14 +369,16 @@ def main() -> None:
     for name in a.domains:
         domain = Domain(name, adapters, a)
         for way in ways:
-            found = kept(a.out, slug(name, way), lambda domain=domain, way=way: domain.answers(way))
+            found = kept(
+                a.out, slug(name, way, *["reworded"] * a.reworded), lambda domain=domain, way=way: domain.answers(way)
+            )
             answers = [Answer(**answer) for answer in found["answers"]]
             seconds = sum(spent for part, spent in found["made"].items() if part != "fit")
             cells[name, way] = Cell(domain.questions, answers, found["bytes"], seconds)
     if len(a.domains) > 1:
         for way in ways:
             cells["all", way] = Cell.joined([cells[name, way] for name in a.domains])
-    print(f"{machine()}; in percent, with 95 % intervals\n\n{report(cells)}")
+    print(f"{machine()}; {'reworded; ' * a.reworded}in percent, with 95 % intervals\n\n{report(cells)}")
 
 
 if __name__ == "__main__":
