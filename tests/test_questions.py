@@ -124,14 +124,14 @@ def test_an_answer_is_chosen_by_what_a_byte_costs_and_by_the_sum():
 
 
 def test_shares_have_the_interval_of_their_mean_and_differences_are_paired():
-    assert benchmark.percent([1, 0, 1, 1]) == "75.0 ± 49.0"
+    assert benchmark.percent([1, 0, 1, 1]) == "75.0 ± 33.5"
     wrong, right = ([benchmark.Answer([-x, -2.0], [1, 1], None, None, 0.1)] for x in (3.0, 1.0))
     asked = facts.Question("name", "a b", "b", "b?", (" c", " d"), True, 1, 3)
     first = benchmark.Cell([asked] * 3, [*wrong, *wrong, *right], {}, 0.0)
     second = benchmark.Cell([asked] * 3, [*right, *right, *right], {}, 0.0)
-    assert second.against(first) == "+66.7 ± 65.3"
+    assert second.against(first) == "+66.7 ± 51.8"
     table = benchmark.report({("d", "base"): first, ("d", "lora"): second})
-    assert "| d | lora | 100.0 ± 0.0 of 3 |  |  |  | 100.0 ± 0.0 of 3 |  |" in table
+    assert "| d | lora | 100.0 ± 33.5 of 3 |  |  |  | 100.0 ± 33.5 of 3 |  |" in table
 
 
 @pytest.mark.parametrize("kind", ["base", "lora", "recall"])

@@ -281,10 +281,12 @@ class Cell:
 
 
 def percent(values: Sequence[float], sign: str = "") -> str:
-    """Mean and half of its 95 % interval, of differences that are paired too."""
+    """Mean and half of its 95 % interval, of paired differences with a sign: as with four answers more, two of them
+    right, so that few answers that are all alike do not seem sure (Agresti and Coull 1998)."""
     if not values:
         return ""
-    half = 1.96 * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    more = [*values, *([-1.0, 0.0, 0.0, 1.0] if sign else [0.0, 0.0, 1.0, 1.0])]
+    half = 1.96 * statistics.pstdev(more) / math.sqrt(len(more))
     return f"{100 * statistics.fmean(values):{sign}.1f} ± {100 * half:.1f}"
 
 
