@@ -43,7 +43,7 @@ from growlm.base.checkpoint import fingerprint
 from growlm.disk.tensors import read_tensors
 from growlm.layers.recall import FEATURES, LEVELS
 from growlm.modules import KnowledgeModule, ModuleSet, kind_of
-from growlm.progress import reporting
+from growlm.progress import reporting, track
 from growlm.recall.text import RecalledText
 from growlm.training.config import AUTO
 from growlm.training.recalling import remember
@@ -151,7 +151,8 @@ class Domain:
             module, made = self._module(frozenset(p for p in parts if p not in retrieved))
             modules = ModuleSet(self.adapters.base, [] if module is None else [module])
             index, count = (None, 0) if not retrieved else self._retriever(*retrieved)
-            answers = [self._answer(modules, question, index, count) for question in self.questions]
+            asked = track(self.questions, "answering", "questions", total=len(self.questions))
+            answers = [self._answer(modules, question, index, count) for question in asked]
         sizes = _sizes(module)
         if index is not None:
             text = sum(len(self._decoded(ids).encode()) for ids in self.passages)
