@@ -281,9 +281,12 @@ class Engine:
             As `generate` of the prompt.
         """
         self._require_open()
-        tokens = self._prompts.encode(prompt, len(answer.tokens))
+        tokens, written = self._prompts.encode(prompt, len(answer.tokens)), list(answer.tokens)
+        # A text that ended the answer is no part of it.
+        while written and len(self.tokenizer.decode(written[:-1], skip_special_tokens=True)) >= len(answer.text):
+            written.pop()
         with self._turn(), self.modules.using(answer.modules) as held:
-            return quotes(ModuleSet(self.base, list(held.values())), self.tokenizer, tokens, answer.tokens)
+            return quotes(ModuleSet(self.base, list(held.values())), self.tokenizer, tokens, written)
 
     def logits(self, input_ids: Tensor, module: Wanted = None) -> Tensor:
         """Logits (batch, tokens, vocab) of `input_ids` (batch, tokens) under the modules that are named, as in

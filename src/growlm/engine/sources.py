@@ -15,6 +15,8 @@ from torch import Tensor
 from growlm.modules import ModuleSet
 from growlm.recall.memory import Origin
 
+_AT_A_TIME = 128  # tokens whose logits are held
+
 
 @dataclass(frozen=True)
 class Quote:
@@ -52,7 +54,10 @@ def quotes(modules: ModuleSet, tokenizer: Any, prompt: Sequence[int], answer: Se
     hidden = modules.hidden(ids[:, :-1])[0, -len(answer) :]
     contexts = modules.contexts(ids[:, :-1], len(answer))
     assert contexts is not None
-    found = _origins(modules, hidden, contexts[0], ids[0, -len(answer) :])
+    found: list[tuple[str, Origin] | None] = []
+    for at in range(0, len(answer), _AT_A_TIME):  # logits are large
+        part = slice(at, at + _AT_A_TIME)
+        found += _origins(modules, hidden[part], contexts[0, part], ids[0, -len(answer) :][part])
     runs: list[list[int]] = []
     for at, origin in enumerate(found):
         if origin is None:
@@ -62,7 +67,7 @@ def quotes(modules: ModuleSet, tokenizer: Any, prompt: Sequence[int], answer: Se
             runs[-1].append(at)
         else:
             runs.append([at])
-    return [_quote(tokenizer, answer, run, [o for at in run if (o := found[at])]) for run in runs]
+    return [_quote(modules, tokenizer, answer, run, [o for at in run if (o := found[at])]) for run in runs]
 
 
 def _origins(modules: ModuleSet, hidden: Tensor, contexts: Tensor, tokens: Tensor) -> list[tuple[str, Origin] | None]:
@@ -92,15 +97,19 @@ def _follows(before: tuple[str, Origin], after: tuple[str, Origin]) -> bool:
     )
 
 
-def _quote(tokenizer: Any, answer: Sequence[int], run: list[int], found: list[tuple[str, Origin]]) -> Quote:
+def _quote(
+    modules: ModuleSet, tokenizer: Any, answer: Sequence[int], run: list[int], found: list[tuple[str, Origin]]
+) -> Quote:
     name, first = found[0]
+    (text,) = [m.memory.text for m in modules.modules if m.identity.partition("@")[0] == name and m.memory]
+    assert text is not None
     return Quote(
         text=tokenizer.decode([answer[at] for at in run], skip_special_tokens=True),
         first=run[0],
         tokens=len(run),
         module=name,
         source=first.place.source,
-        character=len(tokenizer.decode(first.place.before)),
+        character=len(tokenizer.decode(text.before(first.place))),
         length=first.length,
         share=sum(origin.share for _, origin in found) / len(found),
     )

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from growlm.errors import ConfigError
+from growlm.errors import ConfigError, IntegrityError
 from growlm.layers.recall import FEATURES, LEVELS, NOTHING, Recalled, mixed, recalled
 from growlm.recall.text import Found, Place, RecalledText
 
 _AT_A_TIME = 512  # contexts that are looked up together
+_LARGEST = 1e4  # that a gate may be: those that are fitted are a thousand times smaller
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,15 @@ class Memory(nn.Module):
     def active(self) -> bool:
         """Whether any gate is open."""
         return bool(self.gates[:, 0].isfinite().any())
+
+    def require_numbers(self, where: str) -> None:
+        """
+        Raises:
+            IntegrityError: a gate is no finite number, nor what closes a level.
+        """
+        closed = self.gates[:, :1].isneginf()
+        if not bool((self.gates.isfinite() & (self.gates.abs() <= _LARGEST) | closed).all()):
+            raise IntegrityError(f"{where}: its gates are no numbers; restore the file or learn the module again")
 
     def recalled(self, log_probabilities: Tensor, contexts: Tensor) -> Recalled:
         """What the text says of the next tokens, where the model says (n, v), after contexts (n, l)."""

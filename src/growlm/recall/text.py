@@ -23,8 +23,11 @@ from growlm.recall import FILE
 from growlm.recall.suffixes import LONGEST, Neighbours, neighbours, separated, sorted_places
 
 WIDTH = 64  # places that a context finds
+_LOOKED_AT = 1 << 20  # numbers that are checked together
 _READ_AHEAD = 1 << 30  # bytes of a file at the most
-_PART = 1 << 26  # tokens of a part, at the most: to sort so many takes about 2 GB of memory
+_PART = (
+    1 << 25
+)  # tokens of a part, at the most: to sort so many takes 0.5 GB of memory, 1.4 GB where tokens take 4 bytes
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Place:
 
     Attributes:
         part, document: of which part, and which of its documents.
-        token: how many of the document's tokens come before, and which (`before`).
+        token: how many of the document's tokens come before.
         source: of the document, as it was read.
     """
 
@@ -41,7 +44,6 @@ class Place:
     document: int
     token: int
     source: str
-    before: list[int]
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Part:
         """Sorts documents, given as source and token ids."""
         text = separated([ids for _, ids in documents], vocab_size)
         lengths = np.array([len(ids) + 1 for _, ids in documents], dtype=np.int64)
-        names = [source.encode("utf-8", "surrogatepass") for source, _ in documents]
+        names = [source.encode("utf-8", "surrogateescape") for source, _ in documents]
         return cls(
             text,
             sorted_places(text, vocab_size),
@@ -105,13 +107,19 @@ class Part:
         if not whole:
             return True
         last = len(self.text) - 1
-        inside = self.order.min() > 0 and self.order.max() < last
-        if not (inside and self.text.min() >= 0 and self.text.max() <= vocab_size):
-            return False
-        around = np.array_equal(np.flatnonzero(self.text == vocab_size), [*(self.starts - 1), last])
-        followed = (self.text[self.order + 1] != vocab_size).all()
+        ends = []
+        for at in range(0, len(self.text), _LOOKED_AT):  # at so many at a time: the file is not copied into memory
+            text, order = self.text[at : at + _LOOKED_AT], self.order[at : at + _LOOKED_AT]
+            if text.min() < 0 or text.max() > vocab_size:
+                return False
+            if len(order) and not (order.min() > 0 and order.max() < last):
+                return False
+            if (self.text[order + 1] == vocab_size).any():
+                return False
+            ends.append(np.flatnonzero(text == vocab_size) + at)
+        around = np.array_equal(np.concatenate(ends), np.append(self.starts - 1, last))
         names = (np.diff(self.name_ends, prepend=0) >= 0).all() and self.name_ends[-1] <= len(self.names)
-        return bool(around and followed and names)
+        return bool(around and names)
 
     def documents(self) -> Iterator[tuple[str, np.ndarray]]:
         """Source and token ids of each, as `of` takes them."""
@@ -120,7 +128,7 @@ class Part:
 
     def source(self, document: int) -> str:
         begin = self.name_ends[document - 1] if document else 0
-        return self.names[begin : self.name_ends[document]].tobytes().decode("utf-8", "replace")
+        return self.names[begin : self.name_ends[document]].tobytes().decode("utf-8", "surrogateescape")
 
     def ids(self, document: int) -> np.ndarray:
         end = self.starts[document + 1] if document + 1 < len(self.starts) else len(self.text)
@@ -214,8 +222,11 @@ class RecalledText:
         part = self.parts[number]
         document = int(np.searchsorted(part.starts, at, side="right")) - 1
         start = int(part.starts[document])
-        before = part.text[start:at].astype(np.int64).tolist()
-        return Place(number, document, at - start, part.source(document), before)
+        return Place(number, document, at - start, part.source(document))
+
+    def before(self, place: Place) -> list[int]:
+        """The document's tokens that come before a place."""
+        return self.parts[place.part].ids(place.document)[: place.token].astype(np.int64).tolist()
 
     def with_more(self, documents: Iterable[tuple[str, np.ndarray]], vocab_size: int) -> RecalledText:
         """With further documents. Parts at the end that are less than twice as large as what comes after are sorted
@@ -262,6 +273,8 @@ def contexts_of(seen: Tensor, count: int) -> Tensor:
     Args:
         seen: token ids, below 0 where a row has none.
     """
+    if not count:
+        return seen.new_empty(len(seen), 0, LONGEST)
     start = max(seen.shape[1] - count - LONGEST + 1, 0)
     padded = torch.nn.functional.pad(seen[:, start:], (LONGEST - 1, 0), value=-1)
     return padded.unfold(1, LONGEST, 1).flip(-1)[:, seen.shape[1] - start - count :]

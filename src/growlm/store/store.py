@@ -348,6 +348,7 @@ class Store(StoreBase):
         if module.memory is not None:
             from growlm.recall.text import RecalledText
 
+            module.memory.require_numbers(where)
             module.memory.text = RecalledText.open(stored.folder, stored.text_files, base.vocab_size, verify=verify)
             digest = sha256("\n".join([digest, *stored.text_files.values()]).encode()).hexdigest()
         module.identity = f"{name}@{stored.version}:{digest}"

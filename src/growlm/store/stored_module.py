@@ -60,6 +60,8 @@ class StoredModule:
     @property
     def text_files(self) -> dict[str, str]:
         """The files that hold the domain's text to be recalled, and their sha256."""
+        if self.manifest.config.get("recall") is not True:
+            return {}
         return {file: digest for file, digest in self.manifest.files.items() if is_text(file)}
 
     @property

@@ -17,6 +17,7 @@ from growlm.units import parse_count, parse_size
 AUTO = "auto"  # a learning rate that is found or computed, or the kind that suits the base
 ON_PUBLISHED = "lora+recall"  # the kind that learns most at equal bytes on bases of so many parameters and more
 _PUBLISHED = 50_000_000
+_OF_TRAINING = ("tokens", "epochs", "batch_size", "learning_rate", "weight_decay", "warmup", "clip", "replay")
 FITTED = 4096  # held-out tokens on which it is fitted how much a text that is recalled counts
 _SEEDS = 2**63  # how many there are: torch takes no larger ones as they are
 
@@ -344,6 +345,10 @@ class LearnConfig(ModuleTrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.kind == "recall":
+            for name in _OF_TRAINING:
+                if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                    raise ConfigError(f"{setting(name)} is of no effect: a module of kind recall is not trained")
         for name in ("routing_regularisation", "load_concentration"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
@@ -354,14 +359,16 @@ class LearnConfig(ModuleTrainConfig):
         if self.max_rows is not None and self.max_rows < 1:
             raise ConfigError(f"{setting('max_rows')} is {self.max_rows}; it must be at least 1")
 
-    def on(self, parameters: int) -> LearnConfig:
-        """With the kind that `auto` means on a base of so many parameters."""
+    def on(self, parameters: int, before: str | None = None) -> LearnConfig:
+        """With the kind that `auto` means: that of the version `before`, or what suits a base of so many parameters."""
         if self.kind != AUTO:
             return self
         given = self.shape.model_dump(exclude_unset=True)
-        fits = parameters >= _PUBLISHED and given.keys() <= set(SHAPES[parted_kind(ON_PUBLISHED)[0]].settings())
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("kind", "shape")}
-        return LearnConfig(ON_PUBLISHED if fits else "blocks", **own, **given)
+        for kind in (before, ON_PUBLISHED if parameters >= _PUBLISHED else None):
+            if kind is not None and given.keys() <= set(SHAPES[parted_kind(kind)[0]].settings()):
+                return LearnConfig(kind, **own, **given)
+        return LearnConfig("blocks", **own, **given)
 
     def to_json(self) -> dict[str, Any]:
         settings = super().to_json()
@@ -372,11 +379,9 @@ class LearnConfig(ModuleTrainConfig):
 
 def _kind_with(settings: Mapping[str, Any]) -> str:
     """The kind that settings of a shape are of, where no kind is named: auto if they suit what that may be."""
-    having = [kind for kind, shape in SHAPES.items() if settings.keys() <= set(shape.settings())]
-    if "blocks" in having or not having:
+    if settings.keys() <= set(BlocksConfig.settings()):
         return AUTO
-    layers = parted_kind(ON_PUBLISHED)[0]
-    return ON_PUBLISHED if layers in having else having[0]
+    return ON_PUBLISHED if settings.keys() <= set(SHAPES[parted_kind(ON_PUBLISHED)[0]].settings()) else "blocks"
 
 
 @dataclass(frozen=True)

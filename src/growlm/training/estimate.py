@@ -21,7 +21,6 @@ from growlm.errors import StoreError
 from growlm.modules import ModuleSet, kind_of
 from growlm.modules.scoring import paired_losses
 from growlm.progress import reporting
-from growlm.recall.text import RecalledText
 from growlm.store import ROUTER_TRAINED, Store
 from growlm.training.checkpoints import saved_step
 from growlm.training.config import FITTED, LearnConfig
@@ -31,7 +30,7 @@ from growlm.training.learn import shown
 from growlm.training.learn_run import LearnRun
 from growlm.training.memory import device_peak_bytes, peak_bytes
 from growlm.training.module_training import as_served
-from growlm.training.recalling import token_documents
+from growlm.training.recalling import text_of
 from growlm.training.rehearsal import Rehearsal, Rehearsed
 from growlm.training.router import last_config
 from growlm.training.samples import side_by_side
@@ -204,7 +203,7 @@ def _estimate(
     module, text, fitted_by = as_served(base, trained, name), 0, 0
     if module.memory is not None:
         clock.count(None)
-        kept = RecalledText.of(token_documents(tokens.documents, tokenizer), base.vocab_size)
+        kept = text_of(base, run.body.text.documents, tokenizer)
         clock.count("sorting the text")
         text = sum(tensor_bytes(part.values()) for part in kept.files().values())
         fitted_by = _length(beginnings(tokens.validation, FITTED, 0))

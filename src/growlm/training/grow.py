@@ -333,7 +333,7 @@ def alone(store: Store, name: str) -> Iterator[None]:
     """
     with locked(store.work / f"{name}-grow.lock", wait=False, keep=False) as mine:
         if not mine:
-            raise StoreError(f"{store.path}: {name!r} is being grown by another process; wait for it")
+            raise StoreError(f"{store.path}: {name!r} is being changed by another process; wait for it")
         yield
 
 

@@ -26,7 +26,7 @@ from growlm.training.general import ensure_general
 from growlm.training.learn_run import LearnRun
 from growlm.training.loop import require_finite
 from growlm.training.module_training import ModuleTraining, as_served
-from growlm.training.recalling import recalling
+from growlm.training.recalling import recalling, text_of
 from growlm.training.router import router_after
 from growlm.training.runs import empty, run_folder
 from growlm.training.samples import Sample, side_by_side
@@ -184,6 +184,9 @@ def _learn(
     tokens, tokenizer = run.tokenized()
     for line in run.body.lines(tokens, tokenizer, config):
         say(line)
+    if config.shape.recall:
+        leave_out = "" if config.kind == "recall" else "; a kind without +recall does not"
+        say(f"the module will hold this text, for anyone who has it to read{leave_out}")
 
     with run_folder(run.folder, busy, restart=restart) as work:
         base = run.load_base()
@@ -211,7 +214,7 @@ def _learn(
         if module.memory is not None:
             module, remembered = recalling(base, module, tokens, tokenizer, name)
             searched["recall"] = remembered
-            num_tokens = num_tokens or remembered["tokens"]
+            num_tokens = num_tokens or remembered["tokens"]  # of which nothing is trained
             seconds = seconds or time.monotonic() - started
         alone, together = ModuleSet(base), ModuleSet(base, [module])
         found = tokens.compare(alone, together, config)
@@ -233,9 +236,13 @@ def _learn(
             "seconds": seconds,
             "probe": {"base": probe(alone), "module": probe(together)},
         }
+        memory, whole = module.memory, None
+        held_back = None if memory is None else memory.text
         # Before it is saved: stopped here, the same command goes on.
         asked = side_by_side(base, module, tokenizer, tokens.heldout, samples, seed=config.seed)
         while True:
+            if memory is not None:
+                memory.text = held_back
             now = store.find(name)
             if now is not None and not update and (run.old is None or now.version != run.old.version):
                 raise StoreError(f"{store.path}: module {name!r} exists (learned meanwhile); use --update")
@@ -248,6 +255,10 @@ def _learn(
                     require_no_worse(name, replaced, replacing, "give the text of before as --replay")
                 training["replaced"] = {"version": now.version, **replaced.to_json()}
             made_from = None if now is None else now.version
+            if memory is not None:  # what was held out, it recalls from now on
+                memory.text = whole = whole or text_of(base, run.body.text.documents, tokenizer)
+                training["recall"] |= {"tokens": whole.num_tokens, "documents": whole.num_documents}
+                training["probe"] = {"base": probe(alone), "module": probe(together)}
             try:
                 stored = router.commit_and_route(store, name, module, training, files, now, made_from=made_from)
                 break

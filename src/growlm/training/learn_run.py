@@ -58,11 +58,11 @@ class LearnRun:
             DataError: data that is missing or malformed.
             ConfigError: there is no such device.
         """
-        if config.kind == AUTO:
-            config = config.on(checkpoint.num_parameters(store.base_folder))
-            say(f"kind {config.kind}, which suits this base")
         placement = Placement.of(config.device, config.precision)
         old = store.find(name)
+        if config.kind == AUTO:
+            config = config.on(checkpoint.num_parameters(store.base_folder), _kind_of(old))
+            say(f"kind {config.kind}, {'which suits this base' if old is None else 'as the version before'}")
         unfinished = _unfinished(store, old)
         if unfinished is None and not update:
             require_free(store, old)
@@ -107,6 +107,14 @@ class LearnRun:
         """
         require_positions(base, self.config)
         tokens.require_rows(base, self.body.where, tokenizer)
+
+
+def _kind_of(old: StoredModule | None) -> str | None:
+    """Of the version that is there; a choice that was made for it, as not to hold text, holds for the next one."""
+    try:
+        return None if old is None else old.kind
+    except StoreError:  # damaged; to learn the name again is the cure
+        return None
 
 
 def kept_bytes(store: Store, name: str, config: LearnConfig) -> int:

@@ -6,7 +6,7 @@ Nothing else is trained here: a few dozen numbers, by what base and text say of 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -98,16 +98,34 @@ def recalling(
 ) -> tuple[KnowledgeModule, dict[str, Any]]:
     """A trained module with the text of its body, or as it is without any where the text adds nothing to its layers;
     and what a manifest says of it."""
-    text = RecalledText.of(token_documents(tokens.documents, tokenizer), base.vocab_size)
+    text = text_of(base, tokens.documents, tokenizer)
     fitted = remember(module, text, base, tokens.validation)
     if fitted.penalty is None and module.trains:
         say("the text is not kept")
-        module = without_memory(base, module, where)
-    else:
-        leave_out = "; a kind without +recall does not" if module.trains else ""
-        say(f"the module will hold its text, {text.num_tokens:,} tokens, for anyone who has it to read{leave_out}")
+        return without_memory(base, module, where), {"tokens": 0, "documents": 0, "fit": fitted.to_json()}
     record = {"tokens": text.num_tokens, "documents": text.num_documents, "fit": fitted.to_json()}
     return module, record
+
+
+def text_of(base: Base, documents: Sequence[text_data.Document], tokenizer: Any) -> RecalledText:
+    """Documents, sorted.
+
+    Raises:
+        DataError: a token that the base has no row for.
+    """
+    found = token_documents(documents, tokenizer)
+    return RecalledText.of(known(base, found, tokenizer), base.vocab_size)
+
+
+def known(base: Base, documents: Iterable[tuple[str, np.ndarray]], tokenizer: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """The documents.
+
+    Raises:
+        DataError: a token that the base has no row for.
+    """
+    for source, ids in documents:
+        base.require_rows(ids, source, tokenizer)
+        yield source, ids
 
 
 def without_memory(base: Base, module: KnowledgeModule, where: str) -> KnowledgeModule:
@@ -171,6 +189,8 @@ class _Sample:
 def _best(sample: _Sample) -> tuple[Fitted, Tensor | None]:
     """How the gates were found, and the gates; None where the text adds nothing."""
     before, n = float(sample.losses.mean()), len(sample.losses)
+    if len(sample.passages.unique()) < 2:  # pieces of the only one
+        sample = replace(sample, passages=torch.arange(n) * _FOLDS // max(n, 1))
     numbers = sample.passages.unique()
     folds = min(_FOLDS, len(numbers))
     nothing = Fitted(None, n, before, before, 0.0)
@@ -188,7 +208,7 @@ def _best(sample: _Sample) -> tuple[Fitted, Tensor | None]:
         error = float(each.square().sum().sqrt()) / n
         tried.append(Fitted(penalty, n, before, float(losses.mean()), error))
     best = min(tried, key=lambda found: found.after)
-    if best.before - best.after <= best.error:
+    if not best.before - best.after > best.error:  # or it became no number
         return replace(nothing, error=best.error), None
     assert best.penalty is not None
     return best, _fit(sample, best.penalty)

@@ -119,7 +119,8 @@ def _told(quotes: Sequence[Quote]) -> list[str]:
     if not theirs:
         return ["sources: none of it is from a module's text"]
     return ["sources:"] + [
-        f"  {_cut(quote.text)!r}: {quote.module}, {quote.source}, character {quote.character:,} ({quote.share:.0%})"
+        f"  {_cut(quote.text)!r}: {quote.module}, {_plain(quote.source)}, character {quote.character:,} "
+        f"({quote.share:.0%})"
         for quote in theirs
     ]
 
@@ -127,3 +128,8 @@ def _told(quotes: Sequence[Quote]) -> list[str]:
 def _cut(text: str) -> str:
     text = " ".join(text.split())
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def _plain(source: str) -> str:
+    """A source's name, which may be another person's choice, as a terminal can show it."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in source)

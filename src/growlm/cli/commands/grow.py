@@ -23,6 +23,11 @@ from growlm.cli.output import note, print_json, reports
 from growlm.errors import ConfigError
 from growlm.training.config import GrowConfig
 
+_OF_TEXT = {
+    "--separator", "--text-key", "--format", "--loss", "--keep-samples", "--router-samples", "--admit-anyway",
+    "--sequence-length",
+}  # fmt: skip
+
 
 @app.command()
 @reports("name", long=True)
@@ -79,6 +84,8 @@ def grow(
         asked = {"--experts": experts, "--undo": undo, "--restart": restart}
         if wrong := [flag for flag, value in asked.items() if value]:
             raise ConfigError(f"{name} recalls a text, which grows by --data alone; leave out {wrong[0]}")
+        if useless := [flag for flag in trains if flag not in _OF_TEXT]:
+            raise ConfigError(f"{name} recalls a text, and nothing is trained: {useless[0]} is of no effect")
         if not data:
             raise ConfigError(f"{name} recalls a text; name with --data what is to be appended")
         from growlm.training.text_growth import add_text
@@ -88,8 +95,8 @@ def grow(
             return print_json(added.to_json())
         print(
             f"{name} version {added.version}: {added.tokens_before:,} -> {added.tokens:,} tokens of text, "
-            f"{added.documents_before:,} -> {added.documents:,} documents; held-out loss {added.loss_before:.3f} -> "
-            f"{added.loss_after:.3f}"
+            f"{added.documents_before:,} -> {added.documents:,} documents"
+            + ("" if added.loss_after is None else f"; held-out loss {added.loss_before:.3f} -> {added.loss_after:.3f}")
         )
         return None
     from growlm.training import grow as growth

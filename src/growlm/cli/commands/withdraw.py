@@ -9,7 +9,7 @@ import typer
 from growlm.cli.app import app
 from growlm.cli.asking import open_store
 from growlm.cli.options import Device, Json, StorePath
-from growlm.cli.output import note, plural, print_json, reports
+from growlm.cli.output import note, print_json, reports
 
 
 @app.command()
@@ -21,8 +21,8 @@ def withdraw(
         list[str],
         typer.Argument(
             metavar="SOURCE...",
-            help="Of the documents, as generate --sources names them; a file's name for all of it; * and ? stand for "
-            "any characters.",
+            help="Of the documents, as generate --sources names them; a file's name for all of it; where none is "
+            "called so, * and ? stand for any characters.",
             show_default=False,
         ),
     ],
@@ -49,10 +49,8 @@ def withdraw(
         f"{name} version {result.version}: {result.documents_before:,} -> {result.documents:,} documents, "
         f"{result.tokens_before:,} -> {result.tokens:,} tokens"
     )
-    older = [version for version in dict(opened.versions()).get(name, []) if version != result.version]
-    if older:
-        still = f"{plural(len(older), 'older version')} still may hold them"
-        note(f"{still}: growlm remove {opened.path} {name} --version {older[0]}")
-    if opened.module(name).kind != "recall":
+    for version in result.still_in:
+        note(f"version {version} still holds some of it: growlm remove {opened.path} {name} --version {version}")
+    if opened.module(name).manifest.kind != "recall":
         note("its layers were trained with them and keep what they learned: learn it again to be rid of that")
     return None
