@@ -53,7 +53,9 @@ def base(request) -> Base:
 
 
 def book(seed: int) -> list[list[int]]:
-    return random_ids(12, 50, seed=seed).tolist()
+    ids = random_ids(12, 50, seed=seed)
+    ids[0, 2] = 0  # what rows are padded with, before the first token of a passage below
+    return ids.tolist()
 
 
 def new(base: Base, kind: str, seed: int = 0) -> KnowledgeModule:
