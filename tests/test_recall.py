@@ -380,6 +380,16 @@ def test_quotes_name_the_places_that_an_answer_stands_at():
     assert quotes(modules, tokenizer, [1, 2], []) == []
 
 
+def test_a_quote_stays_with_the_document_that_it_began_in():
+    """Also where another says the same for longer than tokens are compared."""
+    common = random_ids(1, 45, seed=3)[0].tolist()
+    for first in (5, 6):
+        module = learned(base_of("llama"), "recall", 3)
+        give_text(module, [[5, *common], [6, *common]], 3, most=50)
+        (quote,) = quotes(ModuleSet(base_of("llama"), [module]), chat_tokenizer(None), [first], common)
+        assert (quote.source, quote.first, quote.tokens) == (f"book-{first - 5}.txt", 0, 45)
+
+
 @torch.no_grad()
 def test_the_share_of_a_quote_is_the_texts_part_of_the_probability():
     base, module = base_of("llama"), learned(base_of("llama"), "recall", 2)
