@@ -344,12 +344,13 @@ def test_a_text_that_changed_since_it_was_read_is_not_read_again_unseen(store):
 def test_a_conversation_goes_on_as_if_it_were_read_anew(store, name):
     with Engine(store) as engine:
         engine._end_tokens = set()
-        text = domain_text("letters", 4)
-        for more in (" abc", " 12", " de ab"):
-            answer = engine.generate(text, module=name, reuse=True, max_new_tokens=7)
-            modules = [store.load(name, engine.base)] if name else []
-            assert answer.tokens == greedy(engine.base, modules, engine.tokenizer.encode(text), 7, end=-1)
-            text += answer.text + more
+        modules = [store.load(name, engine.base)] if name else []
+        letters = engine.tokenizer.encode(domain_text("letters", 4, words=40))
+        ids, rest = letters[:20], letters[20:]
+        for count in (1, 2, 1, 3, 1, 1):
+            answer = engine.generate(ids, module=name, reuse=True, max_new_tokens=3)
+            assert answer.tokens == greedy(engine.base, modules, ids, 3, end=-1)
+            ids, rest = [*ids, *answer.tokens, *rest[:count]], rest[count:]
 
 
 # Sources
