@@ -28,9 +28,10 @@ from growlm.engine.sources import quotes
 from growlm.errors import ConfigError, IntegrityError, NotBetterError
 from growlm.layers.recall import FEATURES, LEVELS, NOTHING
 from growlm.modules import KnowledgeModule, ModuleSet, attach, attached, kind_of
-from growlm.modules.scoring import continuation_scores, paired_losses, passage_losses
+from growlm.modules.scoring import continuation_scores, num_labels, paired_losses, passage_losses
 from growlm.modules.shapes import parted_kind
 from growlm.recall.text import RecalledText
+from growlm.training.corpus import halves
 from growlm.training.samples import side_by_side
 from stores import add_module, domain_text, give_text, greedy, make_module, make_store, store_with_texts
 from tiny import FAMILIES, TEXT, make_base, make_model, random_ids
@@ -412,8 +413,9 @@ def test_the_share_of_a_quote_is_the_texts_part_of_the_probability():
 
 
 def config(**changes: Any) -> LearnConfig:
-    short = {"sequence_length": 32, "batch_size": 2, "epochs": 1, "learning_rate": 1e-3, "precision": "float32"}
-    return LearnConfig(**{**short, "router_samples": 8, **changes})
+    trained = {"batch_size": 2, "epochs": 1, "learning_rate": 1e-3} if changes["kind"] != "recall" else {}
+    short = {"sequence_length": 32, "precision": "float32", "router_samples": 8}
+    return LearnConfig(**{**short, **trained, **changes})
 
 
 @pytest.fixture
@@ -429,25 +431,29 @@ def test_a_text_is_learned_stored_recalled_and_named(lessons, tmp_path, kind):
     assert stored.kind == kind
     assert result.loss_after < result.loss_before - 0.5
     said = stored.manifest.training["recall"]
+    documents = text_data.read([source]).documents
     train, rest = text_data.split(text_data.read([source]), seed=0)
-    assert said["documents"] == len(train)
+    assert said["documents"] == len(documents)
     assert said["fit"]["before"] - said["fit"]["after"] > said["fit"]["error"] > 0
     assert lessons.verify() == []
-    # All that is not held out, and nothing else, each with its end.
+    # In the end all of it, each document with its end.
     base, tokenizer = lessons.load_base(), lessons.load_tokenizer()
     module = lessons.load("law", base)
     held = [(source, ids.tolist()) for part in module.memory.text.parts for source, ids in part.documents()]
-    assert held == [(d.source, [*tokenizer.encode(d.text), tokenizer.eos_token_id]) for d in train]
-    assert {d.source for d in rest}.isdisjoint(source for source, _ in held)
-    # Better on text that chose nothing, also than its layers alone.
-    passages = [tokenizer.encode(d.text) for d in rest]
+    assert held == [(d.source, [*tokenizer.encode(d.text), tokenizer.eos_token_id]) for d in documents]
+    # It was admitted by passages that it did not recall then.
+    passages = [p.tokens for p in halves(text_data.passages(rest, tokenizer, 32))[1]]
+    whole, train_ids = module.memory.text, [(s, np.array(ids)) for s, ids in held if s in {d.source for d in train}]
+    module.memory.text = RecalledText.of(train_ids, base.vocab_size)
     losses = [passage_losses(ModuleSet(base), passages), passage_losses(ModuleSet(base, [module]), passages)]
     module.memory.close()
     losses.append(passage_losses(ModuleSet(base, [module]), passages))
+    assert float(losses[1].sum()) / num_labels(passages) == pytest.approx(result.loss_after, abs=1e-4)
     assert losses[1].sum() < min(losses[0].sum(), losses[2].sum())
     assert torch.equal(losses[2], losses[0]) == (kind == "recall")
     # And it is found again by whoever asks.
-    document = train[3]
+    assert whole.num_documents == module.memory.text.num_documents + len(rest)
+    document = rest[0]
     prompt = document.text[:20]
     with Engine(lessons) as engine:
         answer = engine.generate(prompt, module="law", max_new_tokens=12)
@@ -455,7 +461,7 @@ def test_a_text_is_learned_stored_recalled_and_named(lessons, tmp_path, kind):
         assert answer.tokens == greedy(engine.base, [lessons.load("law", engine.base)], ids, 12)
         found = engine.sources(prompt, answer)
         assert engine.sources(prompt, engine.generate(prompt, module=None, max_new_tokens=3)) == []
-    texts = {d.source: d.text for d in train}
+    texts = {d.source: d.text for d in documents}
     assert found[0].module == "law"
     assert found[0].source.startswith(f"{source}:")
     for quote in found:
@@ -539,10 +545,10 @@ def test_conversations_are_recalled_as_the_template_writes_them(tmp_path):
     store = Store.create(tmp_path / "store", tmp_path / "base")
     result = learn(store, "chats", [source], config(kind="recall", sequence_length=64), progress=False)
     assert result.loss_after < result.loss_before - 0.5
-    train, _ = text_data.split(text_data.read([source], format="auto"), seed=0)
+    documents = text_data.read([source], format="auto").documents
     text = store.load("chats", store.load_base()).memory.text
     held = [(source, ids.tolist()) for part in text.parts for source, ids in part.documents()]
-    written = [(d.source, text_data.Template(tokenizer).write(d.turns).tokens) for d in train]
+    written = [(d.source, text_data.Template(tokenizer).write(d.turns).tokens) for d in documents]
     assert held == [(s, [*ids, tokenizer.eos_token_id]) for s, ids in written]
     prompt = text_data.Template(tokenizer).prompt([text_data.Turn("user", "Who pays for attic 2?")])
     with Engine(store) as engine:

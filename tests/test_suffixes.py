@@ -195,7 +195,7 @@ def test_a_place_is_told_by_its_document(text, most):
             for token in range(len(ids)):
                 place = parts.place(number, start + token)
                 assert (place.part, place.document, place.token) == (number, document, token)
-                assert (place.source, place.before) == (source, ids[:token].tolist())
+                assert (place.source, parts.before(place)) == (source, ids[:token].tolist())
     assert next(numbered, None) is None
 
 
