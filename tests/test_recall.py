@@ -221,7 +221,7 @@ def test_modules_that_recall_are_active_together(base):
         ModuleSet(base, [one, adapters[0]])
 
 
-@every_kind
+@pytest.mark.parametrize(("base", "kind"), [("llama", "recall"), ("gpt2", "lora+recall")], indirect=["base"])
 def test_samples_are_written_as_greedy_decoding_writes_them(base, kind):
     module = learned(base, kind, 12)
     tokenizer = chat_tokenizer()
