@@ -25,7 +25,7 @@ from growlm.recall.text import RecalledText, contexts_of
 from growlm.training.config import FITTED
 from growlm.training.corpus import Tokens, beginnings
 
-_PENALTIES = (1e-4, 1e-3, 1e-2)  # on the squares of what the gates are apart from where they begin
+_PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2)  # on the squares of what the gates are apart from where they begin
 _BEGIN = -2.0  # a level's first gate: it counts for an eighth
 _FOLDS = 4
 _BATCH = 8  # passages that are read at a time
