@@ -46,9 +46,9 @@ def grow(
     restart: Restart = False,
     as_json: Json = False,
 ) -> None:
-    """Append experts to a module of kind peer and train them, or text to one that recalls.
+    """Append experts to a peer module, or text to one that recalls.
 
-    New experts learn new text; the last step can be taken back. To a module of kind recall, or lora+recall and its
+    New experts are trained on new text; the last step can be taken back. To a module of kind recall, or lora+recall and its
     like, documents are appended, and nothing is trained.
 
     What the module has learned keeps its bits. Without --data it answers as before until the new experts are trained;
