@@ -137,7 +137,9 @@ def test_status_json(home, answer):
     assert found["base"] == "../base"
     assert [m["name"] for m in found["modules"]] == ["digits", "letters", "signs"]
     for module in found["modules"]:
-        assert set(module) == {"name", "version", "older_versions", "kind", "bytes", "parameters", "about"}
+        assert set(module) == {
+            "name", "version", "older_versions", "kind", "bytes", "parameters", "about", "text_bytes", "holds_text",
+        }  # fmt: skip
         assert (module["version"], module["older_versions"], module["kind"]) == (1, [], "blocks")
     sizes = [m["parameters"] for m in found["modules"]]
     assert found["total_parameters"] - sum(sizes) == found["active_parameters"] - max(sizes) > 0

@@ -586,7 +586,7 @@ def test_one_growth_of_a_module_at_a_time(store: Store) -> None:
             lambda: more(store, "+50", "drugs"),
             lambda: take_back(store, "law"),
         ):
-            with pytest.raises(StoreError, match="'law' is being grown by another process; wait for it"):
+            with pytest.raises(StoreError, match="'law' is being changed by another process; wait for it"):
                 action()
     more(store, "+50")
 

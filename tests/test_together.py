@@ -184,7 +184,7 @@ def test_prefixes_are_those_of_the_set(home: Path, monkeypatch: pytest.MonkeyPat
         past: list[int] = []
         run = growlm.engine.engine.prefill
         monkeypatch.setattr(
-            "growlm.engine.engine.prefill", lambda *a, **k: past.append(k.get("past", 0)) or run(*a, **k)
+            "growlm.engine.engine.prefill", lambda *a, **k: past.append(len(k.get("before", ()))) or run(*a, **k)
         )
         for names, tokens in zip(sets, wanted, strict=True):
             given = list(reversed(names)) if isinstance(names, tuple) else names

@@ -344,7 +344,7 @@ def parted_kind(kind: str) -> tuple[str, bool]:
     """
     name = kind.removesuffix(RECALLING) if isinstance(kind, str) else kind
     recalls = name != kind
-    if name not in SHAPES or (recalls and name == "recall"):
+    if not isinstance(name, str) or name not in SHAPES or (recalls and name == "recall"):
         also = ", or one of the others with the text itself, e.g. lora+recall"
         raise ConfigError(f"{setting('kind')} {kind!r} does not exist; kinds are {', '.join(SHAPES)}{also}")
     return name, recalls

@@ -332,7 +332,7 @@ class LearnConfig(ModuleTrainConfig):
             settings["shape"] = shape if isinstance(shape, SHAPES[layers]) else SHAPES[layers]()
         elif not isinstance(shape, SHAPES[layers]):
             raise ConfigError(
-                f"shape is a {type(shape).__name__}; a module of kind {kind} has a {SHAPES[layers].__name__}"
+                f"shape is a {type(shape).__name__}; a module of kind {layers} has a {SHAPES[layers].__name__}"
             )
         try:
             chosen = {**settings["shape"].model_dump(exclude_unset=True), **of_shape}

@@ -21,7 +21,7 @@ from growlm.modules.probe import probe
 from growlm.progress import reporting, say
 from growlm.store import MANIFEST, Store, StoredModule
 from growlm.training.admission import Comparison, require_better, require_no_worse
-from growlm.training.config import LearnConfig
+from growlm.training.config import AUTO, LearnConfig
 from growlm.training.general import ensure_general
 from growlm.training.learn_run import LearnRun
 from growlm.training.loop import require_finite
@@ -173,7 +173,7 @@ def _learn(
     store: Store, name: str, data: Sequence[str | Path], config: LearnConfig, update: bool, restart: bool, samples: int
 ) -> LearnResult:
     run = LearnRun.prepare(store, name, data, config, update=update)
-    config = run.config
+    chosen, config = config.kind == AUTO, run.config
     busy = f"{store.path}: the same learning of {name!r} is running already"
     if run.saved is not None:
         with run_folder(run.folder, busy, restart=True):  # its checkpoints are of no use now
@@ -184,6 +184,8 @@ def _learn(
     tokens, tokenizer = run.tokenized()
     for line in run.body.lines(tokens, tokenizer, config):
         say(line)
+    if chosen:
+        say(f"kind {config.kind}, {'which suits this base' if run.old is None else 'as the version before'}")
     if config.shape.recall:
         leave_out = "" if config.kind == "recall" else "; a kind without +recall does not"
         say(f"the module will hold this text, for anyone who has it to read{leave_out}")

@@ -13,7 +13,6 @@ from typing import Any
 from growlm.base import Base, checkpoint
 from growlm.base.placement import Placement
 from growlm.errors import StoreError
-from growlm.progress import say
 from growlm.store import ROUTER_TRAINED, Store, StoredModule
 from growlm.training.config import AUTO, LearnConfig
 from growlm.training.corpus import Tokens, TrainingCorpus, bytes_to_keep, require_positions
@@ -62,7 +61,6 @@ class LearnRun:
         old = store.find(name)
         if config.kind == AUTO:
             config = config.on(checkpoint.num_parameters(store.base_folder), _kind_of(old))
-            say(f"kind {config.kind}, {'which suits this base' if old is None else 'as the version before'}")
         unfinished = _unfinished(store, old)
         if unfinished is None and not update:
             require_free(store, old)

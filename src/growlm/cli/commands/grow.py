@@ -48,8 +48,8 @@ def grow(
 ) -> None:
     """Append experts to a peer module, or text to one that recalls.
 
-    New experts are trained on new text; the last step can be taken back. To a module of kind recall, or lora+recall and its
-    like, documents are appended, and nothing is trained.
+    New experts are trained on new text; the last step can be taken back. To a module of kind recall, or lora+recall and
+    its like, documents are appended, and nothing is trained.
 
     What the module has learned keeps its bits. Without --data it answers as before until the new experts are trained;
     without --experts those are trained that were appended before. Each is the module's next version, and the one before
