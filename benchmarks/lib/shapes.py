@@ -7,6 +7,7 @@ matrices, shared pools, and several shapes in one module. For bases of the llama
 from __future__ import annotations
 
 import copy
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from growlm.base import Base, LayerToRun
+from growlm.errors import ConfigError
 from growlm.layers.cross_entropy import linear_cross_entropy
 from growlm.modules import KnowledgeModule
+from growlm.modules.blocks import between
 from growlm.modules.lora import Lora, matrices_of
 from growlm.modules.peer import Peer
 from growlm.modules.shapes import LoraConfig, ModuleConfig, PeerConfig
@@ -62,8 +65,8 @@ class _OnText(KnowledgeModule):
     """A shape that is made on text (n, t + 1), if it needs any."""
 
     @classmethod
-    def create_on(cls, base: Base, config: Any, text: Tensor | None) -> Self:
-        raise NotImplementedError
+    @abstractmethod
+    def create_on(cls, base: Base, config: Any, text: Tensor | None) -> Self: ...
 
     @classmethod
     def create(cls, base: Base, config: Any, row_ids: Tensor | None = None) -> Self:
@@ -73,7 +76,7 @@ class _OnText(KnowledgeModule):
         return base.num_layers
 
     def extended_config(self, config: Any) -> Any:
-        raise NotImplementedError("shapes that are tried make no checkpoints")
+        raise ConfigError("shapes that are tried make no checkpoints")
 
 
 def gradients(
@@ -172,12 +175,7 @@ class Narrow(_OnText):
         return module
 
     def extend(self, layers: Sequence[LayerToRun]) -> list[LayerToRun]:
-        extended: list[LayerToRun] = []
-        start = 0
-        for layer, pattern, after in zip(self.layers, self._patterns, self.config.after, strict=True):
-            extended += [*layers[start:after], LayerToRun(layer, pattern)]
-            start = after
-        return [*extended, *layers[start:]]
+        return between(layers, self.layers, self._patterns, self.config.after)
 
     def cache_slots(self, base: Base) -> int:
         return base.num_layers + len(self.layers)

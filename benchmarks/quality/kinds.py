@@ -18,15 +18,13 @@ import json
 import math
 import shutil
 import time
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from benchmarks.lib.common import machine, slug
+from benchmarks.lib.published import BATCH, LENGTH, OnPublished
 from benchmarks.lib.shapes import Delta, GradientLora, Narrow, Shaped, SharedPeer, joined, shaped
 from growlm import data as text_data
-from growlm.base import Base
-from growlm.base.checkpoint import load_model, load_tokenizer
 from growlm.base.placement import Placement
 from growlm.disk.files import write_atomic
 from growlm.errors import TrainingError
@@ -36,11 +34,9 @@ from growlm.modules.peer import Peer
 from growlm.modules.scoring import num_labels, passage_losses
 from growlm.progress import reporting
 from growlm.training.config import LearnConfig
-from growlm.training.corpus import beginnings
 from growlm.training.module_training import ModuleTraining, as_served
 from growlm.units import format_count, parse_count
 
-LENGTH, BATCH = 256, 4
 _WIDER = 3  # rates beyond those of a way, at most
 _HALF = {"num_layers": 7, "num_heads": 2, "num_key_value_heads": 1, "intermediate_size": 73}  # the bytes of rank 8
 _POOL = {"num_heads": 4, "top_k": 8, "key_size": 64}
@@ -110,23 +106,8 @@ WAYS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
 }  # fmt: skip
 
 
-class Kinds:
+class Kinds(OnPublished):
     """Cells of one base, computed or read."""
-
-    def __init__(self, a: argparse.Namespace) -> None:
-        self.a = a
-        self.tokenizer = load_tokenizer(a.base)
-
-    @cached_property
-    def base(self) -> Base:
-        return Base(load_model(self.a.base, "float32"), str(self.a.base))
-
-    def documents(self, domain: str, split: str) -> list[text_data.Document]:
-        return text_data.read([self.a.data / domain / f"{split}.txt"], separator="\n\n").documents
-
-    def passages(self, domain: str, split: str, tokens: int) -> list[text_data.Passage]:
-        found = text_data.passages(self.documents(domain, split), self.tokenizer, LENGTH)
-        return beginnings(found, tokens, 0)
 
     def cell(self, domain: str, way: str, rate: float, seed: int, tokens: int) -> dict[str, Any]:
         path = self.a.out / "cells" / f"{slug(domain, way, rate, seed, tokens)}.json"

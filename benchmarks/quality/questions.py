@@ -36,8 +36,9 @@ from benchmarks.lib.answering import answered
 from benchmarks.lib.common import kept, machine, same_settings, slug
 from benchmarks.lib.domains import DOMAINS
 from benchmarks.lib.facts import Question, questions
+from benchmarks.lib.published import LENGTH
 from benchmarks.lib.retrieval import Bm25, Embedding, Encoder, Index, cut
-from benchmarks.quality.recall import LENGTH, Adapters
+from benchmarks.quality.recall import Adapters
 from growlm import data as text_data
 from growlm.base.checkpoint import fingerprint
 from growlm.disk.tensors import read_tensors

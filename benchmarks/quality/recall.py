@@ -15,7 +15,6 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,8 @@ import torch
 
 from benchmarks.lib.common import machine, slug
 from benchmarks.lib.domains import DOMAINS
+from benchmarks.lib.published import BATCH, LENGTH, OnPublished
 from growlm import data as text_data
-from growlm.base import Base
-from growlm.base.checkpoint import load_model, load_tokenizer
 from growlm.disk.files import write_atomic
 from growlm.disk.tensors import read_tensors, write_tensors
 from growlm.layers.recall import FEATURES, LEVELS
@@ -36,31 +34,13 @@ from growlm.modules.shapes import RecallConfig
 from growlm.progress import reporting
 from growlm.recall.text import RecalledText
 from growlm.training.config import AUTO, FITTED, LearnConfig
-from growlm.training.corpus import beginnings
 from growlm.training.module_training import ModuleTraining, as_served
 from growlm.training.recalling import remember, token_documents
 from growlm.units import parse_count
 
-LENGTH, BATCH = 256, 4
 
-
-class Adapters:
+class Adapters(OnPublished):
     """One base and the adapters that were trained on it."""
-
-    def __init__(self, a: argparse.Namespace) -> None:
-        self.a = a
-        self.tokenizer = load_tokenizer(a.base)
-
-    @cached_property
-    def base(self) -> Base:
-        return Base(load_model(self.a.base, "float32"), str(self.a.base))
-
-    def documents(self, domain: str, split: str) -> list[text_data.Document]:
-        return text_data.read([self.a.data / domain / f"{split}.txt"], separator="\n\n").documents
-
-    def passages(self, domain: str, split: str, tokens: int) -> list[text_data.Passage]:
-        found = text_data.passages(self.documents(domain, split), self.tokenizer, LENGTH)
-        return beginnings(found, tokens, 0)
 
     def adapter(self, domain: str, seed: int, rate: float | str) -> Path:
         """The folder of a trained adapter: its tensors, and how it was trained."""

@@ -8,7 +8,7 @@ yet with attention patterns and features that already fit the base.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 import torch
@@ -62,12 +62,7 @@ class Blocks(KnowledgeModule):
         return super().restore(base, config, tensors, where)
 
     def extend(self, layers: Sequence[LayerToRun]) -> list[LayerToRun]:
-        extended: list[LayerToRun] = []
-        start = 0
-        for layer, pattern, after in zip(self.layers, self._patterns, self.config.after, strict=True):
-            extended += [*layers[start:after], LayerToRun(layer, pattern)]
-            start = after
-        return [*extended, *layers[start:]]
+        return between(layers, self.layers, self._patterns, self.config.after)
 
     def cache_slots(self, base: Base) -> int:
         return base.num_layers + len(self.layers)
@@ -87,3 +82,15 @@ class Blocks(KnowledgeModule):
                 setattr(extended, name, [setting[i] for i in order])
         extended.num_hidden_layers = len(order)
         return extended
+
+
+def between(
+    layers: Sequence[LayerToRun], new: Iterable[nn.Module], patterns: Sequence[Any], after: Sequence[int]
+) -> list[LayerToRun]:
+    """All layers to run: new layer i, which attends in `patterns[i]`, where `after[i]` of the others have run."""
+    extended: list[LayerToRun] = []
+    start = 0
+    for layer, pattern, place in zip(new, patterns, after, strict=True):
+        extended += [*layers[start:place], LayerToRun(layer, pattern)]
+        start = place
+    return [*extended, *layers[start:]]

@@ -1,0 +1,34 @@
+"""A published base and the text of domains, as benchmarks on it read them: a folder a domain, with train, valid and
+test.txt, documents between blank lines."""
+
+from __future__ import annotations
+
+import argparse
+from functools import cached_property
+
+from growlm import data as text_data
+from growlm.base import Base
+from growlm.base.checkpoint import load_model, load_tokenizer
+from growlm.training.corpus import beginnings
+
+LENGTH, BATCH = 256, 4
+
+
+class OnPublished:
+    """Takes the arguments `data` and `base`, folders both."""
+
+    def __init__(self, a: argparse.Namespace) -> None:
+        self.a = a
+        self.tokenizer = load_tokenizer(a.base)
+
+    @cached_property
+    def base(self) -> Base:
+        return Base(load_model(self.a.base, "float32"), str(self.a.base))
+
+    def documents(self, domain: str, split: str) -> list[text_data.Document]:
+        return text_data.read([self.a.data / domain / f"{split}.txt"], separator="\n\n").documents
+
+    def passages(self, domain: str, split: str, tokens: int) -> list[text_data.Passage]:
+        """So many tokens of a split, in beginnings of passages."""
+        found = text_data.passages(self.documents(domain, split), self.tokenizer, LENGTH)
+        return beginnings(found, tokens, 0)
