@@ -60,9 +60,19 @@ class Baseline:
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
 
-    def learn(self, documents: Sequence[text_data.Document], config: TrainConfig, folder: Path, title: str) -> float:
-        """Trains on documents and returns the seconds it took. A run that was killed goes on from `folder`."""
-        packed = text_data.pack(documents, self.tokenizer, config.sequence_length, max_tokens=config.max_tokens)
+    def learn(
+        self,
+        text: Sequence[text_data.Document] | text_data.PackedTokens,
+        config: TrainConfig,
+        folder: Path,
+        title: str,
+    ) -> float:
+        """Trains on documents, or on rows that are packed already, and returns the seconds it took. A run that was
+        killed goes on from `folder`."""
+        if isinstance(text, text_data.PackedTokens):
+            packed = text
+        else:
+            packed = text_data.pack(text, self.tokenizer, config.sequence_length, max_tokens=config.max_tokens)
         wanted = config.rows_wanted(len(packed))
         order = text_data.schedule(len(packed), config.batch_size, wanted=wanted, seed=config.seed)
         dtype = Placement.of("cpu", config.precision).dtype

@@ -1,0 +1,139 @@
+"""All of a published base trained on a domain, beside the adapter and its memory: what it learns and what it forgets.
+
+Of every domain a copy of the base trains on the rows that its adapter was trained on (`benchmarks.quality.recall`),
+once, at each rate; the rate is chosen on the domain's valid text. Told are the loss on the test text, where the
+adapter's and that of the adapter with its memory stand beside it as ratios of perplexity, and the loss on text of
+another kind, which the base itself still has wherever growlm is asked about it. A cell is a file in OUT, so that a run
+that was stopped goes on.
+
+python -m benchmarks.quality.finetuned --data DIR --base CHECKPOINT --adapters recall/ --out finetuned/
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+from benchmarks.lib.baselines import Baseline
+from benchmarks.lib.common import kept, machine, slug
+from benchmarks.lib.domains import DOMAINS, GENERAL
+from benchmarks.lib.published import BATCH, LENGTH
+from benchmarks.quality.recall import Adapters
+from growlm import data as text_data
+from growlm.training.config import AUTO, TrainConfig
+from growlm.units import parse_count
+
+BESIDE = ("lora", "lora+recall, rows", "lora+recall, whole")
+
+
+class Finetuned:
+    """Cells of one base, computed or read."""
+
+    def __init__(self, a: argparse.Namespace) -> None:
+        self.a = a
+        self.adapters = Adapters(a)
+
+    def untouched(self) -> float:
+        """Loss of the base on the text of another kind."""
+
+        def loss() -> float:
+            return Baseline(self.adapters.base.model, self.adapters.tokenizer).loss(self._general())
+
+        return kept(self.a.out, slug("base", self.a.general), loss)
+
+    def cell(self, domain: str, rate: float) -> dict[str, Any]:
+        return kept(self.a.out, slug(domain, self.a.seed, rate), lambda: self._trained(domain, rate))
+
+    def beside(self, domain: str) -> dict[str, Any]:
+        """What the adapter of the same rows was measured at."""
+        path = self.a.adapters / "cells" / f"{slug(domain, self.a.seed, self.a.adapter_rate)}.json"
+        if not path.exists():
+            raise SystemExit(f"{path}: is not there; measure the adapter with benchmarks.quality.recall first")
+        return json.loads(path.read_text())
+
+    def _trained(self, domain: str, rate: float) -> dict[str, Any]:
+        adapters, a = self.adapters, self.a
+        folder = a.adapters / "adapters" / slug(domain, a.seed, a.adapter_rate)
+        drawn = json.loads((folder / "training.json").read_text())["rows"]
+        packed = text_data.pack(adapters.documents(domain, "train"), adapters.tokenizer, LENGTH, max_tokens=a.text)
+        rows = text_data.PackedTokens(packed.tokens[drawn])
+        config = TrainConfig(
+            tokens=len(drawn) * LENGTH,
+            sequence_length=LENGTH,
+            batch_size=BATCH,
+            learning_rate=rate,
+            seed=a.seed,
+            precision="float32",
+            device="cpu",
+            checkpoint_seconds=300,  # of 1.6 gigabytes
+        )
+        work = a.out / "runs" / slug(domain, a.seed, rate)
+        model = Baseline(adapters.base.model, adapters.tokenizer)
+        seconds = model.learn(rows, config, work, f"{domain}, {rate:g}")
+        found = {
+            split: model.loss([p.tokens for p in adapters.passages(domain, split, tokens)])
+            for split, tokens in (("valid", a.valid_tokens), ("test", a.test_tokens))
+        }
+        shutil.rmtree(work, ignore_errors=True)
+        return {"rate": rate, **found, "general": model.loss(self._general()), "seconds": seconds}
+
+    def _general(self) -> list[Any]:
+        return [p.tokens for p in self.adapters.passages(self.a.general, "test", self.a.general_tokens)]
+
+
+def table(rows: dict[str, tuple[dict[str, Any], dict[str, Any]]], general: float) -> list[str]:
+    """Of each domain the best cell and what stands beside it; ratios are of perplexity, over the finetuned model's."""
+    ratios: dict[str, list[float]] = {name: [] for name in BESIDE}
+    lines = [
+        "| domain | base | finetuned (rate) | " + " | ".join(f"{name}, over finetuned" for name in BESIDE)
+        + f" | finetuned, other text (base {general:.3f}) | s |",
+        "|---|---:|---:|" + "---:|" * (len(BESIDE) + 2),
+    ]  # fmt: skip
+    for domain, (best, beside) in rows.items():
+        labels = sum(beside["labels"])
+        parts = []
+        for name in BESIDE:
+            ratios[name].append(math.exp(sum(beside[name]) / labels - best["test"]))
+            parts.append(f"{sum(beside[name]) / labels:.3f}, {ratios[name][-1]:.3f}")
+        lines.append(
+            f"| {domain} | {sum(beside['base']) / labels:.3f} | {best['test']:.3f} ({best['rate']:g}) | "
+            + " | ".join(parts)
+            + f" | {best['general']:.3f} ({best['general'] - general:+.3f}) | {best['seconds']:.0f} |"
+        )
+    means = [f"{math.exp(sum(map(math.log, values)) / len(values)):.3f}" for values in ratios.values()]
+    return [*lines, "| geometric mean | | | " + " | ".join(means) + " | | |"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="a folder a domain, with train, valid and test.txt")
+    parser.add_argument("--base", type=Path, required=True, help="a checkpoint, as growlm convert makes one")
+    parser.add_argument("--adapters", type=Path, required=True, help="what benchmarks.quality.recall left")
+    parser.add_argument("--out", type=Path, required=True, help="where results are kept")
+    parser.add_argument("--domains", nargs="+", default=DOMAINS)
+    parser.add_argument("--rates", nargs="+", type=float, default=[1e-4, 2e-4, 4e-4])
+    parser.add_argument("--adapter-rate", default=AUTO, help="of the adapters, as they were trained")
+    parser.add_argument("--general", default=GENERAL, help="folder of text of another kind")
+    parser.add_argument("--general-tokens", type=parse_count, default=5_000)
+    parser.add_argument("--text", type=parse_count, default=400_000, help="as the adapters had")
+    parser.add_argument("--valid-tokens", type=parse_count, default=4_000)
+    parser.add_argument("--test-tokens", type=parse_count, default=8_000)
+    parser.add_argument("--seed", type=int, default=0)
+    a = parser.parse_args()
+    a.out.mkdir(parents=True, exist_ok=True)
+    bench = Finetuned(a)
+    print(machine())
+    general, rows = bench.untouched(), {}
+    for domain in a.domains:
+        beside = bench.beside(domain)
+        best = min((bench.cell(domain, rate) for rate in a.rates), key=lambda cell: cell["valid"])
+        rows[domain] = (best, beside)
+    print("\n".join(table(rows, general)))
+
+
+if __name__ == "__main__":
+    main()
