@@ -24,6 +24,7 @@ from benchmarks.lib.domains import DOMAINS, GENERAL
 from benchmarks.lib.published import BATCH, LENGTH
 from benchmarks.quality.recall import Adapters
 from growlm import data as text_data
+from growlm.base.checkpoint import save_model
 from growlm.training.config import AUTO, TrainConfig
 from growlm.units import parse_count
 
@@ -74,6 +75,8 @@ class Finetuned:
         work = a.out / "runs" / slug(domain, a.seed, rate)
         model = Baseline(adapters.base.model, adapters.tokenizer)
         seconds = model.learn(rows, config, work, f"{domain}, {rate:g}")
+        if a.keep:
+            save_model(model.model, a.out / "models" / slug(domain, a.seed, rate))
         found = {
             split: model.loss([p.tokens for p in adapters.passages(domain, split, tokens)])
             for split, tokens in (("valid", a.valid_tokens), ("test", a.test_tokens))
@@ -116,6 +119,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="where results are kept")
     parser.add_argument("--domains", nargs="+", default=DOMAINS)
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-4, 2e-4, 4e-4])
+    parser.add_argument("--keep", action="store_true", help="the models too, for benchmarks.quality.questions")
     parser.add_argument("--adapter-rate", default=AUTO, help="of the adapters, as they were trained")
     parser.add_argument("--general", default=GENERAL, help="folder of text of another kind")
     parser.add_argument("--general-tokens", type=parse_count, default=5_000)

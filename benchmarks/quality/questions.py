@@ -8,6 +8,7 @@ answer is chosen by its log-probability a byte: answers to one question differ i
 ones; the sum is told beside it. A way is any of these, joined with +, or `base`:
 
     lora                     the adapter
+    finetuned                all of the base trained on the adapter's rows (`benchmarks.quality.finetuned --keep`)
     recall, recall-rows      a memory of the whole text, or of the rows that the adapter was trained on
     bm25-N, embedding-N      the N passages of the whole text that are nearest to the question put before it, the
                              nearest last
@@ -40,7 +41,8 @@ from benchmarks.lib.published import LENGTH
 from benchmarks.lib.retrieval import Bm25, Embedding, Encoder, Index, cut
 from benchmarks.quality.recall import Adapters
 from growlm import data as text_data
-from growlm.base.checkpoint import fingerprint
+from growlm.base import Base
+from growlm.base.checkpoint import fingerprint, load_model
 from growlm.disk.tensors import read_tensors
 from growlm.layers.recall import FEATURES, LEVELS
 from growlm.modules import KnowledgeModule, ModuleSet, kind_of
@@ -53,7 +55,7 @@ from growlm.units import format_size, parse_count
 ASKED = ("medical_qa",)  # domains that are questions and answers by themselves
 WAYS = [
     "base", "lora", "recall", "recall-rows", "lora+recall", "lora+recall-rows", "bm25-1", "bm25-3", "embedding-1",
-    "embedding-3", "lora+bm25-1", "recall+bm25-1",
+    "embedding-3", "lora+bm25-1", "recall+bm25-1", "finetuned",
 ]  # fmt: skip
 CONTEXT = 96  # tokens before an answer, at the most
 PASSAGE = 100  # tokens of a passage that is found
@@ -149,12 +151,17 @@ class Domain:
         parts = [part for part in way.split("+") if part != "base"]
         retrieved = [part for part in parts if "-" in part and part != "recall-rows"]
         with reporting(f"{self.name}, {way}"):
-            module, made = self._module(frozenset(p for p in parts if p not in retrieved))
-            modules = ModuleSet(self.adapters.base, [] if module is None else [module])
+            module, made = self._module(frozenset(p for p in parts if p not in (*retrieved, "finetuned")))
+            base, size = self.adapters.base, 0
+            if "finetuned" in parts:
+                base, spent = self._finetuned()
+                made, size = {**made, "finetuned": spent}, base.num_bytes()
+            modules = ModuleSet(base, [] if module is None else [module])
             index, count = (None, 0) if not retrieved else self._retriever(*retrieved)
             asked = track(self.questions, "answering", "questions", total=len(self.questions))
             answers = [self._answer(modules, question, index, count) for question in asked]
         sizes = _sizes(module)
+        sizes["module"] += size
         if index is not None:
             text = sum(len(self._decoded(ids).encode()) for ids in self.passages)
             sizes = {
@@ -185,6 +192,15 @@ class Domain:
             found,
             time.perf_counter() - start,
         )
+
+    def _finetuned(self) -> tuple[Base, float]:
+        """The one that was best on held-out text, and the seconds that it trained."""
+        cells = [json.loads(p.read_text()) for p in (self.a.finetuned / "results").glob(f"{self.name}-{self.a.seed}-*")]
+        if not cells:
+            raise SystemExit(f"{self.a.finetuned}: holds no finetuned model of {self.name}; leave `finetuned` out")
+        best = min(cells, key=lambda cell: cell["valid"])
+        folder = self.a.finetuned / "models" / slug(self.name, self.a.seed, best["rate"])
+        return Base(load_model(folder, "float32"), str(folder)), best["seconds"]
 
     def _module(self, parts: frozenset[str]) -> tuple[KnowledgeModule | None, dict[str, Any]]:
         """The module that has these parts, if any, and how it was made; made once."""
@@ -355,6 +371,7 @@ def main() -> None:
     parser.add_argument(
         "--encoder", type=Path, help="a sentence encoder (BERT, mean of its states); without, no embedding"
     )
+    parser.add_argument("--finetuned", type=Path, help="what benchmarks.quality.finetuned left; without, none of it")
     parser.add_argument("--domains", nargs="+", default=DOMAINS)
     parser.add_argument("--ways", nargs="+", default=WAYS)
     parser.add_argument("--questions", type=int, default=200, help="a domain")
@@ -363,7 +380,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the questions, and of the adapters")
     parser.add_argument("--rate", default=AUTO, help="of the adapters, as they were trained")
     a = parser.parse_args()
-    given = {"lora": a.adapters, "rows": a.adapters, "embedding": a.encoder}
+    given = {"lora": a.adapters, "rows": a.adapters, "embedding": a.encoder, "finetuned": a.finetuned}
     ways = [way for way in a.ways if all(there for name, there in given.items() if name in way)]
     names = ("text", "questions", "seed", "rate")
     settings = {"base": fingerprint(a.base), "rows": bool(a.adapters), **{name: getattr(a, name) for name in names}}
