@@ -1,131 +1,79 @@
-"""Rows in training: documents kept apart, and segments that read the history of those before them."""
+"""Segments: a pass over new tokens of several texts computes what each text's own pass computes, in every family."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from growlm.base import Base
-from growlm.errors import ConfigError
-from growlm.model import GrowlmConfig, GrowlmForCausalLM
-from growlm.training.segments import check_segments, document_ids, final_states
-from tiny import make_model
+from growlm.base.cache import KVCache
+from growlm.base.segments import Segment
+from tiny import FAMILIES, make_base, random_ids
 
-END = 0
+pytestmark = pytest.mark.usefixtures("one_thread")
 
-
-def base_of(**changes: Any) -> Base:
-    torch.manual_seed(0)
-    sizes = {
-        "vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12,
-        "num_experts": 4, "router_size": 8, "history_length": 64,
-    }  # fmt: skip
-    return Base(GrowlmForCausalLM(GrowlmConfig(**{**sizes, **changes})), "the model", freeze=False)
+BASES: dict[str, Base] = {}
 
 
-def row(tokens: int = 24, seed: int = 0) -> torch.Tensor:
-    return torch.randint(1, 61, (2, tokens), generator=torch.Generator().manual_seed(seed))
+def base_of(family: str) -> Base:
+    if family not in BASES:
+        BASES[family] = make_base(family)
+    return BASES[family]
 
 
-def test_an_end_of_text_belongs_to_the_document_that_it_ends():
-    ids = torch.tensor([[5, 6, END, 7, END, END, 8]])
-    assert document_ids(ids, END).tolist() == [[0, 0, 0, 1, 1, 2, 3]]
+def alone(base: Base, ids: torch.Tensor, past: int, cache: KVCache) -> torch.Tensor:
+    """States (1, n, d) of a text's new tokens after `past` others, in a pass of its own."""
+    hidden, shared = base.begin(ids, past=past, cache=cache)
+    return base.run(base.embed_positions(hidden, shared.positions), base.layers_to_run(), shared)
 
 
-@pytest.mark.parametrize("attention", ["stickbreaking", "softmax"])
-def test_documents_of_a_row_do_not_see_each_other(attention):
-    base = base_of(attention=attention)
-    ids = row()
-    ids[:, 9] = END
-    apart, _ = final_states(base, ids, documents=document_ids(ids, END))
-    torch.testing.assert_close(apart[:, 10:], final_states(base, ids[:, 10:])[0], rtol=1e-4, atol=1e-5)
-    together, _ = final_states(base, ids)
-    assert not torch.allclose(apart[:, 10:], together[:, 10:])
+def together(base: Base, news: list[torch.Tensor], pasts: list[int], caches: list[KVCache]) -> list[torch.Tensor]:
+    segments = [Segment(ids.shape[1], past, cache) for ids, past, cache in zip(news, pasts, caches, strict=True)]
+    hidden = base.embedding(torch.cat(news, dim=1))
+    shared = base.pass_of_segments(hidden, segments)
+    hidden = base.run(base.embed_positions(hidden, shared.positions), base.layers_to_run(), shared)
+    return list(hidden.split([s.tokens for s in segments], dim=1))
 
 
-@pytest.mark.parametrize("segment", [5, 8, 23])
-def test_segments_of_one_layer_read_what_a_whole_row_does(segment):
-    base, ids = base_of(num_hidden_layers=1), row()
-    whole, _ = final_states(base, ids)
-    torch.testing.assert_close(final_states(base, ids, segment_length=segment)[0], whole, rtol=1e-4, atol=1e-5)
+@torch.no_grad()
+def check(base: Base, pieces: list[list[int]]) -> None:
+    """Each text's tokens in pieces of these sizes, all texts' first pieces in one pass, then their second ones."""
+    texts = [random_ids(1, sum(sizes), seed=number) for number, sizes in enumerate(pieces)]
+    caches, own = ([KVCache(base.num_layers) for _ in pieces] for _ in range(2))
+    for turn in range(max(map(len, pieces))):
+        now = [number for number, sizes in enumerate(pieces) if turn < len(sizes)]
+        pasts = [sum(pieces[number][:turn]) for number in now]
+        news = [texts[n][:, past : past + pieces[n][turn]] for n, past in zip(now, pasts, strict=True)]
+        found = together(base, news, pasts, [caches[n] for n in now])
+        for number, past, ids, states in zip(now, pasts, news, found, strict=True):
+            torch.testing.assert_close(states, alone(base, ids, past, own[number]), rtol=1e-4, atol=1e-5)
+    for cache, expected in zip(caches, own, strict=True):
+        for slot, other in zip(cache.layers, expected.layers, strict=True):
+            assert slot.keys.shape == other.keys.shape
+            torch.testing.assert_close(slot.keys, other.keys, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(slot.values, other.values, rtol=1e-4, atol=1e-5)
 
 
-def test_a_history_reaches_back_no_further_than_the_config_says():
-    base, ids = base_of(num_hidden_layers=1, history_length=4), row()
-    other = ids.clone()
-    other[:, :8] = row(seed=1)[:, :8]  # farther back than four tokens from the segment at 12
-    at = [final_states(base, x, segment_length=12)[0][:, 12:] for x in (ids, other)]
-    assert torch.equal(*at)
-    other[:, 8:12] = row(seed=1)[:, 8:12]
-    assert not torch.equal(at[0], final_states(base, other, segment_length=12)[0][:, 12:])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_texts_in_one_pass_are_read_as_each_alone(family):
+    # Windows of 12: some texts are within it, some pass it, in the middle of a piece and with a single token.
+    check(base_of(family), [[5, 1, 1, 9], [17, 1, 1], [1, 1], [3, 20, 1, 1], [12, 1]])
 
 
-def test_no_gradient_flows_into_the_segment_before():
-    base, ids = base_of(), row()
-    ids[:, :12] = ids[:, :12] % 30 + 1
-    ids[:, 12:] = ids[:, 12:] % 30 + 31
-    states, _ = final_states(base, ids, segment_length=12)
-    states[:, 12:].square().sum().backward()
-    rows = base.embedding.weight.grad.abs().sum(-1).nonzero().flatten()
-    assert rows.min() >= 31
+@pytest.mark.parametrize("family", ["llama", "growlm"])
+@given(pieces=st.lists(st.lists(st.integers(1, 8), min_size=1, max_size=4), min_size=1, max_size=5))
+@settings(max_examples=15, deadline=None)
+def test_any_texts_in_any_pieces_are_read_as_each_alone(family, pieces):
+    check(base_of(family), pieces)
 
 
-def test_segments_keep_documents_apart():
-    base, ids = base_of(), row()
-    ids[:, 9] = END
-    documents = document_ids(ids, END)
-    other = ids.clone()
-    other[:, :9] = row(seed=1)[:, :9]
-    kept = [final_states(base, x, documents=documents, segment_length=7)[0][:, 10:] for x in (ids, other)]
-    assert torch.equal(*kept)
-
-
-def test_the_auxiliary_loss_is_the_segments_mean_by_length():
-    base, ids = base_of(num_hidden_layers=1), row(24)
-    _, found = final_states(base, ids, segment_length=18)
-    # One layer's router sees the same inputs whether a row is cut or not.
-    out = base.decoder(ids, output_routings=True, use_cache=False)
-    (routing,) = out.routings
-    parts = []
-    for keep in (slice(0, 18), slice(18, 24)):
-        counted = torch.zeros(2, 24)
-        counted[:, keep] = 1
-        parts.append(base.model.auxiliary_loss((routing,), counted.flatten()))
-    assert found is not None
-    torch.testing.assert_close(found, 0.75 * parts[0] + 0.25 * parts[1], rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("changes", "options", "message"),
-    [
-        ({}, {"segment_length": 32}, "segment_length is 32; it must be less than sequence_length, 32"),
-        ({"history_length": 0}, {"segment_length": 8}, "the model: history_length is 0"),
-        ({"attention": ["softmax", "stickbreaking"]}, {"segment_length": 8}, "stick-breaking attention in all layers"),
-    ],
-)
-def test_segments_that_cannot_be_are_refused(changes, options, message):
-    with pytest.raises(ConfigError, match=message):
-        check_segments(base_of(**changes), 32, separate_documents=False, **options)
-
-
-@pytest.mark.parametrize(
-    ("options", "name"),
-    [
-        ({"separate_documents": True, "segment_length": None}, "separate_documents"),
-        ({"separate_documents": False, "segment_length": 8}, "segment_length"),
-    ],
-)
-def test_other_families_are_refused_by_name(options, name):
-    with pytest.raises(ConfigError, match=f"{name} is for growlm models.* a llama"):
-        check_segments(Base(make_model("llama"), "the base"), 32, **options)
-
-
-def test_gradient_checkpointing_would_drop_the_history_and_is_refused():
-    base = base_of()
-    enable = getattr(base.model, "activation_checkpointing_enable", None) or base.model.gradient_checkpointing_enable
-    enable()
-    base.model.train()
-    with pytest.raises(ConfigError, match="which gradient checkpointing drops"):
-        final_states(base, row(), segment_length=12)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_base_whose_segments_were_told_apart_computes_what_it_did(family):
+    base, ids = make_base(family), random_ids(2, 15)
+    with torch.no_grad():
+        before, model_before = base.logits(ids), base.model(ids).logits
+        together(base, [ids[:1]], [0], [KVCache(base.num_layers)])
+        assert torch.equal(base.logits(ids), before)
+        assert torch.equal(base.model(ids).logits, model_before)

@@ -301,8 +301,8 @@ class Delta(_OnText):
     def extend(self, layers: Sequence[LayerToRun]) -> list[LayerToRun]:
         changed = list(layers)
         for (index, path), difference in zip(self._places, self.differences, strict=True):
-            layer, attention = changed[index]
-            changed[index] = LayerToRun(_with(layer, path.split("."), difference), attention)
+            layer = changed[index].layer
+            changed[index] = changed[index]._replace(layer=_with(layer, path.split("."), difference))
         return changed
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from growlm.base.anatomy import Anatomy, anatomy_of
 from growlm.base.calls import LayerCall
+from growlm.base.segments import Segment, SegmentCache, SegmentMask, tell_segments_apart
 from growlm.base.sizes import tensor_bytes
 from growlm.errors import DataError
 
@@ -32,6 +33,7 @@ class LayerToRun(NamedTuple):
 
     layer: nn.Module
     attention: str  # "full_attention" or "sliding_attention"
+    number: int | None = None  # which of the base's layers it is, be it changed; None for one beside them
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Pass:
     """What every layer of one forward pass shares."""
 
     positions: Tensor  # (b or 1, t)
-    masks: dict[str, Tensor | None]  # per attention pattern: (b, 1, t, s), or None for plain causal
+    masks: dict[str, Tensor | SegmentMask | None]  # per attention pattern: (b, 1, t, s), or None for plain causal
     rotary: dict[str, tuple[Tensor, Tensor] | None]  # per attention pattern: cosines and sines, where there are any
     cache: Cache | None
 
@@ -49,7 +51,7 @@ class Pass:
         Args:
             of: what takes these rows out of a tensor (b, ...), and leaves one alone that all rows share, (1, ...).
         """
-        masks = {pattern: None if mask is None else of(mask) for pattern, mask in self.masks.items()}
+        masks = {pattern: of(mask) if isinstance(mask, Tensor) else mask for pattern, mask in self.masks.items()}
         rotary = {p: None if turned is None else (of(turned[0]), of(turned[1])) for p, turned in self.rotary.items()}
         return Pass(of(self.positions), masks, rotary, cache)
 
@@ -169,7 +171,7 @@ class Base:
     def layers_to_run(self, start: int = 0, stop: int | None = None) -> list[LayerToRun]:
         """The base's own layers from `start` up to `stop`."""
         stop = self.num_layers if stop is None else stop
-        return [LayerToRun(self.layers[i], self.attention_pattern(i)) for i in range(start, stop)]
+        return [LayerToRun(self.layers[i], self.attention_pattern(i), i) for i in range(start, stop)]
 
     def begin(
         self,
@@ -206,7 +208,21 @@ class Base:
         cache: Cache | None = None,
     ) -> Pass:
         """The pass for hidden states (b, t, d) that already exist, at `positions` (b or 1, t)."""
-        masks = {p: self._mask(p, hidden, past=past, visible=visible) for p in self._patterns}
+        masks: dict[str, Tensor | SegmentMask | None] = {
+            pattern: self._mask(pattern, hidden, hidden.shape[1], past, visible) for pattern in self._patterns
+        }
+        return Pass(positions, masks, self._rotary(hidden, positions), cache)
+
+    def pass_of_segments(self, hidden: Tensor, segments: Sequence[Segment]) -> Pass:
+        """The pass for hidden states (1, t, d) of several texts' new tokens, one text after another; each sees its own
+        keys and values, which grow by its tokens."""
+        tell_segments_apart(self.config)
+        places = [torch.arange(s.past, s.past + s.tokens, device=hidden.device) for s in segments]
+        positions, cache = torch.cat(places)[None], SegmentCache(segments)
+        masks: dict[str, Tensor | SegmentMask | None] = {
+            pattern: SegmentMask(cache, tuple(self._mask(pattern, hidden, s.tokens, s.past, None) for s in segments))
+            for pattern in self._patterns
+        }
         return Pass(positions, masks, self._rotary(hidden, positions), cache)
 
     def embed_positions(self, hidden: Tensor, positions: Tensor) -> Tensor:
@@ -226,7 +242,7 @@ class Base:
             )
             for pattern, turned in shared.rotary.items()
         }
-        for layer, attention in layers:
+        for layer, attention, _ in layers:
             hidden = layer(hidden, attention_mask=shared.masks[attention], **arguments[attention])
         return hidden
 
@@ -253,10 +269,9 @@ class Base:
             return {pattern: turn(hidden, position_ids=positions, layer_type=pattern) for pattern in self._patterns}
         return dict.fromkeys(self._patterns, turn(hidden, position_ids=positions))
 
-    def _mask(self, pattern: str, hidden: Tensor, *, past: int, visible: Tensor | None) -> Tensor | None:
+    def _mask(self, pattern: str, hidden: Tensor, num_new: int, past: int, visible: Tensor | None) -> Tensor | None:
         if self.anatomy.masks_padding_only:
             return None if visible is None else visible[:, None, None].bool()
-        num_new = hidden.shape[1]
         total = past + num_new
         window = self._window if pattern == "sliding_attention" and self._window else total + 1
         windowed = total >= window

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from growlm.layers.around import Around
 from growlm.layers.experts import AttentionExperts, SparseFeedForward
 from growlm.layers.grouped import Dispatch, GroupedLinear, grouped_product
 from growlm.layers.routing import ExpertRouter, Routing
@@ -129,15 +130,19 @@ class AttentionUnion(_Union):
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
 
-class Beside(nn.Module):
+class Beside(Around):
     """A dense feed-forward, always on, plus routed experts: `frozen(x) + sum over new of new(x)`."""
 
     def __init__(self, frozen: nn.Module, new: Sequence[SparseFeedForward]) -> None:
         super().__init__()
         self._frozen, self.new = (frozen,), tuple(new)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        out = self._frozen[0](hidden)
+    @property
+    def frozen(self) -> nn.Module:
+        return self._frozen[0]
+
+    def finish(self, hidden: Tensor, plain: Tensor | None) -> Tensor:
+        assert plain is not None
         for part in self.new:
-            out = out + part(hidden)[0]
-        return out
+            plain = plain + part(hidden)[0]
+        return plain

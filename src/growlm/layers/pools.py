@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
+from growlm.layers.around import Around
 from growlm.layers.collecting import Collector
 
 _errors: Collector[Tensor] = Collector("imitation")
@@ -24,7 +25,7 @@ def imitation() -> AbstractContextManager[list[Tensor]]:
     return _errors.open()
 
 
-class WithPools(nn.Module):
+class WithPools(Around):
     """Called as the feed-forward (..., d) -> (..., d) that it stands for.
 
     Args:
@@ -37,12 +38,18 @@ class WithPools(nn.Module):
         super().__init__()
         self._frozen, self._beside, self._instead = (frozen,), tuple(beside), tuple(instead)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        imitating = _errors.is_open
-        if not self._instead or imitating:
-            out = self._frozen[0](hidden)
-            out = out[0] if isinstance(out, tuple) else out  # routed experts give their routing as well
-            for pool in self._instead if imitating else ():
+    @property
+    def frozen(self) -> nn.Module:
+        return self._frozen[0]
+
+    @property
+    def reads_frozen(self) -> bool:
+        return not self._instead or _errors.is_open
+
+    def finish(self, hidden: Tensor, plain: Tensor | None) -> Tensor:
+        if plain is not None:
+            out = plain
+            for pool in self._instead if _errors.is_open else ():
                 _errors.add(_error(pool(hidden.detach()), out.detach()))
         else:
             out = self._instead[0](hidden)

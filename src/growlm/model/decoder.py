@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from growlm.base.parts import ACT2FN, GradientCheckpointingLayer, LlamaRMSNorm, apply_rotary_pos_emb
+from growlm.base.segments import SegmentMask
 from growlm.layers.experts import AttentionExperts, SparseFeedForward
 from growlm.layers.peer import PEER, ProductKeyMemory
 from growlm.layers.stickbreaking import check_shapes, stickbreaking_attention
@@ -82,18 +83,19 @@ class GrowlmAttention(nn.Module):
         self,
         hidden: Tensor,
         *,
-        mask: Tensor | None = None,
+        mask: Tensor | SegmentMask | None = None,
         documents: Tensor | None = None,
         cache: Any = None,
         rotary: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Decision | None]:
         """
         Args:
-            mask: broadcastable to (b, 1, t, s), False where a key is not to be seen; or to be added, below zero there.
+            mask: broadcastable to (b, 1, t, s), False where a key is not to be seen; or to be added, below zero there;
+                or which tokens are of one text, where b is 1.
             documents: (b, s); attention stays within a document.
             rotary: cosines and sines, for softmax attention.
         """
-        if mask is not None and mask.dtype != torch.bool:
+        if isinstance(mask, Tensor) and mask.dtype != torch.bool:
             mask = mask >= 0
         b, t, _ = hidden.shape
         key = self._split(hidden if self.k_proj is None else self.k_proj(hidden))
@@ -115,11 +117,12 @@ class GrowlmAttention(nn.Module):
             query, key = apply_rotary_pos_emb(query, key, *rotary)
         if cache is not None:
             key, value = _joined(cache, key, value, self.layer_idx)
-            mask = None if mask is None else mask[..., : key.shape[2]]
-        if self.kind == "softmax":
-            out = softmax_attention(query, key, value, mask=mask, documents=documents)
+            mask = mask[..., : key.shape[2]] if isinstance(mask, Tensor) else mask
+        attention = softmax_attention if self.kind == "softmax" else stickbreaking_attention
+        if isinstance(mask, SegmentMask):
+            out = mask.attend(query, lambda query, key, value, _: attention(query, key, value), dim=2)
         else:
-            out = stickbreaking_attention(query, key, value, mask=mask, documents=documents)
+            out = attention(query, key, value, mask=mask, documents=documents)
         out = out.view(b, self.kv_heads, inner[0], inner[2], t, self.head_dim).permute(0, 4, 2, 1, 3, 5)
         if self.experts is None:
             return self.o_proj(out.reshape(b, t, -1)), None
@@ -239,7 +242,7 @@ class GrowlmDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | SegmentMask | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
         use_cache: bool = False,

@@ -90,7 +90,7 @@ class Experts(KnowledgeModule):
     def extend(self, layers: Sequence[LayerToRun]) -> list[LayerToRun]:
         first = self.config.first_layer
         changed = [
-            LayerToRun(_with(run.layer, part, self._anatomy), run.attention)
+            run._replace(layer=_with(run.layer, part, self._anatomy))
             for run, part in zip(layers[first:], self.layers, strict=True)
         ]
         return [*layers[:first], *changed]

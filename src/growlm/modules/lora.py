@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from growlm.base import Base, LayerToRun
 from growlm.errors import ConfigError, setting
+from growlm.layers.around import Around
 from growlm.modules.contract import KnowledgeModule
 from growlm.modules.shapes import LoraConfig, is_called
 from growlm.modules.vocabulary import VocabularyRows
@@ -76,7 +77,7 @@ class Adapter(nn.Module):
         return self._found[2]
 
 
-class _Adapted(nn.Module):
+class _Adapted(Around):
     """A base's matrix, which stays as it is, with what modules add to it."""
 
     def __init__(self, inner: nn.Module, adapters: Sequence[Adapter]) -> None:
@@ -91,15 +92,19 @@ class _Adapted(nn.Module):
     def bias(self) -> Tensor | None:
         return self.inner.bias  # type: ignore[return-value]
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.inner(x)
-        weight, total = matrix_of(self.inner), out
+    @property
+    def frozen(self) -> nn.Module:
+        return self.inner
+
+    def finish(self, hidden: Tensor, plain: Tensor | None) -> Tensor:
+        assert plain is not None
+        weight, total = matrix_of(self.inner), plain
         for adapter in self.adapters:
             assert isinstance(adapter, Adapter)
-            plain = out
+            without_bias = plain
             if adapter.magnitude is not None and self.bias is not None:
-                plain = F.linear(x, weight)
-            total = total + adapter.difference(x, plain, weight)
+                without_bias = F.linear(hidden, weight)
+            total = total + adapter.difference(hidden, without_bias, weight)
         return total
 
 
@@ -144,11 +149,11 @@ class Lora(KnowledgeModule):
     def extend(self, layers: Sequence[LayerToRun]) -> list[LayerToRun]:
         changed = list(layers)
         for name, inside in self.layers.items():
-            layer, attention = changed[int(name)]
+            layer = changed[int(name)].layer
             for path, part in inside.named_modules():
                 if isinstance(part, Adapter):
                     layer = _with(layer, path.split("."), part)
-            changed[int(name)] = LayerToRun(layer, attention)
+            changed[int(name)] = changed[int(name)]._replace(layer=layer)
         return changed
 
     @torch.no_grad()

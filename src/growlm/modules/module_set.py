@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
-from growlm.base import Base
+from growlm.base import Base, LayerToRun
 from growlm.errors import BaseModelError, ConfigError
 from growlm.modules.contract import KnowledgeModule, base_shape
 from growlm.modules.kinds import check_together
@@ -17,11 +18,23 @@ from growlm.recall.memory import Memory
 from growlm.recall.text import contexts_of
 
 
+class Stage(NamedTuple):
+    """What runs where one of the base's layers does: the modules' own layers before it, and the layer, changed or as it
+    is; None behind the last one."""
+
+    beside: tuple[LayerToRun, ...]
+    base: LayerToRun | None
+
+
 class ModuleSet:
     """The modules active for a request (none: the base itself), as the layers and projections to run.
 
     Several run in the order of their identities, whatever order they are given in: sums of floating-point numbers
     depend on it, and the digest says nothing of an order. What their vocabulary rows add is added up.
+
+    Attributes:
+        layers: all that run, in order.
+        stages: the same, by the base's layers, of which each has one, and one more behind them.
 
     Raises:
         ConfigError: modules that cannot be active together, or one that is given twice.
@@ -44,6 +57,7 @@ class ModuleSet:
         for module in modules:
             layers = module.extend(layers)
         self.layers = layers
+        self.stages = _stages(layers, base.num_layers)
         self.rows = VocabularyRows.joined([m.rows for m in modules])
         self.memories: list[Memory] = [m.memory for m in modules if m.memory is not None and m.memory.active]
         self.cache_slots = max((m.cache_slots(base) for m in modules), default=base.num_layers)
@@ -60,7 +74,12 @@ class ModuleSet:
             contexts: (..., l) the tokens up to each of them, the newest first, below 0 where there is none; asked for
                 where `memories` are active (`contexts_of`).
         """
-        logits = self.rows.logits(self.base, self.base.norm(hidden))
+        normed = self.base.norm(hidden)
+        return self.finish(self.base.head(normed), normed, contexts)
+
+    def finish(self, plain: Tensor, normed: Tensor, contexts: Tensor | None = None) -> Tensor:
+        """As `project` where the base's norm and head have made `normed` (..., d) and `plain` (..., v) already."""
+        logits = self.rows.finish(self.base, plain, normed)
         for memory in self.memories:
             assert contexts is not None
             logits = memory.mix(logits, contexts)
@@ -82,6 +101,18 @@ class ModuleSet:
         seen = input_ids if visible is None else input_ids.masked_fill(~visible, -1)
         contexts = self.contexts(seen, input_ids.shape[1])
         return self.project(self.hidden(input_ids, visible=visible), contexts)
+
+
+def _stages(layers: Sequence[LayerToRun], depth: int) -> list[Stage]:
+    stages, beside = [], []
+    for run in layers:
+        if run.number is None:
+            beside.append(run)
+        else:
+            stages.append(Stage(tuple(beside), run))
+            beside = []
+    assert [stage.base.number for stage in stages if stage.base] == list(range(depth))
+    return [*stages, Stage(tuple(beside), None)]
 
 
 def _called(module: KnowledgeModule) -> str:

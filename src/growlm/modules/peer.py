@@ -212,7 +212,7 @@ class Peer(KnowledgeModule):
         if self.config.open_steps:
             assert self.config.layers is not None
             for index, pool in zip(self.config.layers, self.pools, strict=True):
-                extended[index] = LayerToRun(self._with(layers[index].layer, pool), layers[index].attention)
+                extended[index] = layers[index]._replace(layer=self._with(layers[index].layer, pool))
         return extended
 
     def cache_slots(self, base: Base) -> int:

@@ -176,10 +176,11 @@ class VocabularyRows(nn.Module):
 
     def logits(self, base: Base, hidden: Tensor) -> Tensor:
         """Logits (b, t, v), capped, from hidden states (b, t, d) after the final norm."""
-        logits = base.head(hidden)
-        if self.head is not None:
-            logits = self.head.add_to(logits, hidden)
-        return base.cap(logits)
+        return self.finish(base, base.head(hidden), hidden)
+
+    def finish(self, base: Base, plain: Tensor, hidden: Tensor) -> Tensor:
+        """The same where the base's head has made `plain` (b, t, v) of it already."""
+        return base.cap(plain if self.head is None else self.head.add_to(plain, hidden))
 
 
 def choose_rows(loss_by_token: Tensor, count_by_token: Tensor, max_rows: int) -> Tensor:

@@ -70,7 +70,7 @@ class PoolCounter:
 
     def __init__(self, modules: ModuleSet) -> None:
         self.pools: list[PoolCounts] = []
-        self._layers = {id(layer): index for index, (layer, _) in enumerate(modules.layers)}
+        self._layers = {id(layer): index for index, (layer, *_) in enumerate(modules.layers)}
         parts = (modules.base.model, *modules.modules)
         self._keys = {id(m) for part in parts for m in part.modules() if isinstance(m, ProductKeys)}
 

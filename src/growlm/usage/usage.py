@@ -131,7 +131,7 @@ def _unevenness(share: Tensor) -> float:
 def places_of(modules: ModuleSet) -> list[Place]:
     """The expert routers of base and modules in the order in which a forward pass asks them."""
     anatomy, found = modules.base.anatomy, []
-    for index, (layer, _) in enumerate(modules.layers):
+    for index, (layer, *_) in enumerate(modules.layers):
         attention = getattr(getattr(layer, anatomy.attention), "experts", None)
         if isinstance(attention, AttentionExperts | AttentionUnion):
             found.append(Place(index, "attention", *_sizes(attention)))

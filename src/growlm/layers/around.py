@@ -1,0 +1,113 @@
+"""Around: what stands around a frozen module and changes its result, so that rows of several owners can share it.
+
+Where the tokens of a batch belong to different owners, the frozen module reads all of them at once, and what each owner
+adds is computed for its own tokens alone (as S-LoRA does for low-rank differences, Sheng et al. 2023). Knows modules
+that map tokens (1, t, d) to tokens; not what they are for.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+# t tokens of all owners
+
+
+class Around(nn.Module, ABC):
+    """A module (..., d) -> (..., e) of which `inner` is the frozen part."""
+
+    @property
+    @abstractmethod
+    def frozen(self) -> nn.Module:
+        """The module around which this one stands."""
+
+    @property
+    def reads_frozen(self) -> bool:
+        """Whether the frozen module's result counts."""
+        return True
+
+    @abstractmethod
+    def finish(self, hidden: Tensor, plain: Tensor | None) -> Tensor:
+        """The result for `hidden`, of which the frozen module makes `plain`; None where that is not read."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.finish(hidden, result(self.frozen(hidden)) if self.reads_frozen else None)
+
+
+def result(given: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """What a module made of hidden states: routed experts give their routing as well."""
+    return given[0] if isinstance(given, tuple) else given
+
+
+class Shares:
+    """Which of a batch's tokens are whose: `ends` (owners,), the places behind each owner's last token."""
+
+    def __init__(self) -> None:
+        self.ends: tuple[int, ...] = ()
+
+
+class Together(nn.Module):
+    """A frozen module with what several owners have around it, each for its own tokens.
+
+    Args:
+        around: of each owner; None where it runs the frozen module as it is.
+    """
+
+    def __init__(self, frozen: nn.Module, around: Sequence[Around | None], shares: Shares) -> None:
+        super().__init__()
+        self._frozen, self._around, self._shares = (frozen,), tuple(around), shares
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        ends = self._shares.ends
+        sizes = [end - start for start, end in zip((0, *ends), ends, strict=False)]
+        plain: Sequence[Tensor | None] = [None] * len(ends)
+        if any(one is None or one.reads_frozen for one in self._around):
+            plain = result(self._frozen[0](hidden)).split(sizes, dim=1)
+        parts = []
+        for one, own, made in zip(self._around, hidden.split(sizes, dim=1), plain, strict=True):
+            if one is not None:
+                made = one.finish(own, made if one.reads_frozen else None)
+            assert made is not None
+            parts.append(made)
+        return torch.cat(parts, dim=1)
+
+
+def together(variants: Sequence[nn.Module], shares: Shares) -> nn.Module | None:
+    """One module that runs each owner's variant of the same module on its own tokens, and what all share on all of
+    them; None where the variants differ in more than in what stands around parts of it."""
+    first = variants[0]
+    if all(variant is first for variant in variants):
+        return first
+    around = [variant if isinstance(variant, Around) else None for variant in variants]
+    if any(one is not None for one in around):
+        inner = together([v.frozen if isinstance(v, Around) else v for v in variants], shares)
+        return None if inner is None else Together(inner, around, shares)
+    if any(type(variant) is not type(first) or not _alike(variant, first) for variant in variants):
+        return None
+    joined: dict[str, nn.Module | None] = {}
+    for name, part in first._modules.items():
+        parts = [variant._modules[name] for variant in variants]
+        if part is None or any(p is None for p in parts):
+            if any(p is not part for p in parts):
+                return None
+            joined[name] = part
+            continue
+        made = together([p for p in parts if p is not None], shares)
+        if made is None:
+            return None
+        joined[name] = made
+    whole = copy.copy(first)
+    whole._modules = joined
+    return whole
+
+
+def _alike(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules are the same but for their parts."""
+    if one._modules.keys() != other._modules.keys():
+        return False
+    mine, theirs = {**one._parameters, **one._buffers}, {**other._parameters, **other._buffers}
+    return mine.keys() == theirs.keys() and all(mine[name] is theirs[name] for name in mine)
