@@ -20,11 +20,9 @@ from disk import edit, flip
 from growlm import router
 from growlm.base import Base
 from growlm.base.cache import KVCache
-from growlm.engine import AUTO, Engine, Generation, SamplingConfig
-from growlm.engine.generation import Group, decode, prefill
+from growlm.engine import AUTO, Engine, Generation
 from growlm.engine.kv import PrefixCache
 from growlm.engine.module_cache import Found, ModuleCache
-from growlm.engine.scheduler import plan
 from growlm.errors import BudgetError, ConfigError, DataError, GrowlmError, IntegrityError, UnknownModuleError
 from growlm.modules import ModuleSet
 from growlm.modules.peer import Peer, PeerConfig
@@ -170,22 +168,18 @@ def test_one_module_for_all_or_one_a_prompt(llama):
 
 
 @pytest.mark.parametrize("names", [NAMES, ["letters", None], ["letters"], ["digits"], [None]], ids=str)
-@pytest.mark.parametrize("lengths", [[1, 3, 12, 2, 7], [12, 1, 1, 1, 1], [1, 1, 1, 1, 12], [2, 9, 2, 9, 2]], ids=str)
-def test_rows_that_end_leave_the_others_as_they_are(engine, names, lengths):
-    """Rows that have ended leave the batch, its caches and its padding."""
-    texts = [engine.tokenizer.encode(p) for p in PROMPTS]
-    held = {name: ModuleSet(engine.base, loaded(engine, name)) for name in names}
-    rows = {name: [r for r in range(len(texts)) if names[r % len(names)] == name] for name in names}
-    state = prefill(engine.base, texts, {m.fork for m in held.values()})
-    found: list[list[int]] = [[] for _ in texts]
-
-    def on_token(row: int, token: int) -> bool:
-        found[row].append(token)
-        return len(found[row]) < lengths[row]
-
-    decode(state, [Group(held[n], rows[n]) for n in names], SamplingConfig(max_new_tokens=12), {0}, on_token)
-    for row, prompt in enumerate(PROMPTS):
-        assert found[row] == expected(engine, names[row % len(names)], prompt, lengths[row]), row
+@pytest.mark.parametrize("lengths", [[1, 3, 12, 2, 7], [12, 1, 1, 1, 1], [2, 9, 2, 9, 2]], ids=str)
+def test_answers_that_end_leave_the_others_as_they_are(engine, names, lengths):
+    """Streams of any length at once: what ends leaves the pass, and others come in its place."""
+    asked = [(prompt, names[row % len(names)], lengths[row]) for row, prompt in enumerate(PROMPTS)]
+    streams = [engine.stream(prompt, module=name, max_new_tokens=length) for prompt, name, length in asked]
+    found: dict[int, Generation] = {}
+    while len(found) < len(streams):
+        for row, stream in enumerate(streams):
+            if row not in found and isinstance(piece := next(stream), Generation):
+                found[row] = piece
+    for row, (prompt, name, length) in enumerate(asked):
+        assert found[row].tokens == expected(engine, name, prompt, length), row
 
 
 # Names: guarantee 8
@@ -263,7 +257,7 @@ def scripted(engine: Engine, text: str, monkeypatch) -> None:
     def sample(logits, config, generators):
         return torch.full((len(logits),), next(at))
 
-    monkeypatch.setattr("growlm.engine.generation.sample", sample)
+    monkeypatch.setattr("growlm.engine.engine.sample", sample)
 
 
 def test_a_character_of_several_bytes_is_never_cut(llama, monkeypatch):
@@ -296,23 +290,22 @@ def test_what_looked_like_a_stop_text_is_still_given(llama, monkeypatch):
     assert "".join(pieces) == result.text == "ab EN"
 
 
-def test_closing_a_stream_early_stops_its_worker(llama):
+def test_a_stream_that_is_closed_early_is_written_no_further(llama):
     """Nobody reads on: the rest of 200 tokens is not written, and the engine is free for the next."""
     written = []
-    project = ModuleSet.project
+    finish = ModuleSet.finish
 
-    def counted(self, hidden, contexts=None):
+    def counted(self, *arguments):
         written.append(1)
-        time.sleep(0.02)
-        return project(self, hidden, contexts)
+        return finish(self, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ModuleSet, "project", counted)
+        patch.setattr(ModuleSet, "finish", counted)
         stream = llama.stream("abc", module=None, max_new_tokens=200)
         next(stream)
         stream.close()
-    assert len(written) < 100
-    assert not [t for t in threading.enumerate() if t.name == "growlm-stream"]
+    assert len(written) < 10
+    assert llama._scheduler.idle
     assert llama.generate("abc", module=None, max_new_tokens=3).tokens == expected(llama, None, "abc", 3)
 
 
@@ -788,7 +781,7 @@ def test_a_module_that_is_removed_between_two_choices_is_not_chosen_again(home, 
 
         def route(router: GaussianRouter, *arguments: Any) -> list[Route]:
             calls.append(router.names)
-            if len(calls) == 3:  # once for the scores, then every four tokens
+            if len(calls) == 2:  # every four tokens
                 store.remove("digits")
             return original(router, *arguments)
 
@@ -1079,52 +1072,3 @@ def test_two_threads_with_two_modules_get_what_each_alone_gets(home):
         for thread in threads:
             thread.join(300)
         assert found == wanted
-
-
-# The scheduler
-
-
-@given(
-    st.lists(st.sampled_from(["a", "b", "c", "d", None]), max_size=20),
-    st.dictionaries(st.sampled_from("abcd"), st.integers(1, 10), min_size=4),
-    st.none() | st.integers(10, 40),
-    st.lists(st.sampled_from("abcd"), unique=True),
-)
-@settings(max_examples=200, deadline=None)
-def test_a_plan_serves_every_request_once_within_the_budget(modules, sizes, budget, resident):
-    requests = [() if name is None else (name,) for name in modules]
-    waves = plan(requests, budget=budget, size=sizes.__getitem__, resident=resident)
-    served = [(i, "".join(names) or None) for wave in waves for names, rows in wave.groups.items() for i in rows]
-    assert sorted(served, key=lambda s: s[0]) == list(enumerate(modules))
-    names = [name for wave in waves for name in wave.names]
-    assert len(names) == len(set(names))
-    if budget is None:
-        assert len(waves) <= 1
-    else:
-        assert all(sum(sizes[n] for n in wave.names) <= budget for wave in waves)
-    inside = [n in resident for n in names]
-    assert inside == sorted(inside, reverse=True)
-    if None in modules:
-        assert () in waves[0].groups
-
-
-def test_a_plan_puts_the_most_wanted_first():
-    waves = plan([("a",), ("b",), ("b",), ("c",), ()], budget=1, size=lambda name: 1, resident=["c"])
-    assert [dict(w.groups) for w in waves] == [{("c",): (3,), (): (4,)}, {("b",): (1, 2)}, {("a",): (0,)}]
-
-
-@given(
-    st.lists(st.sampled_from([(), ("a",), ("b",), ("a", "b"), ("b", "c"), ("a", "d")]), max_size=20),
-    st.dictionaries(st.sampled_from("abcd"), st.integers(1, 5), min_size=4),
-    st.integers(10, 20),
-    st.lists(st.sampled_from("abcd"), unique=True),
-)
-@settings(max_examples=200, deadline=None)
-def test_a_plan_of_several_modules_a_request_counts_each_module_once(requests, sizes, budget, resident):
-    waves = plan(requests, budget=budget, size=sizes.__getitem__, resident=resident)
-    served = [(i, names) for wave in waves for names, rows in wave.groups.items() for i in rows]
-    assert sorted(served) == list(enumerate(requests))
-    assert all(sum(sizes[n] for n in wave.names) <= budget for wave in waves)
-    everything = {name for names in requests for name in names}
-    if sum(sizes[n] for n in everything) <= budget:  # what is shared counts once
-        assert len(waves) <= 1

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-import growlm.engine.engine
 from growlm import router
 from growlm.engine import Engine, SamplingConfig
 from growlm.engine.chat import Chat
+from growlm.engine.request import Request
+from growlm.engine.runner import Runner
 from growlm.errors import BudgetError, ConfigError, UnknownModuleError
 from growlm.modules import ModuleSet
 from growlm.store import Store
@@ -155,18 +156,18 @@ def test_what_cannot_fit_together_is_refused_with_the_numbers(home: Path) -> Non
 
 def test_modules_in_use_are_not_evicted(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
-    run = growlm.engine.engine.decode
+    run = Runner.run
 
-    def decode(*arguments: Any, **options: Any) -> Any:
+    def dropping(*arguments: Any) -> None:
         for name in SHAPES:
             engine.modules.drop(name)
         seen.append(sorted(engine.modules.resident))
-        return run(*arguments, **options)
+        run(*arguments)
 
-    monkeypatch.setattr("growlm.engine.engine.decode", decode)
-    engine.generate("abc de", module="signs", max_new_tokens=2)
-    engine.generate("abc de", module=BOTH, max_new_tokens=2)
-    assert seen == [["signs"], list(BOTH)]
+    monkeypatch.setattr(Runner, "run", dropping)
+    engine.generate("abc de", module="signs", max_new_tokens=1)
+    engine.generate("abc de", module=BOTH, max_new_tokens=1)
+    assert {tuple(names) for names in seen} == {("signs",), BOTH}
 
 
 # Keys and values
@@ -182,10 +183,8 @@ def test_prefixes_are_those_of_the_set(home: Path, monkeypatch: pytest.MonkeyPat
         for names in sets:
             engine.generate(begun, module=names, reuse=True, max_new_tokens=1)
         past: list[int] = []
-        run = growlm.engine.engine.prefill
-        monkeypatch.setattr(
-            "growlm.engine.engine.prefill", lambda *a, **k: past.append(len(k.get("before", ()))) or run(*a, **k)
-        )
+        begin = Request.begin
+        monkeypatch.setattr(Request, "begin", lambda *a: past.append(a[2]) or begin(*a))
         for names, tokens in zip(sets, wanted, strict=True):
             given = list(reversed(names)) if isinstance(names, tuple) else names
             assert engine.generate(said, module=given, reuse=True, max_new_tokens=6).tokens == tokens

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -44,31 +44,32 @@ class Generation:
 
 
 class Answer:
-    """One answer while it is written."""
+    """One answer while it is written.
 
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...], emit: Callable[[str], bool] | None) -> None:
-        self._tokenizer, self._stop, self._emit = tokenizer, stop, emit
+    Attributes:
+        streams: whether its text is wanted as it is written: in `pieces`, from which who reads it takes it.
+    """
+
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...], *, streams: bool = False) -> None:
+        self._tokenizer, self._stop, self.streams = tokenizer, stop, streams
         self.tokens: list[int] = []
+        self.pieces: deque[str] = deque()
         self.stopped = False
-        self._sent = 0
+        self._detokenizer = Detokenizer(tokenizer)
+        self._given: list[str] = []
+        self._held = ""  # what may become a stop text
 
     def add(self, token: int) -> bool:
+        """Returns whether the answer goes on."""
         self.tokens.append(token)
-        if self._stop or self._emit:
-            text = self.text()
-            if any(s in text for s in self._stop):
-                self.stopped = True
-            if self._emit:
-                self._send(text)
+        if self._stop or self.streams:
+            self._take(self._detokenizer.add(token))
         return not self.stopped
-
-    def text(self) -> str:
-        return self._tokenizer.decode(self.tokens, skip_special_tokens=True)
 
     def generation(self, config: SamplingConfig, modules: list[str], **known: Any) -> Generation:
         full = len(self.tokens) == config.max_new_tokens and not self.stopped
         return Generation(
-            text=self._final_text(),
+            text=self._whole(),
             module="+".join(modules) or None,
             modules=modules,
             tokens=self.tokens,
@@ -76,28 +77,65 @@ class Answer:
             **known,
         )
 
-    def _final_text(self) -> str:
-        text = self.text()
-        cuts = [text.index(s) for s in self._stop if s in text]
-        text = text[: min(cuts)] if cuts else text
-        if self._emit and len(text) > self._sent:
-            self._emit(text[self._sent :])
+    def _whole(self) -> str:
+        if not self._stop and not self.streams:
+            return self._tokenizer.decode(self.tokens, skip_special_tokens=True)
+        if not self.stopped:
+            self._take(self._detokenizer.rest())
+            self._give(len(self._held))
+        return "".join(self._given)
+
+    def _take(self, text: str) -> None:
+        self._held += text
+        places = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        if places:
+            self.stopped = True
+            self._give(min(places))
+            return
+        # The longest end that a stop text begins with.
+        longest = max((len(stop) - 1 for stop in self._stop), default=0)
+        for size in range(min(longest, len(self._held)), 0, -1):
+            if any(stop.startswith(self._held[-size:]) for stop in self._stop):
+                self._give(len(self._held) - size)
+                return
+        self._give(len(self._held))
+
+    def _give(self, count: int) -> None:
+        if count:
+            self._given.append(self._held[:count])
+            if self.streams:
+                self.pieces.append(self._held[:count])
+        self._held = self._held[count:]
+
+
+class Detokenizer:
+    """Text of tokens as they come, in whole characters: what a token adds is read off the few tokens before it, and not
+    off the whole text."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []  # the newest that have given text, and those after them that have given none yet
+        self._told = 0  # how many of these have given text
+        self._before = ""  # that text
+
+    def add(self, token: int) -> str:
+        """The text that is certain now and was not before."""
+        self._tokens.append(token)
+        text = self._text(self._tokens)
+        if text.endswith("\ufffd"):  # half a character
+            return ""
+        new = text[len(self._before) :]
+        if new:
+            del self._tokens[: self._told]
+            self._told, self._before = len(self._tokens), self._text(self._tokens)
+        return new
+
+    def rest(self) -> str:
+        """What has been waiting for a character's other half, at the end."""
+        text = self._text(self._tokens)[len(self._before) :]
+        self._tokens, self._told, self._before = [], 0, ""
         return text
 
-    def _send(self, text: str) -> None:
-        # Half a character, or what may become a stop text, waits for the next token.
-        end = len(text)
-        if text.endswith("\ufffd"):
-            end = len(text.rstrip("\ufffd"))
-        for stop in self._stop:
-            if stop in text:
-                end = min(end, text.index(stop))
-            for size in range(min(len(stop) - 1, end), 0, -1):
-                if text[:end].endswith(stop[:size]):
-                    end -= size
-                    break
-        if end > self._sent:
-            assert self._emit is not None
-            if not self._emit(text[self._sent : end]):
-                self.stopped = True
-            self._sent = end
+    def _text(self, tokens: list[int]) -> str:
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        return text

@@ -1,42 +1,47 @@
-"""Engine: prompts in, answers out, under a budget of bytes. Prefill, route, load, decode, release.
+"""Engine: prompts in, answers out, under a budget of bytes. A loop of steps: schedule, run, postprocess.
 
-Ties together the router, the module cache, the scheduler and generation; knows a module's fork, never its kind.
+Whoever waits for an answer makes steps, one at a time, and a step moves on all that is asked: no thread is needed.
+Ties together the router, the module cache, the scheduler and the runner; knows a module's fork, never its kind.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import copy_context
-from pathlib import Path
-from queue import SimpleQueue
+from traceback import clear_frames
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from growlm.base.cache import KVCache
 from growlm.base.placement import find_device
 from growlm.engine.answers import Answer, Generation
-from growlm.engine.generation import Group, Prefilled, decode, prefill
 from growlm.engine.kv import PrefixCache
-from growlm.engine.mixing import decode_mixed
-from growlm.engine.module_cache import Found, ModuleCache
+from growlm.engine.loading import Loader
+from growlm.engine.mixing import Posterior
+from growlm.engine.module_cache import ModuleCache
 from growlm.engine.prompts import Prompt, Prompts
-from growlm.engine.rerouting import decode_rerouted
-from growlm.engine.sampling import SamplingConfig
-from growlm.engine.scheduler import Names, Wave, plan
+from growlm.engine.request import Branch, Names, Request, State
+from growlm.engine.runner import Runner, Work
+from growlm.engine.sampling import SamplingConfig, sample
+from growlm.engine.scheduler import Part, Scheduler
 from growlm.engine.selection import AUTO, Wanted, require_one_way, select
 from growlm.engine.sources import Quote, quotes
 from growlm.errors import BudgetError, ClosedError, ConfigError, IntegrityError, setting
 from growlm.modules import KnowledgeModule, ModuleSet
+from growlm.modules.scoring import label_losses
 from growlm.progress import phase
 from growlm.router import NONE, Route, load_router
-from growlm.store import MANIFEST, ROUTER_FITTED, WEIGHTS, Store, StoredModule
+from growlm.store import ROUTER_FITTED, Store
 from growlm.units import format_size, parse_size
 
 _ROW_CACHE = "64MB"
-UNIFORM_PRIOR_SHARE = 0.1  # share of a mixture's prior that is spread evenly over its modules
+_PAUSE = 0.01  # seconds between two looks at what is being read, where nothing else is to be done
+WINDOW = 128  # newest tokens that a choice is made anew from: a text may have passed into another domain
 
 
 class Engine:
@@ -102,17 +107,21 @@ class Engine:
         self.tokenizer = store.load_tokenizer()
         self._prompts = Prompts(self.base, self.tokenizer, strict=strict)
         self._end_tokens = self.base.end_tokens(self.tokenizer)
-        self._verified: set[tuple[str, int, int, int]] = set()
         left = None if self.memory is None else self.memory - self.fixed_bytes
         self.modules = ModuleCache(
             left,
-            self._find,
+            Loader(store, self.base, self._row_cache).find,
             reserved=f" of {format_size(self.memory or 0)} after base {format_size(self.base_bytes)} and router "
             f"{format_size(self.router.num_bytes())}",
             hint="" if self._row_cache is None else f", or lower --row-cache, {format_size(self._row_cache)}",
         )
         self._prefixes = PrefixCache(parse_size(prefix_bytes))
-        self._lock = threading.Lock()
+        self._scheduler, self._runner = Scheduler(self.modules, max_batch), Runner(self.base)
+        self._base_alone = ModuleSet(self.base)
+        self._sets: WeakValueDictionary[tuple[str, ...], ModuleSet] = WeakValueDictionary()  # those that are in use
+        self._arriving: deque[Request] = deque()
+        self._stepping = threading.Lock()  # held for a step, and by what must be alone
+        self._pausing = 0  # how many want to be alone: nothing more is admitted
         self._closed = False
 
     # What is in memory
@@ -131,7 +140,13 @@ class Engine:
         """Ends the engine, once what is being answered has ended: a stream does at its next piece, with an error. What
         is asked later raises `ClosedError`. To close twice is no mistake."""
         self._closed = True
-        with self._lock:
+        with self._stepping:
+            self._take_in()
+            for request in [*self._scheduler.waiting, *self._scheduler.active]:
+                if request.answer.streams or request.state is State.WAITING:
+                    self._end(request, error=self._was_closed())
+            while self._scheduler.active:
+                self._step()
             self.modules.close()
             self._prefixes.clear()
 
@@ -177,7 +192,9 @@ class Engine:
         self._require_open()
         config = _sampling(sampling)
         tokens = self._prompts.encode(prompt, config.max_new_tokens)
-        return self._answer_one(tokens, module, config, None, reuse, mix, reroute)
+        require_one_way(module, mix, reroute, len(self.router.names), self.router.num_listed)
+        answer = Answer(self.tokenizer, config.stop)
+        return next(self._answers([Request(tokens, self._select(module), config, answer, reuse, mix, reroute)]))
 
     def stream(
         self,
@@ -197,40 +214,23 @@ class Engine:
         self._require_open()
         config = _sampling(sampling)
         tokens = self._prompts.encode(prompt, config.max_new_tokens)
-        return self._pieces(tokens, module, config, reuse, mix, reroute)
+        require_one_way(module, mix, reroute, len(self.router.names), self.router.num_listed)
+        answer = Answer(self.tokenizer, config.stop, streams=True)
+        return self._pieces(Request(tokens, self._select(module), config, answer, reuse, mix, reroute))
 
-    def _pieces(
-        self, tokens: list[int], module: Wanted, config: SamplingConfig, reuse: bool, mix: int, reroute: int
-    ) -> Iterator[str | Generation]:
-        queue: SimpleQueue[str | Generation | BaseException] = SimpleQueue()
-        stopped = threading.Event()
-
-        def emit(text: str) -> bool:
-            queue.put(text)
-            return not (stopped.is_set() or self._closed)
-
-        def run() -> None:
-            try:
-                answer = self._answer_one(tokens, module, config, emit, reuse, mix, reroute)
-                self._require_open()  # what was cut short is no answer
-                queue.put(answer)
-            except BaseException as error:
-                queue.put(error)
-
-        # In the caller's context: how settings are written in messages is part of it.
-        worker = threading.Thread(target=copy_context().run, args=(run,), name="growlm-stream")
-        worker.start()
+    def _pieces(self, request: Request) -> Iterator[str | Generation]:
+        self._arriving.append(request)
         try:
-            while True:
-                item = queue.get()
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-                if isinstance(item, Generation):
-                    return
-        finally:
-            stopped.set()  # whoever reads no further needs no further tokens
-            worker.join()
+            pieces = request.answer.pieces
+            while pieces or request.state is not State.FINISHED:
+                self._require_open()
+                if pieces:
+                    yield pieces.popleft()
+                else:
+                    self._drive(lambda: bool(pieces) or request.state is State.FINISHED)
+            yield _result(request)
+        finally:  # whoever reads no further needs no further tokens
+            self._cancel([request])
 
     def generate_many(
         self, prompts: Sequence[Prompt], *, modules: Sequence[Wanted] | str | None = AUTO, **sampling: Any
@@ -248,16 +248,16 @@ class Engine:
             raise ConfigError(f"{len(prompts)} prompts but {len(wanted)} modules; give one for all, or one a prompt")
         tokens = self._prompts.encode_all(prompts, config.max_new_tokens)
         choices = [self._select(w) for w in wanted]
-        # Prompts of like length share a batch, so that little of it is padding.
-        order = sorted(range(len(prompts)), key=lambda i: len(tokens[i]))
-        by_index: dict[int, Generation] = {}
-        with phase("answering", len(order), "prompts") as answering:
-            for at in range(0, len(order), self.max_batch):
-                chosen = order[at : at + self.max_batch]
-                results = self._answer_batch([tokens[i] for i in chosen], [choices[i] for i in chosen], config, None)
-                by_index.update(zip(chosen, results, strict=True))
-                answering.advance(len(chosen))
-        return [by_index[i] for i in range(len(prompts))]
+        requests = [
+            Request(ids, names, config, Answer(self.tokenizer, config.stop))
+            for ids, names in zip(tokens, choices, strict=True)
+        ]
+        with phase("answering", len(requests), "prompts") as answering:
+            found = []
+            for generation in self._answers(requests):
+                found.append(generation)
+                answering.advance()
+        return found
 
     def route(self, prompt: Prompt) -> Route:
         """Which module the router would choose, and how sure it is of each.
@@ -267,8 +267,11 @@ class Engine:
         """
         self._require_open()
         tokens = self._prompts.encode(prompt)
-        with self._turn():
-            return self._routes(prefill(self.base, [tokens], {self._read_at}))[0]
+        with self._alone():
+            ids = torch.tensor(tokens, device=self.base.device)
+            work = Work(self._base_alone, ids, 0, KVCache(self.base.num_layers), leaves=self._read_at)
+            self._runner.run([work])
+            return self._routes_of(_come_to(work))[0]
 
     def sources(self, prompt: Prompt, answer: Generation) -> list[Quote]:
         """What of an answer stands in the texts of the modules that wrote it, and where: of those that recall. With
@@ -285,7 +288,7 @@ class Engine:
         # A text that ended the answer is no part of it.
         while written and len(self.tokenizer.decode(written[:-1], skip_special_tokens=True)) >= len(answer.text):
             written.pop()
-        with self._turn(), self.modules.using(answer.modules) as held:
+        with self._alone(), self.modules.using(answer.modules) as held:
             return quotes(ModuleSet(self.base, list(held.values())), self.tokenizer, tokens, written)
 
     def logits(self, input_ids: Tensor, module: Wanted = None) -> Tensor:
@@ -303,225 +306,330 @@ class Engine:
         self._require_open()
         input_ids = self._prompts.batch(input_ids)
         names = self._select(module)
-        if isinstance(names, str):
+        if names is None:
             raise ConfigError("logits are of modules that are named; ask route() for the router's choice")
-        with self._turn(), self.modules.using(names) as held, torch.inference_mode():
+        with self._alone(), self.modules.using(names) as held, torch.inference_mode():
             return ModuleSet(self.base, list(held.values())).logits(input_ids)
 
     # Inside
 
     def _require_open(self) -> None:
         if self._closed:
-            raise ClosedError(f"{self.store.path}: this engine was closed; make a new one")
+            raise self._was_closed()
+
+    def _was_closed(self) -> ClosedError:
+        return ClosedError(f"{self.store.path}: this engine was closed; make a new one")
+
+    def _answers(self, requests: Sequence[Request]) -> Iterator[Generation]:
+        """Asks for all of them and gives their answers in this order, each once it is there."""
+        self._arriving.extend(requests)
+        try:
+            for request in requests:
+                self._drive(lambda request=request: request.state is State.FINISHED)  # type: ignore[misc]
+                yield _result(request)
+        finally:
+            self._cancel(requests)
+
+    def _drive(self, done: Callable[[], bool]) -> None:
+        """Makes steps until it is done, or waits while another thread makes them."""
+        while not done():
+            with self._stepping:
+                if not done():
+                    self._step()
 
     @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """Requests take turns; those that still wait when the engine is closed get none."""
-        with self._lock:
-            self._require_open()
-            yield
+    def _alone(self) -> Iterator[None]:
+        """What runs in such a block runs while nothing else does: requests that have a place are answered first."""
+        self._require_open()
+        self._pausing += 1
+        try:
+            while True:
+                with self._stepping:
+                    self._require_open()
+                    if not self._scheduler.active:
+                        yield
+                        return
+                    self._step()
+        finally:
+            self._pausing -= 1
 
-    def _answer_one(
-        self,
-        tokens: list[int],
-        module: Wanted,
-        config: SamplingConfig,
-        emit: Callable[[str], bool] | None,
-        reuse: bool,
-        mix: int = 1,
-        reroute: int = 0,
-    ) -> Generation:
-        require_one_way(module, mix, reroute, len(self.router.names), self.router.num_listed)
-        choice = self._select(module)
-        if mix > 1:
-            return self._answer_mixed(tokens, config, emit, mix)
-        if reroute:
-            return self._answer_rerouted(tokens, config, emit, reroute)
-        return self._answer_batch([tokens], [choice], config, emit, reuse)[0]
+    def _cancel(self, requests: Sequence[Request]) -> None:
+        """Ends requests that have not ended, with all that they hold."""
+        left = [request for request in requests if request.state is not State.FINISHED]
+        if left:
+            with self._stepping:
+                self._take_in()
+                for request in left:
+                    if request.state is not State.FINISHED:
+                        self._end(request)
 
-    def _answer_mixed(
-        self, tokens: Sequence[int], config: SamplingConfig, emit: Callable[[str], bool] | None, mix: int
-    ) -> Generation:
-        with self._turn():
-            state, (route,) = self._prefill([tokens], [AUTO], False)
-            names = list(route.scores)[:mix]
-            prior = torch.tensor([route.scores[name] for name in names])
-            # A module that the router ruled out may still fit what comes later.
-            prior = (1 - UNIFORM_PRIOR_SHARE) * prior / prior.sum() + UNIFORM_PRIOR_SHARE / len(names)
-            named = [name for name in names if name != NONE]
-            answer = Answer(self.tokenizer, config.stop, emit)
-            self.modules.make_fit(named)
-            before = self.modules.resident
-            with self.modules.using(named) as held:
-                sets = [ModuleSet(self.base, [] if name == NONE else [held[name]]) for name in names]
-                state = self._reaching({s.fork for s in sets}, state, [tokens])
-                weights = decode_mixed(state, sets, prior, config, self._end_tokens, answer.add)
-                resident = self.resident_bytes
-                del sets
-        mixture = dict(zip(names, weights.tolist(), strict=True))
-        best = max(mixture, key=lambda name: mixture[name])
-        return answer.generation(
-            config,
-            modules=[] if best == NONE else [best],
-            scores=route.scores,
-            resident_bytes=resident,
-            loaded=[name for name in named if name not in before],
-            prompt_tokens=len(tokens),
+    # A step
+
+    def _take_in(self) -> None:
+        while self._arriving:
+            self._scheduler.add(self._arriving.popleft())
+
+    def _step(self) -> None:
+        """Admits what can be admitted, runs one pass, and gives every request what is its own."""
+        self._take_in()
+        if not self._pausing:
+            for request in self._scheduler.admit(lambda request, error: self._end(request, error=error)):
+                self._read_below(request)
+        for request in [r for r in self._scheduler.active if r.arrived]:
+            self._start(request)
+        parts = self._scheduler.parts()
+        if not parts:
+            self.modules.wait(_PAUSE)
+            return
+        try:
+            self._run(parts)
+            through = [part.request for part in parts if not part.request.unread]
+            for request in [r for r in through if r.state is not State.RUNNING]:
+                self._come_to_goal(request)
+            self._write([request for request in through if request.state is State.RUNNING and not self._moves(request)])
+        except BaseException as error:  # nobody knows how far these have come
+            clear_frames(error.__traceback__)  # which would hold modules as long as the error is held
+            for part in parts:
+                self._end(part.request, error=error)
+            if not isinstance(error, Exception):
+                raise
+
+    def _read_below(self, request: Request) -> None:
+        """Has the base read a prompt as far as the router needs, or up to where its modules branch off, while they are
+        loaded."""
+        if request.names is None:
+            goal = self._read_at
+        elif request.reroute:  # what the next module takes over lies there too
+            goal = self.base.num_layers
+        elif request.arrived or request.reuse:
+            return
+        else:
+            goal = self._fork(request.names)
+        if goal > request.level:
+            request.goal, request.read = goal, 0
+            request.cache = request.cache or KVCache(self.base.num_layers)
+
+    def _come_to_goal(self, request: Request) -> None:
+        """The base has read a prompt as far as it should: the router's turn, or the modules'."""
+        routing = request.state is State.ROUTING
+        request.rest()
+        if not routing:
+            return
+        states = request.states_of(self._read_at)
+        (request.route,) = self._routes_of(states[:, -WINDOW:] if request.reroute else states)
+        if request.mix > 1:
+            request.together = list(request.route.scores)[: request.mix]
+            request.names = tuple(name for name in request.together if name != NONE)
+        else:
+            self._choose(request, request.route)
+        self._scheduler.park(request)
+
+    def _choose(self, request: Request, route: Route) -> None:
+        request.names = () if route.module is None else (route.module,)
+        if request.reroute:
+            request.changes.append((len(request.answer.tokens), route.module))
+
+    def _moves(self, request: Request) -> bool:
+        """Chooses the module of a request anew where it is time for that; returns whether another one goes on."""
+        written = len(request.answer.tokens)
+        if not request.reroute or not written or written % request.reroute or written == request.changes[-1][0]:
+            return False
+        (route,) = self._routes_of(request.states_of(self._read_at)[:, -WINDOW:])
+        if route.module == request.changes[-1][1]:
+            return False
+        self._choose(request, route)
+        (branch,) = request.branches
+        request.cache = branch.cache.select(None, 0, self.base.num_layers)
+        del branch
+        self._release(request)
+        self._scheduler.park(request)
+        return True
+
+    def _start(self, request: Request) -> None:
+        """Lets the modules of a request read its text, from what the base has made of it below their fork."""
+        assert request.loads is not None
+        try:
+            held = {name: load.result() for name, load in request.loads.items()}
+            if request.mix > 1:
+                alone = [[] if name == NONE else [held[name]] for name in request.together]
+                request.begin([self._branch(request, modules) for modules in alone])
+                scores = [request.route.scores[name] for name in request.together]
+                request.mixture = Posterior.of_scores(scores, self.base.device)
+            else:
+                branch = self._branch(request, list(held.values()))
+                if request.reroute and branch.modules.fork < self.base.num_layers:
+                    raise ConfigError(
+                        f"{request.changes[-1][1]} changes the base from layer {branch.modules.fork} on, and --reroute "
+                        "needs modules above its last layer; learn it as blocks with --placement top --vocabulary head"
+                    )
+                prefix = self._prefixes.take(branch.modules.digest, request.tokens) if request.reuse else None
+                if prefix is not None:
+                    branch.cache, branch.level = prefix.cache, 0
+                request.begin([branch], 0 if prefix is None else len(prefix.tokens))
+        except BaseException as error:
+            self._end(request, error=error)
+            return
+        request.resident = max(request.resident, self.resident_bytes)
+        if request.generator is None:
+            request.generator = torch.Generator(self.base.device).manual_seed(request.config.seed)
+
+    def _branch(self, request: Request, held: Sequence[KnowledgeModule]) -> Branch:
+        modules = self._set_of(held)
+        level = max((at for at in request.states if at <= modules.fork), default=0)
+        cache = KVCache(modules.cache_slots)
+        if level:
+            assert request.cache is not None
+            several = request.mix > 1  # each goes on from the same keys and values
+            below = request.cache.select(torch.zeros(1, dtype=torch.long) if several else None, 0, level)
+            cache.layers[:level] = below.layers[:level]
+        return Branch(modules, cache, level)
+
+    def _set_of(self, held: Sequence[KnowledgeModule]) -> ModuleSet:
+        """The one of these modules that is in use, or a new one."""
+        key = tuple(sorted(module.identity for module in held))
+        made = self._sets.get(key)
+        if made is None:
+            made = self._sets[key] = ModuleSet(self.base, held)
+        return made
+
+    def _run(self, parts: Sequence[Part]) -> None:
+        """One pass. Of requests that the base reads for, what it has come to is kept; of others the newest state."""
+        works = [self._works(part.request, part.tokens) for part in parts]
+        self._runner.run([work for own in works for work in own])
+        for part, own in zip(parts, works, strict=True):
+            request, start = part.request, part.request.read
+            request.read += part.tokens
+            for layer, hidden in own[0].kept.items():
+                request.states.setdefault(layer, []).append(hidden)
+            if request.state is not State.RUNNING:
+                assert request.goal is not None
+                request.states.setdefault(request.goal, []).append(_come_to(own[0]))
+                continue
+            for branch, work in zip(request.branches, own, strict=True):
+                branch.newest = _come_to(work)[0, -1:]
+            if request.mixture is not None and start < len(request.tokens):
+                self._weigh(request, own, start)
+            if request.read >= request.stated and not request.reroute:
+                request.states.clear()
+
+    def _works(self, request: Request, many: int) -> list[Work]:
+        """A request's part in a pass, one for each of its branches."""
+        start = request.read
+        ids = torch.tensor(request.ids(start, many), device=self.base.device)
+        if request.state is not State.RUNNING:
+            assert request.cache is not None
+            work = Work(self._base_alone, ids, start, request.cache, leaves=request.goal)
+            if request.level:
+                work.enters, work.hidden = request.level, request.states_of(request.level)[:, start : start + many]
+            if request.state is State.ROUTING:
+                work.keeps = [fork for fork in self.router.fork_layers if 0 < fork < self._read_at]
+            return [work]
+        works = []
+        for branch in request.branches:
+            work = Work(branch.modules, ids, start, branch.cache)
+            if branch.level and start < request.stated:
+                work.enters, work.hidden = branch.level, request.states_of(branch.level)[:, start : start + many]
+            elif request.reroute:
+                work.keeps = {self._read_at, self.base.num_layers}
+            works.append(work)
+        return works
+
+    def _weigh(self, request: Request, works: Sequence[Work], start: int) -> None:
+        """Takes into a mixture how well each branch has predicted the tokens of the prompt that it has just read."""
+        assert request.mixture is not None
+        seen = torch.tensor([request.tokens[: start + len(works[0].ids) + 1]], device=self.base.device)
+        count = seen.shape[1] - 1 - start  # the prompt's last token has none behind it
+        losses = []
+        for branch, work in zip(request.branches, works, strict=True):
+            contexts = branch.modules.contexts(seen[:, :-1], count)
+            own = None if contexts is None else contexts[0]
+            losses.append(label_losses(branch.modules, _come_to(work)[0, :count], seen[0, start + 1 :], own))
+        for column in torch.stack(losses).T:
+            request.mixture.update(-column)
+
+    @torch.inference_mode()
+    def _write(self, requests: Sequence[Request]) -> None:
+        """The next token of requests that have read all there is."""
+        logits = self._logits([branch_of for request in requests for branch_of in _branches(request)])
+        ended = []
+        for request in requests:
+            assert request.generator is not None
+            each = torch.cat([logits[branch] for branch in request.branches])
+            if request.mixture is None:
+                token = int(sample(each, request.config, [request.generator]))
+            else:
+                each = each.float().log_softmax(-1)
+                token = int(sample(request.mixture.mix(each)[None], request.config, [request.generator]))
+            if self._ends(request, token):
+                ended.append(request)
+            elif request.mixture is not None:
+                request.mixture.update(each[:, token])
+        for request in ended:
+            self._finish(request)
+
+    def _logits(self, branches: Sequence[tuple[Branch, list[int]]]) -> dict[Branch, Tensor]:
+        """Logits (1, v) after the newest token of each branch, given with its text."""
+        by_set: dict[str, list[tuple[Branch, list[int]]]] = {}
+        for branch, text in branches:
+            by_set.setdefault(branch.modules.digest, []).append((branch, text))
+        rows = []
+        for own in by_set.values():
+            modules = own[0][0].modules
+            contexts = [modules.contexts(torch.tensor([text], device=self.base.device), 1) for _, text in own]
+            known = [context[:, 0] for context in contexts if context is not None]
+            newest = [branch.newest for branch, _ in own if branch.newest is not None]
+            rows.append((modules, torch.cat(newest), torch.cat(known) if known else None))
+        found: dict[Branch, Tensor] = {}
+        for own, logits in zip(by_set.values(), self._runner.logits(rows), strict=True):
+            found.update(zip((branch for branch, _ in own), logits.split(1), strict=True))
+        return found
+
+    def _ends(self, request: Request, token: int) -> bool:
+        if token in self._end_tokens or not request.answer.add(token):
+            return True
+        return len(request.answer.tokens) == request.config.max_new_tokens
+
+    def _finish(self, request: Request) -> None:
+        if request.reuse and len(request.branches) == 1:
+            (branch,) = request.branches
+            # The last token of an answer that was not ended by the model has not been run.
+            self._prefixes.put(branch.modules.digest, request.text[: request.read], branch.cache)
+        names, mixture = list(request.names or ()), {}
+        if request.mixture is not None:
+            mixture = dict(zip(request.together, request.mixture.weights.tolist(), strict=True))
+            best = max(mixture, key=lambda name: mixture[name])
+            names = [] if best == NONE else [best]
+        result = request.answer.generation(
+            request.config,
+            modules=names,
+            scores=request.route.scores,
+            resident_bytes=max(request.resident, self.resident_bytes) if request.reroute else self.resident_bytes,
+            loaded=request.loaded,
+            prompt_tokens=len(request.tokens),
             mixture=mixture,
+            changes=request.changes,
         )
+        self._end(request, result)
 
-    def _answer_rerouted(
-        self, tokens: Sequence[int], config: SamplingConfig, emit: Callable[[str], bool] | None, every: int
-    ) -> Generation:
-        with self._turn():
-            before = self.modules.resident
-            state, (first,) = self._prefill([tokens], [AUTO], False)
-            state.run_on(self.base, {self.base.num_layers})
-            answer = Answer(self.tokenizer, config.stop, emit)
-            resident: list[int] = []
+    def _end(self, request: Request, result: Generation | None = None, error: BaseException | None = None) -> None:
+        """Ends a request, and lets go of all that it holds within this step."""
+        self._scheduler.remove(request)
+        self._release(request)
+        request.drop()
+        request.state, request.result, request.error = State.FINISHED, result, error
 
-            @contextmanager
-            def using(name: str | None) -> Iterator[ModuleSet]:
-                with self.modules.using([] if name is None else [name]) as held:
-                    resident.append(self.resident_bytes)
-                    yield ModuleSet(self.base, list(held.values()))
-
-            changes = decode_rerouted(
-                self.base,
-                state,
-                lambda states: self._routes_of(states)[0].module,
-                using,
-                config,
-                self._end_tokens,
-                answer.add,
-                layer=self._read_at,
-                every=every,
-            )
-        used = [name for name in dict.fromkeys(name for _, name in changes) if name is not None]
-        return answer.generation(
-            config,
-            modules=[changes[-1][1]] if changes[-1][1] is not None else [],
-            scores=first.scores,
-            resident_bytes=max(resident),
-            loaded=[name for name in used if name not in before],
-            prompt_tokens=len(tokens),
-            changes=changes,
-        )
-
-    def _answer_batch(
-        self,
-        texts: Sequence[Sequence[int]],
-        wanted: Sequence[Names | str],
-        config: SamplingConfig,
-        emit: Callable[[str], bool] | None,
-        reuse: bool = False,
-    ) -> list[Generation]:
-        with self._turn():
-            # A module that was asked for by name is read while the base runs.
-            named = [names for names in dict.fromkeys(wanted) if not isinstance(names, str)]
-            for names in named:
-                self.modules.make_fit(names)
-            before = set(self.modules.resident)
-            asked = [name for names in named for name in names]
-            for name in dict.fromkeys(asked):
-                self.modules.prefetch(name, keep=asked)
-            state, routes = self._prefill(texts, wanted, reuse)
-            chosen = [
-                names if not isinstance(names, str) else () if route.module is None else (route.module,)
-                for names, route in zip(wanted, routes, strict=True)
-            ]
-            # All waves' at once: what the base has not come to yet, and what lies behind it, is read from one state.
-            state = self._reaching({self._fork(names) for names in chosen}, state, texts)
-            answers = [Answer(self.tokenizer, config.stop, emit) for _ in texts]
-            results: list[Generation | None] = [None] * len(texts)
-            budget = None if self.memory is None else self.memory - self.fixed_bytes
-            for names in set(chosen):
-                self.modules.make_fit(names)
-            waves = plan(
-                chosen,
-                budget=budget,
-                size=lambda name: self.modules.found(name).bytes,
-                resident=self.modules.resident,
-            )
-            for number, wave in enumerate(waves):
-                following = waves[number + 1].names if number + 1 < len(waves) else []
-                resident = self._run_wave(state, wave, following, config, answers, texts, reuse)
-                for names, rows in wave.groups.items():
-                    for row in rows:
-                        results[row] = answers[row].generation(
-                            config,
-                            modules=list(names),
-                            scores=routes[row].scores,
-                            resident_bytes=resident,
-                            loaded=[name for name in names if name not in before],
-                            prompt_tokens=len(texts[row]),
-                        )
-            return [r for r in results if r is not None]
-
-    def _run_wave(
-        self,
-        state: Prefilled,
-        wave: Wave,
-        following: Sequence[str],
-        config: SamplingConfig,
-        answers: Sequence[Answer],
-        texts: Sequence[Sequence[int]],
-        reuse: bool,
-    ) -> int:
-        """Decodes one wave while the next one's first module is read; returns the bytes of weights in memory.
-
-        All references to the wave's modules end with this call: what the cache evicts is gone.
-        """
-        with self.modules.using(wave.names) as held:
-            if new := [name for name in following if name not in held]:
-                self.modules.prefetch(new[0], keep=following)
-            groups = [
-                Group(ModuleSet(self.base, [held[name] for name in names]), list(rows))
-                for names, rows in wave.groups.items()
-            ]
-            state = self._reaching({g.modules.fork for g in groups}, state, texts)
-            cache = decode(state, groups, config, self._end_tokens, lambda row, token: answers[row].add(token))
-            if reuse:
-                # The last token of an answer that was not ended by the model has not been run.
-                seen = [*texts[0], *answers[0].tokens][: cache.length(0)]
-                self._prefixes.put(groups[0].modules.digest, seen, cache)
-            return self.resident_bytes
-
-    def _prefill(
-        self, texts: Sequence[Sequence[int]], wanted: Sequence[Names | str], reuse: bool
-    ) -> tuple[Prefilled, list[Route]]:
-        """Runs the base over the prompts, as far as any of them needs, and routes those that want it."""
-        unrouted = [Route(None, {})] * len(texts)
-        named = [names for names in wanted if not isinstance(names, str)]
-        forks = {self._fork(names) for names in named}
-        if len(named) == len(wanted):
-            prefix = self._prefixes.take(self._digest(named[0]), texts[0]) if reuse else None
-            if prefix is None:
-                return prefill(self.base, texts, forks), unrouted
-            new = [texts[0][len(prefix.tokens) :]]
-            return prefill(self.base, new, forks, before=prefix.tokens, cache=prefix.cache), unrouted
-        at = self._read_at
-        state = prefill(self.base, texts, {*forks, at, *(f for f in self.router.fork_layers if f < at)})
-        routes = self._routes(state)
-        return state, [r if names == AUTO else Route(None, {}) for names, r in zip(wanted, routes, strict=True)]
-
-    def _reaching(self, layers: set[int], state: Prefilled, texts: Sequence[Sequence[int]]) -> Prefilled:
-        """What the base made of `texts` up to these layers: it runs on, or where it has passed one of them without
-        keeping its input (a module was updated meanwhile and branches off elsewhere), it begins again."""
-        missing = layers - state.hidden.keys()
-        if any(layer < max(state.hidden) for layer in missing):
-            return prefill(self.base, texts, layers)
-        state.run_on(self.base, missing)
-        return state
+    def _release(self, request: Request) -> None:
+        """Lets go of a request's modules, and of what was joined of them where no other request runs under them."""
+        gone = {branch.modules.digest for branch in request.branches}
+        held = request.let_go()
+        if gone - {branch.modules.digest for other in self._scheduler.active for branch in other.branches}:
+            self._runner.forget()
+        self.modules.release(held)
 
     @property
     def _read_at(self) -> int:
         """After how many layers the router reads the base's states."""
         return self.base.num_layers if self.router.layer is None else self.router.layer
-
-    def _routes(self, state: Prefilled) -> list[Route]:
-        """The router's answers for prompts that the base has read as far as the router needs."""
-        return self._routes_of(state.hidden[self._read_at], state.visible)
 
     def _routes_of(self, hidden: Tensor, visible: Tensor | None = None) -> list[Route]:
         """The router's answers, among modules that the store still holds: some may go while this engine runs.
@@ -540,42 +648,14 @@ class Engine:
             # All that are gone, not only those that were listed: a smaller router takes a copy of what is left.
             self.router = self.router.without(gone | self.store.missing(self.router.names))
 
-    def _digest(self, names: Names) -> str:
-        with self.modules.using(names) as held:
-            return ModuleSet(self.base, list(held.values())).digest
-
-    def _select(self, wanted: Wanted) -> Names | str:
-        return select(self.store, wanted, self.modules.resident_version)
+    def _select(self, wanted: Wanted) -> Names | None:
+        """The modules that are meant; None where the router is to choose."""
+        names = select(self.store, wanted, self.modules.resident_version)
+        return None if isinstance(names, str) else names
 
     def _fork(self, names: Names) -> int:
         forks = (self.modules.found(name).stored.fork_on(self.base.num_layers) for name in names)
         return min(forks, default=self.base.num_layers)
-
-    def _memory_of(self, stored: StoredModule) -> int:
-        return stored.bytes_with(self._row_cache)
-
-    def _find(self, name: str) -> Found:
-        stored = self.store.module(name)
-        return Found(stored, self._memory_of(stored), lambda: self._load(stored))
-
-    def _load(self, stored: StoredModule) -> KnowledgeModule:
-        """Reads one version of a module; its hash is compared once for a file that does not change."""
-        marks = {_mark(stored.folder / file) for file in (WEIGHTS, *stored.text_files)}
-        module = self.store.load(
-            stored.name,
-            self.base,
-            version=stored.version,
-            verify=not marks <= self._verified,
-            row_cache=self._row_cache,
-        )
-        counted = self._memory_of(stored)
-        if module.num_bytes() != counted:
-            raise IntegrityError(
-                f"{stored.folder / MANIFEST}: says {counted:,} bytes, the weights take {module.num_bytes():,}; "
-                f"learn {stored.name!r} again"
-            )
-        self._verified |= marks
-        return module
 
     def _check_budget(self, base_bytes: int) -> None:
         needed = base_bytes + self.router.num_bytes()
@@ -586,13 +666,24 @@ class Engine:
             )
 
 
-def _mark(path: Path) -> tuple[str, int, int, int]:
-    """Tells a file that was checked from one that has changed since."""
-    try:
-        stat = path.stat()
-    except FileNotFoundError:
-        return str(path), 0, 0, 0
-    return str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns
+def _result(request: Request) -> Generation:
+    """
+    Raises:
+        What it ended with.
+    """
+    if request.error is not None:
+        raise request.error
+    assert request.result is not None
+    return request.result
+
+
+def _branches(request: Request) -> list[tuple[Branch, list[int]]]:
+    return [(branch, request.text) for branch in request.branches]
+
+
+def _come_to(work: Work) -> Tensor:
+    assert work.hidden is not None
+    return work.hidden
 
 
 def _sampling(options: dict[str, Any]) -> SamplingConfig:

@@ -139,18 +139,42 @@ class ModuleCache:
         try:
             for name in names:
                 with self._lock:
-                    future = self._resident.get(name)
-                    if future is not None:
-                        self.counts.hits += 1
-                        self._resident.move_to_end(name)
-                    else:
-                        future = self._start(name, keep=set(names))
+                    futures[name] = self._there(name, set(names))
                     self._pins[name] += 1
-                    futures[name] = future
             return {name: future.result() for name, future in futures.items()}
         except BaseException:
             self.release(list(futures))
             raise
+
+    def begin(self, names: Sequence[str]) -> tuple[dict[str, Future[KnowledgeModule]], list[str]] | None:
+        """Pins modules until `release` and begins to read those that are not in memory, without waiting for anything.
+
+        Returns:
+            Each of them, once it has been read, and the names of those that were not in memory; None, and nothing has
+            changed, where there is no room for them beside what is in use or being read.
+
+        Raises:
+            BudgetError: they would not fit if every other module were evicted.
+            What `find` raises.
+        """
+        names = list(dict.fromkeys(names))
+        self.make_fit(names)
+        with self._lock:
+            missing = [name for name in names if name not in self._resident]
+            if self._budget is not None and missing:
+                needed = sum(self._find(name).bytes for name in missing)
+                spare = sum(self._found[name].bytes for name in self._evictable(set(names)))
+                if self._budget - self._taken() + spare < needed:
+                    return None
+            futures = {name: self._there(name, set(names)) for name in names}
+            for name in names:
+                self._pins[name] += 1
+            return futures, missing
+
+    def wait(self, seconds: float) -> None:
+        """Until something was read or released, at the longest so many seconds."""
+        with self._lock:
+            self._lock.wait(seconds)
 
     @contextmanager
     def using(self, names: Sequence[str]) -> Iterator[dict[str, KnowledgeModule]]:
@@ -196,6 +220,15 @@ class ModuleCache:
             self._resident.clear()
             self._found.clear()
 
+    def _there(self, name: str, keep: set[str]) -> Future[KnowledgeModule]:
+        """A module in memory, which was used now, or one that is begun to be read."""
+        future = self._resident.get(name)
+        if future is None:
+            return self._start(name, keep)
+        self.counts.hits += 1
+        self._resident.move_to_end(name)
+        return future
+
     def _start(self, name: str, keep: set[str]) -> Future[KnowledgeModule]:
         """Makes room for a module and begins to read it: the version that was counted, not a later one."""
         found = self._find(name)
@@ -223,7 +256,7 @@ class ModuleCache:
         if self._budget is None:
             return
         free = self._budget - self._taken()
-        candidates = [n for n, f in self._resident.items() if not self._pins[n] and n not in keep and f.done()]
+        candidates = self._evictable(keep)
         spare = sum(self._found[n].bytes for n in candidates)
         if free + spare < needed:
             # A module that is only being read can go once it is there.
@@ -242,6 +275,10 @@ class ModuleCache:
                 return
             free += self._found[name].bytes
             self._evict(name)
+
+    def _evictable(self, keep: set[str]) -> list[str]:
+        """Modules that can go now, the least recently used first."""
+        return [n for n, f in self._resident.items() if not self._pins[n] and n not in keep and f.done()]
 
     def _evict(self, name: str) -> None:
         del self._resident[name]

@@ -1,64 +1,124 @@
-"""Scheduler: which requests run together, and in which order. Never touches a tensor."""
+"""Scheduler: which requests have a place, whose modules are read, and which tokens run next. Never touches a tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-Names = tuple[str, ...]  # the modules that are active for a request, in their order; none for the base
+from growlm.engine.module_cache import ModuleCache
+from growlm.engine.request import Request, State
+
+PATIENCE = 64  # later requests that may be admitted while one waits for room
+_ALONE = 512  # prompt tokens of a pass where nobody else waits for it
+_SHARED = 256  # and where others do
+_EACH = 64  # of one prompt then: a short one is through at once, a long one holds up nobody
 
 
 @dataclass(frozen=True)
-class Wave:
-    """Requests whose modules are in memory together. `groups` holds request indices by their modules."""
+class Part:
+    """So many of a request's next tokens."""
 
-    groups: dict[Names, tuple[int, ...]]
-
-    @property
-    def names(self) -> list[str]:
-        """All modules of the wave, each once."""
-        return list(dict.fromkeys(name for names in self.groups for name in names))
+    request: Request
+    tokens: int
 
 
-def plan(
-    requests: Sequence[Names],
-    *,
-    budget: int | None,
-    size: Callable[[str], int],
-    resident: Collection[str],
-) -> list[Wave]:
-    """Groups requests by their modules and packs the groups into waves that fit the budget. A module that several
-    groups of a wave share takes its bytes once.
-
-    Modules in memory go first, so that none is evicted and read again; then the most wanted. Requests for the base
-    need no module and join the first wave.
+class Scheduler:
+    """Requests in the order in which they came.
 
     Args:
-        requests: the modules of every request.
-        budget: bytes that modules may take together; None for no bound. Those of each request alone must fit.
-        size: bytes of a module.
-        resident: modules in memory now.
+        modules: what is in memory, and how much room there is.
+        max_batch: requests that have a place; as many more may wait for their modules once they are routed.
     """
-    groups: dict[Names, list[int]] = {}
-    for index, names in enumerate(requests):
-        groups.setdefault(names, []).append(index)
-    base = tuple(groups.pop((), ()))
 
-    def turn(names: Names) -> tuple[int, int, int, Names]:
-        missing = sum(name not in resident for name in names)
-        return missing, missing - len(names), -len(groups[names]), names
+    def __init__(self, modules: ModuleCache, max_batch: int) -> None:
+        self._modules, self._max_batch = modules, max_batch
+        self.waiting: list[Request] = []  # those whose modules have not been begun to be read
+        self.active: list[Request] = []
 
-    waves: list[dict[Names, tuple[int, ...]]] = []
-    held: set[str] = set()
-    for names in sorted(groups, key=turn):
-        together = held.union(names)
-        if not waves or (budget is not None and sum(map(size, together)) > budget):
-            waves.append({})
-            together = set(names)
-        waves[-1][names] = tuple(groups[names])
-        held = together
-    if base:
-        if not waves:
-            waves.append({})
-        waves[0][()] = base
-    return [Wave(w) for w in waves]
+    @property
+    def idle(self) -> bool:
+        return not self.waiting and not self.active
+
+    def add(self, request: Request) -> None:
+        self.waiting.append(request)
+
+    def park(self, request: Request) -> None:
+        """Has a request that was routed wait for its modules, in its turn."""
+        self.active.remove(request)
+        request.state = State.WAITING
+        self.waiting.append(request)
+        self.waiting.sort(key=lambda one: one.arrival)
+
+    def remove(self, request: Request) -> None:
+        for requests in (self.waiting, self.active):
+            if request in requests:
+                requests.remove(request)
+
+    def admit(self, failed: Callable[[Request, BaseException], None]) -> list[Request]:
+        """Gives places to those that wait, in the order in which they came: first to those whose modules are in memory,
+        then to those for whose modules there is room. One that must wait for room does not hold up the others, but no
+        more than `PATIENCE` later ones go before it.
+
+        Args:
+            failed: told of a request that can never run, and why.
+
+        Returns:
+            Those that have a place from now on.
+        """
+        admitted: list[Request] = []
+        for reads in (False, True):
+            for request in list(self.waiting):
+                if request.names is None:
+                    if reads and len(self.active) < self._max_batch and self._parked < self._max_batch:
+                        self._give(request, State.ROUTING)
+                        admitted.append(request)
+                    continue
+                there = set(request.names) <= set(self._modules.resident)
+                if there == reads or len(self.active) >= self._max_batch or self._held_back(request):
+                    continue
+                try:
+                    begun = request.context.run(self._modules.begin, request.names)
+                except BaseException as error:
+                    failed(request, error)
+                    continue
+                if begun is not None:
+                    request.loads, read = begun
+                    request.loaded += [name for name in read if name not in request.loaded]
+                    self._give(request, State.LOADING)
+                    admitted.append(request)
+        return admitted
+
+    def parts(self) -> list[Part]:
+        """The tokens of the next pass: one of each answer, and of prompts, the oldest first, as many as keep the others
+        waiting for no longer than they have to."""
+        ready = [request for request in self.active if request.unread]
+        writing = [request for request in ready if request.unread == 1]
+        reading = [request for request in ready if request.unread > 1]
+        alone = len(ready) == 1 and not self.waiting
+        left, parts = _ALONE if alone else _SHARED, [Part(request, 1) for request in writing]
+        for request in reading:
+            if left:
+                many = min(request.unread, left if alone else min(left, _EACH))
+                parts.append(Part(request, many))
+                left -= many
+        return parts
+
+    @property
+    def _parked(self) -> int:
+        return sum(request.route.scores != {} for request in self.waiting)
+
+    def _held_back(self, request: Request) -> bool:
+        """Whether an older one has waited for room long enough."""
+        return any(
+            other.overtaken >= PATIENCE and other.arrival < request.arrival
+            for other in self.waiting
+            if other.names is not None
+        )
+
+    def _give(self, request: Request, state: State) -> None:
+        for other in self.waiting:
+            if other.names is not None and other.arrival < request.arrival:
+                other.overtaken += 1
+        self.waiting.remove(request)
+        request.state = state
+        self.active.append(request)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from growlm.engine.scheduler import Names
+from growlm.engine.request import Names
 from growlm.errors import ConfigError, UnknownModuleError, setting
 from growlm.modules import check_together
 

@@ -1,0 +1,171 @@
+"""Request: one prompt on its way to an answer, and all that belongs to it alone. Knows no other request."""
+
+from __future__ import annotations
+
+import enum
+import itertools
+from concurrent.futures import Future
+from contextvars import Context, copy_context
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Generator, Tensor
+
+from growlm.base.cache import KVCache
+from growlm.engine.answers import Answer, Generation
+from growlm.engine.mixing import Posterior
+from growlm.engine.sampling import SamplingConfig
+from growlm.router import Route
+
+if TYPE_CHECKING:
+    from growlm.modules import KnowledgeModule, ModuleSet
+
+Names = tuple[str, ...]  # the modules that are active for a request, in their order; none for the base
+
+_arrivals = itertools.count()
+
+
+class State(enum.Enum):
+    WAITING = enum.auto()  # for a place, or where its modules are known, for room for them
+    ROUTING = enum.auto()  # the base reads the prompt as far as the router needs
+    LOADING = enum.auto()  # its modules are being read, while the base reads the prompt up to where they branch off
+    RUNNING = enum.auto()  # its modules read the prompt, and then what they write
+    FINISHED = enum.auto()
+
+
+@dataclass(eq=False)
+class Branch:
+    """A request's text under one module set: one, or as many as write it together.
+
+    Attributes:
+        cache: keys and values of what it has read.
+        level: the base layer before which it takes over what the base has read; 0 where it reads from the beginning.
+        newest: (1, d) the state of the newest token that was read, behind the last layer.
+    """
+
+    modules: ModuleSet
+    cache: KVCache
+    level: int = 0
+    newest: Tensor | None = None
+
+
+@dataclass(eq=False)
+class Request:
+    """One prompt.
+
+    Attributes:
+        tokens: the prompt's ids.
+        names: its modules; None as long as the router has not chosen.
+        reuse: keep keys and values for a prompt that continues this one and its answer.
+        mix: how many of the router's choices write together.
+        reroute: after how many tokens each the router chooses anew; 0: never.
+        context: of the caller: how settings are written in messages is part of it.
+        arrival: which of all requests it is.
+        state: see `State`.
+        route: what the router said.
+        together: with `mix`, the names of those that write together, `none` for the base.
+        loads: its modules, pinned in memory, of which some may still be read from the disk; None where none is.
+        loaded: those that were read from the disk for it.
+        overtaken: how many later requests were admitted while it waited for room.
+        cache: keys and values of what the base has read for it.
+        level: the base layer before which all of the prompt has come.
+        goal: the base layer to which the base reads the prompt now; None where the modules read.
+        read: how many of its tokens were read on this way.
+        states: inputs (1, n, d) of base layers, by layer, of the tokens that came there, as far as needed.
+        stated: how many tokens, from the first, its branches take over from the base.
+        branches: what runs, while RUNNING.
+        mixture: how much each branch counts, where there are several.
+        changes: with `reroute`, every change of module: tokens written before it, and the module.
+        resident: bytes of all weights in memory, at the most.
+        result, error: how it ended.
+    """
+
+    tokens: list[int]
+    names: Names | None
+    config: SamplingConfig
+    answer: Answer
+    reuse: bool = False
+    mix: int = 1
+    reroute: int = 0
+    context: Context = field(default_factory=copy_context)
+    arrival: int = field(default_factory=lambda: next(_arrivals))
+    state: State = State.WAITING
+    route: Route = field(default_factory=lambda: Route(None, {}))
+    together: list[str] = field(default_factory=list)
+    loads: dict[str, Future[KnowledgeModule]] | None = None
+    loaded: list[str] = field(default_factory=list)
+    overtaken: int = 0
+    generator: Generator | None = None
+    cache: KVCache | None = None
+    level: int = 0
+    goal: int | None = None
+    read: int = 0
+    states: dict[int, list[Tensor]] = field(default_factory=dict)
+    stated: int = 0
+    branches: list[Branch] = field(default_factory=list)
+    mixture: Posterior | None = None
+    changes: list[tuple[int, str | None]] = field(default_factory=list)
+    resident: int = 0
+    result: Generation | None = None
+    error: BaseException | None = None
+
+    @property
+    def text(self) -> list[int]:
+        """The prompt and what was written after it."""
+        return [*self.tokens, *self.answer.tokens]
+
+    @property
+    def unread(self) -> int:
+        """How many tokens it can read now."""
+        if self.state is State.RUNNING:
+            return len(self.tokens) + len(self.answer.tokens) - self.read
+        return len(self.tokens) - self.read if self.goal is not None else 0
+
+    @property
+    def arrived(self) -> bool:
+        """Whether its modules are in memory, and the base reads nothing for it any more."""
+        return (
+            self.state is State.LOADING
+            and self.goal is None
+            and self.loads is not None
+            and all(load.done() for load in self.loads.values())
+        )
+
+    def ids(self, start: int, count: int) -> list[int]:
+        """Of the prompt and what was written after it."""
+        if start >= len(self.tokens):
+            start -= len(self.tokens)
+            return self.answer.tokens[start : start + count]
+        return self.text[start : start + count]
+
+    def rest(self) -> None:
+        """The base has read all of the prompt up to `goal`."""
+        assert self.goal is not None
+        self.level, self.goal, self.read = self.goal, None, 0
+
+    def begin(self, branches: list[Branch], read: int = 0) -> None:
+        """Its branches read from now on, after keys and values of `read` tokens, or what the base has read."""
+        self.state, self.branches, self.read, self.goal = State.RUNNING, branches, read, None
+        levels = {branch.level for branch in branches} - {0}
+        self.stated = max((sum(part.shape[1] for part in self.states[level]) for level in levels), default=0)
+        if not self.reroute:
+            self.states = {level: self.states[level] for level in levels}
+
+    def states_of(self, layer: int) -> Tensor:
+        """The inputs (1, n, d) of a base layer."""
+        if len(self.states[layer]) > 1:
+            self.states[layer] = [torch.cat(self.states[layer], dim=1)]
+        return self.states[layer][0]
+
+    def let_go(self) -> list[str]:
+        """Gives up its modules and all that was made with them; returns the names of those that it held."""
+        held = list(self.loads or ())
+        self.branches, self.loads = [], None
+        return held
+
+    def drop(self) -> list[str]:
+        """Gives up all that takes memory, as `let_go` does."""
+        self.cache = self.generator = self.mixture = None
+        self.states.clear()
+        return self.let_go()
