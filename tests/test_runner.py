@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from growlm.base import Base
-from growlm.base.cache import KVCache
+from growlm.base.rooms import Rooms
 from growlm.engine.runner import Runner, Work
 from growlm.layers.around import Together
 from growlm.modules import ModuleSet
@@ -33,6 +34,7 @@ SETS: dict[str, list[dict[str, Any]]] = {
 }
 Case = tuple[Base, dict[str, ModuleSet]]
 CASES: dict[str, Case] = {}
+ROOMS: dict[Base, Rooms] = defaultdict(Rooms)  # a base's texts lie side by side, whatever their modules
 
 
 def case_of(family: str) -> Case:
@@ -55,7 +57,7 @@ class Text:
     def __init__(self, modules: ModuleSet, tokens: int, seed: int) -> None:
         self.modules, self.read = modules, 0
         self.ids = random_ids(1, tokens, seed=seed)[0]
-        self.cache = KVCache(modules.cache_slots)
+        self.cache = ROOMS[modules.base].new()
         self.states: list[torch.Tensor] = []
 
     def next(self, tokens: int) -> Work:
@@ -123,7 +125,7 @@ def test_a_text_may_leave_for_the_router_and_enter_again_where_its_modules_branc
     runner, read_at = Runner(base), 1
     other = Text(sets["lora"], 9, 99)
     for name, modules in sets.items():
-        ids, cache = random_ids(1, 11, seed=3)[0], KVCache(modules.cache_slots)
+        ids, cache = random_ids(1, 11, seed=3)[0], ROOMS[base].new()
         below = {at for at in (modules.fork,) if at < read_at}
         kept: dict[int, list[torch.Tensor]] = {at: [] for at in {*below, read_at}}
         for start in (0, 6):  # by the base alone, in two pieces, as far as the router reads
@@ -136,10 +138,9 @@ def test_a_text_may_leave_for_the_router_and_enter_again_where_its_modules_branc
             for at in below:
                 kept[at].append(work.kept[at])
         enters = modules.fork if modules.fork < read_at else read_at
-        own = KVCache(modules.cache_slots)
-        own.layers[:enters] = cache.layers[:enters]
+        cache.cut(enters)
         hidden = torch.cat(kept[enters], dim=1) if enters or modules.fork != 0 else None
-        work = Work(modules, ids, 0, own, enters=enters, hidden=hidden)
+        work = Work(modules, ids, 0, cache, enters=enters, hidden=hidden)
         runner.run([work])
         assert work.hidden is not None
         (logits,) = runner.logits([(modules, work.hidden[0], None)])

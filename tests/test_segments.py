@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from growlm.base import Base
 from growlm.base.cache import KVCache
+from growlm.base.rooms import Rooms, TextCache
 from growlm.base.segments import Segment
 from tiny import FAMILIES, make_base, random_ids
 
@@ -29,7 +30,9 @@ def alone(base: Base, ids: torch.Tensor, past: int, cache: KVCache) -> torch.Ten
     return base.run(base.embed_positions(hidden, shared.positions), base.layers_to_run(), shared)
 
 
-def together(base: Base, news: list[torch.Tensor], pasts: list[int], caches: list[KVCache]) -> list[torch.Tensor]:
+def together(base: Base, news: list[torch.Tensor], pasts: list[int], caches: list[TextCache]) -> list[torch.Tensor]:
+    for ids, past, cache in zip(news, pasts, caches, strict=True):
+        cache.reserve(past + ids.shape[1])
     segments = [Segment(ids.shape[1], past, cache) for ids, past, cache in zip(news, pasts, caches, strict=True)]
     hidden = base.embedding(torch.cat(news, dim=1))
     shared = base.pass_of_segments(hidden, segments)
@@ -41,7 +44,8 @@ def together(base: Base, news: list[torch.Tensor], pasts: list[int], caches: lis
 def check(base: Base, pieces: list[list[int]]) -> None:
     """Each text's tokens in pieces of these sizes, all texts' first pieces in one pass, then their second ones."""
     texts = [random_ids(1, sum(sizes), seed=number) for number, sizes in enumerate(pieces)]
-    caches, own = ([KVCache(base.num_layers) for _ in pieces] for _ in range(2))
+    rooms = Rooms()
+    caches, own = [rooms.new() for _ in pieces], [KVCache(base.num_layers) for _ in pieces]
     for turn in range(max(map(len, pieces))):
         now = [number for number, sizes in enumerate(pieces) if turn < len(sizes)]
         pasts = [sum(pieces[number][:turn]) for number in now]
@@ -50,10 +54,10 @@ def check(base: Base, pieces: list[list[int]]) -> None:
         for number, past, ids, states in zip(now, pasts, news, found, strict=True):
             torch.testing.assert_close(states, alone(base, ids, past, own[number]), rtol=1e-4, atol=1e-5)
     for cache, expected in zip(caches, own, strict=True):
-        for slot, other in zip(cache.layers, expected.layers, strict=True):
-            assert slot.keys.shape == other.keys.shape
-            torch.testing.assert_close(slot.keys, other.keys, rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(slot.values, other.values, rtol=1e-4, atol=1e-5)
+        for slot, other in enumerate(expected.layers):
+            keys, values = cache.of(slot)
+            torch.testing.assert_close(keys, other.keys, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(values, other.values, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -74,6 +78,6 @@ def test_a_base_whose_segments_were_told_apart_computes_what_it_did(family):
     base, ids = make_base(family), random_ids(2, 15)
     with torch.no_grad():
         before, model_before = base.logits(ids), base.model(ids).logits
-        together(base, [ids[:1]], [0], [KVCache(base.num_layers)])
+        together(base, [ids[:1]], [0], [Rooms().new()])
         assert torch.equal(base.logits(ids), before)
         assert torch.equal(base.model(ids).logits, model_before)

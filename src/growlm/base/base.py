@@ -218,11 +218,12 @@ class Base:
         keys and values, which grow by its tokens."""
         tell_segments_apart(self.config)
         places = [torch.arange(s.past, s.past + s.tokens, device=hidden.device) for s in segments]
-        positions, cache = torch.cat(places)[None], SegmentCache(segments)
-        masks: dict[str, Tensor | SegmentMask | None] = {
-            pattern: SegmentMask(cache, tuple(self._mask(pattern, hidden, s.tokens, s.past, None) for s in segments))
-            for pattern in self._patterns
-        }
+        positions, cache = torch.cat(places)[None], SegmentCache(segments, hidden.device)
+        masks: dict[str, Tensor | SegmentMask | None] = {}
+        for pattern in self._patterns:
+            window = self._window if pattern == "sliding_attention" else None
+            own = (self._mask(pattern, hidden, s.tokens, s.past, None) if s.tokens > 1 else None for s in segments)
+            masks[pattern] = SegmentMask(cache, tuple(own), tuple(side.mask(window, hidden) for side in cache.sides))
         return Pass(positions, masks, self._rotary(hidden, positions), cache)
 
     def embed_positions(self, hidden: Tensor, positions: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from growlm.base.cache import KVCache
 from growlm.base.placement import find_device
+from growlm.base.rooms import Rooms
 from growlm.engine.answers import Answer, Generation
 from growlm.engine.kv import PrefixCache
 from growlm.engine.loading import Loader
@@ -32,6 +32,7 @@ from growlm.engine.scheduler import Part, Scheduler
 from growlm.engine.selection import AUTO, Wanted, require_one_way, select
 from growlm.engine.sources import Quote, quotes
 from growlm.errors import BudgetError, ClosedError, ConfigError, IntegrityError, setting
+from growlm.layers.thin import allow_thin_products
 from growlm.modules import KnowledgeModule, ModuleSet
 from growlm.modules.scoring import label_losses
 from growlm.progress import phase
@@ -102,6 +103,7 @@ class Engine:
             for name in self.router.names:
                 store.module(name).fork_on(self.base.num_layers)
             raise IntegrityError(f"{store.router_path / ROUTER_FITTED}: is not of this store's modules; delete it")
+        allow_thin_products(self.base.model)
         self.base_bytes = self.base.num_bytes()
         self._check_budget(self.base_bytes)
         self.tokenizer = store.load_tokenizer()
@@ -116,7 +118,7 @@ class Engine:
             hint="" if self._row_cache is None else f", or lower --row-cache, {format_size(self._row_cache)}",
         )
         self._prefixes = PrefixCache(parse_size(prefix_bytes))
-        self._scheduler, self._runner = Scheduler(self.modules, max_batch), Runner(self.base)
+        self._scheduler, self._runner, self._rooms = Scheduler(self.modules, max_batch), Runner(self.base), Rooms()
         self._base_alone = ModuleSet(self.base)
         self._sets: WeakValueDictionary[tuple[str, ...], ModuleSet] = WeakValueDictionary()  # those that are in use
         self._arriving: deque[Request] = deque()
@@ -269,7 +271,7 @@ class Engine:
         tokens = self._prompts.encode(prompt)
         with self._alone():
             ids = torch.tensor(tokens, device=self.base.device)
-            work = Work(self._base_alone, ids, 0, KVCache(self.base.num_layers), leaves=self._read_at)
+            work = Work(self._base_alone, ids, 0, Rooms().new(), leaves=self._read_at)
             self._runner.run([work])
             return self._routes_of(_come_to(work))[0]
 
@@ -407,7 +409,7 @@ class Engine:
             goal = self._fork(request.names)
         if goal > request.level:
             request.goal, request.read = goal, 0
-            request.cache = request.cache or KVCache(self.base.num_layers)
+            request.cache = request.cache or self._rooms.new()
 
     def _come_to_goal(self, request: Request) -> None:
         """The base has read a prompt as far as it should: the router's turn, or the modules'."""
@@ -438,9 +440,8 @@ class Engine:
         if route.module == request.changes[-1][1]:
             return False
         self._choose(request, route)
-        (branch,) = request.branches
-        request.cache = branch.cache.select(None, 0, self.base.num_layers)
-        del branch
+        request.cache = request.branches.pop().cache
+        request.cache.cut(self.base.num_layers)
         self._release(request)
         self._scheduler.park(request)
         return True
@@ -464,7 +465,8 @@ class Engine:
                     )
                 prefix = self._prefixes.take(branch.modules.digest, request.tokens) if request.reuse else None
                 if prefix is not None:
-                    branch.cache, branch.level = prefix.cache, 0
+                    branch.cache.free()
+                    branch.cache, branch.level = self._rooms.adopt(prefix.cache), 0
                 request.begin([branch], 0 if prefix is None else len(prefix.tokens))
         except BaseException as error:
             self._end(request, error=error)
@@ -476,12 +478,14 @@ class Engine:
     def _branch(self, request: Request, held: Sequence[KnowledgeModule]) -> Branch:
         modules = self._set_of(held)
         level = max((at for at in request.states if at <= modules.fork), default=0)
-        cache = KVCache(modules.cache_slots)
-        if level:
-            assert request.cache is not None
-            several = request.mix > 1  # each goes on from the same keys and values
-            below = request.cache.select(torch.zeros(1, dtype=torch.long) if several else None, 0, level)
-            cache.layers[:level] = below.layers[:level]
+        if not level:
+            return Branch(modules, self._rooms.new())
+        assert request.cache is not None
+        if request.mix > 1:  # each goes on from the same keys and values
+            cache = request.cache.copy()
+        else:
+            cache, request.cache = request.cache, None
+        cache.cut(level)
         return Branch(modules, cache, level)
 
     def _set_of(self, held: Sequence[KnowledgeModule]) -> ModuleSet:
@@ -593,7 +597,7 @@ class Engine:
         if request.reuse and len(request.branches) == 1:
             (branch,) = request.branches
             # The last token of an answer that was not ended by the model has not been run.
-            self._prefixes.put(branch.modules.digest, request.text[: request.read], branch.cache)
+            self._prefixes.put(branch.modules.digest, request.text[: request.read], branch.cache.kept())
         names, mixture = list(request.names or ()), {}
         if request.mixture is not None:
             mixture = dict(zip(request.together, request.mixture.weights.tolist(), strict=True))

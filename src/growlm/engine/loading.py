@@ -8,6 +8,7 @@ from pathlib import Path
 from growlm.base import Base
 from growlm.engine.module_cache import Found
 from growlm.errors import IntegrityError
+from growlm.layers.thin import allow_thin_products
 from growlm.modules import KnowledgeModule
 from growlm.store import MANIFEST, WEIGHTS, Store, StoredModule
 
@@ -45,6 +46,7 @@ class Loader:
                 f"learn {stored.name!r} again"
             )
         self._verified |= marks
+        allow_thin_products(module)
         return module
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Generator, Tensor
 
-from growlm.base.cache import KVCache
+from growlm.base.rooms import TextCache
 from growlm.engine.answers import Answer, Generation
 from growlm.engine.mixing import Posterior
 from growlm.engine.sampling import SamplingConfig
@@ -45,7 +45,7 @@ class Branch:
     """
 
     modules: ModuleSet
-    cache: KVCache
+    cache: TextCache
     level: int = 0
     newest: Tensor | None = None
 
@@ -97,7 +97,7 @@ class Request:
     loaded: list[str] = field(default_factory=list)
     overtaken: int = 0
     generator: Generator | None = None
-    cache: KVCache | None = None
+    cache: TextCache | None = None
     level: int = 0
     goal: int | None = None
     read: int = 0
@@ -161,11 +161,15 @@ class Request:
     def let_go(self) -> list[str]:
         """Gives up its modules and all that was made with them; returns the names of those that it held."""
         held = list(self.loads or ())
+        for branch in self.branches:
+            branch.cache.free()
         self.branches, self.loads = [], None
         return held
 
     def drop(self) -> list[str]:
         """Gives up all that takes memory, as `let_go` does."""
+        if self.cache is not None:
+            self.cache.free()
         self.cache = self.generator = self.mixture = None
         self.states.clear()
         return self.let_go()

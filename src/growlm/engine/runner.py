@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from growlm.base import Base, LayerToRun, Pass
-from growlm.base.cache import KVCache
+from growlm.base.rooms import TextCache
 from growlm.base.segments import Segment
 from growlm.layers.around import Shares, together
+from growlm.layers.thin import thin_products
 from growlm.modules import ModuleSet
 
 # n new tokens of a text, t those of all texts that are on a stage, d hidden size, v vocabulary
@@ -43,7 +44,7 @@ class Work:
     modules: ModuleSet
     ids: Tensor
     past: int
-    cache: KVCache
+    cache: TextCache
     enters: int = 0
     leaves: int | None = None
     keeps: Collection[int] = ()
@@ -111,6 +112,12 @@ class Runner:
     @torch.inference_mode()
     def run(self, works: Sequence[Work]) -> None:
         """Runs every text from where it enters to where it leaves."""
+        for work in works:
+            work.cache.reserve(work.past + len(work.ids))
+        with thin_products():
+            self._run(works)
+
+    def _run(self, works: Sequence[Work]) -> None:
         base, ordered = self._base, sorted(works, key=lambda work: work.modules.digest)
         self._embed([work for work in ordered if work.hidden is None])
         used: set[tuple[int, tuple[str, ...]]] = set()
@@ -140,7 +147,8 @@ class Runner:
         if not rows:
             return []
         normed = self._base.norm(torch.cat([hidden for _, hidden, _ in rows]))
-        plain = self._base.head(normed)
+        with thin_products():
+            plain = self._base.head(normed)
         sizes = [len(hidden) for _, hidden, _ in rows]
         parts = zip(rows, plain.split(sizes), normed.split(sizes), strict=True)
         return [modules.finish(logits, states, contexts) for (modules, _, contexts), logits, states in parts]

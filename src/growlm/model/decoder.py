@@ -120,7 +120,7 @@ class GrowlmAttention(nn.Module):
             mask = mask[..., : key.shape[2]] if isinstance(mask, Tensor) else mask
         attention = softmax_attention if self.kind == "softmax" else stickbreaking_attention
         if isinstance(mask, SegmentMask):
-            out = mask.attend(query, lambda query, key, value, _: attention(query, key, value), dim=2)
+            out = mask.attend_each(query, attention)
         else:
             out = attention(query, key, value, mask=mask, documents=documents)
         out = out.view(b, self.kv_heads, inner[0], inner[2], t, self.head_dim).permute(0, 4, 2, 1, 3, 5)

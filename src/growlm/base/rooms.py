@@ -1,0 +1,248 @@
+"""Rooms: keys and values of many texts, those of like length side by side, so that one attention reads them together.
+
+A text has a row in a room that holds texts of up to so many tokens, and moves to the next larger one as it grows. Rows
+stay dense: when a text leaves, the last one takes its place. Knows tensors; runs no layer and knows no module.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from growlm.base.cache import KVCache
+from growlm.base.sizes import tensor_bytes
+
+# r rows, h heads, s tokens, w head width
+
+_SMALLEST = 128  # tokens of a room; each is twice the one before
+
+
+class Room:
+    """Texts of up to `size` tokens.
+
+    Attributes:
+        texts: by row.
+        keys, values: (r, h, size, w) of each layer's slot, with rows to spare; zero or finite everywhere.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.texts: list[TextCache] = []
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+
+    def take(self, text: TextCache) -> int:
+        """A row for a text."""
+        self.texts.append(text)
+        for tensors in (self.keys, self.values):
+            for slot, tensor in tensors.items():
+                if len(self.texts) > len(tensor):
+                    tensors[slot] = _with_rows(tensor, 2 * len(tensor))
+        return len(self.texts) - 1
+
+    @torch.inference_mode()
+    def leave(self, row: int) -> None:
+        """The last text takes this row's place, and what is not needed any more is given back."""
+        last = self.texts.pop()
+        if row < len(self.texts):
+            for slot, length in last.lengths.items():
+                for tensor in (self.keys[slot], self.values[slot]):
+                    tensor[row, :, :length] = tensor[last.row, :, :length]
+            self.texts[row], last.row = last, row
+        for tensors in (self.keys, self.values):
+            for slot, tensor in list(tensors.items()):
+                if 4 * len(self.texts) <= len(tensor):
+                    tensors[slot] = _with_rows(tensor, len(tensor) // 2)
+
+    def open(self, slot: int, keys: Tensor, values: Tensor) -> None:
+        """Has a slot for keys and values like these (., h, ., w)."""
+        if slot not in self.keys:
+            rows = 1 << max(len(self.texts) - 1, 0).bit_length()
+            for tensors, new in ((self.keys, keys), (self.values, values)):
+                tensors[slot] = new.new_zeros(rows, new.shape[1], self.size, new.shape[3])
+
+    def num_bytes(self) -> int:
+        return tensor_bytes([*self.keys.values(), *self.values.values()])
+
+
+class Rooms:
+    """All rooms of one engine."""
+
+    def __init__(self) -> None:
+        self._rooms: dict[int, Room] = {}
+
+    def new(self) -> TextCache:
+        """For a text of which nothing was read."""
+        return TextCache(self)
+
+    def adopt(self, cache: KVCache) -> TextCache:
+        """For a text whose keys and values lie in a cache of their own, (1, h, s, w) a slot."""
+        text = TextCache(self)
+        for slot, layer in enumerate(cache.layers):
+            if layer.is_initialized and layer.get_seq_length():
+                text.reserve(layer.get_seq_length())
+                text.update(slot, layer.keys, layer.values)
+        return text
+
+    def room(self, tokens: int) -> Room:
+        """The smallest for so many tokens."""
+        size = _SMALLEST
+        while size < tokens:
+            size *= 2
+        return self._rooms.setdefault(size, Room(size))
+
+    def drop_empty(self) -> None:
+        self._rooms = {size: room for size, room in self._rooms.items() if room.texts}
+
+    def num_bytes(self) -> int:
+        return sum(room.num_bytes() for room in self._rooms.values())
+
+
+class TextCache:
+    """Keys and values of one text.
+
+    Attributes:
+        room, row: where they are; None before anything was reserved, and when they were given up.
+        lengths: tokens in each slot.
+    """
+
+    def __init__(self, rooms: Rooms) -> None:
+        self._rooms = rooms
+        self.room: Room | None = None
+        self.row = 0
+        self.lengths: dict[int, int] = {}
+
+    @torch.inference_mode()
+    def reserve(self, tokens: int) -> None:
+        """Has room for so many tokens in all."""
+        if self.room is not None and self.room.size >= tokens:
+            return
+        old, old_row = self.room, self.row
+        self.room = self._rooms.room(tokens)
+        self.row = self.room.take(self)
+        if old is not None:
+            for slot, length in self.lengths.items():
+                self.room.open(slot, old.keys[slot], old.values[slot])
+                self.room.keys[slot][self.row, :, :length] = old.keys[slot][old_row, :, :length]
+                self.room.values[slot][self.row, :, :length] = old.values[slot][old_row, :, :length]
+            old.leave(old_row)
+            self._rooms.drop_empty()
+
+    @torch.inference_mode()
+    def update(self, slot: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds those of new tokens (1, h, n, w), for which there is room; returns those of all, (1, h, s, w)."""
+        assert self.room is not None
+        self.room.open(slot, keys, values)
+        start = self.length(slot)
+        end = start + keys.shape[2]
+        self.room.keys[slot][self.row, :, start:end] = keys[0]
+        self.room.values[slot][self.row, :, start:end] = values[0]
+        self.lengths[slot] = end
+        return self.of(slot)
+
+    def of(self, slot: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (1, h, s, w) of a slot."""
+        assert self.room is not None
+        row, length = slice(self.row, self.row + 1), self.length(slot)
+        return self.room.keys[slot][row, :, :length], self.room.values[slot][row, :, :length]
+
+    def length(self, slot: int) -> int:
+        return self.lengths.get(slot, 0)
+
+    def cut(self, slots: int) -> None:
+        """Keeps the first so many slots alone."""
+        self.lengths = {slot: length for slot, length in self.lengths.items() if slot < slots}
+
+    def copy(self) -> TextCache:
+        """The same for another text that goes on from here."""
+        other = TextCache(self._rooms)
+        other.reserve(max(self.lengths.values(), default=0))
+        for slot in self.lengths:
+            other.update(slot, *self.of(slot))
+        return other
+
+    @torch.inference_mode()
+    def kept(self) -> KVCache:
+        """A copy that has no place in a room."""
+        cache = KVCache(max(self.lengths, default=-1) + 1)
+        for slot in self.lengths:
+            keys, values = self.of(slot)
+            cache.update(keys.clone(), values.clone(), slot)
+        return cache
+
+    def free(self) -> None:
+        """Gives up the place."""
+        if self.room is not None:
+            self.room.leave(self.row)
+            self.room, self.lengths = None, {}
+            self._rooms.drop_empty()
+
+
+def _with_rows(tensor: Tensor, rows: int) -> Tensor:
+    grown = tensor.new_zeros(max(rows, 1), *tensor.shape[1:])
+    kept = min(len(tensor), len(grown))
+    grown[:kept] = tensor[:kept]
+    return grown
+
+
+class Side:
+    """Texts of one room that each read one more token: what their attention needs, once for a pass.
+
+    Attributes:
+        tokens: (n,) which of the pass's tokens are theirs, one a text.
+        whole: whether these are all of the pass's tokens, in the order of their rows.
+        first, last: the rows from the first text's to behind the last one's.
+        rows, ends: (n,) the row of each text, and its tokens so far.
+        longest: tokens of the longest text, the new one included.
+    """
+
+    def __init__(self, room: Room, texts: list[tuple[int, TextCache, int]], total: int, device: torch.device) -> None:
+        texts = sorted(texts, key=lambda text: text[1].row)
+        rows = [text.row for _, text, _ in texts]
+        self.room, self.texts = room, [text for _, text, _ in texts]
+        places = [place for place, _, _ in texts]
+        self.first, self.last = rows[0], rows[-1] + 1
+        self.whole = places == list(range(total)) and self.last - self.first == len(rows)
+        self.tokens = torch.tensor(places, device=device)
+        self.rows = torch.tensor(rows, device=device)
+        self.ends = torch.tensor([past for _, _, past in texts], device=device)
+        self.longest = max(past for _, _, past in texts) + 1
+
+    def update(self, slot: int, keys: Tensor, values: Tensor) -> None:
+        """Adds those of the texts' new tokens, of all the pass's (1, h, t, w)."""
+        self.room.open(slot, keys, values)
+        for tensors, new in ((self.room.keys, keys), (self.room.values, values)):
+            own = new[0] if self.whole else new[0][:, self.tokens]
+            tensors[slot][self.rows, :, self.ends] = own.transpose(0, 1)
+        for text in self.texts:
+            text.lengths[slot] = text.length(slot) + 1
+
+    def of(self, slot: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (r, h, longest, w) of all rows from the first to the last."""
+        rows = slice(self.first, self.last)
+        return self.room.keys[slot][rows, :, : self.longest], self.room.values[slot][rows, :, : self.longest]
+
+    def queries(self, query: Tensor) -> Tensor:
+        """Those of the texts, of all the tokens of a pass (1, h, t, w), by row: (r, h, 1, w), zero where none is."""
+        own = query[0] if self.whole else query[0][:, self.tokens]
+        if self.last - self.first == len(self.rows):
+            return own.transpose(0, 1)[:, :, None]
+        spread = query.new_zeros(self.last - self.first, query.shape[1], 1, query.shape[3])
+        spread[self.rows - self.first, :, 0] = own.transpose(0, 1)
+        return spread
+
+    def results(self, by_row: Tensor) -> Tensor:
+        """Of what attention gives by row, (r, 1, h, w), those of the texts: (n, h, w)."""
+        return by_row[:, 0] if self.last - self.first == len(self.rows) else by_row[self.rows - self.first, 0]
+
+    def mask(self, window: int | None, like: Tensor) -> Tensor:
+        """(r, 1, 1, longest), to be added to scores: as low as can be where a text has no token yet, or none within the
+        window."""
+        ends = self.ends.new_zeros(self.last - self.first)
+        ends[self.rows - self.first] = self.ends
+        places = torch.arange(self.longest, device=ends.device)[None]
+        unseen = places > ends[:, None]
+        if window is not None:
+            unseen = unseen | (places <= ends[:, None] - window)
+        mask = torch.zeros(unseen.shape, dtype=like.dtype, device=like.device)
+        return mask.masked_fill_(unseen, torch.finfo(like.dtype).min)[:, None, None]

@@ -1,0 +1,137 @@
+"""Rooms: whatever texts come, grow, leave or are copied, each has its own keys and values; and thin products."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from growlm.base.rooms import Rooms, TextCache
+from growlm.layers import thin
+from growlm.layers.thin import ThinLinear, allow_thin_products, thin_products
+
+SLOTS = 2
+
+
+class Known:
+    """A text and what its keys should be: one number a token and slot."""
+
+    def __init__(self, cache: TextCache, tokens: int = 0) -> None:
+        self.cache, self.tokens = cache, [list(range(tokens)) for _ in range(SLOTS)]
+
+    def grow(self, count: int, mark: int) -> None:
+        self.cache.reserve(len(self.tokens[0]) + count)
+        for slot in range(SLOTS):
+            new = [1000 * mark + n for n in range(count)]
+            states = torch.tensor(new, dtype=torch.float32)[None, None, :, None].expand(1, 2, -1, 3)
+            self.cache.update(slot, states + slot, -states)
+            self.tokens[slot] += new
+
+    def check(self) -> None:
+        for slot in range(SLOTS):
+            keys, values = self.cache.of(slot)
+            wanted = torch.tensor(self.tokens[slot], dtype=torch.float32)
+            assert keys.shape == (1, 2, len(wanted), 3)
+            assert bool((keys == wanted[None, None, :, None] + slot).all())
+            assert bool((values == -wanted[None, None, :, None]).all())
+
+
+@given(
+    steps=st.lists(st.tuples(st.sampled_from("ngggglc"), st.integers(0, 9), st.integers(1, 200)), max_size=40),
+)
+@settings(max_examples=100, deadline=None)
+def test_each_text_keeps_its_own(steps):
+    rooms, texts, mark = Rooms(), [], 0
+    for what, which, count in steps:
+        mark += 1
+        if what == "n" or not texts:
+            texts.append(Known(rooms.new()))
+            texts[-1].grow(count, mark)
+        text = texts[which % len(texts)]
+        if what == "g":
+            text.grow(count, mark)
+        elif what == "l":
+            text.cache.free()
+            texts.remove(text)
+        elif what == "c":
+            copied = Known(text.cache.copy())
+            copied.tokens = [list(tokens) for tokens in text.tokens]
+            texts.append(copied)
+        for known in texts:
+            known.check()
+    least = sum(8 * SLOTS * 2 * 3 * len(text.tokens[0]) for text in texts)
+    assert rooms.num_bytes() >= least
+    for text in texts:
+        text.cache.free()
+    assert rooms.num_bytes() == 0
+
+
+def test_memory_is_given_back_as_texts_leave():
+    rooms = Rooms()
+    texts = [Known(rooms.new()) for _ in range(64)]
+    for number, text in enumerate(texts):
+        text.grow(100, number)
+    most = rooms.num_bytes()
+    for text in texts[4:]:
+        text.cache.free()
+    assert rooms.num_bytes() <= most / 8
+    for text in texts[:4]:
+        text.check()
+
+
+def test_what_is_kept_apart_comes_back():
+    rooms = Rooms()
+    text = Known(rooms.new())
+    text.grow(150, 1)
+    kept = text.cache.kept()
+    other = Known(rooms.new())
+    other.grow(3, 2)
+    text.cache.free()
+    back = Known(rooms.adopt(kept))
+    back.tokens = text.tokens
+    back.grow(200, 3)
+    back.check()
+    other.check()
+
+
+def test_slots_that_are_cut_are_read_again_from_the_beginning():
+    rooms = Rooms()
+    text = Known(rooms.new())
+    text.grow(5, 1)
+    text.cache.cut(1)
+    assert [text.cache.length(slot) for slot in range(SLOTS)] == [5, 0]
+
+
+# Thin products
+
+
+@pytest.fixture
+def always(monkeypatch):
+    monkeypatch.setattr(thin, "thin_rows", lambda dtype: range(2, 1000))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(2, 256), (1, 7, 256), (3, 5, 256)])
+def test_a_thin_product_is_the_linear_layer(always, bias, shape):
+    torch.manual_seed(0)
+    linear = nn.Linear(256, 300, bias=bias)
+    x = torch.randn(shape)
+    wanted = linear(x)
+    model = nn.Sequential(linear, nn.Linear(8, 8))
+    allow_thin_products(model)
+    assert [type(part) for part in model] == [ThinLinear, nn.Linear]
+    assert torch.equal(linear(x), wanted)  # as long as nobody wants them
+    with thin_products():
+        found = linear(x)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    assert torch.equal(linear(x), wanted)
+
+
+def test_rows_are_those_that_are_measured_to_be_faster():
+    rows = thin.thin_rows(torch.float32)
+    assert rows == thin.thin_rows(torch.float32)
+    assert rows.start in (0, *thin._TRIED)
+    assert rows.stop - 1 in (-1, *thin._TRIED)
