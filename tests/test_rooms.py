@@ -43,9 +43,8 @@ class Known:
 )
 @settings(max_examples=100, deadline=None)
 def test_each_text_keeps_its_own(steps):
-    rooms, texts, mark = Rooms(), [], 0
-    for what, which, count in steps:
-        mark += 1
+    rooms, texts = Rooms(), []
+    for mark, (what, which, count) in enumerate(steps, start=1):
         if what == "n" or not texts:
             texts.append(Known(rooms.new()))
             texts[-1].grow(count, mark)

@@ -17,8 +17,8 @@ import torch
 from benchmarks.lib.common import show
 from growlm import data as text_data
 from growlm.engine import Engine
+from growlm.engine.engine import WINDOW
 from growlm.engine.mixing import SHARE, mixture_losses
-from growlm.engine.rerouting import WINDOW
 from growlm.evaluation.statistics import Bootstrap
 from growlm.layers.cross_entropy import token_losses
 from growlm.modules import ModuleSet

@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM
 
 import growlm
 from benchmarks.lib.common import interleaved, qwen2, save_base, show
-from growlm.engine.generation import prefill
+from growlm.base.rooms import Rooms
+from growlm.engine.runner import Runner, Work
+from growlm.modules import ModuleSet
 from growlm.modules.blocks import Blocks, BlocksConfig
 from growlm.router import GaussianRouter, files_of, gather_evidence, write_general
 from growlm.store import Store
@@ -68,9 +70,12 @@ def main() -> None:
             torch.full((domains,), 1e9),
             dict.fromkeys(names, base.num_layers),
         )
-        times = interleaved(
-            {"prefill": lambda: prefill(base, [long], {base.num_layers}), "route": lambda: engine.route(long)}, 15
-        )
+        runner, alone = Runner(base), ModuleSet(base)
+
+        def prefill() -> None:
+            runner.run([Work(alone, torch.tensor(long), 0, Rooms().new(), leaves=base.num_layers)])
+
+        times = interleaved({"prefill": prefill, "route": lambda: engine.route(long)}, 15)
         numbers["routing_512_tokens_1000_domains"] = {
             "milliseconds": {k: round(v * 1e3, 2) for k, v in times.items()},
             "share_of_prefill": round(times["route"] / times["prefill"] - 1, 4),

@@ -208,6 +208,7 @@ class Side:
         self.ends = torch.tensor([past for _, _, past in texts], device=device)
         self.longest = max(past for _, _, past in texts) + 1
 
+    @torch.inference_mode()
     def update(self, slot: int, keys: Tensor, values: Tensor) -> None:
         """Adds those of the texts' new tokens, of all the pass's (1, h, t, w)."""
         self.room.open(slot, keys, values)

@@ -191,12 +191,8 @@ class Engine:
                 `reroute` and `module` at odds, or a prompt that is too long for the base.
             ClosedError: the engine was closed.
         """
-        self._require_open()
-        config = _sampling(sampling)
-        tokens = self._prompts.encode(prompt, config.max_new_tokens)
-        require_one_way(module, mix, reroute, len(self.router.names), self.router.num_listed)
-        answer = Answer(self.tokenizer, config.stop)
-        return next(self._answers([Request(tokens, self._select(module), config, answer, reuse, mix, reroute)]))
+        request = self._asked(prompt, module, reuse, mix, reroute, False, sampling)
+        return next(self._answers([request]))
 
     def stream(
         self,
@@ -213,12 +209,7 @@ class Engine:
         Raises:
             As `generate`; and `ClosedError` from the iterator where the engine is closed before the answer has ended.
         """
-        self._require_open()
-        config = _sampling(sampling)
-        tokens = self._prompts.encode(prompt, config.max_new_tokens)
-        require_one_way(module, mix, reroute, len(self.router.names), self.router.num_listed)
-        answer = Answer(self.tokenizer, config.stop, streams=True)
-        return self._pieces(Request(tokens, self._select(module), config, answer, reuse, mix, reroute))
+        return self._pieces(self._asked(prompt, module, reuse, mix, reroute, True, sampling))
 
     def _pieces(self, request: Request) -> Iterator[str | Generation]:
         self._arriving.append(request)
@@ -260,6 +251,47 @@ class Engine:
                 found.append(generation)
                 answering.advance()
         return found
+
+    def submit(
+        self,
+        prompt: Prompt,
+        *,
+        module: Wanted = AUTO,
+        stream: bool = False,
+        reuse: bool = False,
+        mix: int = 1,
+        reroute: int = 0,
+        **sampling: Any,
+    ) -> Request:
+        """Asks, and does not wait: the request's `result`, or `error`, is there once its `state` is FINISHED, after as
+        many calls of `step` as it takes, by whomever. With `stream` its text comes in `answer.pieces`.
+
+        Args:
+            Others as in `generate`.
+
+        Raises:
+            As `generate`, as far as it is known before anything runs.
+        """
+        request = self._asked(prompt, module, reuse, mix, reroute, stream, sampling)
+        self._arriving.append(request)
+        return request
+
+    def step(self) -> bool:
+        """Moves on all that was asked by one step: a pass over one token of each answer and some of prompts that are
+        read. Where modules are still being read and nothing else is to be done, it waits for a moment.
+
+        Returns:
+            Whether anything is left to do.
+        """
+        self._require_open()
+        with self._stepping:
+            self._step()
+            return bool(self._arriving) or not self._scheduler.idle
+
+    def cancel(self, request: Request) -> None:
+        """Ends a request, if it has not ended, and gives back all that it holds, once the step that is running has
+        ended."""
+        self._cancel([request])
 
     def route(self, prompt: Prompt) -> Route:
         """Which module the router would choose, and how sure it is of each.
@@ -321,6 +353,23 @@ class Engine:
 
     def _was_closed(self) -> ClosedError:
         return ClosedError(f"{self.store.path}: this engine was closed; make a new one")
+
+    def _asked(
+        self,
+        prompt: Prompt,
+        module: Wanted,
+        reuse: bool,
+        mix: int,
+        reroute: int,
+        streams: bool,
+        sampling: dict[str, Any],
+    ) -> Request:
+        self._require_open()
+        config = _sampling(sampling)
+        tokens = self._prompts.encode(prompt, config.max_new_tokens, depth=2)
+        require_one_way(module, mix, reroute, len(self.router.names), self.router.num_listed)
+        answer = Answer(self.tokenizer, config.stop, streams=streams)
+        return Request(tokens, self._select(module), config, answer, reuse, mix, reroute)
 
     def _answers(self, requests: Sequence[Request]) -> Iterator[Generation]:
         """Asks for all of them and gives their answers in this order, each once it is there."""

@@ -30,18 +30,19 @@ class Prompts:
         self._base, self._tokenizer, self._strict = base, tokenizer, strict
         self._start = start_tokens(tokenizer)
 
-    def encode(self, prompt: Prompt, new_tokens: int = 0) -> list[int]:
+    def encode(self, prompt: Prompt, new_tokens: int = 0, *, depth: int = 1) -> list[int]:
         """Token ids of one prompt.
 
         Args:
             new_tokens: that are written after it at most.
+            depth: calls between this one and that of the user, whom a warning is for.
 
         Raises:
             DataError: it is empty, neither text nor token ids, or has ids that the base has no row for.
             ConfigError: it is too long for the base.
         """
         tokens = self._tokens(prompt, "the prompt")
-        self._require_positions(len(tokens), new_tokens)
+        self._require_positions(len(tokens), new_tokens, depth)
         return tokens
 
     def encode_all(self, prompts: Sequence[Prompt], new_tokens: int) -> list[list[int]]:
@@ -86,7 +87,7 @@ class Prompts:
         self._base.require_rows(tokens, called, self._tokenizer)
         return tokens
 
-    def _require_positions(self, tokens: int, new_tokens: int) -> None:
+    def _require_positions(self, tokens: int, new_tokens: int, depth: int = 1) -> None:
         asked, hint = f"{tokens} prompt tokens", "shorten the prompt"
         if new_tokens:
             asked, hint = f"{asked} and {new_tokens} new ones", f"{hint} or lower --max-new-tokens"
@@ -98,7 +99,8 @@ class Prompts:
             message = f"{asked} exceed the {made_for} positions that the base was made for"
             if self._strict:
                 raise ConfigError(f"{message}; {hint}, or leave out --strict")
-            warnings.warn(f"{message}: what it says of so long a text is poor; {hint}", GrowlmWarning, stacklevel=4)
+            told = f"{message}: what it says of so long a text is poor; {hint}"
+            warnings.warn(told, GrowlmWarning, stacklevel=3 + depth)
 
 
 def _whole_numbers(prompt: Any, called: str) -> list[int]:
