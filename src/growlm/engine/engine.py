@@ -143,10 +143,7 @@ class Engine:
         is asked later raises `ClosedError`. To close twice is no mistake."""
         self._closed = True
         with self._stepping:
-            self._take_in()
-            for request in [*self._scheduler.waiting, *self._scheduler.active]:
-                if request.answer.streams or request.state is State.WAITING:
-                    self._end(request, error=self._was_closed())
+            self._refuse(lambda request: request.answer.streams or request.state is State.WAITING)
             while self._scheduler.active:
                 self._step()
             self.modules.close()
@@ -385,8 +382,17 @@ class Engine:
         """Makes steps until it is done, or waits while another thread makes them."""
         while not done():
             with self._stepping:
-                if not done():
+                if self._closed:  # since it was asked
+                    self._refuse(lambda request: True)
+                elif not done():
                     self._step()
+
+    def _refuse(self, which: Callable[[Request], bool]) -> None:
+        """Ends requests with the error that the engine was closed."""
+        self._take_in()
+        for request in [*self._scheduler.waiting, *self._scheduler.active]:
+            if which(request):
+                self._end(request, error=self._was_closed())
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
