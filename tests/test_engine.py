@@ -257,7 +257,7 @@ def scripted(engine: Engine, text: str, monkeypatch) -> None:
     def sample(logits, config, generators):
         return torch.full((len(logits),), next(at))
 
-    monkeypatch.setattr("growlm.engine.engine.sample", sample)
+    monkeypatch.setattr("growlm.engine.loop.sample", sample)
 
 
 def test_a_character_of_several_bytes_is_never_cut(llama, monkeypatch):
@@ -305,7 +305,7 @@ def test_a_stream_that_is_closed_early_is_written_no_further(llama):
         next(stream)
         stream.close()
     assert len(written) < 10
-    assert llama._scheduler.idle
+    assert llama._loop.scheduler.idle
     assert llama.generate("abc", module=None, max_new_tokens=3).tokens == expected(llama, None, "abc", 3)
 
 
@@ -775,7 +775,7 @@ def test_modules_that_are_gone_are_taken_from_the_router_at_once(home, monkeypat
 def test_a_module_that_is_removed_between_two_choices_is_not_chosen_again(home, monkeypatch):
     store = Store.open(home / "store")
     with Engine(store) as engine:
-        engine._end_tokens = set()
+        engine._loop.end_tokens = set()
         original = GaussianRouter.route
         calls = []
 

@@ -66,10 +66,10 @@ class Gate:
 
 
 def nothing_is_left(engine: Engine) -> None:
-    assert engine._scheduler.idle
+    assert engine._loop.scheduler.idle
     assert not any(engine.modules._pins.values())
-    assert not engine._runner._joined
-    assert not engine._sets
+    assert not engine._loop.runner._joined
+    assert not engine._loop.sets
 
 
 # Loading
@@ -183,7 +183,7 @@ def test_a_short_prompt_is_through_while_a_long_one_is_read(tmp_path):
         done: list[str] = []
         with ThreadPoolExecutor() as pool:
             slow = pool.submit(lambda: [list(begun), done.append("long")])
-            while not engine._scheduler.active:
+            while not engine._loop.scheduler.active:
                 time.sleep(0.001)
             for _ in range(3):
                 engine.generate("abc", module="signs", max_new_tokens=2)
@@ -199,7 +199,7 @@ def test_an_engine_that_is_closed_ends_its_answers_and_refuses_others(made):
     next(stream)
     with ThreadPoolExecutor() as pool:
         asked = pool.submit(engine.generate, PROMPTS[1], module="letters", max_new_tokens=30)
-        while not any(request.answer.tokens for request in engine._scheduler.active if request.names == ("letters",)):
+        while not any(r.answer.tokens for r in engine._loop.scheduler.active if r.names == ("letters",)):
             time.sleep(0.001)
         engine.close()
         assert asked.result(60).tokens == wanted
@@ -252,7 +252,7 @@ def test_whatever_comes_goes_or_changes_every_answer_is_that_of_a_request_alone(
     refused: list[GrowlmError] = []
     over = threading.Event()
     with Engine(store, memory=memory, max_batch=6) as engine:
-        engine._end_tokens = set()
+        engine._loop.end_tokens = set()
         watch, most = Watch(monkeypatch), 0
 
         def ask(number: int) -> None:

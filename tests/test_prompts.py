@@ -381,7 +381,7 @@ def test_a_stream_that_is_open_while_the_engine_closes_ends_with_an_error(made, 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ModuleSet, "finish", slow)
-        engine._end_tokens = set()
+        engine._loop.end_tokens = set()
         stream = engine.stream("abc", module=None, max_new_tokens=200)
         if begun:
             next(stream)
@@ -423,14 +423,14 @@ def test_what_waits_for_its_turn_is_told_that_the_engine_was_closed(made):
         except Exception as error:
             caught.append(error)
 
-    with engine._stepping:
+    with engine._loop.stepping:
         waiting = [threading.Thread(target=ask) for _ in range(3)]
         closing = threading.Thread(target=engine.close)
         for thread in waiting:
             thread.start()
         time.sleep(0.05)
         closing.start()
-        while not engine._closed:
+        while not engine._loop.closed:
             time.sleep(0.001)
     for thread in [*waiting, closing]:
         thread.join()

@@ -17,7 +17,7 @@ import torch
 from benchmarks.lib.common import show
 from growlm import data as text_data
 from growlm.engine import Engine
-from growlm.engine.engine import WINDOW
+from growlm.engine.loop import WINDOW
 from growlm.engine.mixing import SHARE, mixture_losses
 from growlm.evaluation.statistics import Bootstrap
 from growlm.layers.cross_entropy import token_losses

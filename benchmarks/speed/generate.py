@@ -39,7 +39,7 @@ def main() -> None:
         model = AutoModelForCausalLM.from_pretrained(folder / "out").eval()
         model.generation_config.eos_token_id = None
         engine = growlm.Engine(store)
-        engine._end_tokens = set()  # random weights: write all tokens on both sides
+        engine._loop.end_tokens = set()  # random weights: write all tokens on both sides
         ids = torch.tensor(texts)
 
         def ours(count: int) -> None:
@@ -63,7 +63,7 @@ def main() -> None:
         long = rng.integers(1, 32_000, size=512).tolist()
         domains, width = 1000, base.hidden_size
         torch.manual_seed(0)
-        engine.router = GaussianRouter(
+        engine._routing.router = GaussianRouter(
             names := [f"d{i}" for i in range(domains)],
             torch.randn(domains + 1, width),
             torch.randn(width, width) / width**0.5,

@@ -60,7 +60,7 @@ class _Staircase:
 
     def __init__(self, base: Base, works: Sequence[Work]) -> None:
         self.works = works
-        self.hidden = torch.cat([_entered(work) for work in works], dim=1)
+        self.hidden = torch.cat([come_to(work) for work in works], dim=1)
         self.sizes = [len(work.ids) for work in works]
         self.groups: list[tuple[ModuleSet, list[Work]]] = []
         for work in works:
@@ -129,7 +129,7 @@ class Runner:
                 stairs.leave()
                 stairs = stairs if stairs.works == on else None
             for work in keeping:
-                work.kept[stage] = _entered(work)
+                work.kept[stage] = come_to(work)
             if not on:
                 continue
             stairs = stairs or _Staircase(base, on)
@@ -190,6 +190,7 @@ class Runner:
         return key
 
 
-def _entered(work: Work) -> Tensor:
+def come_to(work: Work) -> Tensor:
+    """What a text enters with, or has left with: (1, n, d)."""
     assert work.hidden is not None
     return work.hidden

@@ -1,0 +1,423 @@
+"""Loop: steps that move on all requests: schedule, run one pass, and give each request what is its own.
+
+Whoever waits makes steps, one at a time, and a step moves on what others wait for too: no thread is needed. Knows
+requests, what is in memory and how prompts are routed; not who asks, nor where modules come from.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from traceback import clear_frames
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from growlm.base import Base
+from growlm.base.rooms import Rooms
+from growlm.engine.answers import Generation
+from growlm.engine.kv import PrefixCache
+from growlm.engine.mixing import Posterior
+from growlm.engine.module_cache import ModuleCache
+from growlm.engine.request import Branch, Names, Request, State
+from growlm.engine.routing import Routing
+from growlm.engine.runner import Runner, Work, come_to
+from growlm.engine.sampling import sample
+from growlm.engine.scheduler import Part, Scheduler
+from growlm.errors import ClosedError, ConfigError
+from growlm.modules import KnowledgeModule, ModuleSet
+from growlm.modules.scoring import label_losses
+from growlm.router import NONE, Route
+
+WINDOW = 128  # newest tokens that a choice is made anew from: a text may have passed into another domain
+_PAUSE = 0.01  # seconds between two looks at what is being read, where nothing else is to be done
+
+
+class Loop:
+    """All requests of one engine.
+
+    Args:
+        resident: bytes of all weights in memory.
+        end_tokens: that end an answer; they are no part of it.
+        where: what to call the engine in messages.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        modules: ModuleCache,
+        routing: Routing,
+        prefixes: PrefixCache,
+        *,
+        max_batch: int,
+        resident: Callable[[], int],
+        end_tokens: set[int],
+        where: str,
+    ) -> None:
+        self.base, self.modules, self.routing, self.prefixes = base, modules, routing, prefixes
+        self.scheduler, self.runner, self.rooms = Scheduler(modules, max_batch), Runner(base), Rooms()
+        self.end_tokens = end_tokens
+        self.sets: WeakValueDictionary[tuple[str, ...], ModuleSet] = WeakValueDictionary()  # those that are in use
+        self.stepping = threading.Lock()  # held for a step, and by what must be alone
+        self.closed = False
+        self._resident, self._where = resident, where
+        self._base_alone = ModuleSet(base)
+        self._arriving: deque[Request] = deque()
+        self._pausing = 0  # how many want to be alone: nothing more is admitted
+
+    def require_open(self) -> None:
+        """
+        Raises:
+            ClosedError: it was closed.
+        """
+        if self.closed:
+            raise self._was_closed()
+
+    def _was_closed(self) -> ClosedError:
+        return ClosedError(f"{self._where}: this engine was closed; make a new one")
+
+    def add(self, requests: Sequence[Request]) -> None:
+        """Takes requests in at the next step."""
+        self._arriving.extend(requests)
+
+    def step(self) -> bool:
+        """One step; returns whether anything is left to do."""
+        with self.stepping:
+            self.require_open()
+            self._step()
+            return bool(self._arriving) or not self.scheduler.idle
+
+    def close(self) -> None:
+        """Ends what can be left, answers what is being answered, and refuses all else."""
+        self.closed = True
+        with self.stepping:
+            self._refuse(lambda request: request.answer.streams or request.state is State.WAITING)
+            while self.scheduler.active:
+                self._step()
+            self.modules.close()
+            self.prefixes.clear()
+
+    def read(self, tokens: Sequence[int], layer: int) -> Tensor:
+        """What the base makes of a text before a layer, (1, n, d); to be called within `alone`."""
+        cache = Rooms().new()
+        work = Work(self._base_alone, torch.tensor(tokens, device=self.base.device), 0, cache, leaves=layer)
+        self.runner.run([work])
+        return come_to(work)
+
+    def drive(self, done: Callable[[], bool]) -> None:
+        """Makes steps until it is done, or waits while another thread makes them."""
+        while not done():
+            with self.stepping:
+                if self.closed:  # since it was asked
+                    self._refuse(lambda request: True)
+                elif not done():
+                    self._step()
+
+    def _refuse(self, which: Callable[[Request], bool]) -> None:
+        """Ends requests with the error that the engine was closed."""
+        self._take_in()
+        for request in [*self.scheduler.waiting, *self.scheduler.active]:
+            if which(request):
+                self._end(request, error=self._was_closed())
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """What runs in such a block runs while nothing else does: requests that have a place are answered first."""
+        self.require_open()
+        self._pausing += 1
+        try:
+            while True:
+                with self.stepping:
+                    self.require_open()
+                    if not self.scheduler.active:
+                        yield
+                        return
+                    self._step()
+        finally:
+            self._pausing -= 1
+
+    def cancel(self, requests: Sequence[Request]) -> None:
+        """Ends requests that have not ended, with all that they hold."""
+        left = [request for request in requests if request.state is not State.FINISHED]
+        if left:
+            with self.stepping:
+                self._take_in()
+                for request in left:
+                    if request.state is not State.FINISHED:
+                        self._end(request)
+
+    # A step
+
+    def _take_in(self) -> None:
+        while self._arriving:
+            self.scheduler.add(self._arriving.popleft())
+
+    def _step(self) -> None:
+        """Admits what can be admitted, runs one pass, and gives every request what is its own."""
+        self._take_in()
+        if not self._pausing:
+            for request in self.scheduler.admit(lambda request, error: self._end(request, error=error)):
+                self._read_below(request)
+        for request in [r for r in self.scheduler.active if r.arrived]:
+            self._start(request)
+        parts = self.scheduler.parts()
+        if not parts:
+            self.modules.wait(_PAUSE)
+            return
+        try:
+            self._run(parts)
+            through = [part.request for part in parts if not part.request.unread]
+            for request in [r for r in through if r.state is not State.RUNNING]:
+                self._reach_goal(request)
+            self._write([request for request in through if request.state is State.RUNNING and not self._moves(request)])
+        except BaseException as error:  # nobody knows how far these have come
+            clear_frames(error.__traceback__)  # which would hold modules as long as the error is held
+            for part in parts:
+                self._end(part.request, error=error)
+            if not isinstance(error, Exception):
+                raise
+
+    def _read_below(self, request: Request) -> None:
+        """Has the base read a prompt as far as the router needs, or up to where its modules branch off, while they are
+        loaded."""
+        if request.names is None:
+            goal = self.routing.layer
+        elif request.reroute:  # what the next module takes over lies there too
+            goal = self.base.num_layers
+        elif request.arrived or request.reuse:
+            return
+        else:
+            goal = self._fork(request.names)
+        if goal > request.level:
+            request.goal, request.read = goal, 0
+            request.cache = request.cache or self.rooms.new()
+
+    def _reach_goal(self, request: Request) -> None:
+        """The base has read a prompt as far as it should: the router's turn, or the modules'."""
+        routing = request.state is State.ROUTING
+        request.rest()
+        if not routing:
+            return
+        states = request.states_of(self.routing.layer)
+        (request.route,) = self.routing.routes(states[:, -WINDOW:] if request.reroute else states)
+        if request.mix > 1:
+            request.together = list(request.route.scores)[: request.mix]
+            request.names = tuple(name for name in request.together if name != NONE)
+        else:
+            self._choose(request, request.route)
+        self.scheduler.park(request)
+
+    def _choose(self, request: Request, route: Route) -> None:
+        request.names = () if route.module is None else (route.module,)
+        if request.reroute:
+            request.changes.append((len(request.answer.tokens), route.module))
+
+    def _moves(self, request: Request) -> bool:
+        """Chooses the module of a request anew where it is time for that; returns whether another one goes on."""
+        written = len(request.answer.tokens)
+        if not request.reroute or not written or written % request.reroute or written == request.changes[-1][0]:
+            return False
+        (route,) = self.routing.routes(request.states_of(self.routing.layer)[:, -WINDOW:])
+        if route.module == request.changes[-1][1]:
+            return False
+        self._choose(request, route)
+        request.cache = request.branches.pop().cache
+        request.cache.cut(self.base.num_layers)
+        self._release(request)
+        self.scheduler.park(request)
+        return True
+
+    def _start(self, request: Request) -> None:
+        """Lets the modules of a request read its text, from what the base has made of it below their fork."""
+        assert request.loads is not None
+        try:
+            held = {name: load.result() for name, load in request.loads.items()}
+            if request.mix > 1:
+                alone = [[] if name == NONE else [held[name]] for name in request.together]
+                request.begin([self._branch(request, modules) for modules in alone])
+                scores = [request.route.scores[name] for name in request.together]
+                request.mixture = Posterior.of_scores(scores, self.base.device)
+            else:
+                branch = self._branch(request, list(held.values()))
+                if request.reroute and branch.modules.fork < self.base.num_layers:
+                    raise ConfigError(
+                        f"{request.changes[-1][1]} changes the base from layer {branch.modules.fork} on, and --reroute "
+                        "needs modules above its last layer; learn it as blocks with --placement top --vocabulary head"
+                    )
+                prefix = self.prefixes.take(branch.modules.digest, request.tokens) if request.reuse else None
+                if prefix is not None:
+                    branch.cache.free()
+                    branch.cache, branch.level = self.rooms.adopt(prefix.cache), 0
+                request.begin([branch], 0 if prefix is None else len(prefix.tokens))
+        except BaseException as error:
+            self._end(request, error=error)
+            return
+        request.resident = max(request.resident, self._resident())
+        if request.generator is None:
+            request.generator = torch.Generator(self.base.device).manual_seed(request.config.seed)
+
+    def _branch(self, request: Request, held: Sequence[KnowledgeModule]) -> Branch:
+        modules = self._set_of(held)
+        level = max((at for at in request.states if at <= modules.fork), default=0)
+        if not level:
+            return Branch(modules, self.rooms.new())
+        assert request.cache is not None
+        if request.mix > 1:  # each goes on from the same keys and values
+            cache = request.cache.copy()
+        else:
+            cache, request.cache = request.cache, None
+        cache.cut(level)
+        return Branch(modules, cache, level)
+
+    def _set_of(self, held: Sequence[KnowledgeModule]) -> ModuleSet:
+        """The one of these modules that is in use, or a new one."""
+        key = tuple(sorted(module.identity for module in held))
+        made = self.sets.get(key)
+        if made is None:
+            made = self.sets[key] = ModuleSet(self.base, held)
+        return made
+
+    def _run(self, parts: Sequence[Part]) -> None:
+        """One pass. Of requests that the base reads for, what it has come to is kept; of others the newest state."""
+        works = [self._works(part.request, part.tokens) for part in parts]
+        self.runner.run([work for own in works for work in own])
+        for part, own in zip(parts, works, strict=True):
+            request, start = part.request, part.request.read
+            request.read += part.tokens
+            for layer, hidden in own[0].kept.items():
+                request.states.setdefault(layer, []).append(hidden)
+            if request.state is not State.RUNNING:
+                assert request.goal is not None
+                request.states.setdefault(request.goal, []).append(come_to(own[0]))
+                continue
+            for branch, work in zip(request.branches, own, strict=True):
+                branch.newest = come_to(work)[0, -1:]
+            if request.mixture is not None and start < len(request.tokens):
+                self._weigh(request, own, start)
+            if request.read >= request.stated and not request.reroute:
+                request.states.clear()
+
+    def _works(self, request: Request, many: int) -> list[Work]:
+        """A request's part in a pass, one for each of its branches."""
+        start = request.read
+        ids = torch.tensor(request.ids(start, many), device=self.base.device)
+        if request.state is not State.RUNNING:
+            assert request.cache is not None
+            work = Work(self._base_alone, ids, start, request.cache, leaves=request.goal)
+            if request.level:
+                work.enters, work.hidden = request.level, request.states_of(request.level)[:, start : start + many]
+            if request.state is State.ROUTING:
+                work.keeps = self.routing.forks
+            return [work]
+        works = []
+        for branch in request.branches:
+            work = Work(branch.modules, ids, start, branch.cache)
+            if branch.level and start < request.stated:
+                work.enters, work.hidden = branch.level, request.states_of(branch.level)[:, start : start + many]
+            elif request.reroute:
+                work.keeps = {self.routing.layer, self.base.num_layers}
+            works.append(work)
+        return works
+
+    def _weigh(self, request: Request, works: Sequence[Work], start: int) -> None:
+        """Takes into a mixture how well each branch has predicted the tokens of the prompt that it has just read."""
+        assert request.mixture is not None
+        seen = torch.tensor([request.tokens[: start + len(works[0].ids) + 1]], device=self.base.device)
+        count = seen.shape[1] - 1 - start  # the prompt's last token has none behind it
+        losses = []
+        for branch, work in zip(request.branches, works, strict=True):
+            contexts = branch.modules.contexts(seen[:, :-1], count)
+            own = None if contexts is None else contexts[0]
+            losses.append(label_losses(branch.modules, come_to(work)[0, :count], seen[0, start + 1 :], own))
+        for column in torch.stack(losses).T:
+            request.mixture.update(-column)
+
+    @torch.inference_mode()
+    def _write(self, requests: Sequence[Request]) -> None:
+        """The next token of requests that have read all there is."""
+        logits = self._logits([branch_of for request in requests for branch_of in _branches(request)])
+        ended = []
+        for request in requests:
+            assert request.generator is not None
+            each = torch.cat([logits[branch] for branch in request.branches])
+            if request.mixture is None:
+                token = int(sample(each, request.config, [request.generator]))
+            else:
+                each = each.float().log_softmax(-1)
+                token = int(sample(request.mixture.mix(each)[None], request.config, [request.generator]))
+            if self._ends(request, token):
+                ended.append(request)
+            elif request.mixture is not None:
+                request.mixture.update(each[:, token])
+        for request in ended:
+            self._finish(request)
+
+    def _logits(self, branches: Sequence[tuple[Branch, list[int]]]) -> dict[Branch, Tensor]:
+        """Logits (1, v) after the newest token of each branch, given with its text."""
+        by_set: dict[str, list[tuple[Branch, list[int]]]] = {}
+        for branch, text in branches:
+            by_set.setdefault(branch.modules.digest, []).append((branch, text))
+        rows = []
+        for own in by_set.values():
+            modules = own[0][0].modules
+            contexts = [modules.contexts(torch.tensor([text], device=self.base.device), 1) for _, text in own]
+            known = [context[:, 0] for context in contexts if context is not None]
+            newest = [branch.newest for branch, _ in own if branch.newest is not None]
+            rows.append((modules, torch.cat(newest), torch.cat(known) if known else None))
+        found: dict[Branch, Tensor] = {}
+        for own, logits in zip(by_set.values(), self.runner.logits(rows), strict=True):
+            found.update(zip((branch for branch, _ in own), logits.split(1), strict=True))
+        return found
+
+    def _ends(self, request: Request, token: int) -> bool:
+        if token in self.end_tokens or not request.answer.add(token):
+            return True
+        return len(request.answer.tokens) == request.config.max_new_tokens
+
+    def _finish(self, request: Request) -> None:
+        if request.reuse and len(request.branches) == 1:
+            (branch,) = request.branches
+            # The last token of an answer that was not ended by the model has not been run.
+            self.prefixes.put(branch.modules.digest, request.text[: request.read], branch.cache.kept())
+        names, mixture = list(request.names or ()), {}
+        if request.mixture is not None:
+            mixture = dict(zip(request.together, request.mixture.weights.tolist(), strict=True))
+            best = max(mixture, key=lambda name: mixture[name])
+            names = [] if best == NONE else [best]
+        result = request.answer.generation(
+            request.config,
+            modules=names,
+            scores=request.route.scores,
+            resident_bytes=max(request.resident, self._resident()) if request.reroute else self._resident(),
+            loaded=request.loaded,
+            prompt_tokens=len(request.tokens),
+            mixture=mixture,
+            changes=request.changes,
+        )
+        self._end(request, result)
+
+    def _end(self, request: Request, result: Generation | None = None, error: BaseException | None = None) -> None:
+        """Ends a request, and lets go of all that it holds within this step."""
+        self.scheduler.remove(request)
+        self._release(request)
+        request.drop()
+        request.state, request.result, request.error = State.FINISHED, result, error
+
+    def _release(self, request: Request) -> None:
+        """Lets go of a request's modules, and of what was joined of them where no other request runs under them."""
+        gone = {branch.modules.digest for branch in request.branches}
+        held = request.let_go()
+        if gone - {branch.modules.digest for other in self.scheduler.active for branch in other.branches}:
+            self.runner.forget()
+        self.modules.release(held)
+
+    def _fork(self, names: Names) -> int:
+        forks = (self.modules.found(name).stored.fork_on(self.base.num_layers) for name in names)
+        return min(forks, default=self.base.num_layers)
+
+
+def _branches(request: Request) -> list[tuple[Branch, list[int]]]:
+    return [(branch, request.text) for branch in request.branches]
