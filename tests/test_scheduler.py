@@ -151,7 +151,7 @@ def test_a_request_that_is_routed_waits_in_its_turn():
         ([4000], [512]),  # alone: as much as a pass takes
         ([4000, 1, 1], [64, 1, 1]),  # a long prompt beside answers that are written
         ([4000, 30, 64, 4000, 5], [64, 30, 64, 64, 5]),
-        ([4000] * 6, [64, 64, 64, 64]),  # the oldest first
+        ([4000, *[3000] * 4, 5], [64, 64, 64, 59, 5]),  # the oldest, and then the shortest
     ],
 )
 def test_a_long_prompt_holds_up_nobody(unread, expected):

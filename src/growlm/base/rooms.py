@@ -33,33 +33,42 @@ class Room:
 
     def take(self, text: TextCache) -> int:
         """A row for a text."""
-        self.texts.append(text)
         for tensors in (self.keys, self.values):
             for slot, tensor in tensors.items():
-                if len(self.texts) > len(tensor):
+                if len(self.texts) == len(tensor):
                     tensors[slot] = _with_rows(tensor, 2 * len(tensor))
+        self.texts.append(text)
         return len(self.texts) - 1
 
     @torch.inference_mode()
     def leave(self, row: int) -> None:
         """The last text takes this row's place, and what is not needed any more is given back."""
+        self.clear(row, self.texts[row].lengths)
         last = self.texts.pop()
         if row < len(self.texts):
             for slot, length in last.lengths.items():
                 for tensor in (self.keys[slot], self.values[slot]):
                     tensor[row, :, :length] = tensor[last.row, :, :length]
+            self.clear(last.row, last.lengths)
             self.texts[row], last.row = last, row
         for tensors in (self.keys, self.values):
             for slot, tensor in list(tensors.items()):
                 if 4 * len(self.texts) <= len(tensor):
                     tensors[slot] = _with_rows(tensor, len(tensor) // 2)
 
+    def clear(self, row: int, lengths: dict[int, int]) -> None:
+        """Leaves nothing of a text in a row: a number that is none would spoil what is read beside it, seen or not."""
+        for slot, length in lengths.items():
+            for tensors in (self.keys, self.values):
+                if slot in tensors:
+                    tensors[slot][row, :, :length] = 0
+
     def open(self, slot: int, keys: Tensor, values: Tensor) -> None:
         """Has a slot for keys and values like these (., h, ., w)."""
         if slot not in self.keys:
             rows = 1 << max(len(self.texts) - 1, 0).bit_length()
-            for tensors, new in ((self.keys, keys), (self.values, values)):
-                tensors[slot] = new.new_zeros(rows, new.shape[1], self.size, new.shape[3])
+            sizes = [(rows, new.shape[1], self.size, new.shape[3]) for new in (keys, values)]
+            self.keys[slot], self.values[slot] = keys.new_zeros(sizes[0]), values.new_zeros(sizes[1])
 
     def num_bytes(self) -> int:
         return tensor_bytes([*self.keys.values(), *self.values.values()])
@@ -117,14 +126,22 @@ class TextCache:
         """Has room for so many tokens in all."""
         if self.room is not None and self.room.size >= tokens:
             return
-        old, old_row = self.room, self.row
-        self.room = self._rooms.room(tokens)
-        self.row = self.room.take(self)
-        if old is not None:
+        old, old_row, new = self.room, self.row, self._rooms.room(tokens)
+        row = new.take(self)
+        try:
             for slot, length in self.lengths.items():
-                self.room.open(slot, old.keys[slot], old.values[slot])
-                self.room.keys[slot][self.row, :, :length] = old.keys[slot][old_row, :, :length]
-                self.room.values[slot][self.row, :, :length] = old.values[slot][old_row, :, :length]
+                assert old is not None
+                new.open(slot, old.keys[slot], old.values[slot])
+                new.keys[slot][row, :, :length] = old.keys[slot][old_row, :, :length]
+                new.values[slot][row, :, :length] = old.values[slot][old_row, :, :length]
+        except BaseException:  # no memory, say: it stays where it was
+            new.clear(row, self.lengths)
+            new.texts.pop()
+            raise
+        self.room, self.row = new, row
+        if old is not None:
+            old.texts[old_row] = leaving = TextCache(self._rooms)
+            leaving.lengths, leaving.row = self.lengths, old_row
             old.leave(old_row)
             self._rooms.drop_empty()
 
@@ -149,8 +166,11 @@ class TextCache:
     def length(self, slot: int) -> int:
         return self.lengths.get(slot, 0)
 
+    @torch.inference_mode()
     def cut(self, slots: int) -> None:
         """Keeps the first so many slots alone."""
+        if self.room is not None:
+            self.room.clear(self.row, {slot: n for slot, n in self.lengths.items() if slot >= slots})
         self.lengths = {slot: length for slot, length in self.lengths.items() if slot < slots}
 
     def copy(self) -> TextCache:

@@ -197,13 +197,15 @@ class Engine:
     def _pieces(self, request: Request) -> Iterator[str | Generation]:
         self._loop.add([request])
         try:
-            pieces = request.answer.pieces
-            while pieces or request.state is not State.FINISHED:
+            pieces, ended = request.answer.pieces, False
+            while not ended:
                 self._loop.require_open()
-                if pieces:
+                self._loop.drive(lambda: bool(pieces) or request.state is State.FINISHED)
+                ended = request.state is State.FINISHED  # before the last pieces are taken: none comes after it
+                while pieces:
                     yield pieces.popleft()
-                else:
-                    self._loop.drive(lambda: bool(pieces) or request.state is State.FINISHED)
+                    if not ended:
+                        self._loop.require_open()
             yield _result(request)
         finally:  # whoever reads no further needs no further tokens
             self._loop.cancel([request])
@@ -211,7 +213,7 @@ class Engine:
     def generate_many(
         self, prompts: Sequence[Prompt], *, modules: Sequence[Wanted] | str | None = AUTO, **sampling: Any
     ) -> list[Generation]:
-        """Answers many prompts, grouped by modules; the answers are in the prompts' order.
+        """Answers many prompts, those whose modules are in memory first; the answers are in the prompts' order.
 
         Args:
             modules: one for all, or a list with one entry a prompt; each as `module` of `generate`.

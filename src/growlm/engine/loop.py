@@ -6,10 +6,10 @@ requests, what is in memory and how prompts are routed; not who asks, nor where 
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from traceback import clear_frames
 from weakref import WeakValueDictionary
 
@@ -27,9 +27,12 @@ from growlm.engine.routing import Routing
 from growlm.engine.runner import Runner, Work, come_to
 from growlm.engine.sampling import sample
 from growlm.engine.scheduler import Part, Scheduler
-from growlm.errors import ClosedError, ConfigError
+from growlm.engine.turns import Turns
+from growlm.errors import ClosedError, ConfigError, GrowlmError
 from growlm.modules import KnowledgeModule, ModuleSet
 from growlm.modules.scoring import label_losses
+from growlm.recall.suffixes import LONGEST
+from growlm.recall.text import contexts_of
 from growlm.router import NONE, Route
 
 WINDOW = 128  # newest tokens that a choice is made anew from: a text may have passed into another domain
@@ -61,12 +64,13 @@ class Loop:
         self.scheduler, self.runner, self.rooms = Scheduler(modules, max_batch), Runner(base), Rooms()
         self.end_tokens = end_tokens
         self.sets: WeakValueDictionary[tuple[str, ...], ModuleSet] = WeakValueDictionary()  # those that are in use
-        self.stepping = threading.Lock()  # held for a step, and by what must be alone
+        self.stepping = Turns()  # held for a step, and by what must be alone
         self.closed = False
         self._resident, self._where = resident, where
         self._base_alone = ModuleSet(base)
         self._arriving: deque[Request] = deque()
-        self._pausing = 0  # how many want to be alone: nothing more is admitted
+        self._leaving: deque[Request] = deque()
+        self._pausing: set[object] = set()  # who wants to be alone: nothing more is admitted
 
     def require_open(self) -> None:
         """
@@ -79,26 +83,33 @@ class Loop:
     def _was_closed(self) -> ClosedError:
         return ClosedError(f"{self._where}: this engine was closed; make a new one")
 
+    def _was_interrupted(self) -> GrowlmError:
+        return GrowlmError(f"{self._where}: an answer was interrupted while it was written; ask again")
+
     def add(self, requests: Sequence[Request]) -> None:
-        """Takes requests in at the next step."""
+        """Takes requests in at the next step; where the loop is closed they end with an error."""
         self._arriving.extend(requests)
+        if self.closed:
+            with self.stepping:
+                self._refuse_what_can_be_left()
 
     def step(self) -> bool:
         """One step; returns whether anything is left to do."""
         with self.stepping:
             self.require_open()
             self._step()
-            return bool(self._arriving) or not self.scheduler.idle
+        self._let_leave()
+        return bool(self._arriving) or not self.scheduler.idle
 
     def close(self) -> None:
         """Ends what can be left, answers what is being answered, and refuses all else."""
         self.closed = True
         with self.stepping:
-            self._refuse(lambda request: request.answer.streams or request.state is State.WAITING)
-            while self.scheduler.active:
+            self._refuse_what_can_be_left()
+            while not self.scheduler.idle:
                 self._step()
-            self.modules.close()
             self.prefixes.clear()
+        self.modules.close()
 
     def read(self, tokens: Sequence[int], layer: int) -> Tensor:
         """What the base makes of a text before a layer, (1, n, d); to be called within `alone`."""
@@ -109,25 +120,28 @@ class Loop:
 
     def drive(self, done: Callable[[], bool]) -> None:
         """Makes steps until it is done, or waits while another thread makes them."""
-        while not done():
-            with self.stepping:
+        while self.stepping.take_unless(done):
+            try:
                 if self.closed:  # since it was asked
-                    self._refuse(lambda request: True)
-                elif not done():
+                    self._refuse_what_can_be_left()
+                if not done():
                     self._step()
+            finally:
+                self.stepping.give_back()
+                self._let_leave()
 
-    def _refuse(self, which: Callable[[Request], bool]) -> None:
-        """Ends requests with the error that the engine was closed."""
+    def _refuse_what_can_be_left(self) -> None:
+        """Of a closed engine: all but the answers that are being written, to one who waits for the whole."""
         self._take_in()
         for request in [*self.scheduler.waiting, *self.scheduler.active]:
-            if which(request):
+            if request.answer.streams or not request.answer.tokens:
                 self._end(request, error=self._was_closed())
 
     @contextmanager
     def alone(self) -> Iterator[None]:
         """What runs in such a block runs while nothing else does: requests that have a place are answered first."""
         self.require_open()
-        self._pausing += 1
+        self._pausing.add(me := object())
         try:
             while True:
                 with self.stepping:
@@ -137,48 +151,79 @@ class Loop:
                         return
                     self._step()
         finally:
-            self._pausing -= 1
+            self._pausing.discard(me)
 
     def cancel(self, requests: Sequence[Request]) -> None:
-        """Ends requests that have not ended, with all that they hold."""
-        left = [request for request in requests if request.state is not State.FINISHED]
-        if left:
-            with self.stepping:
+        """Ends requests that have not ended, with all that they hold, as soon as no step is being made. Does not wait:
+        a stream that nobody holds any more may be taken away in the middle of a step of the same thread."""
+        self._leaving.extend(request for request in requests if request.state is not State.FINISHED)
+        self._let_leave()
+
+    def _let_leave(self) -> None:
+        while self._leaving and self.stepping.take_now():
+            try:
                 self._take_in()
-                for request in left:
-                    if request.state is not State.FINISHED:
-                        self._end(request)
+            finally:
+                self.stepping.give_back()
 
     # A step
 
     def _take_in(self) -> None:
+        """Those that have come, and without those that leave."""
         while self._arriving:
-            self.scheduler.add(self._arriving.popleft())
+            self.scheduler.add(self._arriving[0])
+            self._arriving.popleft()
+        while self._leaving:
+            request = self._leaving.popleft()
+            if request.state is not State.FINISHED:
+                self._end(request)
 
     def _step(self) -> None:
         """Admits what can be admitted, runs one pass, and gives every request what is its own."""
         self._take_in()
         if not self._pausing:
             for request in self.scheduler.admit(lambda request, error: self._end(request, error=error)):
-                self._read_below(request)
+                self._with(request, self._read_below)
         for request in [r for r in self.scheduler.active if r.arrived]:
-            self._start(request)
+            self._with(request, self._start)
         parts = self.scheduler.parts()
         if not parts:
             self.modules.wait(_PAUSE)
             return
         try:
-            self._run(parts)
-            through = [part.request for part in parts if not part.request.unread]
-            for request in [r for r in through if r.state is not State.RUNNING]:
-                self._reach_goal(request)
-            self._write([request for request in through if request.state is State.RUNNING and not self._moves(request)])
+            logits = self._run(parts)
         except BaseException as error:  # nobody knows how far these have come
             clear_frames(error.__traceback__)  # which would hold modules as long as the error is held
+            plain = isinstance(error, Exception)
             for part in parts:
-                self._end(part.request, error=error)
-            if not isinstance(error, Exception):
+                self._end(part.request, error=error if plain else self._was_interrupted())
+            if not plain:
                 raise
+            return
+        try:
+            for part in parts:
+                if not part.request.unread:
+                    self._with(part.request, partial(self._goes_on, logits=logits))
+        finally:
+            logits.clear()  # an error that is held holds this frame, and it holds module sets
+
+    def _with(self, request: Request, act: Callable[[Request], object]) -> None:
+        """What is done with one request; where it fails, that one ends."""
+        try:
+            act(request)
+        except BaseException as error:
+            clear_frames(error.__traceback__)
+            plain = isinstance(error, Exception)
+            self._end(request, error=error if plain else self._was_interrupted())
+            if not plain:
+                raise
+
+    def _goes_on(self, request: Request, logits: dict[Branch, Tensor]) -> None:
+        """A request that has read all that it could."""
+        if request.state is not State.RUNNING:
+            self._reach_goal(request)
+        elif not self._moves(request):
+            self._write(request, torch.cat([logits[branch] for branch in request.branches]))
 
     def _read_below(self, request: Request) -> None:
         """Has the base read a prompt as far as the router needs, or up to where its modules branch off, while they are
@@ -233,34 +278,35 @@ class Loop:
     def _start(self, request: Request) -> None:
         """Lets the modules of a request read its text, from what the base has made of it below their fork."""
         assert request.loads is not None
-        try:
-            held = {name: load.result() for name, load in request.loads.items()}
-            if request.mix > 1:
-                alone = [[] if name == NONE else [held[name]] for name in request.together]
-                request.begin([self._branch(request, modules) for modules in alone])
-                scores = [request.route.scores[name] for name in request.together]
-                request.mixture = Posterior.of_scores(scores, self.base.device)
-            else:
-                branch = self._branch(request, list(held.values()))
-                if request.reroute and branch.modules.fork < self.base.num_layers:
-                    raise ConfigError(
-                        f"{request.changes[-1][1]} changes the base from layer {branch.modules.fork} on, and --reroute "
-                        "needs modules above its last layer; learn it as blocks with --placement top --vocabulary head"
-                    )
-                prefix = self.prefixes.take(branch.modules.digest, request.tokens) if request.reuse else None
-                if prefix is not None:
-                    branch.cache.free()
-                    branch.cache, branch.level = self.rooms.adopt(prefix.cache), 0
-                request.begin([branch], 0 if prefix is None else len(prefix.tokens))
-        except BaseException as error:
-            self._end(request, error=error)
-            return
+        held = {name: load.result() for name, load in request.loads.items()}
+        several = request.mix > 1
+        if several:
+            each = [[] if name == NONE else [held[name]] for name in request.together]
+            scores = [request.route.scores[name] for name in request.together]
+            request.mixture = Posterior.of_scores(scores, self.base.device)
+        else:
+            each = [list(held.values())]
+        sets = [self._set_of(modules) for modules in each]
+        if request.reroute and sets[0].fork < self.base.num_layers:
+            raise ConfigError(
+                f"{request.changes[-1][1]} changes the base from layer {sets[0].fork} on, and --reroute needs modules "
+                "above its last layer; learn it as blocks with --placement top --vocabulary head"
+            )
+        prefix = self.prefixes.take(sets[0].digest, request.tokens) if request.reuse and not several else None
+        if prefix is not None:
+            request.begin([Branch(sets[0], self.rooms.adopt(prefix.cache))], len(prefix.tokens))
+        else:
+            for modules in sets:  # one by one: if there is no memory for one, the others go with the request
+                request.branches.append(self._branch(request, modules))
+            request.begin(request.branches)
+        if request.cache is not None:
+            request.cache.free()
+            request.cache = None
         request.resident = max(request.resident, self._resident())
         if request.generator is None:
             request.generator = torch.Generator(self.base.device).manual_seed(request.config.seed)
 
-    def _branch(self, request: Request, held: Sequence[KnowledgeModule]) -> Branch:
-        modules = self._set_of(held)
+    def _branch(self, request: Request, modules: ModuleSet) -> Branch:
         level = max((at for at in request.states if at <= modules.fork), default=0)
         if not level:
             return Branch(modules, self.rooms.new())
@@ -280,8 +326,10 @@ class Loop:
             made = self.sets[key] = ModuleSet(self.base, held)
         return made
 
-    def _run(self, parts: Sequence[Part]) -> None:
-        """One pass. Of requests that the base reads for, what it has come to is kept; of others the newest state."""
+    @torch.inference_mode()
+    def _run(self, parts: Sequence[Part]) -> dict[Branch, Tensor]:
+        """One pass. Of requests that the base reads for, what it has come to is kept; of branches that have read all
+        there is, returned are the logits (1, v) after their newest token."""
         works = [self._works(part.request, part.tokens) for part in parts]
         self.runner.run([work for own in works for work in own])
         for part, own in zip(parts, works, strict=True):
@@ -299,6 +347,8 @@ class Loop:
                 self._weigh(request, own, start)
             if request.read >= request.stated and not request.reroute:
                 request.states.clear()
+        writing = [part.request for part in parts if part.request.state is State.RUNNING and not part.request.unread]
+        return self._logits([(branch, request) for request in writing for branch in request.branches])
 
     def _works(self, request: Request, many: int) -> list[Work]:
         """A request's part in a pass, one for each of its branches."""
@@ -336,37 +386,32 @@ class Loop:
             request.mixture.update(-column)
 
     @torch.inference_mode()
-    def _write(self, requests: Sequence[Request]) -> None:
-        """The next token of requests that have read all there is."""
-        logits = self._logits([branch_of for request in requests for branch_of in _branches(request)])
-        ended = []
-        for request in requests:
-            assert request.generator is not None
-            each = torch.cat([logits[branch] for branch in request.branches])
-            if request.mixture is None:
-                token = int(sample(each, request.config, [request.generator]))
-            else:
-                each = each.float().log_softmax(-1)
-                token = int(sample(request.mixture.mix(each)[None], request.config, [request.generator]))
-            if self._ends(request, token):
-                ended.append(request)
-            elif request.mixture is not None:
-                request.mixture.update(each[:, token])
-        for request in ended:
+    def _write(self, request: Request, each: Tensor) -> None:
+        """The next token of a request, from its branches' logits (k, v)."""
+        assert request.generator is not None
+        if request.mixture is None:
+            token = int(sample(each, request.config, [request.generator]))
+        else:
+            each = each.float().log_softmax(-1)
+            token = int(sample(request.mixture.mix(each)[None], request.config, [request.generator]))
+        if self._ends(request, token):
             self._finish(request)
+        elif request.mixture is not None:
+            request.mixture.update(each[:, token])
 
-    def _logits(self, branches: Sequence[tuple[Branch, list[int]]]) -> dict[Branch, Tensor]:
-        """Logits (1, v) after the newest token of each branch, given with its text."""
-        by_set: dict[str, list[tuple[Branch, list[int]]]] = {}
-        for branch, text in branches:
-            by_set.setdefault(branch.modules.digest, []).append((branch, text))
+    def _logits(self, branches: Sequence[tuple[Branch, Request]]) -> dict[Branch, Tensor]:
+        by_set: dict[str, list[tuple[Branch, Request]]] = {}
+        for branch, request in branches:
+            by_set.setdefault(branch.modules.digest, []).append((branch, request))
         rows = []
         for own in by_set.values():
-            modules = own[0][0].modules
-            contexts = [modules.contexts(torch.tensor([text], device=self.base.device), 1) for _, text in own]
-            known = [context[:, 0] for context in contexts if context is not None]
-            newest = [branch.newest for branch, _ in own if branch.newest is not None]
-            rows.append((modules, torch.cat(newest), torch.cat(known) if known else None))
+            modules, contexts = own[0][0].modules, None
+            if modules.memories:
+                newest = [request.ids(max(request.read - LONGEST, 0), LONGEST) for _, request in own]
+                seen = [torch.tensor([ids], device=self.base.device) for ids in newest]
+                contexts = torch.cat([contexts_of(ids, 1)[:, 0] for ids in seen])
+            states = [branch.newest for branch, _ in own if branch.newest is not None]
+            rows.append((modules, torch.cat(states), contexts))
         found: dict[Branch, Tensor] = {}
         for own, logits in zip(by_set.values(), self.runner.logits(rows), strict=True):
             found.update(zip((branch for branch, _ in own), logits.split(1), strict=True))
@@ -417,7 +462,3 @@ class Loop:
     def _fork(self, names: Names) -> int:
         forks = (self.modules.found(name).stored.fork_on(self.base.num_layers) for name in names)
         return min(forks, default=self.base.num_layers)
-
-
-def _branches(request: Request) -> list[tuple[Branch, list[int]]]:
-    return [(branch, request.text) for branch in request.branches]

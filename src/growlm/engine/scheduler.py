@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from growlm.engine.module_cache import ModuleCache
-from growlm.engine.request import Request, State
+from growlm.engine.request import Names, Request, State
 
 PATIENCE = 64  # later requests that may be admitted while one waits for room
 _ALONE = 512  # prompt tokens of a pass where nobody else waits for it
 _SHARED = 256  # and where others do
-_EACH = 64  # of one prompt then: a short one is through at once, a long one holds up nobody
+_EACH = 64  # of one prompt then, so that a long one does not hold up the others
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class Scheduler:
                 requests.remove(request)
 
     def admit(self, failed: Callable[[Request, BaseException], None]) -> list[Request]:
-        """Gives places to those that wait, in the order in which they came: first to those whose modules are in memory,
-        then to those for whose modules there is room. One that must wait for room does not hold up the others, but no
-        more than `PATIENCE` later ones go before it.
+        """Gives places to those that wait, in the order in which they came: first to those that need nothing that is
+        not in memory, then to those for whose modules there is room. One that must wait for room does not hold up the
+        others, but no more than `PATIENCE` later ones go before it.
 
         Args:
             failed: told of a request that can never run, and why.
@@ -66,37 +66,44 @@ class Scheduler:
             Those that have a place from now on.
         """
         admitted: list[Request] = []
+        without_room: set[Names] = set()
         for reads in (False, True):
+            resident = set(self._modules.resident)
             for request in list(self.waiting):
+                if len(self.active) >= self._max_batch:
+                    return admitted
+                if self._held_back(request):
+                    continue
                 if request.names is None:
-                    if reads and len(self.active) < self._max_batch and self._parked < self._max_batch:
+                    if self._parked < self._max_batch:
                         self._give(request, State.ROUTING)
                         admitted.append(request)
                     continue
-                there = set(request.names) <= set(self._modules.resident)
-                if there == reads or len(self.active) >= self._max_batch or self._held_back(request):
+                if (resident >= set(request.names)) == reads or request.names in without_room:
                     continue
                 try:
                     begun = request.context.run(self._modules.begin, request.names)
-                except BaseException as error:
+                except Exception as error:
                     failed(request, error)
                     continue
-                if begun is not None:
-                    request.loads, read = begun
-                    request.loaded += [name for name in read if name not in request.loaded]
-                    self._give(request, State.LOADING)
-                    admitted.append(request)
+                if begun is None:
+                    without_room.add(request.names)
+                    continue
+                request.loads, read = begun
+                request.loaded += [name for name in read if name not in request.loaded]
+                self._give(request, State.LOADING)
+                admitted.append(request)
         return admitted
 
     def parts(self) -> list[Part]:
-        """The tokens of the next pass: one of each answer, and of prompts, the oldest first, as many as keep the others
-        waiting for no longer than they have to."""
+        """The tokens of the next pass: one of each answer, and of prompts as many as keep the others waiting for no
+        longer than they have to: of the oldest, so that it gets on, and then of those that are through soonest."""
         ready = [request for request in self.active if request.unread]
         writing = [request for request in ready if request.unread == 1]
         reading = [request for request in ready if request.unread > 1]
         alone = len(ready) == 1 and not self.waiting
         left, parts = _ALONE if alone else _SHARED, [Part(request, 1) for request in writing]
-        for request in reading:
+        for request in [*reading[:1], *sorted(reading[1:], key=lambda other: other.unread)]:
             if left:
                 many = min(request.unread, left if alone else min(left, _EACH))
                 parts.append(Part(request, many))
@@ -108,16 +115,13 @@ class Scheduler:
         return sum(request.route.scores != {} for request in self.waiting)
 
     def _held_back(self, request: Request) -> bool:
-        """Whether an older one has waited for room long enough."""
-        return any(
-            other.overtaken >= PATIENCE and other.arrival < request.arrival
-            for other in self.waiting
-            if other.names is not None
-        )
+        """Whether an older one has waited long enough; those that wait are in the order in which they came."""
+        first = next((other for other in self.waiting if other.overtaken >= PATIENCE), None)
+        return first is not None and first.arrival < request.arrival
 
     def _give(self, request: Request, state: State) -> None:
         for other in self.waiting:
-            if other.names is not None and other.arrival < request.arrival:
+            if other.arrival < request.arrival:
                 other.overtaken += 1
         self.waiting.remove(request)
         request.state = state

@@ -2,7 +2,7 @@
 
 Where the tokens of a batch belong to different owners, the frozen module reads all of them at once, and what each owner
 adds is computed for its own tokens alone (as S-LoRA does for low-rank differences, Sheng et al. 2023). Knows modules
-that map tokens (1, t, d) to tokens; not what they are for.
+that map tokens (..., t, d) to tokens; not what they are for.
 """
 
 from __future__ import annotations
@@ -66,14 +66,14 @@ class Together(nn.Module):
         sizes = [end - start for start, end in zip((0, *ends), ends, strict=False)]
         plain: Sequence[Tensor | None] = [None] * len(ends)
         if any(one is None or one.reads_frozen for one in self._around):
-            plain = result(self._frozen[0](hidden)).split(sizes, dim=1)
+            plain = result(self._frozen[0](hidden)).split(sizes, dim=-2)
         parts = []
-        for one, own, made in zip(self._around, hidden.split(sizes, dim=1), plain, strict=True):
+        for one, own, made in zip(self._around, hidden.split(sizes, dim=-2), plain, strict=True):
             if one is not None:
                 made = one.finish(own, made if one.reads_frozen else None)
             assert made is not None
             parts.append(made)
-        return torch.cat(parts, dim=1)
+        return torch.cat(parts, dim=-2)
 
 
 def together(variants: Sequence[nn.Module], shares: Shares) -> nn.Module | None:
@@ -106,8 +106,13 @@ def together(variants: Sequence[nn.Module], shares: Shares) -> nn.Module | None:
 
 
 def _alike(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two modules are the same but for their parts."""
+    """Whether two modules are the same but for their parts: shallow copies of one, which hold the same objects."""
     if one._modules.keys() != other._modules.keys():
         return False
-    mine, theirs = {**one._parameters, **one._buffers}, {**other._parameters, **other._buffers}
+    mine, theirs = (_held(module) for module in (one, other))
     return mine.keys() == theirs.keys() and all(mine[name] is theirs[name] for name in mine)
+
+
+def _held(module: nn.Module) -> dict[str, object]:
+    """All that a module holds besides its parts, and notes of who made a variant of it."""
+    return {name: value for name, value in vars(module).items() if name != "_modules" and "_growlm_" not in name}
