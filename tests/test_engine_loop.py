@@ -173,6 +173,41 @@ def test_a_pass_that_fails_fails_what_was_in_it_and_the_next_one_runs(engine, mo
     nothing_is_left(engine)
 
 
+def test_an_answer_that_cannot_be_drawn_fails_alone(engine, monkeypatch):
+    finish = ModuleSet.finish
+
+    def broken(self, plain, normed, contexts=None):
+        logits = finish(self, plain, normed, contexts)
+        return logits if self.modules else logits * torch.nan
+
+    wanted = expected(engine, "letters", "abc", 4)
+    monkeypatch.setattr(ModuleSet, "finish", broken)
+    good = engine.submit("abc", module="letters", max_new_tokens=4)
+    bad = engine.submit("abc", module=None, max_new_tokens=4, temperature=1.0)
+    while engine.step():
+        pass
+    assert isinstance(bad.error, RuntimeError)
+    assert good.result is not None
+    assert good.result.tokens == wanted
+    nothing_is_left(engine)
+
+
+def test_whoever_leaves_in_the_middle_of_a_step_does_not_wait_for_it(engine, monkeypatch):
+    """As when a stream that nobody holds is collected while its own thread makes a step."""
+    other = engine.submit("abc", module="letters", max_new_tokens=50)
+    run = Runner.run
+
+    def leaving(self, works):
+        run(self, works)
+        engine.cancel(other)
+
+    monkeypatch.setattr(Runner, "run", leaving)
+    answer = engine.generate("abc", module=None, max_new_tokens=3)
+    assert answer.tokens == expected(engine, None, "abc", 3)
+    assert other.result is None
+    nothing_is_left(engine)
+
+
 # Coming and going
 
 

@@ -103,6 +103,42 @@ def test_slots_that_are_cut_are_read_again_from_the_beginning():
     assert [text.cache.length(slot) for slot in range(SLOTS)] == [5, 0]
 
 
+def test_a_text_that_finds_no_memory_to_grow_stays_where_it_was(monkeypatch):
+    rooms = Rooms()
+    texts = [Known(rooms.new()) for _ in range(3)]
+    for number, text in enumerate(texts):
+        text.grow(100, number)
+
+    def full(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("growlm.base.rooms.Room.open", full)
+        with pytest.raises(MemoryError):
+            texts[0].cache.reserve(500)
+    for text in texts:
+        text.check()
+    texts[0].cache.free()
+    other = Known(rooms.new())
+    other.grow(50, 9)
+    for text in [*texts[1:], other]:
+        text.check()
+
+
+def test_nothing_of_a_text_that_left_is_read_beside_another():
+    """Zero times what is no number is no number: what is not seen counts for nothing only if it is one."""
+    rooms = Rooms()
+    broken, other = Known(rooms.new()), Known(rooms.new())
+    broken.grow(90, 1)
+    assert broken.cache.room is not None
+    room = broken.cache.room
+    with torch.inference_mode():
+        room.values[0][broken.cache.row, :, :90] = torch.nan
+    other.grow(3, 2)
+    broken.cache.free()
+    assert bool(torch.stack([room.keys[0], room.values[0]]).isfinite().all())
+
+
 # Thin products
 
 

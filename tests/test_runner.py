@@ -166,6 +166,17 @@ def test_a_base_layer_runs_once_for_all_module_sets(monkeypatch):
 
 
 @torch.no_grad()
+def test_low_rank_differences_of_what_reads_tokens_one_by_one_are_those_of_their_own_texts():
+    """Queries of product keys see tokens (t, d), without a batch."""
+    base = make_base("growlm", feed_forward=["peer", "memory", "dense", "dense"], num_experts=0, peer_num_experts=64)
+    sets = [ModuleSet(base, [make_module(base, n, kind="lora", r=3, vocabulary="none")]) for n in range(2)]
+    runner, texts = Runner(base), [Text(modules, 9, n) for n, modules in enumerate([*sets, ModuleSet(base)])]
+    read_together(runner, texts, [[4, 1, 4], [6, 2], [3, 1, 1]])
+    for text in texts:
+        text.check(runner)
+
+
+@torch.no_grad()
 def test_nothing_is_held_of_module_sets_that_are_gone():
     base, sets = case_of("llama")
     runner = Runner(base)

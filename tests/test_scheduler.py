@@ -120,6 +120,17 @@ def test_nobody_is_passed_by_more_than_so_many_later_ones():
     desk.modules.close()
 
 
+def test_one_that_is_to_be_routed_has_its_turn_too():
+    desk = Desk(None, 1)
+    desk.scheduler.add(asked("a"))
+    desk.admit()
+    desk.scheduler.add(routed := asked(None))
+    desk.scheduler.add(asked("a"))
+    desk.end(desk.scheduler.active[0])
+    assert desk.admit() == [routed]
+    desk.modules.close()
+
+
 def test_what_can_never_run_fails_alone():
     desk = Desk(6, 4)
     requests = [asked("a"), asked("de"), asked("nobody"), asked("b")]
