@@ -9,7 +9,7 @@ Computes what the family's own `forward` computes, operation for operation: the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -44,16 +44,6 @@ class Pass:
     masks: dict[str, Tensor | SegmentMask | None]  # per attention pattern: (b, 1, t, s), or None for plain causal
     rotary: dict[str, tuple[Tensor, Tensor] | None]  # per attention pattern: cosines and sines, where there are any
     cache: Cache | None
-
-    def part(self, of: Callable[[Tensor], Tensor], cache: Cache) -> Pass:
-        """The pass of some rows of the batch, with their own cache.
-
-        Args:
-            of: what takes these rows out of a tensor (b, ...), and leaves one alone that all rows share, (1, ...).
-        """
-        masks = {pattern: of(mask) if isinstance(mask, Tensor) else mask for pattern, mask in self.masks.items()}
-        rotary = {p: None if turned is None else (of(turned[0]), of(turned[1])) for p, turned in self.rotary.items()}
-        return Pass(of(self.positions), masks, rotary, cache)
 
 
 class Base:

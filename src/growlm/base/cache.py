@@ -1,7 +1,7 @@
 """Cache: keys and values of a batch, as transformers' layers fill and read them.
 
 A subclass of transformers' own cache, so that its protocol is inherited, whatever a release adds to it; what is ours
-is room to grow and that slots can be shared, selected and joined. Knows tensors; runs no layer, knows no module.
+is room to grow and that slots can be shared and selected. Knows tensors; runs no layer, knows no module.
 """
 
 from __future__ import annotations
@@ -96,18 +96,6 @@ class KVCache(Cache):
         chosen = KVCache(len(self.layers))
         chosen.layers[start:stop] = [s if rows is None else s.select(rows) for s in self.layers[start:stop]]
         return chosen
-
-    def extended(self, slots: int) -> KVCache:
-        """The same slots and empty ones behind them, `slots` in all."""
-        cache = KVCache(max(slots - len(self.layers), 0))
-        cache.layers = [*self.layers, *cache.layers]
-        return cache
-
-    def joined(self, other: KVCache, fork: int) -> KVCache:
-        """This cache's slots below `fork`, the other's from there on."""
-        cache = KVCache(0)
-        cache.layers = self.layers[:fork] + other.layers[fork:]
-        return cache
 
     def length(self, slot: int) -> int:
         """Tokens in a slot."""

@@ -152,6 +152,7 @@ class Loop:
                     self._step()
         finally:
             self._pausing.discard(me)
+            self._let_leave()
 
     def cancel(self, requests: Sequence[Request]) -> None:
         """Ends requests that have not ended, with all that they hold, as soon as no step is being made. Does not wait:
@@ -193,12 +194,7 @@ class Loop:
         try:
             logits = self._run(parts)
         except BaseException as error:  # nobody knows how far these have come
-            clear_frames(error.__traceback__)  # which would hold modules as long as the error is held
-            plain = isinstance(error, Exception)
-            for part in parts:
-                self._end(part.request, error=error if plain else self._was_interrupted())
-            if not plain:
-                raise
+            self._fail([part.request for part in parts], error)
             return
         try:
             for part in parts:
@@ -212,11 +208,16 @@ class Loop:
         try:
             act(request)
         except BaseException as error:
-            clear_frames(error.__traceback__)
-            plain = isinstance(error, Exception)
+            self._fail([request], error)
+
+    def _fail(self, requests: Sequence[Request], error: BaseException) -> None:
+        """Ends requests with what went wrong; what is no error of theirs, as Ctrl-C, goes on to who made the step."""
+        clear_frames(error.__traceback__)  # which would hold modules as long as the error is held
+        plain = isinstance(error, Exception)
+        for request in requests:
             self._end(request, error=error if plain else self._was_interrupted())
-            if not plain:
-                raise
+        if not plain:
+            raise error
 
     def _goes_on(self, request: Request, logits: dict[Branch, Tensor]) -> None:
         """A request that has read all that it could."""
