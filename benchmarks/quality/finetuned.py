@@ -3,8 +3,9 @@
 Of every domain a copy of the base trains on the rows that its adapter was trained on (`benchmarks.quality.recall`),
 once, at each rate; the rate is chosen on the domain's valid text. Told are the loss on the test text, where the
 adapter's and that of the adapter with its memory stand beside it as ratios of perplexity, and the loss on text of
-another kind, which the base itself still has wherever growlm is asked about it. A cell is a file in OUT, so that a run
-that was stopped goes on.
+another kind, which the base itself still has wherever growlm is asked about it. With `--joint` one copy trains on the
+rows of all these domains, mixed: what needs all data in one place, and all of it again for the next domain. A cell is a
+file in OUT, so that a run that was stopped goes on.
 
 python -m benchmarks.quality.finetuned --data DIR --base CHECKPOINT --adapters recall/ --out finetuned/
 """
@@ -15,8 +16,11 @@ import argparse
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from benchmarks.lib.baselines import Baseline
 from benchmarks.lib.common import kept, machine, slug
@@ -47,7 +51,9 @@ class Finetuned:
         return kept(self.a.out, slug("base", self.a.general), loss)
 
     def cell(self, domain: str, rate: float) -> dict[str, Any]:
-        return kept(self.a.out, slug(domain, self.a.seed, rate), lambda: self._trained(domain, rate))
+        found = kept(self.a.out, slug(domain, self.a.seed, rate), lambda: self._trained(domain, rate))
+        shutil.rmtree(self._work(domain, rate), ignore_errors=True)
+        return found
 
     def beside(self, domain: str) -> dict[str, Any]:
         """What the adapter of the same rows was measured at."""
@@ -56,14 +62,28 @@ class Finetuned:
             raise SystemExit(f"{path}: is not there; measure the adapter with benchmarks.quality.recall first")
         return json.loads(path.read_text())
 
+    def joint(self, domains: Sequence[str], rate: float) -> dict[str, Any]:
+        """One model of all the domains' rows: its losses by domain."""
+
+        def trained() -> dict[str, Any]:
+            rows = text_data.PackedTokens(np.concatenate([self._rows(domain) for domain in domains]))
+            model, seconds = self._learned("joint", rows, rate)
+            losses = {d: {split: self._loss(model, d, split) for split in ("valid", "test")} for d in domains}
+            return {"rate": rate, "domains": losses, "general": model.loss(self._general()), "seconds": seconds}
+
+        found = kept(self.a.out, slug("joint", self.a.seed, rate), trained)
+        shutil.rmtree(self._work("joint", rate), ignore_errors=True)
+        return found
+
     def _trained(self, domain: str, rate: float) -> dict[str, Any]:
-        adapters, a = self.adapters, self.a
-        folder = a.adapters / "adapters" / slug(domain, a.seed, a.adapter_rate)
-        drawn = json.loads((folder / "training.json").read_text())["rows"]
-        packed = text_data.pack(adapters.documents(domain, "train"), adapters.tokenizer, LENGTH, max_tokens=a.text)
-        rows = text_data.PackedTokens(packed.tokens[drawn])
+        model, seconds = self._learned(domain, text_data.PackedTokens(self._rows(domain)), rate)
+        found = {split: self._loss(model, domain, split) for split in ("valid", "test")}
+        return {"rate": rate, **found, "general": model.loss(self._general()), "seconds": seconds}
+
+    def _learned(self, name: str, rows: text_data.PackedTokens, rate: float) -> tuple[Baseline, float]:
+        a = self.a
         config = TrainConfig(
-            tokens=len(drawn) * LENGTH,
+            tokens=len(rows.tokens) * LENGTH,
             sequence_length=LENGTH,
             batch_size=BATCH,
             learning_rate=rate,
@@ -72,17 +92,26 @@ class Finetuned:
             device="cpu",
             checkpoint_seconds=300,  # of 1.6 gigabytes
         )
-        work = a.out / "runs" / slug(domain, a.seed, rate)
-        model = Baseline(adapters.base.model, adapters.tokenizer)
-        seconds = model.learn(rows, config, work, f"{domain}, {rate:g}")
+        model = Baseline(self.adapters.base.model, self.adapters.tokenizer)
+        seconds = model.learn(rows, config, self._work(name, rate), f"{name}, {rate:g}")
         if a.keep:
-            save_model(model.model, a.out / "models" / slug(domain, a.seed, rate))
-        found = {
-            split: model.loss([p.tokens for p in adapters.passages(domain, split, tokens)])
-            for split, tokens in (("valid", a.valid_tokens), ("test", a.test_tokens))
-        }
-        shutil.rmtree(work, ignore_errors=True)
-        return {"rate": rate, **found, "general": model.loss(self._general()), "seconds": seconds}
+            save_model(model.model, a.out / "models" / slug(name, a.seed, rate))
+        return model, seconds
+
+    def _work(self, name: str, rate: float) -> Path:
+        return self.a.out / "runs" / slug(name, self.a.seed, rate)
+
+    def _rows(self, domain: str) -> np.ndarray:
+        """The rows (n, LENGTH + 1) that the domain's adapter was trained on."""
+        adapters, a = self.adapters, self.a
+        folder = a.adapters / "adapters" / slug(domain, a.seed, a.adapter_rate)
+        drawn = json.loads((folder / "training.json").read_text())["rows"]
+        packed = text_data.pack(adapters.documents(domain, "train"), adapters.tokenizer, LENGTH, max_tokens=a.text)
+        return packed.tokens[drawn]
+
+    def _loss(self, model: Baseline, domain: str, split: str) -> float:
+        tokens = {"valid": self.a.valid_tokens, "test": self.a.test_tokens}[split]
+        return model.loss([p.tokens for p in self.adapters.passages(domain, split, tokens)])
 
     def _general(self) -> list[Any]:
         return [p.tokens for p in self.adapters.passages(self.a.general, "test", self.a.general_tokens)]
@@ -111,6 +140,22 @@ def table(rows: dict[str, tuple[dict[str, Any], dict[str, Any]]], general: float
     return [*lines, "| geometric mean | | | " + " | ".join(means) + " | | |"]
 
 
+def joint_table(cell: dict[str, Any], rows: dict[str, dict[str, Any]], general: float) -> list[str]:
+    """The joint model's losses, and the adapter's perplexity with its memory over them."""
+    lines = [
+        f"joint training, rate {cell['rate']:g}: {cell['seconds']:.0f} s, other text {cell['general']:.3f} "
+        f"({cell['general'] - general:+.3f})",
+        "| domain | joint | " + " | ".join(f"{name}, over joint" for name in BESIDE) + " |",
+        "|---|---:|" + "---:|" * len(BESIDE),
+    ]
+    for domain, beside in rows.items():
+        test = cell["domains"][domain]["test"]
+        labels = sum(beside["labels"])
+        ratios = [f"{math.exp(sum(beside[name]) / labels - test):.3f}" for name in BESIDE]
+        lines.append(f"| {domain} | {test:.3f} | {' | '.join(ratios)} |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="a folder a domain, with train, valid and test.txt")
@@ -119,6 +164,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="where results are kept")
     parser.add_argument("--domains", nargs="+", default=DOMAINS)
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-4, 2e-4, 4e-4])
+    parser.add_argument("--joint", action="store_true", help="one model of all these domains instead")
     parser.add_argument("--keep", action="store_true", help="the models too, for benchmarks.quality.questions")
     parser.add_argument("--adapter-rate", default=AUTO, help="of the adapters, as they were trained")
     parser.add_argument("--general", default=GENERAL, help="folder of text of another kind")
@@ -132,6 +178,11 @@ def main() -> None:
     bench = Finetuned(a)
     print(machine())
     general, rows = bench.untouched(), {}
+    if a.joint:
+        cells = [bench.joint(a.domains, rate) for rate in a.rates]
+        best = min(cells, key=lambda cell: sum(losses["valid"] for losses in cell["domains"].values()))
+        print("\n".join(joint_table(best, {domain: bench.beside(domain) for domain in a.domains}, general)))
+        return
     for domain in a.domains:
         beside = bench.beside(domain)
         best = min((bench.cell(domain, rate) for rate in a.rates), key=lambda cell: cell["valid"])

@@ -9,6 +9,7 @@ ones; the sum is told beside it. A way is any of these, joined with +, or `base`
 
     lora                     the adapter
     finetuned                all of the base trained on the adapter's rows (`benchmarks.quality.finetuned --keep`)
+    joint                    all of the base trained on the rows of all domains (the same, with `--joint`)
     recall, recall-rows      a memory of the whole text, or of the rows that the adapter was trained on
     bm25-N, embedding-N      the N passages of the whole text that are nearest to the question put before it, the
                              nearest last
@@ -55,8 +56,9 @@ from growlm.units import format_size, parse_count
 ASKED = ("medical_qa",)  # domains that are questions and answers by themselves
 WAYS = [
     "base", "lora", "recall", "recall-rows", "lora+recall", "lora+recall-rows", "bm25-1", "bm25-3", "embedding-1",
-    "embedding-3", "lora+bm25-1", "recall+bm25-1", "finetuned",
+    "embedding-3", "lora+bm25-1", "recall+bm25-1", "finetuned", "joint",
 ]  # fmt: skip
+WHOLE = {"finetuned", "joint"}  # ways that are a base of their own
 CONTEXT = 96  # tokens before an answer, at the most
 PASSAGE = 100  # tokens of a passage that is found
 WRITTEN = 8  # tokens of an answer, at the most, that is looked for in what is written
@@ -151,11 +153,11 @@ class Domain:
         parts = [part for part in way.split("+") if part != "base"]
         retrieved = [part for part in parts if "-" in part and part != "recall-rows"]
         with reporting(f"{self.name}, {way}"):
-            module, made = self._module(frozenset(p for p in parts if p not in (*retrieved, "finetuned")))
+            module, made = self._module(frozenset(p for p in parts if p not in (*retrieved, *WHOLE)))
             base, size = self.adapters.base, 0
-            if "finetuned" in parts:
-                base, spent = self._finetuned()
-                made, size = {**made, "finetuned": spent}, base.num_bytes()
+            for part in sorted(WHOLE & set(parts)):
+                base, spent = self._finetuned("joint" if part == "joint" else self.name)
+                made, size = {**made, part: spent}, base.num_bytes()
             modules = ModuleSet(base, [] if module is None else [module])
             index, count = (None, 0) if not retrieved else self._retriever(*retrieved)
             asked = track(self.questions, "answering", "questions", total=len(self.questions))
@@ -193,13 +195,19 @@ class Domain:
             time.perf_counter() - start,
         )
 
-    def _finetuned(self) -> tuple[Base, float]:
+    def _finetuned(self, name: str) -> tuple[Base, float]:
         """The one that was best on held-out text, and the seconds that it trained."""
-        cells = [json.loads(p.read_text()) for p in (self.a.finetuned / "results").glob(f"{self.name}-{self.a.seed}-*")]
+
+        def valid(cell: dict[str, Any]) -> float:
+            return cell["domains"][self.name]["valid"] if name == "joint" else cell["valid"]
+
+        cells = [json.loads(p.read_text()) for p in (self.a.finetuned / "results").glob(f"{name}-{self.a.seed}-*")]
         if not cells:
-            raise SystemExit(f"{self.a.finetuned}: holds no finetuned model of {self.name}; leave `finetuned` out")
-        best = min(cells, key=lambda cell: cell["valid"])
-        folder = self.a.finetuned / "models" / slug(self.name, self.a.seed, best["rate"])
+            raise SystemExit(
+                f"{self.a.finetuned}: holds no finetuned model of {name}; leave {', '.join(sorted(WHOLE))} out"
+            )
+        best = min(cells, key=valid)
+        folder = self.a.finetuned / "models" / slug(name, self.a.seed, best["rate"])
         return Base(load_model(folder, "float32"), str(folder)), best["seconds"]
 
     def _module(self, parts: frozenset[str]) -> tuple[KnowledgeModule | None, dict[str, Any]]:
@@ -380,7 +388,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the questions, and of the adapters")
     parser.add_argument("--rate", default=AUTO, help="of the adapters, as they were trained")
     a = parser.parse_args()
-    given = {"lora": a.adapters, "rows": a.adapters, "embedding": a.encoder, "finetuned": a.finetuned}
+    given = {"lora": a.adapters, "rows": a.adapters, "embedding": a.encoder, **dict.fromkeys(WHOLE, a.finetuned)}
     ways = [way for way in a.ways if all(there for name, there in given.items() if name in way)]
     names = ("text", "questions", "seed", "rate")
     settings = {"base": fingerprint(a.base), "rows": bool(a.adapters), **{name: getattr(a, name) for name in names}}
