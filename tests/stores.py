@@ -15,11 +15,14 @@ from disk import write_jsonl
 from growlm import router
 from growlm.base import Base
 from growlm.base.checkpoint import save_model
+from growlm.engine.account import Account, Footprint
+from growlm.engine.runner import slot_bytes
 from growlm.modules import KnowledgeModule, ModuleSet, kind_of
 from growlm.modules.experts import Experts, ExpertsConfig
 from growlm.modules.probe import probe
 from growlm.modules.shapes import parted_kind
 from growlm.recall.text import RecalledText
+from growlm.router import load_router
 from growlm.store import Store, StoredModule
 from tiny import TEXT, make_model, make_tokenizer, perturb, save_base
 
@@ -188,3 +191,14 @@ def store_with_texts(home: Path, family: str) -> Store:
     write_jsonl(home / "law.jsonl", [f"The tenant of room {n} pays {n * 7 % 90} crowns." for n in range(80)])
     write_jsonl(home / "drugs.jsonl", [f"Drug {n} inhibits enzyme {n * 5 % 31}." for n in range(80)])
     return Store.create(home / "store", base)
+
+
+def with_texts(store: Store, weights: int, texts: int = 1, tokens: int = 128, copies: int = 1) -> int:
+    """The budget in which weights of so many bytes just fit, and keys and values of so many texts under any of the
+    store's modules."""
+    base = store.load_base()
+    slots = base.num_layers + max((stored.shape()[1].new_layers for stored in store.modules.values()), default=0)
+    states = len({*load_router(store).fork_layers, store.manifest.routing_layer, base.num_layers} - {0, None})
+    footprint = Footprint(tokens, slots, states, copies)
+    account = Account(0, slot_bytes(base), base.hidden_size * base.dtype.itemsize)
+    return weights + account.bytes_of(*[footprint] * texts)

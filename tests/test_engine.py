@@ -19,9 +19,8 @@ from transformers import AutoModelForCausalLM
 from disk import edit, flip
 from growlm import router
 from growlm.base import Base
-from growlm.base.cache import KVCache
 from growlm.engine import AUTO, Engine, Generation
-from growlm.engine.kv import PrefixCache
+from growlm.engine.kv import BLOCK
 from growlm.engine.module_cache import Found, ModuleCache
 from growlm.errors import BudgetError, ConfigError, DataError, GrowlmError, IntegrityError, UnknownModuleError
 from growlm.modules import ModuleSet
@@ -31,7 +30,7 @@ from growlm.store import Store
 from growlm.surgery.export import export
 from growlm.training.config import GrowConfig
 from growlm.training.grow import grow, take_back
-from stores import Watch, add_module, domain_ids, domain_text, greedy, make_store
+from stores import Watch, add_module, domain_ids, domain_text, greedy, make_store, with_texts
 from tiny import perturb, random_ids
 
 FAMILIES = ["llama", "gemma2", "gpt2"]
@@ -374,7 +373,7 @@ def test_a_prompt_that_cannot_be_answered_is_refused(stores, prompt, error):
 def test_one_module_after_another_never_pass_the_budget(home, monkeypatch):
     store, budget = room_for_one(home)
     seen: list[int] = []
-    with Engine(store, memory=budget) as engine:
+    with Engine(store, memory=with_texts(store, budget)) as engine:
         watch = Watch(monkeypatch)
         done = threading.Event()
 
@@ -403,7 +402,7 @@ def test_a_batch_that_swaps_modules_never_passes_the_budget(home, monkeypatch):
     store, budget = room_for_one(home)
     with Engine(store) as free:
         wanted = [expected(free, n, p, 4) for n, p in zip(["letters", "digits", "signs", None], PROMPTS, strict=False)]
-    with Engine(store, memory=budget) as engine:
+    with Engine(store, memory=with_texts(store, budget)) as engine:
         watch = Watch(monkeypatch)
         for _ in range(3):
             answers = engine.generate_many(PROMPTS[:4], modules=["letters", "digits", "signs", None], max_new_tokens=4)
@@ -436,16 +435,53 @@ def test_the_budget_counts_what_is_really_in_memory(home):
 
 def test_a_module_that_does_not_fit_is_refused_with_the_numbers(home):
     store, budget = room_for_one(home)
-    with Engine(store, memory=budget - 1) as engine:
-        for call in (engine.generate, lambda p, module: engine.generate_many([p], modules=[module])):
-            with pytest.raises(BudgetError, match=r"digits \S+ kB does not fit.*kB are left.*--memory"):
-                call("abc", module="digits")
+    together = (
+        r"digits \S+ kB, keys and values of this text \S+ kB do not fit together: \S+ kB are left.*--memory by at "
+    )
+    with Engine(store, memory=with_texts(store, budget) - 1) as engine:
+        with pytest.raises(BudgetError, match=together + r"least 1 B.*--max-new-tokens"):
+            engine.generate("abc", module="digits", max_new_tokens=2)
+        with pytest.raises(BudgetError, match=together):
+            engine.generate_many(["abc"], modules=["digits"], max_new_tokens=2)
         with pytest.raises(BudgetError, match="digits"):
-            engine.logits(random_ids(1, 3), module="digits")
-        with pytest.raises(BudgetError, match="digits"):
-            engine.generate(domain_text("digits", 9))
+            engine.generate(domain_text("digits", 9), max_new_tokens=2)
         assert engine.resident_bytes == engine.fixed_bytes
         assert engine.generate("abc", module=None, max_new_tokens=2).module is None
+    with Engine(store, memory=budget - 1) as engine, pytest.raises(BudgetError, match=r"digits \S+ kB does not fit:"):
+        engine.logits(random_ids(1, 3), module="digits")
+
+
+@pytest.mark.filterwarnings("ignore:.*positions that the base was made for")
+def test_a_text_that_does_not_fit_is_refused_with_the_numbers_and_others_go_on(home):
+    store, budget = room_for_one(home)
+    with Engine(store, memory=with_texts(store, budget)) as engine:
+        for name in (None, "letters", AUTO):
+            with pytest.raises(BudgetError, match=r"keys and values of this text \S+ [kM]B do(es)? not fit.*--max-new"):
+                engine.generate("abc", module=name, max_new_tokens=4000)
+        long = engine.submit("@" * 4000, module="letters", max_new_tokens=2)
+        assert engine.generate("abc", module="letters", max_new_tokens=2).module == "letters"
+        assert isinstance(long.error, BudgetError)
+
+
+def test_keys_and_values_count_against_the_budget(home):
+    """As many texts at a time as there is room for; with what is kept of them, never more than the budget."""
+    store, budget = room_for_one(home)
+    memory = with_texts(store, budget, texts=2)
+    prompts = [domain_text("letters", seed, words=15) for seed in range(6)]
+    with Engine(store) as free:
+        wanted = [answer.tokens for answer in free.generate_many(prompts, modules="letters", max_new_tokens=4)]
+    with Engine(store, memory=memory) as engine:
+        requests = [engine.submit(prompt, module="letters", max_new_tokens=4) for prompt in prompts]
+        most, together = 0, 0
+        while engine.step():
+            most = max(most, engine.used_bytes)
+            together = max(together, len(engine._loop.scheduler.active))
+        assert [request.result.tokens for request in requests] == wanted
+        assert together == 2
+        assert engine.fixed_bytes < most <= memory
+        assert engine._prefixes.num_bytes() > 0
+        engine.generate("abc", module="digits", max_new_tokens=2)  # which needs the room of what was kept
+        assert engine.used_bytes <= memory
 
 
 def test_a_base_that_does_not_fit_is_refused_with_the_numbers(home):
@@ -454,7 +490,7 @@ def test_a_base_that_does_not_fit_is_refused_with_the_numbers(home):
         fixed = engine.fixed_bytes
     with pytest.raises(BudgetError, match=r"--memory \S+ kB is too small: base \S+ kB and router"):
         Engine(store, memory=fixed - 1)
-    with Engine(store, memory=fixed) as engine:
+    with Engine(store, memory=with_texts(store, fixed)) as engine:
         assert engine.generate("abc", module=None, max_new_tokens=1).resident_bytes == fixed
 
 
@@ -468,7 +504,7 @@ def test_a_module_is_reported_as_loaded_once(home):
 
 def test_the_least_recently_used_module_goes_first(home):
     store, budget = room_for_one(home)
-    with Engine(store, memory=budget + store.module("digits").bytes) as engine:
+    with Engine(store, memory=with_texts(store, budget + store.module("digits").bytes)) as engine:
         for name in ("letters", "digits", "letters", "signs"):
             engine.generate("abc", module=name, max_new_tokens=1)
         assert engine.modules.resident == ["letters", "signs"]
@@ -478,7 +514,7 @@ def test_the_least_recently_used_module_goes_first(home):
 @pytest.mark.parametrize("wanted", [["letters", "digits"], ["digits", "letters"]])
 def test_a_batch_begins_with_what_is_in_memory(home, monkeypatch, wanted):
     store, budget = room_for_one(home)
-    with Engine(store, memory=budget) as engine:
+    with Engine(store, memory=with_texts(store, budget)) as engine:
         engine.generate("abc", module="letters", max_new_tokens=1)
         watch = Watch(monkeypatch)
         answers = engine.generate_many(["abc", "de"], modules=wanted, max_new_tokens=1)
@@ -676,7 +712,7 @@ def test_a_changed_file_is_refused_and_the_others_go_on(home):
 
 def test_a_file_that_changed_after_it_was_checked_is_checked_again(home):
     store, budget = room_for_one(home)
-    with Engine(store, memory=budget) as engine:
+    with Engine(store, memory=with_texts(store, budget)) as engine:
         engine.generate("abc", module="digits", max_new_tokens=1)
         engine.generate("abc", module="letters", max_new_tokens=1)
         flip(store.path / "modules" / "digits" / "1" / "module.safetensors")
@@ -688,7 +724,7 @@ def test_a_refused_module_takes_no_room_and_answers_once_its_file_is_restored(ho
     store, budget = room_for_one(home)
     path = store.path / "modules" / "digits" / "1" / "module.safetensors"
     content = flip(path)
-    with Engine(store, memory=budget) as engine:
+    with Engine(store, memory=with_texts(store, budget)) as engine:
         with pytest.raises(IntegrityError):
             engine.generate("abc", module="digits", max_new_tokens=1)
         assert engine.resident_bytes == engine.fixed_bytes
@@ -855,7 +891,7 @@ def grown(store: Store) -> None:
 
 @PLACES
 def test_a_module_in_memory_answers_on_when_it_grows_on_the_disk(pools, place):
-    with Engine(pools, memory=room_for(pools, "letters", place=place), **place) as engine:
+    with Engine(pools, memory=with_texts(pools, room_for(pools, "letters", place=place)), **place) as engine:
         wanted = engine.logits(IDS, "letters")
         grown(pools)
         assert torch.equal(engine.logits(IDS, "letters"), wanted)
@@ -865,7 +901,7 @@ def test_a_module_in_memory_answers_on_when_it_grows_on_the_disk(pools, place):
         assert [a.loaded for a in answers] == [[], [], []]
         engine.modules.drop("letters")
         with pytest.raises(BudgetError, match="letters"):  # what it would read now does not fit
-            engine.logits(IDS, "letters")
+            engine.generate("abc", module="letters", max_new_tokens=3)
 
 
 @pytest.mark.slow
@@ -874,9 +910,11 @@ def test_a_module_in_memory_answers_on_when_it_grows_on_the_disk(pools, place):
 def test_a_version_in_memory_gives_way_where_the_smaller_one_on_the_disk_fits_beside_others(
     pools, place, ask, monkeypatch
 ):
-    memory = room_for(pools, "letters", "digits", place=place)
+    memory = weights = room_for(pools, "letters", "digits", place=place)
+    if ask != "logits":
+        memory = with_texts(pools, memory, copies=2 if ask == "mix" else 1, tokens=131)
     grown(pools)
-    assert room_for(pools, "letters", "digits", place=place) > memory
+    assert room_for(pools, "letters", "digits", place=place) > weights
     both = ["letters", "digits"]
     scores = {"letters": 0.6, "digits": 0.4, "none": 0.0}
     monkeypatch.setattr(GaussianRouter, "route", lambda *arguments: [Route("letters", scores)])
@@ -893,9 +931,9 @@ def test_a_version_in_memory_gives_way_where_the_smaller_one_on_the_disk_fits_be
             }[ask]()
             assert sorted(found.mixture or found.modules) == sorted(both)
             assert sorted(found.loaded) == sorted(both)
-            assert found.resident_bytes == memory
+            assert found.resident_bytes == weights
         answer = engine.logits(IDS, both)
-        assert engine.resident_bytes == memory
+        assert engine.resident_bytes == weights
     with Engine(pools, memory=memory, **place) as fresh:
         assert torch.equal(answer, fresh.logits(IDS, both))
 
@@ -905,7 +943,7 @@ def test_a_version_in_memory_gives_way_where_the_smaller_one_on_the_disk_fits_be
 @pytest.mark.parametrize("file", ["module.safetensors", "module.json"])
 def test_a_damaged_newer_version_does_not_stop_the_one_in_memory(pools, place, file, bounded):
     both = ["letters", "digits"]
-    memory = room_for(pools, *both, place=place) if bounded else None
+    memory = with_texts(pools, room_for(pools, *both, place=place)) if bounded else None
     with Engine(pools, memory=memory, **place) as engine:
         wanted = [engine.logits(IDS, "letters"), engine.logits(IDS, both)]
         before = [engine.generate("abc", module=names, max_new_tokens=3).tokens for names in ("letters", both)]
@@ -953,7 +991,7 @@ def test_a_conversation_that_changes_its_module_equals_fresh_engines(engine, mod
     for turn in range(8):
         text += TURNS[turn % len(TURNS)]
         name = modules[turn % len(modules)]
-        answer = engine.generate(text, module=name, reuse=True, max_new_tokens=6)
+        answer = engine.generate(text, module=name, max_new_tokens=6)
         assert answer.tokens == expected(engine, name, text, 6), turn
         text += answer.text
     with Engine(engine.store) as fresh:
@@ -963,11 +1001,11 @@ def test_a_conversation_that_changes_its_module_equals_fresh_engines(engine, mod
 def test_two_conversations_with_the_same_words_under_two_modules_stay_apart(home):
     """The same text is kept under one digest and continued under another."""
     with Engine(Store.open(home / "store")) as engine:
-        first = engine.generate("abc de", module="letters", reuse=True, max_new_tokens=6)
+        first = engine.generate("abc de", module="letters", max_new_tokens=6)
         text = "abc de" + first.text
         for name in ("digits", "signs", None, "letters"):
-            engine.generate("abc de", module="letters", reuse=True, max_new_tokens=6)
-            answer = engine.generate(text + " more", module=name, reuse=True, max_new_tokens=6)
+            engine.generate("abc de", module="letters", max_new_tokens=6)
+            answer = engine.generate(text + " more", module=name, max_new_tokens=6)
             assert answer.tokens == expected(engine, name, text + " more", 6), name
 
 
@@ -977,17 +1015,17 @@ def test_an_updated_module_does_not_continue_what_its_last_version_wrote(home):
     with Engine(store) as engine:
         with pytest.MonkeyPatch.context() as patch:
             scripted(engine, "?@#" * 7, patch)  # a character is a token: read again, the answer has the same ids
-            engine.generate("abc de", module="letters", reuse=True, max_new_tokens=21)
+            engine.generate("abc de", module="letters", max_new_tokens=21)
         add_module(store, store.load_base(), "letters", 77)
         engine.modules.drop("letters")
-        answer = engine.generate(text + "&", module="letters", reuse=True, max_new_tokens=6)
+        answer = engine.generate(text + "&", module="letters", max_new_tokens=6)
         assert answer.tokens == expected(engine, "letters", text + "&", 6)
 
 
 @pytest.mark.versions
 @pytest.mark.parametrize("name", ["letters", "digits", "signs", None])
 @pytest.mark.parametrize(
-    "said", ["?@#" * 7, "?@#" * 6 + "!", "?@#" * 6 + "<|endoftext|>"], ids=["length", "stop", "end"]
+    "said", ["?@#" * 14, "?@#" * 13 + "!", "?@#" * 13 + "<|endoftext|>"], ids=["length", "stop", "end"]
 )
 def test_a_conversation_is_continued_and_not_computed_anew(home, monkeypatch, said, name):
     """Whatever ended the turn before. Each character is a token, so that the answer read again has the same ids."""
@@ -1001,57 +1039,23 @@ def test_a_conversation_is_continued_and_not_computed_anew(home, monkeypatch, sa
 
         with pytest.MonkeyPatch.context() as patch:
             scripted(engine, said, patch)
-            engine.generate("abc de", module=name, reuse=True, max_new_tokens=21, stop="!")
-        said = said.removesuffix("<|endoftext|>")
+            engine.generate("abc de", module=name, max_new_tokens=42, stop="!")
+        text = "abc de" + said.removesuffix("<|endoftext|>") + "&"
         monkeypatch.setattr(engine.base, "run", watched)
-        engine.generate("abc de" + said + "&", module=name, reuse=True, max_new_tokens=2)
-        assert max(widths) < 5
-        widths.clear()
-        engine.generate("abc de" + said + "&", module=name, max_new_tokens=2)
-        assert max(widths) > 20
-
-
-def filled(slots: int, tokens: int) -> KVCache:
-    cache = KVCache(slots)
-    for slot in range(slots):
-        states = torch.full((1, 2, tokens, 4), float(slot))
-        cache.update(states, states, slot)
-    return cache
+        for salt, widest in (("", len(text) - 1 - BLOCK), ("", len(text) - 1 - BLOCK), ("other", len(text) - 1)):
+            widths.clear()
+            engine.generate(text, module=name, max_new_tokens=2, salt=salt)
+            assert widest <= max(widths) <= widest + 1, salt
 
 
 def test_the_router_sees_the_same_whether_or_not_a_prefix_is_kept(home):
     text = domain_text("letters", 990)
     with Engine(Store.open(home / "store")) as engine, Engine(engine.store) as fresh:
         for domain in ("letters", "digits", "digits", "signs"):
-            kept = engine.generate(text, reuse=True, max_new_tokens=4)
+            kept = engine.generate(text, max_new_tokens=4)
             alone = fresh.generate(text, max_new_tokens=4)
             assert (kept.module, kept.scores, kept.tokens) == (alone.module, alone.scores, alone.tokens)
             text += kept.text + " " + domain_text(domain, 991)
-
-
-def test_a_prefix_is_for_its_own_digest_alone_and_is_taken_once():
-    prefixes = PrefixCache(10**6)
-    prefixes.put("mine", [1, 2, 3], filled(4, 3))
-    for digest in ("yours", "base"):
-        assert prefixes.take(digest, [1, 2, 3, 4]) is None
-    prefix = prefixes.take("mine", [1, 2, 3, 4])
-    assert prefix is not None
-    assert [prefix.cache.length(s) for s in range(4)] == [3, 3, 3, 3]
-    assert prefixes.take("mine", [1, 2, 3, 4]) is None  # who continues it writes into it
-
-
-def test_prefixes_match_whole_texts_and_keep_to_their_bytes():
-    one = filled(2, 64).num_bytes()
-    prefixes = PrefixCache(2 * one)
-    prefixes.put("a", [1, 2], filled(2, 2))
-    assert prefixes.take("a", [1, 2]) is None
-    assert prefixes.take("a", [1, 3, 2]) is None
-    assert prefixes.take("a", [1, 2, 3]).tokens == (1, 2)
-    small = PrefixCache(filled(2, 2).num_bytes())
-    for text in ([1, 2], [3, 4]):
-        small.put("a", text, filled(2, 2))
-    assert small.take("a", [1, 2, 5]) is None
-    assert small.take("a", [3, 4, 5]) is not None
 
 
 # Concurrency
@@ -1059,7 +1063,7 @@ def test_prefixes_match_whole_texts_and_keep_to_their_bytes():
 
 def test_two_threads_with_two_modules_get_what_each_alone_gets(home):
     store, budget = room_for_one(home)
-    with Engine(store, memory=budget) as engine:
+    with Engine(store, memory=with_texts(store, budget)) as engine:
         wanted = {n: [expected(engine, n, p, 5) for p in PROMPTS] for n in ("letters", "digits")}
         found: dict[str, list[list[int]]] = {}
 

@@ -18,7 +18,7 @@ from growlm.engine.runner import Runner
 from growlm.errors import ClosedError, GrowlmError, IntegrityError, UnknownModuleError
 from growlm.modules import KnowledgeModule, ModuleSet
 from growlm.store import Store
-from stores import Watch, add_module, domain_text, greedy, make_store
+from stores import Watch, add_module, domain_text, greedy, make_store, with_texts
 
 SHAPES = {
     "letters": {"kind": "lora", "r": 4},
@@ -284,7 +284,8 @@ def test_whatever_comes_goes_or_changes_every_answer_is_that_of_a_request_alone(
     versions: dict[str, list] = {name: [store.load(name, base)] for name in SHAPES}
     sizes = [stored.bytes for stored in store.modules.values()]
     with Engine(store) as engine:
-        memory = engine.fixed_bytes + max(sizes) + sorted(sizes)[-2]
+        weights = engine.fixed_bytes + max(sizes) + sorted(sizes)[-2]
+    memory = with_texts(store, weights, texts=3, tokens=256)
     answers: list[tuple[str, Generation]] = []
     refused: list[GrowlmError] = []
     over = threading.Event()
@@ -327,7 +328,7 @@ def test_whatever_comes_goes_or_changes_every_answer_is_that_of_a_request_alone(
             with ThreadPoolExecutor(4) as pool:
                 for done in [pool.submit(ask, number) for number in range(requests)]:
                     done.result(300)
-                    most = max(most, engine.resident_bytes)
+                    most = max(most, engine.used_bytes)
         finally:
             over.set()
             changing.join()

@@ -16,7 +16,7 @@ from growlm.errors import BudgetError, ConfigError
 from growlm.modules import ModuleSet
 from growlm.router import NONE, GaussianRouter, ProductKeyRouter, Route
 from growlm.store import Store
-from stores import PLAIN, domain_text, greedy, make_store
+from stores import PLAIN, domain_text, greedy, make_store, with_texts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPES = {
@@ -159,7 +159,7 @@ def test_a_mixture_of_modules_keeps_to_its_budget_or_says_so(home):
         sizes = sorted(m.bytes for m in store.modules.values())
         fixed = engine.fixed_bytes
         names = [n for n in list(engine.route(PROMPT).scores)[:2] if n != NONE]
-    with Engine(store, memory=fixed + sizes[-1] * len(names)) as engine:
+    with Engine(store, memory=with_texts(store, fixed + sizes[-1] * len(names), copies=2)) as engine:
         answer = engine.generate(PROMPT, mix=2, max_new_tokens=2)
         assert answer.resident_bytes <= fixed + sizes[-1] * len(names)
         assert sorted(answer.loaded) == sorted(names)

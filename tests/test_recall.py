@@ -349,7 +349,7 @@ def test_a_conversation_goes_on_as_if_it_were_read_anew(store, name):
         letters = engine.tokenizer.encode(domain_text("letters", 4, words=40))
         ids, rest = letters[:20], letters[20:]
         for count in (1, 2, 1, 3, 1, 1):
-            answer = engine.generate(ids, module=name, reuse=True, max_new_tokens=3)
+            answer = engine.generate(ids, module=name, max_new_tokens=3)
             assert answer.tokens == greedy(engine.base, modules, ids, 3, end=-1)
             ids, rest = [*ids, *answer.tokens, *rest[:count]], rest[count:]
 

@@ -80,19 +80,44 @@ def test_memory_is_given_back_as_texts_leave():
         text.check()
 
 
-def test_what_is_kept_apart_comes_back():
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 300), st.integers(1, SLOTS)), min_size=1, max_size=40),
+    draws=st.randoms(use_true_random=False),
+)
+@settings(max_examples=40, deadline=None)
+def test_rooms_never_take_more_than_was_said(lengths, draws):
+    """Of texts that come and go, each of which has reserved all that it comes to, in more or fewer slots."""
+    rooms, held = Rooms(), []
+    token = 2 * 2 * 4 * torch.float32.itemsize  # keys and values of two heads of width 4
+    for tokens, slots in lengths:
+        cache = rooms.new()
+        cache.reserve(tokens)
+        held.append(((tokens, slots), cache))
+        for slot in range(slots):
+            states = torch.zeros(1, 2, draws.randint(1, tokens), 4)
+            cache.update(slot, states, states)
+        while held and draws.random() < 0.4:
+            held.pop(draws.randrange(len(held)))[1].free()
+        assert rooms.num_bytes() <= Rooms.bytes_for([text for text, _ in held], [token] * SLOTS)
+    for _, cache in held:
+        cache.free()
+    assert rooms.num_bytes() == 0
+
+
+def test_slots_that_no_text_uses_are_given_back():
     rooms = Rooms()
-    text = Known(rooms.new())
-    text.grow(150, 1)
-    kept = text.cache.kept()
-    other = Known(rooms.new())
-    other.grow(3, 2)
-    text.cache.free()
-    back = Known(rooms.adopt(kept))
-    back.tokens = text.tokens
-    back.grow(200, 3)
-    back.check()
-    other.check()
+    deep, shallow = rooms.new(), rooms.new()
+    states = torch.zeros(1, 2, 5, 4)
+    for cache, slots in ((deep, 4), (shallow, 1)):
+        cache.reserve(5)
+        for slot in range(slots):
+            cache.update(slot, states, states)
+    deep.free()
+    assert rooms.num_bytes() == Rooms.bytes_for([(5, 1)], [2 * 2 * 4 * 4])
+
+
+def test_slots_beyond_the_known_ones_count_as_the_largest():
+    assert Rooms.bytes_for([(100, 5)], [1, 3]) == 128 * (1 + 3 + 3 * 3)
 
 
 def test_slots_that_are_cut_are_read_again_from_the_beginning():

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from growlm.engine.account import Account, Footprint
 from growlm.engine.answers import Answer
 from growlm.engine.module_cache import Found, ModuleCache
 from growlm.engine.request import Request, State
@@ -44,7 +45,8 @@ class Desk:
     def __init__(self, budget: int | None, max_batch: int) -> None:
         self.loads: list[str] = []
         self.modules = cache_of(budget, self.loads)
-        self.scheduler = Scheduler(self.modules, max_batch)
+        account = Account(budget, [0], 0)
+        self.scheduler = Scheduler(self.modules, account, lambda _: Footprint(1, 1), Request.give_up, max_batch)
         self.failed: list[tuple[Request, BaseException]] = []
 
     def admit(self) -> list[Request]:
@@ -172,7 +174,7 @@ def test_a_long_prompt_holds_up_nobody(unread, expected):
         desk.scheduler.add(request)
     desk.admit()
     for request in requests:
-        request.begin([])
+        request.begin()
     parts = sorted(desk.scheduler.parts(), key=lambda part: part.request.arrival)
     assert [part.tokens for part in parts] == expected
     desk.modules.close()

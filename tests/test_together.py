@@ -12,12 +12,13 @@ import torch
 from growlm import router
 from growlm.engine import Engine, SamplingConfig
 from growlm.engine.chat import Chat
+from growlm.engine.kv import BLOCK
 from growlm.engine.request import Request
 from growlm.engine.runner import Runner
 from growlm.errors import BudgetError, ConfigError, UnknownModuleError
 from growlm.modules import ModuleSet
 from growlm.store import Store
-from stores import Watch, add_experts, add_module, domain_ids, greedy, save_lively_base
+from stores import Watch, add_experts, add_module, domain_ids, greedy, save_lively_base, with_texts
 from tiny import random_ids
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -127,16 +128,17 @@ def test_the_budget_counts_each_module_once_and_is_never_passed(home: Path, monk
         fixed = engine.fixed_bytes
     both = size["letters"] + size["signs"]
     watch = Watch(monkeypatch)
-    with Engine(store, memory=fixed + both) as engine:
+    with Engine(store, memory=with_texts(store, fixed + both)) as engine:
         for wanted in [("letters", "signs"), "digits", ["signs", "letters", "letters"], ["digits", "letters"]]:
             found = engine.generate("abc", module=wanted, max_new_tokens=3)
             assert engine.modules.resident_bytes >= sum(size[n] for n in found.modules)
-            assert found.resident_bytes == engine.resident_bytes <= fixed + both
+            assert found.resident_bytes == engine.resident_bytes
+            assert engine.used_bytes <= with_texts(store, fixed + both)
         # In one batch, what both groups need counts once.
         watch.loads.clear()
         engine.generate_many(["a", "b", "c"], modules=[("letters", "signs"), "signs", "letters"], max_new_tokens=2)
         assert len(watch.loads) <= 2
-    assert watch.most <= both
+    assert watch.most <= with_texts(store, both)
 
 
 def test_what_cannot_fit_together_is_refused_with_the_numbers(home: Path) -> None:
@@ -144,10 +146,10 @@ def test_what_cannot_fit_together_is_refused_with_the_numbers(home: Path) -> Non
     size = sizes(store)
     with Engine(store) as engine:
         fixed = engine.fixed_bytes
-    room = size["letters"] + size["digits"] - 1
-    with Engine(store, memory=fixed + room) as engine:
+    room = size["letters"]
+    with Engine(store, memory=with_texts(store, fixed + room)) as engine:
         engine.generate("abc", module="letters", max_new_tokens=2)
-        numbers = r"digits \S+ [kM]B, letters \S+ [kM]B do not fit together: \S+ [kM]B are left .* raise --memory by"
+        numbers = r"digits \S+ [kM]B, letters \S+ [kM]B, keys .* do not fit together: .* left .* raise --memory by"
         with pytest.raises(BudgetError, match=numbers):
             engine.generate("abc", module=BOTH, max_new_tokens=2)
         assert engine.modules.resident == ["letters"]  # nothing was read or evicted for it
@@ -177,18 +179,19 @@ def test_prefixes_are_those_of_the_set(home: Path, monkeypatch: pytest.MonkeyPat
     """A conversation under two modules continues what both read, and nothing of what either read alone."""
     sets: list[Any] = ["letters", "digits", BOTH, ("letters", "signs"), None]
     with Engine(Store.open(home / "store")) as engine:
-        begun = engine.tokenizer.encode("abc de 01 02")
+        begun = (engine.tokenizer.encode("abc de 01 02") * BLOCK)[:BLOCK]
         said = [*begun, 40, 41, 42]
-        wanted = [engine.generate(said, module=names, max_new_tokens=6).tokens for names in sets]
+        with Engine(engine.store, prefix_bytes=0) as fresh:
+            wanted = [fresh.generate(said, module=names, max_new_tokens=6).tokens for names in sets]
         for names in sets:
-            engine.generate(begun, module=names, reuse=True, max_new_tokens=1)
+            engine.generate(begun, module=names, max_new_tokens=1)
         past: list[int] = []
         begin = Request.begin
-        monkeypatch.setattr(Request, "begin", lambda *a: past.append(a[2]) or begin(*a))
+        monkeypatch.setattr(Request, "begin", lambda *a: past.append(a[1]) or begin(*a))
         for names, tokens in zip(sets, wanted, strict=True):
             given = list(reversed(names)) if isinstance(names, tuple) else names
-            assert engine.generate(said, module=given, reuse=True, max_new_tokens=6).tokens == tokens
-    assert past == [len(begun)] * len(sets)  # each had its own to continue
+            assert engine.generate(said, module=given, max_new_tokens=6).tokens == tokens
+    assert past == [BLOCK] * (len(sets) - 1) + [len(said) - 1]  # each had its own to continue
     assert len({tuple(tokens) for tokens in wanted}) > 2
 
 

@@ -134,9 +134,9 @@ def test_a_stream_is_the_answer_in_pieces(engine):
 def test_a_conversation_reuses_keys(engine, reference):
     for name in ("letters", "signs", "pool", None):
         prompt = PROMPTS[3]
-        first = engine.generate(prompt, module=name, max_new_tokens=6, reuse=True)
+        first = engine.generate(prompt, module=name, max_new_tokens=6)
         tokens = [*engine.tokenizer.encode(prompt), *first.tokens, *engine.tokenizer.encode(" abc")]
-        found = engine.generate(tokens, module=name, max_new_tokens=6, reuse=True)
+        found = engine.generate(tokens, module=name, max_new_tokens=6)
         wanted = reference.generate(tokens, module=name, max_new_tokens=6)
         if found.tokens != wanted.tokens:
             answers_alike(found, wanted, reference, engine.tokenizer.decode(tokens), name)

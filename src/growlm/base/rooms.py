@@ -1,15 +1,17 @@
 """Rooms: keys and values of many texts, those of like length side by side, so that one attention reads them together.
 
 A text has a row in a room that holds texts of up to so many tokens, and moves to the next larger one as it grows. Rows
-stay dense: when a text leaves, the last one takes its place. Knows tensors; runs no layer and knows no module.
+stay dense: when a text leaves, the last one takes its place. What rooms take at the most is known before anything runs
+(`bytes_for`). Knows tensors; runs no layer and knows no module.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor
 
-from growlm.base.cache import KVCache
 from growlm.base.sizes import tensor_bytes
 
 # r rows, h heads, s tokens, w head width
@@ -33,12 +35,13 @@ class Room:
 
     def take(self, text: TextCache) -> int:
         """A row for a text."""
+        rows = len(self.texts) + 1
         for tensors in (self.keys, self.values):
             for slot, tensor in tensors.items():
-                if len(self.texts) == len(tensor):
-                    tensors[slot] = _with_rows(tensor, 2 * len(tensor))
+                if rows > len(tensor):
+                    tensors[slot] = self._with_rows(tensor, slot, _rows(rows))
         self.texts.append(text)
-        return len(self.texts) - 1
+        return rows - 1
 
     @torch.inference_mode()
     def leave(self, row: int) -> None:
@@ -51,10 +54,14 @@ class Room:
                     tensor[row, :, :length] = tensor[last.row, :, :length]
             self.clear(last.row, last.lengths)
             self.texts[row], last.row = last, row
+        rows = len(self.texts)
+        held = {slot for text in self.texts for slot in text.lengths}
         for tensors in (self.keys, self.values):
             for slot, tensor in list(tensors.items()):
-                if 4 * len(self.texts) <= len(tensor):
-                    tensors[slot] = _with_rows(tensor, len(tensor) // 2)
+                if slot not in held:
+                    del tensors[slot]
+                elif len(tensor) > _most_rows(rows):
+                    tensors[slot] = self._with_rows(tensor, slot, _rows(rows))
 
     def clear(self, row: int, lengths: dict[int, int]) -> None:
         """Leaves nothing of a text in a row: a number that is none would spoil what is read beside it, seen or not."""
@@ -66,12 +73,29 @@ class Room:
     def open(self, slot: int, keys: Tensor, values: Tensor) -> None:
         """Has a slot for keys and values like these (., h, ., w)."""
         if slot not in self.keys:
-            rows = 1 << max(len(self.texts) - 1, 0).bit_length()
+            rows = _rows(len(self.texts))
             sizes = [(rows, new.shape[1], self.size, new.shape[3]) for new in (keys, values)]
             self.keys[slot], self.values[slot] = keys.new_zeros(sizes[0]), values.new_zeros(sizes[1])
 
     def num_bytes(self) -> int:
         return tensor_bytes([*self.keys.values(), *self.values.values()])
+
+    def _with_rows(self, tensor: Tensor, slot: int, rows: int) -> Tensor:
+        grown = tensor.new_zeros(rows, *tensor.shape[1:])
+        for row, text in enumerate(self.texts):  # not what nobody has written to: it may take no memory yet
+            length = text.length(slot)
+            grown[row, :, :length] = tensor[row, :, :length]
+        return grown
+
+
+def _rows(texts: int) -> int:
+    """Rows that a room is made with."""
+    return texts + texts // 8
+
+
+def _most_rows(texts: int) -> int:
+    """Rows that a room keeps as texts leave: to give back each one at once would copy the others each time."""
+    return texts + texts // 4
 
 
 class Rooms:
@@ -84,20 +108,28 @@ class Rooms:
         """For a text of which nothing was read."""
         return TextCache(self)
 
-    def adopt(self, cache: KVCache) -> TextCache:
-        """For a text whose keys and values lie in a cache of their own, (1, h, s, w) a slot."""
-        text = TextCache(self)
-        for slot, layer in enumerate(cache.layers):
-            if layer.is_initialized and layer.get_seq_length():
-                text.reserve(layer.get_seq_length())
-                text.update(slot, layer.keys, layer.values)
-        return text
+    @staticmethod
+    def bytes_for(texts: Iterable[tuple[int, int]], slot_bytes: Sequence[int]) -> int:
+        """What rooms take at the most that hold such texts, each of which has reserved all the tokens that it comes to.
+
+        Args:
+            texts: each one's tokens, and its slots: the first so many.
+            slot_bytes: of one token in each slot; slots beyond are as large as the largest.
+        """
+        rooms: dict[int, list[int]] = {}
+        for tokens, slots in texts:
+            if slots:
+                rooms.setdefault(room_size(tokens), []).append(slots)
+        total = 0
+        for size, held in rooms.items():
+            most = max(held)
+            token = sum(slot_bytes[:most]) + max(most - len(slot_bytes), 0) * max(slot_bytes)
+            total += _most_rows(len(held)) * size * token
+        return total
 
     def room(self, tokens: int) -> Room:
         """The smallest for so many tokens."""
-        size = _SMALLEST
-        while size < tokens:
-            size *= 2
+        size = room_size(tokens)
         return self._rooms.setdefault(size, Room(size))
 
     def drop_empty(self) -> None:
@@ -181,15 +213,6 @@ class TextCache:
             other.update(slot, *self.of(slot))
         return other
 
-    @torch.inference_mode()
-    def kept(self) -> KVCache:
-        """A copy that has no place in a room."""
-        cache = KVCache(max(self.lengths, default=-1) + 1)
-        for slot in self.lengths:
-            keys, values = self.of(slot)
-            cache.update(keys.clone(), values.clone(), slot)
-        return cache
-
     def free(self) -> None:
         """Gives up the place."""
         if self.room is not None:
@@ -198,11 +221,12 @@ class TextCache:
             self._rooms.drop_empty()
 
 
-def _with_rows(tensor: Tensor, rows: int) -> Tensor:
-    grown = tensor.new_zeros(max(rows, 1), *tensor.shape[1:])
-    kept = min(len(tensor), len(grown))
-    grown[:kept] = tensor[:kept]
-    return grown
+def room_size(tokens: int) -> int:
+    """Tokens that a room for such a text holds."""
+    size = _SMALLEST
+    while size < tokens:
+        size *= 2
+    return size
 
 
 class Side:

@@ -53,7 +53,7 @@ class Chat:
         templated = has_template(self._engine.tokenizer)
         stop = () if templated else (_STOP,)
         prompt = self._prompt(said, templated)
-        for piece in self._engine.stream(prompt, module=module, reuse=True, seed=seed, stop=stop, **self._sampling):
+        for piece in self._engine.stream(prompt, module=module, seed=seed, stop=stop, **self._sampling):
             if isinstance(piece, Generation):
                 self.messages = [*said, {"role": "assistant", "content": piece.text}]
                 piece = replace(piece, scores=scores)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from growlm.base.placement import find_device
+from growlm.engine.account import Account
 from growlm.engine.answers import Answer, Generation
 from growlm.engine.kv import PrefixCache
 from growlm.engine.loading import Loader
@@ -21,6 +22,7 @@ from growlm.engine.module_cache import ModuleCache
 from growlm.engine.prompts import Prompt, Prompts
 from growlm.engine.request import Names, Request, State
 from growlm.engine.routing import Routing
+from growlm.engine.runner import slot_bytes
 from growlm.engine.sampling import SamplingConfig
 from growlm.engine.selection import AUTO, Wanted, require_one_way, select
 from growlm.engine.sources import Quote, quotes
@@ -40,11 +42,13 @@ class Engine:
 
     Args:
         store: what to serve.
-        memory: budget for all weights in memory, e.g. "2GB"; None for no bound. Keys and values are not counted. On a
-            GPU it is the GPU's memory.
+        memory: budget for base, router, modules, and keys and values, e.g. "2GB"; None for no bound. On a GPU it is
+            the GPU's memory.
         max_batch: prompts that are run together.
         device: where to compute: cpu, cuda, cuda:N, mps, or auto: a CUDA GPU where there is one, else the processor.
             The dtype is the store's.
+        prefix_bytes: at most so many bytes, of what `memory` leaves, keep keys and values of texts that were read, for
+            those that begin like them, under whatever module; 0 keeps none.
         router: kind of router, gaussian, product-key or transformer; by default the store's own.
         experts_on: where the tables of `peer` modules are: memory, or disk: only the rows that a text reads are read.
         row_cache: of each such module on the disk, memory for the rows that were read last; by default 64MB.
@@ -95,18 +99,24 @@ class Engine:
         self.tokenizer = store.load_tokenizer()
         self._prompts = Prompts(self.base, self.tokenizer, strict=strict)
         left = None if self.memory is None else self.memory - self.fixed_bytes
+        token = [] if left is None else slot_bytes(self.base)
+        self._account = Account(left, token, self.base.hidden_size * self.base.dtype.itemsize)
+        self._prefixes, self._prefix_bytes = PrefixCache(self._room_for_prefixes), parse_size(prefix_bytes)
         self.modules = ModuleCache(
             left,
             Loader(store, self.base, self._row_cache).find,
             reserved=f" of {format_size(self.memory or 0)} after base {format_size(self.base_bytes)} and router "
             f"{format_size(self.router.num_bytes())}",
             hint="" if self._row_cache is None else f", or lower --row-cache, {format_size(self._row_cache)}",
+            held=lambda: self._account.held_bytes,
+            make_way=self._prefixes.shrink,
         )
         self._loop = Loop(
             self.base,
             self.modules,
             self._routing,
-            PrefixCache(parse_size(prefix_bytes)),
+            self._prefixes,
+            self._account,
             max_batch=max_batch,
             resident=lambda: self.resident_bytes,
             end_tokens=self.base.end_tokens(self.tokenizer),
@@ -130,6 +140,15 @@ class Engine:
         """Bytes of all weights in memory."""
         return self.fixed_bytes + self.modules.resident_bytes
 
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of all that `memory` bounds: weights, keys and values of what is being answered, and what is kept."""
+        return self.resident_bytes + self._loop.num_bytes() + self._prefixes.num_bytes()
+
+    def _room_for_prefixes(self) -> int:
+        left = self._account.left(self.modules.resident_bytes)
+        return self._prefix_bytes if left is None else min(self._prefix_bytes, left)
+
     def close(self) -> None:
         """Ends the engine, once what is being answered has ended: a stream does at its next piece, with an error. What
         is asked later raises `ClosedError`. To close twice is no mistake."""
@@ -149,7 +168,7 @@ class Engine:
         prompt: Prompt,
         *,
         module: Wanted = AUTO,
-        reuse: bool = False,
+        salt: str = "",
         mix: int = 1,
         reroute: int = 0,
         **sampling: Any,
@@ -159,8 +178,7 @@ class Engine:
         Args:
             module: a module's name, or several names of modules that are active together; None for the base alone,
                 or "auto" to let the router choose. The order of several names does not matter.
-            reuse: keep keys and values for a prompt that continues this one and its answer (a conversation). They serve
-                a prompt whose module is named; to choose one, the base must read the whole prompt.
+            salt: keys and values that are kept of this text serve texts with the same one alone.
             mix: let the best so many of the router's choices write together, weighted by how well each predicted the
                 text so far. All of them must fit the budget at once.
             reroute: choose the module anew after every so many tokens; 0 chooses once.
@@ -174,7 +192,7 @@ class Engine:
                 `reroute` and `module` at odds, or a prompt that is too long for the base.
             ClosedError: the engine was closed.
         """
-        request = self._asked(prompt, module, reuse, mix, reroute, False, sampling)
+        request = self._asked(prompt, module, salt, mix, reroute, False, sampling)
         return next(self._answers([request]))
 
     def stream(
@@ -182,7 +200,7 @@ class Engine:
         prompt: Prompt,
         *,
         module: Wanted = AUTO,
-        reuse: bool = False,
+        salt: str = "",
         mix: int = 1,
         reroute: int = 0,
         **sampling: Any,
@@ -192,7 +210,7 @@ class Engine:
         Raises:
             As `generate`; and `ClosedError` from the iterator where the engine is closed before the answer has ended.
         """
-        return self._pieces(self._asked(prompt, module, reuse, mix, reroute, True, sampling))
+        return self._pieces(self._asked(prompt, module, salt, mix, reroute, True, sampling))
 
     def _pieces(self, request: Request) -> Iterator[str | Generation]:
         self._loop.add([request])
@@ -243,7 +261,7 @@ class Engine:
         *,
         module: Wanted = AUTO,
         stream: bool = False,
-        reuse: bool = False,
+        salt: str = "",
         mix: int = 1,
         reroute: int = 0,
         **sampling: Any,
@@ -257,7 +275,7 @@ class Engine:
         Raises:
             As `generate`, as far as it is known before anything runs.
         """
-        request = self._asked(prompt, module, reuse, mix, reroute, stream, sampling)
+        request = self._asked(prompt, module, salt, mix, reroute, stream, sampling)
         self._loop.add([request])
         return request
 
@@ -330,7 +348,7 @@ class Engine:
         self,
         prompt: Prompt,
         module: Wanted,
-        reuse: bool,
+        salt: str,
         mix: int,
         reroute: int,
         streams: bool,
@@ -341,7 +359,7 @@ class Engine:
         tokens = self._prompts.encode(prompt, config.max_new_tokens, depth=2)
         require_one_way(module, mix, reroute, len(self.router.names), self.router.num_listed)
         answer = Answer(self.tokenizer, config.stop, streams=streams)
-        return Request(tokens, self._select(module), config, answer, reuse, mix, reroute)
+        return Request(tokens, self._select(module), config, answer, salt, mix, reroute)
 
     def _answers(self, requests: Sequence[Request]) -> Iterator[Generation]:
         """Asks for all of them and gives their answers in this order, each once it is there."""

@@ -16,10 +16,11 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from growlm.base import Base
+from growlm.base import Base, tensor_bytes
 from growlm.base.rooms import Rooms
+from growlm.engine.account import Account, Footprint
 from growlm.engine.answers import Generation
-from growlm.engine.kv import PrefixCache
+from growlm.engine.kv import BASE, PrefixCache
 from growlm.engine.mixing import Posterior
 from growlm.engine.module_cache import ModuleCache
 from growlm.engine.request import Branch, Names, Request, State
@@ -54,14 +55,17 @@ class Loop:
         modules: ModuleCache,
         routing: Routing,
         prefixes: PrefixCache,
+        account: Account,
         *,
         max_batch: int,
         resident: Callable[[], int],
         end_tokens: set[int],
         where: str,
     ) -> None:
-        self.base, self.modules, self.routing, self.prefixes = base, modules, routing, prefixes
-        self.scheduler, self.runner, self.rooms = Scheduler(modules, max_batch), Runner(base), Rooms()
+        self.base, self.modules, self.routing = base, modules, routing
+        self.prefixes, self.account = prefixes, account
+        self.scheduler = Scheduler(modules, account, self._footprint, Request.give_up, max_batch)
+        self.runner, self.rooms = Runner(base), Rooms()
         self.end_tokens = end_tokens
         self.sets: WeakValueDictionary[tuple[str, ...], ModuleSet] = WeakValueDictionary()  # those that are in use
         self.stepping = Turns()  # held for a step, and by what must be alone
@@ -85,6 +89,11 @@ class Loop:
 
     def _was_interrupted(self) -> GrowlmError:
         return GrowlmError(f"{self._where}: an answer was interrupted while it was written; ask again")
+
+    def num_bytes(self) -> int:
+        """Of keys, values and hidden states of what is being answered."""
+        states = [part for one in self.scheduler.all() for parts in one.states.values() for part in parts]
+        return self.rooms.num_bytes() + tensor_bytes(states)
 
     def add(self, requests: Sequence[Request]) -> None:
         """Takes requests in at the next step; where the loop is closed they end with an error."""
@@ -183,7 +192,10 @@ class Loop:
         """Admits what can be admitted, runs one pass, and gives every request what is its own."""
         self._take_in()
         if not self._pausing:
-            for request in self.scheduler.admit(lambda request, error: self._end(request, error=error)):
+            admitted = self.scheduler.admit(lambda request, error: self._end(request, error=error))
+            if admitted:
+                self.prefixes.shrink()
+            for request in admitted:
                 self._with(request, self._read_below)
         for request in [r for r in self.scheduler.active if r.arrived]:
             self._with(request, self._start)
@@ -224,31 +236,78 @@ class Loop:
         if request.state is not State.RUNNING:
             self._reach_goal(request)
         elif not self._moves(request):
+            if not request.answer.tokens:
+                self._keep(request)
             self._write(request, torch.cat([logits[branch] for branch in request.branches]))
+
+    def _footprint(self, request: Request) -> Footprint:
+        """What a request comes to while it is routed, or where its modules are known, from then on."""
+        states = len(self._kept(self.base.num_layers))
+        if request.names is None:
+            return Footprint(len(request.tokens), self.routing.layer, states)
+        tokens, slots = len(request.tokens) + request.config.max_new_tokens, self.base.num_layers
+        slots += max((self.modules.found(name).stored.shape()[1].new_layers for name in request.names), default=0)
+        return Footprint(tokens, slots, states, max(request.mix, 1))
+
+    def _goal(self, request: Request) -> int:
+        """The layer to which the base reads a prompt, whatever becomes of it there."""
+        if request.names is None:
+            return self.routing.layer
+        if request.reroute:  # what the next module takes over lies behind the last layer
+            return self.base.num_layers
+        if request.mix > 1:
+            return max(self._fork((name,) if name != NONE else ()) for name in request.together)
+        return self._fork(request.names)
+
+    def _kept(self, goal: int) -> set[int]:
+        """Layers, up to one, of which inputs are kept: where the router reads and where modules branch off."""
+        return {at for at in (*self.routing.router.fork_layers, self.routing.layer, goal) if 0 < at <= goal}
 
     def _read_below(self, request: Request) -> None:
         """Has the base read a prompt as far as the router needs, or up to where its modules branch off, while they are
-        loaded."""
-        if request.names is None:
-            goal = self.routing.layer
-        elif request.reroute:  # what the next module takes over lies there too
-            goal = self.base.num_layers
-        elif request.arrived or request.reuse:
+        loaded; what was read before of a text that begins like it is not read again."""
+        goal = self._goal(request)
+        if not goal:
+            request.give_up()
+        if goal <= request.level:
             return
-        else:
-            goal = self._fork(request.names)
-        if goal > request.level:
-            request.goal, request.read = goal, 0
-            request.cache = request.cache or self.rooms.new()
+        request.goal, request.read = goal, 0
+        request.cache = request.cache or self.rooms.new()
+        if self.account.bounded:  # to have its place from now on
+            request.cache.reserve(self._footprint(request).tokens)
+        slots, layers = range(request.level, goal), self._kept(goal) - self._kept(request.level)
+        found = self.prefixes.find(BASE, request.text, slots, layers, salt=request.salt)
+        if found.tokens:
+            request.cache.reserve(found.tokens)
+            found.fill(request.cache, slots)
+            request.states |= {layer: [found.states(layer)] for layer in layers}
+            request.read = found.tokens
+
+    def _keep(self, request: Request) -> None:
+        """Keeps the keys and values of what a request has read, for texts that begin like it."""
+        if request.mix > 1:
+            return
+        (branch,), text = request.branches, request.text[: request.read]
+        modules = branch.modules
+        if modules.fork:
+            states = request.whole_states()
+            self.prefixes.put(BASE, text, branch.cache, range(modules.fork), states, salt=request.salt)
+        if modules.fork < modules.cache_slots and not request.reroute:
+            slots = range(modules.fork, modules.cache_slots)
+            self.prefixes.put(modules.digest, text, branch.cache, slots, salt=request.salt)
 
     def _reach_goal(self, request: Request) -> None:
         """The base has read a prompt as far as it should: the router's turn, or the modules'."""
+        assert request.cache is not None
+        assert request.goal is not None
+        states = request.whole_states()
+        self.prefixes.put(BASE, request.text, request.cache, range(request.goal), states, salt=request.salt)
         routing = request.state is State.ROUTING
         request.rest()
         if not routing:
             return
-        states = request.states_of(self.routing.layer)
-        (request.route,) = self.routing.routes(states[:, -WINDOW:] if request.reroute else states)
+        read = states[self.routing.layer]
+        (request.route,) = self.routing.routes(read[:, -WINDOW:] if request.reroute else read)
         if request.mix > 1:
             request.together = list(request.route.scores)[: request.mix]
             request.names = tuple(name for name in request.together if name != NONE)
@@ -293,31 +352,46 @@ class Loop:
                 f"{request.changes[-1][1]} changes the base from layer {sets[0].fork} on, and --reroute needs modules "
                 "above its last layer; learn it as blocks with --placement top --vocabulary head"
             )
-        prefix = self.prefixes.take(sets[0].digest, request.tokens) if request.reuse and not several else None
-        if prefix is not None:
-            request.begin([Branch(sets[0], self.rooms.adopt(prefix.cache))], len(prefix.tokens))
-        else:
-            for modules in sets:  # one by one: if there is no memory for one, the others go with the request
-                request.branches.append(self._branch(request, modules))
-            request.begin(request.branches)
-        if request.cache is not None:
-            request.cache.free()
-            request.cache = None
+        fork = max(modules.fork for modules in sets)
+        if not fork:
+            request.give_up()
+        request.states = {layer: [whole] for layer, whole in request.whole_states().items() if layer <= fork}
+        for modules in sets:  # one by one: if there is no memory for one, the others go with the request
+            request.branches.append(self._branch(request, modules, modules is sets[-1]))
+        request.begin(self._begun(request))
         request.resident = max(request.resident, self._resident())
         if request.generator is None:
             request.generator = torch.Generator(self.base.device).manual_seed(request.config.seed)
 
-    def _branch(self, request: Request, modules: ModuleSet) -> Branch:
+    def _branch(self, request: Request, modules: ModuleSet, last: bool) -> Branch:
         level = max((at for at in request.states if at <= modules.fork), default=0)
         if not level:
-            return Branch(modules, self.rooms.new())
-        assert request.cache is not None
-        if request.mix > 1:  # each goes on from the same keys and values
-            cache = request.cache.copy()
-        else:
+            cache = self.rooms.new()
+        elif last:
+            assert request.cache is not None
             cache, request.cache = request.cache, None
+        else:  # each goes on from the same keys and values
+            assert request.cache is not None
+            cache = request.cache.copy()
+        branch = Branch(modules, cache, level)
         cache.cut(level)
-        return Branch(modules, cache, level)
+        if self.account.bounded:
+            cache.reserve(self._footprint(request).tokens)
+        return branch
+
+    def _begun(self, request: Request) -> int:
+        """How many tokens of a prompt need not be read any more, of which keys and values are filled in."""
+        if len(request.branches) > 1 or request.reroute:
+            return 0
+        (branch,) = request.branches
+        slots = range(branch.modules.fork, branch.modules.cache_slots)
+        if not slots:
+            return len(request.tokens) - 1
+        found = self.prefixes.find(branch.modules.digest, request.tokens, slots, salt=request.salt)
+        if found.tokens:
+            branch.cache.reserve(found.tokens)
+            found.fill(branch.cache, slots)
+        return found.tokens
 
     def _set_of(self, held: Sequence[KnowledgeModule]) -> ModuleSet:
         """The one of these modules that is in use, or a new one."""
@@ -346,7 +420,7 @@ class Loop:
                 branch.newest = come_to(work)[0, -1:]
             if request.mixture is not None and start < len(request.tokens):
                 self._weigh(request, own, start)
-            if request.read >= request.stated and not request.reroute:
+            if request.mixture is not None and request.read >= request.stated:
                 request.states.clear()
         writing = [part.request for part in parts if part.request.state is State.RUNNING and not part.request.unread]
         return self._logits([(branch, request) for request in writing for branch in request.branches])
@@ -360,16 +434,15 @@ class Loop:
             work = Work(self._base_alone, ids, start, request.cache, leaves=request.goal)
             if request.level:
                 work.enters, work.hidden = request.level, request.states_of(request.level)[:, start : start + many]
-            if request.state is State.ROUTING:
-                work.keeps = self.routing.forks
+            work.keeps = self._kept(request.goal or 0) - {request.goal} - self._kept(request.level)
             return [work]
         works = []
         for branch in request.branches:
             work = Work(branch.modules, ids, start, branch.cache)
             if branch.level and start < request.stated:
                 work.enters, work.hidden = branch.level, request.states_of(branch.level)[:, start : start + many]
-            elif request.reroute:
-                work.keeps = {self.routing.layer, self.base.num_layers}
+            elif request.mixture is None:
+                work.keeps = self._kept(branch.modules.fork)
             works.append(work)
         return works
 
@@ -424,10 +497,7 @@ class Loop:
         return len(request.answer.tokens) == request.config.max_new_tokens
 
     def _finish(self, request: Request) -> None:
-        if request.reuse and len(request.branches) == 1:
-            (branch,) = request.branches
-            # The last token of an answer that was not ended by the model has not been run.
-            self.prefixes.put(branch.modules.digest, request.text[: request.read], branch.cache.kept())
+        self._keep(request)
         names, mixture = list(request.names or ()), {}
         if request.mixture is not None:
             mixture = dict(zip(request.together, request.mixture.weights.tolist(), strict=True))

@@ -1,7 +1,7 @@
 """Module cache: which modules are in memory, under a budget of bytes that is never passed.
 
-Counts bytes before they are read: a swap first evicts, then loads. Modules in use are pinned and stay. A module in
-memory counts as it is there, whatever version the disk has by now. Knows names, versions, sizes and a function that
+Counts bytes before they are read: a swap first evicts, then loads. What others hold of the budget, as keys and values,
+is as good as gone. Modules in use are pinned and stay. A module in memory counts as it is there, whatever version the disk has by now. Knows names, versions, sizes and a function that
 loads; never runs a module and never opens a file itself.
 """
 
@@ -57,6 +57,8 @@ class ModuleCache:
             manifest and a header.
         reserved: what else counts against the whole budget, for messages.
         hint: what else than a larger budget would help, for messages.
+        held: bytes of the budget that others hold now.
+        make_way: called before a module is read, which is counted by then.
     """
 
     def __init__(
@@ -65,8 +67,10 @@ class ModuleCache:
         find: Callable[[str], Found],
         reserved: str = "",
         hint: str = "",
+        held: Callable[[], int] = lambda: 0,
+        make_way: Callable[[], None] = lambda: None,
     ) -> None:
-        self._budget = budget
+        self._budget, self._held, self._make_way = budget, held, make_way
         self._find = find
         self._reserved, self._hint = reserved, hint
         self._resident: OrderedDict[str, Future[KnowledgeModule]] = OrderedDict()
@@ -98,9 +102,12 @@ class ModuleCache:
         with self._lock:
             return self._found.get(name) or self._find(name)
 
-    def make_fit(self, names: Collection[str]) -> None:
+    def make_fit(self, names: Collection[str], beside: int = 0) -> None:
         """Sees to it that modules fit the budget together if every other module were evicted. Where a version in memory
         is what makes them too large, and the current one is smaller, it goes, if it is not in use.
+
+        Args:
+            beside: bytes that who uses them takes as well.
 
         Raises:
             BudgetError: they do not fit together; nothing has changed.
@@ -108,20 +115,24 @@ class ModuleCache:
         if self._budget is None:
             return
         with self._lock:
+            room = self._budget - beside
             sizes = {name: self.found(name).bytes for name in names}
-            smaller = self._smaller_on_disk(sizes) if sum(sizes.values()) > self._budget else {}
+            smaller = self._smaller_on_disk(sizes) if sum(sizes.values()) > room else {}
             replaced: list[str] = []
             for name in sorted(smaller, key=lambda n: smaller[n] - sizes[n]):
-                if sum(sizes.values()) <= self._budget:
+                if sum(sizes.values()) <= room:
                     break
                 sizes[name] = smaller[name]
                 replaced.append(name)
-            if sum(sizes.values()) > self._budget:
-                listed = ", ".join(f"{n} {format_size(b)}" for n, b in sizes.items())
-                what = "does not fit" if len(sizes) == 1 else "do not fit together"
+            if sum(sizes.values()) > room:
+                text = f"keys and values of this text {format_size(beside)}" if beside else ""
+                listed = ", ".join([*(f"{n} {format_size(b)}" for n, b in sizes.items()), *[text] * bool(beside)])
+                what = "does not fit" if len(sizes) + bool(beside) == 1 else "do not fit together"
+                shorter = ", or ask for fewer tokens with --max-new-tokens" if beside else ""
                 raise BudgetError(
-                    f"{listed} {what}: {format_size(self._budget)} are left for modules{self._reserved}; raise "
-                    f"--memory by at least {format_size(sum(sizes.values()) - self._budget)}{self._hint}"
+                    f"{listed} {what}: {format_size(self._budget)} are left for modules, keys and values"
+                    f"{self._reserved}; raise --memory by at least {format_size(sum(sizes.values()) - room)}"
+                    f"{shorter}{self._hint}"
                 )
             for name in replaced:
                 self._settle([name])
@@ -146,8 +157,13 @@ class ModuleCache:
             self.release(list(futures))
             raise
 
-    def begin(self, names: Sequence[str]) -> tuple[dict[str, Future[KnowledgeModule]], list[str]] | None:
+    def begin(
+        self, names: Sequence[str], beside: int = 0
+    ) -> tuple[dict[str, Future[KnowledgeModule]], list[str]] | None:
         """Pins modules until `release` and begins to read those that are not in memory, without waiting for anything.
+
+        Args:
+            beside: bytes that who uses them takes as well, and that others hold already (`held`).
 
         Returns:
             Each of them, once it has been read, and the names of those that were not in memory; None, and nothing has
@@ -158,14 +174,15 @@ class ModuleCache:
             What `find` raises.
         """
         names = list(dict.fromkeys(names))
-        self.make_fit(names)
+        self.make_fit(names, beside)
         with self._lock:
             missing = [name for name in names if name not in self._resident]
-            if self._budget is not None and missing:
+            if self._budget is not None:
                 needed = sum(self._find(name).bytes for name in missing)
                 spare = sum(self._found[name].bytes for name in self._evictable(set(names)))
-                if self._budget - self._taken() + spare < needed:
+                if self._free() + spare < needed:
                     return None
+                self._make_room(needed, set(names))
             futures = {name: self._there(name, set(names)) for name in names}
             for name in names:
                 self._pins[name] += 1
@@ -236,6 +253,7 @@ class ModuleCache:
         if name in self._resident:  # another thread began to, while this one waited for room
             return self._resident[name]
         self._found[name] = found
+        self._make_way()
         self.counts.loads += 1
         future = self._resident[name] = self._reader.submit(found.load)
         future.add_done_callback(lambda done: self._is_read(name, done))
@@ -252,10 +270,14 @@ class ModuleCache:
     def _taken(self) -> int:
         return sum(found.bytes for found in self._found.values())
 
+    def _free(self) -> int:
+        assert self._budget is not None
+        return self._budget - self._held() - self._taken()
+
     def _make_room(self, needed: int, keep: set[str]) -> None:
         if self._budget is None:
             return
-        free = self._budget - self._taken()
+        free = self._free()
         candidates = self._evictable(keep)
         spare = sum(self._found[n].bytes for n in candidates)
         if free + spare < needed:

@@ -57,7 +57,7 @@ class Request:
     Attributes:
         tokens: the prompt's ids.
         names: its modules; None as long as the router has not chosen.
-        reuse: keep keys and values for a prompt that continues this one and its answer.
+        salt: keys and values of its text serve texts with the same one alone.
         mix: how many of the router's choices write together.
         reroute: after how many tokens each the router chooses anew; 0: never.
         context: of the caller: how settings are written in messages is part of it.
@@ -72,7 +72,7 @@ class Request:
         level: the base layer before which all of the prompt has come.
         goal: the base layer to which the base reads the prompt now; None where the modules read.
         read: how many of its tokens were read on this way.
-        states: inputs (1, n, d) of base layers, by layer, of the tokens that came there, as far as needed.
+        states: inputs (1, n, d) of base layers, by layer, of the tokens that came there.
         stated: how many tokens, from the first, its branches take over from the base.
         branches: what runs, while RUNNING.
         mixture: how much each branch counts, where there are several.
@@ -85,7 +85,7 @@ class Request:
     names: Names | None
     config: SamplingConfig
     answer: Answer
-    reuse: bool = False
+    salt: str = ""
     mix: int = 1
     reroute: int = 0
     context: Context = field(default_factory=copy_context)
@@ -119,8 +119,8 @@ class Request:
     def unread(self) -> int:
         """How many tokens it can read now."""
         if self.state is State.RUNNING:
-            return len(self.tokens) + len(self.answer.tokens) - self.read
-        return len(self.tokens) - self.read if self.goal is not None else 0
+            return (self.stated if self.read < self.stated else len(self.tokens) + len(self.answer.tokens)) - self.read
+        return len(self.text) - self.read if self.goal is not None else 0
 
     @property
     def arrived(self) -> bool:
@@ -144,19 +144,30 @@ class Request:
         assert self.goal is not None
         self.level, self.goal, self.read = self.goal, None, 0
 
-    def begin(self, branches: list[Branch], read: int = 0) -> None:
+    def begin(self, read: int = 0) -> None:
         """Its branches read from now on, after keys and values of `read` tokens, or what the base has read."""
-        self.state, self.branches, self.read, self.goal = State.RUNNING, branches, read, None
-        levels = {branch.level for branch in branches} - {0}
+        self.state, self.read, self.goal = State.RUNNING, read, None
+        levels = {branch.level for branch in self.branches} - {0}
         self.stated = max((sum(part.shape[1] for part in self.states[level]) for level in levels), default=0)
-        if not self.reroute:
-            self.states = {level: self.states[level] for level in levels}
 
     def states_of(self, layer: int) -> Tensor:
         """The inputs (1, n, d) of a base layer."""
         if len(self.states[layer]) > 1:
             self.states[layer] = [torch.cat(self.states[layer], dim=1)]
         return self.states[layer][0]
+
+    def whole_states(self) -> dict[int, Tensor]:
+        """The inputs (1, n, d) of those base layers of which they were kept from the first token to the newest: not of
+        one that the router knew when it began to be read, and does not know any more."""
+        counts = {layer: sum(part.shape[1] for part in parts) for layer, parts in self.states.items()}
+        return {layer: self.states_of(layer) for layer, count in counts.items() if count == max(counts.values())}
+
+    def give_up(self) -> None:
+        """Lets go of what the base has read for it, which can be read again."""
+        if self.cache is not None:
+            self.cache.free()
+        self.cache, self.level = None, 0
+        self.states.clear()
 
     def let_go(self) -> list[str]:
         """Gives up its modules and all that was made with them; returns the names of those that it held."""
@@ -168,8 +179,6 @@ class Request:
 
     def drop(self) -> list[str]:
         """Gives up all that takes memory, as `let_go` does."""
-        if self.cache is not None:
-            self.cache.free()
-        self.cache = self.generator = self.mixture = None
-        self.states.clear()
+        self.give_up()
+        self.generator = self.mixture = None
         return self.let_go()

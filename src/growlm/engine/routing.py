@@ -30,11 +30,6 @@ class Routing:
         """After how many layers it reads the base's states."""
         return self._base.num_layers if self.router.layer is None else self.router.layer
 
-    @property
-    def forks(self) -> list[int]:
-        """Layers before that where modules branch off, besides the first."""
-        return [fork for fork in self.router.fork_layers if 0 < fork < self.layer]
-
     def routes(self, hidden: Tensor, visible: Tensor | None = None) -> list[Route]:
         """The router's answers, among modules that the store still holds: some may go while this engine runs.
 

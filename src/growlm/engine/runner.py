@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from growlm.base import Base, LayerToRun, Pass
-from growlm.base.rooms import TextCache
+from growlm.base.rooms import Rooms, TextCache
 from growlm.base.segments import Segment
 from growlm.layers.around import Shares, together
 from growlm.layers.thin import thin_products
@@ -129,7 +129,7 @@ class Runner:
                 stairs.leave()
                 stairs = stairs if stairs.works == on else None
             for work in keeping:
-                work.kept[stage] = come_to(work)
+                work.kept[stage] = come_to(work).clone()  # and not the whole pass with it
             if not on:
                 continue
             stairs = stairs or _Staircase(base, on)
@@ -188,6 +188,16 @@ class Runner:
             self._shares.ends = tuple(stairs.ends)
             stairs.hidden = self._base.run(stairs.hidden, [variants[0]._replace(layer=layer)], stairs.shared(None))
         return key
+
+
+def slot_bytes(base: Base) -> list[int]:
+    """Bytes of one token's keys and values in each of the base's slots, as a token that it reads shows."""
+    rooms = Rooms()
+    cache = rooms.new()
+    Runner(base).run([Work(ModuleSet(base), torch.zeros(1, dtype=torch.long, device=base.device), 0, cache)])
+    room = cache.room
+    assert room is not None
+    return [(room.keys[slot].nbytes + room.values[slot].nbytes) // room.size for slot in range(base.num_layers)]
 
 
 def come_to(work: Work) -> Tensor:

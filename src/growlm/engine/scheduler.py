@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from growlm.engine.account import Account, Footprint
 from growlm.engine.module_cache import ModuleCache
 from growlm.engine.request import Names, Request, State
+
+if TYPE_CHECKING:
+    from growlm.modules import KnowledgeModule
 
 PATIENCE = 64  # later requests that may be admitted while one waits for room
 _ALONE = 512  # prompt tokens of a pass where nobody else waits for it
@@ -27,17 +33,31 @@ class Scheduler:
 
     Args:
         modules: what is in memory, and how much room there is.
+        account: what requests hold of that room.
+        footprint: what a request comes to in the state that it has after this one.
+        give_up: has a request that was routed let go of what the base has read for it.
         max_batch: requests that have a place; as many more may wait for their modules once they are routed.
     """
 
-    def __init__(self, modules: ModuleCache, max_batch: int) -> None:
-        self._modules, self._max_batch = modules, max_batch
+    def __init__(
+        self,
+        modules: ModuleCache,
+        account: Account,
+        footprint: Callable[[Request], Footprint],
+        give_up: Callable[[Request], None],
+        max_batch: int,
+    ) -> None:
+        self._modules, self._account, self._max_batch = modules, account, max_batch
+        self._footprint, self._give_up = footprint, give_up
         self.waiting: list[Request] = []  # those whose modules have not been begun to be read
         self.active: list[Request] = []
 
     @property
     def idle(self) -> bool:
         return not self.waiting and not self.active
+
+    def all(self) -> list[Request]:
+        return [*self.waiting, *self.active]
 
     def add(self, request: Request) -> None:
         self.waiting.append(request)
@@ -50,6 +70,7 @@ class Scheduler:
         self.waiting.sort(key=lambda one: one.arrival)
 
     def remove(self, request: Request) -> None:
+        self._account.hold(request, None)
         for requests in (self.waiting, self.active):
             if request in requests:
                 requests.remove(request)
@@ -65,35 +86,60 @@ class Scheduler:
         Returns:
             Those that have a place from now on.
         """
+        admitted = self._admit(failed)
+        if not self.active and self.waiting:  # those that were routed may hold what the oldest needs
+            for request in self.waiting[:0:-1]:
+                self._account.hold(request, None)
+                self._give_up(request)
+            admitted += self._admit(failed)
+        return admitted
+
+    def _admit(self, failed: Callable[[Request, BaseException], None]) -> list[Request]:
         admitted: list[Request] = []
-        without_room: set[Names] = set()
+        without_room: set[tuple[Names | None, int]] = set()
         for reads in (False, True):
             resident = set(self._modules.resident)
             for request in list(self.waiting):
                 if len(self.active) >= self._max_batch:
                     return admitted
-                if self._held_back(request):
+                kind = request.names, len(request.tokens) + request.config.max_new_tokens
+                if self._held_back(request) or kind in without_room:
                     continue
                 if request.names is None:
-                    if self._parked < self._max_batch:
-                        self._give(request, State.ROUTING)
-                        admitted.append(request)
-                    continue
-                if (resident >= set(request.names)) == reads or request.names in without_room:
+                    if reads or self._parked >= self._max_batch:
+                        continue
+                elif (resident >= set(request.names)) == reads:
                     continue
                 try:
-                    begun = request.context.run(self._modules.begin, request.names)
+                    begun = self._begin(request)
                 except Exception as error:
                     failed(request, error)
                     continue
                 if begun is None:
-                    without_room.add(request.names)
+                    without_room.add(kind)
                     continue
-                request.loads, read = begun
-                request.loaded += [name for name in read if name not in request.loaded]
-                self._give(request, State.LOADING)
+                loads, read = begun
+                if request.names is None:
+                    self._give(request, State.ROUTING)
+                else:
+                    request.loads = loads
+                    request.loaded += [name for name in read if name not in request.loaded]
+                    self._give(request, State.LOADING)
                 admitted.append(request)
         return admitted
+
+    def _begin(self, request: Request) -> tuple[dict[str, Future[KnowledgeModule]], list[str]] | None:
+        """As `ModuleCache.begin`, beside what the request itself comes to."""
+        footprint, before = self._footprint(request), self._account.hold(request, None)
+        self._account.hold(request, footprint)
+        beside = self._account.bytes_of(footprint) if self._account.bounded else 0
+        begun = None
+        try:
+            begun = request.context.run(self._modules.begin, request.names or (), beside)
+        finally:
+            if begun is None:
+                self._account.hold(request, before)
+        return begun
 
     def parts(self) -> list[Part]:
         """The tokens of the next pass: one of each answer, and of prompts as many as keep the others waiting for no

@@ -64,9 +64,6 @@ class Blocks(KnowledgeModule):
     def extend(self, layers: Sequence[LayerToRun]) -> list[LayerToRun]:
         return between(layers, self.layers, self._patterns, self.config.after)
 
-    def cache_slots(self, base: Base) -> int:
-        return base.num_layers + len(self.layers)
-
     def extended_config(self, config: Any) -> Any:
         extended = copy.deepcopy(config)
         depth = config.num_hidden_layers

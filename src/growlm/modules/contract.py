@@ -144,9 +144,9 @@ class KnowledgeModule(nn.Module, ABC):
         which these are layers of their own."""
         return False
 
-    @abstractmethod
     def cache_slots(self, base: Base) -> int:
         """How many slots of a key-value cache a forward pass with this module uses."""
+        return base.num_layers + self.config.new_layers
 
     @abstractmethod
     def extended_config(self, config: Any) -> Any:

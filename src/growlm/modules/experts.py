@@ -95,9 +95,6 @@ class Experts(KnowledgeModule):
         ]
         return [*layers[:first], *changed]
 
-    def cache_slots(self, base: Base) -> int:
-        return base.num_layers
-
     def extended_config(self, config: Any) -> Any:
         return copy.deepcopy(config)
 

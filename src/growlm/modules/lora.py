@@ -163,9 +163,6 @@ class Lora(KnowledgeModule):
             matrix.copy_(adapter.merged(matrix))
         return True
 
-    def cache_slots(self, base: Base) -> int:
-        return base.num_layers
-
     def extended_config(self, config: Any) -> Any:
         return copy.deepcopy(config)
 

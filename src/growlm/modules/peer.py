@@ -215,9 +215,6 @@ class Peer(KnowledgeModule):
                 extended[index] = layers[index]._replace(layer=self._with(layers[index].layer, pool))
         return extended
 
-    def cache_slots(self, base: Base) -> int:
-        return base.num_layers
-
     def extended_config(self, config: Any) -> Any:
         return copy.deepcopy(config)
 

@@ -38,8 +38,5 @@ class Recall(KnowledgeModule):
     def extend(self, layers: Sequence[LayerToRun]) -> list[LayerToRun]:
         return list(layers)
 
-    def cache_slots(self, base: Base) -> int:
-        return base.num_layers
-
     def extended_config(self, config: Any) -> Any:
         return config

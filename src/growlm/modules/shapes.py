@@ -54,6 +54,11 @@ class ModuleConfig(BaseModel):
         """What `growlm status` says of it besides its size."""
         return ""
 
+    @property
+    def new_layers(self) -> int:
+        """Layers of its own that keep keys and values, behind the base's slots for them."""
+        return 0
+
 
 class BlocksConfig(ModuleConfig):
     """Shape of a `blocks` module.
@@ -84,6 +89,10 @@ class BlocksConfig(ModuleConfig):
             first = depth // 3
             after = tuple(first + -(-(i + 1) * (depth - first) // self.num_layers) for i in range(self.num_layers))
         return self.model_copy(update={"after": after, "sources": tuple(max(a - 1, 0) for a in after)})
+
+    @property
+    def new_layers(self) -> int:
+        return self.num_layers
 
     def fits(self, depth: int) -> bool:
         """Whether a resolved config describes layers that a base of `depth` can have."""
