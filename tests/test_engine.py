@@ -256,7 +256,7 @@ def scripted(engine: Engine, text: str, monkeypatch) -> None:
     def sample(logits, config, generators):
         return torch.full((len(logits),), next(at))
 
-    monkeypatch.setattr("growlm.engine.loop.sample", sample)
+    monkeypatch.setattr("growlm.engine.sampling.sample", sample)
 
 
 def test_a_character_of_several_bytes_is_never_cut(llama, monkeypatch):
@@ -811,7 +811,7 @@ def test_modules_that_are_gone_are_taken_from_the_router_at_once(home, monkeypat
 def test_a_module_that_is_removed_between_two_choices_is_not_chosen_again(home, monkeypatch):
     store = Store.open(home / "store")
     with Engine(store) as engine:
-        engine._loop.end_tokens = set()
+        engine._loop.writer.end_tokens = set()
         original = GaussianRouter.route
         calls = []
 

@@ -290,7 +290,7 @@ def test_whatever_comes_goes_or_changes_every_answer_is_that_of_a_request_alone(
     refused: list[GrowlmError] = []
     over = threading.Event()
     with Engine(store, memory=memory, max_batch=6) as engine:
-        engine._loop.end_tokens = set()
+        engine._loop.writer.end_tokens = set()
         watch, most = Watch(monkeypatch), 0
 
         def ask(number: int) -> None:

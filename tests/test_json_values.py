@@ -254,7 +254,7 @@ def test_an_end_of_text_that_is_a_token_ends_answers(home, ends):
     edit(home / "base" / "generation_config.json", eos_token_id=ends)
     with Engine(Store.open(home / "plain")) as engine:
         wanted = {0} | set(ends if isinstance(ends, list) else [] if ends is None else [ends])
-        assert engine._loop.end_tokens == wanted
+        assert engine._loop.writer.end_tokens == wanted
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def mixed_by_whole_passes(engine: Engine, names: list[str], prior: torch.Tensor,
 
 @pytest.mark.parametrize("mix", [2, 3])
 def test_a_mixed_answer_equals_whole_forward_passes(engine, mix):
-    engine._loop.end_tokens = set()
+    engine._loop.writer.end_tokens = set()
     answer = engine.generate(PROMPT, mix=mix, max_new_tokens=8)
     names = list(answer.mixture)
     assert names == list(answer.scores)[:mix]
@@ -222,7 +222,7 @@ def scripted(monkeypatch, choices: list[str | None]) -> list[int]:
     ids=str,
 )
 def test_a_rerouted_answer_equals_whole_forward_passes(top, monkeypatch, choices):
-    top._loop.end_tokens = set()
+    top._loop.writer.end_tokens = set()
     ids = top.tokenizer.encode(PROMPT)
     wanted, text = [], list(ids)
     for name in [*choices, choices[-1], choices[-1]][: max(3, len(choices))]:
@@ -263,6 +263,6 @@ def test_rerouting_that_changes_nothing_is_the_plain_answer(top):
 
 def test_rerouting_needs_modules_above_the_base(engine, monkeypatch):
     scripted(monkeypatch, ["letters", "digits"])
-    engine._loop.end_tokens = set()
+    engine._loop.writer.end_tokens = set()
     with pytest.raises(ConfigError, match="digits changes the base from layer"):
         engine.generate(PROMPT, reroute=2, max_new_tokens=6)

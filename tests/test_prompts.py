@@ -381,7 +381,7 @@ def test_a_stream_that_is_open_while_the_engine_closes_ends_with_an_error(made, 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ModuleSet, "finish", slow)
-        engine._loop.end_tokens = set()
+        engine._loop.writer.end_tokens = set()
         stream = engine.stream("abc", module=None, max_new_tokens=200)
         if begun:
             next(stream)

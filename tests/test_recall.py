@@ -344,7 +344,7 @@ def test_a_text_that_changed_since_it_was_read_is_not_read_again_unseen(store):
 @pytest.mark.parametrize("name", [*STORED, None])
 def test_a_conversation_goes_on_as_if_it_were_read_anew(store, name):
     with Engine(store) as engine:
-        engine._loop.end_tokens = set()
+        engine._loop.writer.end_tokens = set()
         modules = [store.load(name, engine.base)] if name else []
         letters = engine.tokenizer.encode(domain_text("letters", 4, words=40))
         ids, rest = letters[:20], letters[20:]

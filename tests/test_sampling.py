@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from growlm.engine import SamplingConfig
-from growlm.engine.sampling import sample
+from growlm.engine.sampling import Sampler, sample
 from growlm.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -62,6 +66,16 @@ BAD = {
     "top_k": [-1, 2.0, "3", None],
     "top_p": [0, -0.1, 1.0000001, math.nan, math.inf, "0.9", None],
     "seed": [-1, 2**64, 0.5, "7", None],
+    "min_p": [-0.1, 1.1, math.nan, "0.1", None, True],
+    "presence_penalty": [-2.1, 2.1, math.nan, "1", None, True],
+    "frequency_penalty": [-2.1, 2.1, math.inf, "1", None],
+    "repetition_penalty": [0, -1, math.nan, math.inf, "1", None],
+    "logit_bias": [[], None, {"a": 1}, {-1: 1}, {1: 101}, {1: math.nan}, {1: "2"}, {1.5: 1}, {True: 1}],
+    "logprobs": [-1, 21, 1.5, "3"],
+    "prompt_logprobs": [-1, 21, 1.5, "3"],
+    "json_schema": [3, 0.5, ["a"]],
+    "regex": ["", 3, True],
+    "grammar": ["", 3, True],
     "stop": [None, "", "abc", 3, ("",), ("a", ""), (None,), ["a", 3], {"a"}],
 }
 
@@ -71,3 +85,62 @@ def test_what_cannot_be_is_refused_by_its_name(name, value):
     with pytest.raises(ConfigError, match=name) as caught:
         SamplingConfig(**{name: value})
     assert "\n" not in str(caught.value)
+
+
+def test_two_grammars_are_refused():
+    with pytest.raises(ConfigError, match="json_schema and regex exclude each other"):
+        SamplingConfig(json_schema=True, regex="a")
+
+
+# One request's choice of tokens
+
+
+def sampler(prompt: Sequence[int] = (), **settings: Any) -> Sampler:
+    return Sampler(SamplingConfig(**settings), prompt, torch.device("cpu"))
+
+
+def test_a_token_that_was_written_is_penalised_once_and_for_each_time():
+    chooses = sampler(presence_penalty=1.0, frequency_penalty=0.5)
+    logits = torch.tensor([3.0, 1.8, 0.0])
+    # 3.0, then 1.5 against 1.8, then 1.5 against 0.3, then 1.0 against 0.3, then 0.5, then 0.0 against 0.3
+    assert [chooses.choose(logits) for _ in range(6)] == [0, 1, 0, 0, 0, 1]
+    assert logits.tolist() == pytest.approx([3.0, 1.8, 0.0])  # its own copy
+
+
+def test_prompt_tokens_are_penalised_for_repetition_alone():
+    logits = torch.tensor([3.0, 2.9, -1.0])
+    assert sampler([0], repetition_penalty=1.5).choose(logits) == 1
+    assert sampler([0], presence_penalty=2.0).choose(logits) == 0
+    assert sampler([0, 1], repetition_penalty=1000.0).choose(torch.tensor([-1.0, -0.5, -0.6])) == 2  # below 0: lower
+
+
+def test_biases_are_added():
+    logits = torch.tensor([3.0, 2.0, 1.0])
+    assert sampler(logit_bias={2: 2.5}).choose(logits) == 2
+    assert sampler(logit_bias={"0": -100}).choose(logits) == 1
+
+
+@given(
+    logits=st.lists(st.floats(-5, 5), min_size=2, max_size=8),
+    min_p=st.floats(0.01, 1),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=100, deadline=None)
+def test_min_p_keeps_what_is_likely_enough_beside_the_likeliest(logits, min_p, seed):
+    values = torch.tensor(logits)
+    drawn = sampler(temperature=1.0, min_p=min_p, seed=seed).choose(values)
+    shares = values.softmax(-1)
+    assert shares[drawn] >= min_p * shares.max() * (1 - 1e-6)
+
+
+def test_logprobs_are_those_of_the_model_before_anything_else():
+    chooses = sampler(temperature=0.7, logit_bias={0: -50}, logprobs=2)
+    logits = torch.tensor([4.0, 2.0, 1.0])
+    token = chooses.choose(logits)
+    wanted = logits.log_softmax(-1).tolist()
+    (found,) = chooses.logprobs
+    assert found.token == token != 0
+    assert found.logprob == pytest.approx(wanted[token])
+    assert [token for token, _ in found.top] == [0, 1]
+    assert [logprob for _, logprob in found.top] == pytest.approx(wanted[:2])
+    assert sampler(logprobs=0).choose(logits) == 0

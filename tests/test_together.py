@@ -151,7 +151,7 @@ def test_what_cannot_fit_together_is_refused_with_the_numbers(home: Path) -> Non
         engine.generate("abc", module="letters", max_new_tokens=2)
         numbers = r"digits \S+ [kM]B, letters \S+ [kM]B, keys .* do not fit together: .* left .* raise --memory by"
         with pytest.raises(BudgetError, match=numbers):
-            engine.generate("abc", module=BOTH, max_new_tokens=2)
+            engine.generate("abc", module=BOTH, max_new_tokens=200)
         assert engine.modules.resident == ["letters"]  # nothing was read or evicted for it
         assert engine.generate("abc", module="letters", max_new_tokens=2).modules == ["letters"]
 

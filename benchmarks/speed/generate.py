@@ -39,7 +39,7 @@ def main() -> None:
         model = AutoModelForCausalLM.from_pretrained(folder / "out").eval()
         model.generation_config.eos_token_id = None
         engine = growlm.Engine(store)
-        engine._loop.end_tokens = set()  # random weights: write all tokens on both sides
+        engine._loop.writer.end_tokens = set()  # random weights: write all tokens on both sides
         ids = torch.tensor(texts)
 
         def ours(count: int) -> None:

@@ -64,7 +64,7 @@ def prompt_of(engine: Engine, given: argparse.Namespace) -> str:
 
 def warm(engine: Engine, prompt: str, given: argparse.Namespace, older: Path) -> dict[str, Any]:
     other = Engine(Store.open(older))
-    engine._loop.end_tokens = set()  # as many tokens on both sides
+    engine._loop.writer.end_tokens = set()  # as many tokens on both sides
     model = AutoModelForCausalLM.from_pretrained(engine.store.base_folder, dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None
     ids = engine.tokenizer(prompt, return_tensors="pt")

@@ -142,7 +142,7 @@ def one(store: Store, a: argparse.Namespace) -> dict[str, Any]:
     model.generation_config.eos_token_id = None
     ids = torch.tensor(prompts)
     with Engine(store, max_batch=STREAMS) as engine:
-        engine._loop.end_tokens = set()
+        engine._loop.writer.end_tokens = set()
         steps = Steps(engine)
         with engine.modules.using([name]) as held:
             measure = floor(engine, [(held[name], STREAMS)], PROMPT + NEW // 2)
@@ -196,7 +196,7 @@ def eight(store: Store, a: argparse.Namespace, kind: str) -> dict[str, Any]:
     names = [f"{kind}-{number}" for number in range(MODULES)]
     found: dict[str, Any] = {}
     with Engine(store, max_batch=STREAMS) as engine:
-        engine._loop.end_tokens = set()
+        engine._loop.writer.end_tokens = set()
         with engine.modules.using(names) as held:
             modules = [held[name] for name in names]
             measures = {
@@ -232,7 +232,7 @@ def long(store: Store, a: argparse.Namespace) -> dict[str, Any]:
     (reading,) = prompts_of(store, 1, 4000)
     found: dict[str, Any] = {}
     with Engine(store, max_batch=STREAMS) as engine:
-        engine._loop.end_tokens = set()
+        engine._loop.writer.end_tokens = set()
         engine.generate(short[0], module="lora-0", max_new_tokens=2)
         for side in ("without", "beside"):
             times = []

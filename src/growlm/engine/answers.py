@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from growlm.engine.sampling import SamplingConfig
+from growlm.engine.sampling import SamplingConfig, TokenLogprob
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class Generation:
         modules: the modules that were active together, in the names' order: none for the base; with `mix` the heaviest,
             with `reroute` the last.
         finish_reason: "stop" (an end of text or a stop text) or "length".
+        logprobs: of the answer's tokens, where they were asked for.
+        prompt_logprobs: of the prompt's tokens but the first, where they were asked for.
     """
 
     text: str
@@ -38,9 +40,16 @@ class Generation:
     mixture: dict[str, float] = field(default_factory=dict)
     changes: list[tuple[int, str | None]] = field(default_factory=list)
     modules: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] | None = field(default=None, repr=False)
+    prompt_logprobs: list[TokenLogprob] | None = field(default=None, repr=False)
 
     def to_json(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "tokens"}
+        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "tokens"}
+        for name in ("logprobs", "prompt_logprobs"):
+            each = found.pop(name)
+            if each is not None:
+                found[name] = [asdict(one) for one in each]
+        return found
 
 
 class Answer:

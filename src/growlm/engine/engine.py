@@ -7,6 +7,7 @@ Python is here, how it is answered in `loop.py`. Knows a module's fork, never it
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from growlm.base.placement import find_device
 from growlm.engine.account import Account
 from growlm.engine.answers import Answer, Generation
+from growlm.engine.grammar import Grammars
 from growlm.engine.kv import PrefixCache
 from growlm.engine.loading import Loader
 from growlm.engine.loop import Loop
@@ -23,7 +25,7 @@ from growlm.engine.prompts import Prompt, Prompts
 from growlm.engine.request import Names, Request, State
 from growlm.engine.routing import Routing
 from growlm.engine.runner import slot_bytes
-from growlm.engine.sampling import SamplingConfig
+from growlm.engine.sampling import Sampler, SamplingConfig
 from growlm.engine.selection import AUTO, Wanted, require_one_way, select
 from growlm.engine.sources import Quote, quotes
 from growlm.errors import BudgetError, ConfigError, setting
@@ -35,6 +37,7 @@ from growlm.store import Store
 from growlm.units import format_size, parse_size
 
 _ROW_CACHE = "64MB"
+_MOST_CHOICES = 128
 
 
 class Engine:
@@ -98,6 +101,8 @@ class Engine:
         self._check_budget(self.base_bytes, self.router.num_bytes())
         self.tokenizer = store.load_tokenizer()
         self._prompts = Prompts(self.base, self.tokenizer, strict=strict)
+        ends = self.base.end_tokens(self.tokenizer)
+        self._grammars = Grammars(self.tokenizer, self.base.vocab_size, ends)
         left = None if self.memory is None else self.memory - self.fixed_bytes
         token = [] if left is None else slot_bytes(self.base)
         self._account = Account(left, token, self.base.hidden_size * self.base.dtype.itemsize)
@@ -119,7 +124,7 @@ class Engine:
             self._account,
             max_batch=max_batch,
             resident=lambda: self.resident_bytes,
-            end_tokens=self.base.end_tokens(self.tokenizer),
+            end_tokens=ends,
             where=str(store.path),
         )
 
@@ -228,6 +233,25 @@ class Engine:
         finally:  # whoever reads no further needs no further tokens
             self._loop.cancel([request])
 
+    def choices(
+        self,
+        prompt: Prompt,
+        n: int,
+        *,
+        module: Wanted = AUTO,
+        salt: str = "",
+        mix: int = 1,
+        reroute: int = 0,
+        **sampling: Any,
+    ) -> list[Generation]:
+        """Several answers to one prompt, which is read once: drawn with `seed`, `seed` + 1, and so on.
+
+        Args:
+            n: how many; others as in `generate`.
+        """
+        asked = self._several(prompt, n, module, salt, mix, reroute, False, sampling)
+        return list(self._answers(asked))
+
     def generate_many(
         self, prompts: Sequence[Prompt], *, modules: Sequence[Wanted] | str | None = AUTO, **sampling: Any
     ) -> list[Generation]:
@@ -244,10 +268,7 @@ class Engine:
             raise ConfigError(f"{len(prompts)} prompts but {len(wanted)} modules; give one for all, or one a prompt")
         tokens = self._prompts.encode_all(prompts, config.max_new_tokens)
         choices = [self._select(w) for w in wanted]
-        requests = [
-            Request(ids, names, config, Answer(self.tokenizer, config.stop))
-            for ids, names in zip(tokens, choices, strict=True)
-        ]
+        requests = [self._request(ids, names, config) for ids, names in zip(tokens, choices, strict=True)]
         with phase("answering", len(requests), "prompts") as answering:
             found = []
             for generation in self._answers(requests):
@@ -358,12 +379,49 @@ class Engine:
         config = _sampling(sampling)
         tokens = self._prompts.encode(prompt, config.max_new_tokens, depth=2)
         require_one_way(module, mix, reroute, len(self.router.names), self.router.num_listed)
-        answer = Answer(self.tokenizer, config.stop, streams=streams)
-        return Request(tokens, self._select(module), config, answer, salt, mix, reroute)
+        if mix > 1 and config.prompt_logprobs is not None:
+            raise ConfigError("--mix weighs the prompt itself; leave out prompt_logprobs")
+        return self._request(tokens, self._select(module), config, streams=streams, salt=salt, mix=mix, reroute=reroute)
+
+    def _several(
+        self,
+        prompt: Prompt,
+        n: int,
+        module: Wanted,
+        salt: str,
+        mix: int,
+        reroute: int,
+        streams: bool,
+        sampling: dict[str, Any],
+    ) -> list[Request]:
+        if not isinstance(n, int) or not 1 <= n <= _MOST_CHOICES:
+            raise ConfigError(f"{setting('n')} is {n!r}; it must be a whole number from 1 to {_MOST_CHOICES}")
+        first = self._asked(prompt, module, salt, mix, reroute, streams, sampling)
+        for number in range(1, n):
+            config = replace(first.config, seed=(first.config.seed + number) % 2**64)
+            asked: dict[str, Any] = {"streams": streams, "salt": salt, "mix": mix, "reroute": reroute}
+            first.followers.append(self._request(first.tokens, first.names, config, **asked))
+        return [first, *first.followers]
+
+    def _request(
+        self, tokens: list[int], names: Names | None, config: SamplingConfig, *, streams: bool = False, **asked: Any
+    ) -> Request:
+        """
+        Raises:
+            ConfigError: a grammar that is refused.
+            DataError: biases of tokens that the base does not have.
+        """
+        if config.logit_bias:
+            self.base.require_rows(list(config.logit_bias), "logit_bias", self.tokenizer)
+        sampler = Sampler(config, tokens, self.base.device, self._grammars.matcher(config))
+        return Request(
+            tokens, names, config, Answer(self.tokenizer, config.stop, streams=streams), **asked, sampler=sampler
+        )
 
     def _answers(self, requests: Sequence[Request]) -> Iterator[Generation]:
         """Asks for all of them and gives their answers in this order, each once it is there."""
-        self._loop.add(requests)
+        following = [other for request in requests for other in request.followers]
+        self._loop.add([request for request in requests if request not in following])
         try:
             for request in requests:
                 self._loop.drive(lambda request=request: request.state is State.FINISHED)  # type: ignore[misc]

@@ -26,14 +26,11 @@ from growlm.engine.module_cache import ModuleCache
 from growlm.engine.request import Branch, Names, Request, State
 from growlm.engine.routing import Routing
 from growlm.engine.runner import Runner, Work, come_to
-from growlm.engine.sampling import sample
 from growlm.engine.scheduler import Part, Scheduler
 from growlm.engine.turns import Turns
+from growlm.engine.writing import Writer
 from growlm.errors import ClosedError, ConfigError, GrowlmError
 from growlm.modules import KnowledgeModule, ModuleSet
-from growlm.modules.scoring import label_losses
-from growlm.recall.suffixes import LONGEST
-from growlm.recall.text import contexts_of
 from growlm.router import NONE, Route
 
 WINDOW = 128  # newest tokens that a choice is made anew from: a text may have passed into another domain
@@ -66,7 +63,7 @@ class Loop:
         self.prefixes, self.account = prefixes, account
         self.scheduler = Scheduler(modules, account, self._footprint, Request.give_up, max_batch)
         self.runner, self.rooms = Runner(base), Rooms()
-        self.end_tokens = end_tokens
+        self.writer = Writer(base, self.runner, end_tokens)
         self.sets: WeakValueDictionary[tuple[str, ...], ModuleSet] = WeakValueDictionary()  # those that are in use
         self.stepping = Turns()  # held for a step, and by what must be alone
         self.closed = False
@@ -238,7 +235,11 @@ class Loop:
         elif not self._moves(request):
             if not request.answer.tokens:
                 self._keep(request)
-            self._write(request, torch.cat([logits[branch] for branch in request.branches]))
+                self._let_follow(request)
+            with torch.inference_mode():
+                goes_on = self.writer.write(request, torch.cat([logits[branch] for branch in request.branches]))
+            if not goes_on:
+                self._finish(request)
 
     def _footprint(self, request: Request) -> Footprint:
         """What a request comes to while it is routed, or where its modules are known, from then on."""
@@ -360,8 +361,6 @@ class Loop:
             request.branches.append(self._branch(request, modules, modules is sets[-1]))
         request.begin(self._begun(request))
         request.resident = max(request.resident, self._resident())
-        if request.generator is None:
-            request.generator = torch.Generator(self.base.device).manual_seed(request.config.seed)
 
     def _branch(self, request: Request, modules: ModuleSet, last: bool) -> Branch:
         level = max((at for at in request.states if at <= modules.fork), default=0)
@@ -385,6 +384,8 @@ class Loop:
             return 0
         (branch,) = request.branches
         slots = range(branch.modules.fork, branch.modules.cache_slots)
+        if request.config.prompt_logprobs is not None:  # all of it is wanted
+            return 0
         if not slots:
             return len(request.tokens) - 1
         found = self.prefixes.find(branch.modules.digest, request.tokens, slots, salt=request.salt)
@@ -418,12 +419,11 @@ class Loop:
                 continue
             for branch, work in zip(request.branches, own, strict=True):
                 branch.newest = come_to(work)[0, -1:]
-            if request.mixture is not None and start < len(request.tokens):
-                self._weigh(request, own, start)
+            self.writer.read_prompt(request, own, start)
             if request.mixture is not None and request.read >= request.stated:
                 request.states.clear()
         writing = [part.request for part in parts if part.request.state is State.RUNNING and not part.request.unread]
-        return self._logits([(branch, request) for request in writing for branch in request.branches])
+        return self.writer.logits([(branch, request) for request in writing for branch in request.branches])
 
     def _works(self, request: Request, many: int) -> list[Work]:
         """A request's part in a pass, one for each of its branches."""
@@ -446,65 +446,17 @@ class Loop:
             works.append(work)
         return works
 
-    def _weigh(self, request: Request, works: Sequence[Work], start: int) -> None:
-        """Takes into a mixture how well each branch has predicted the tokens of the prompt that it has just read."""
-        assert request.mixture is not None
-        seen = torch.tensor([request.tokens[: start + len(works[0].ids) + 1]], device=self.base.device)
-        count = seen.shape[1] - 1 - start  # the prompt's last token has none behind it
-        losses = []
-        for branch, work in zip(request.branches, works, strict=True):
-            contexts = branch.modules.contexts(seen[:, :-1], count)
-            own = None if contexts is None else contexts[0]
-            losses.append(label_losses(branch.modules, come_to(work)[0, :count], seen[0, start + 1 :], own))
-        for column in torch.stack(losses).T:
-            request.mixture.update(-column)
-
-    @torch.inference_mode()
-    def _write(self, request: Request, each: Tensor) -> None:
-        """The next token of a request, from its branches' logits (k, v)."""
-        assert request.generator is not None
-        if request.mixture is None:
-            token = int(sample(each, request.config, [request.generator]))
-        else:
-            each = each.float().log_softmax(-1)
-            token = int(sample(request.mixture.mix(each)[None], request.config, [request.generator]))
-        if self._ends(request, token):
-            self._finish(request)
-        elif request.mixture is not None:
-            request.mixture.update(each[:, token])
-
-    def _logits(self, branches: Sequence[tuple[Branch, Request]]) -> dict[Branch, Tensor]:
-        by_set: dict[str, list[tuple[Branch, Request]]] = {}
-        for branch, request in branches:
-            by_set.setdefault(branch.modules.digest, []).append((branch, request))
-        rows = []
-        for own in by_set.values():
-            modules, contexts = own[0][0].modules, None
-            if modules.memories:
-                newest = [request.ids(max(request.read - LONGEST, 0), LONGEST) for _, request in own]
-                seen = [torch.tensor([ids], device=self.base.device) for ids in newest]
-                contexts = torch.cat([contexts_of(ids, 1)[:, 0] for ids in seen])
-            states = [branch.newest for branch, _ in own if branch.newest is not None]
-            rows.append((modules, torch.cat(states), contexts))
-        found: dict[Branch, Tensor] = {}
-        for own, logits in zip(by_set.values(), self.runner.logits(rows), strict=True):
-            found.update(zip((branch for branch, _ in own), logits.split(1), strict=True))
-        return found
-
-    def _ends(self, request: Request, token: int) -> bool:
-        if token in self.end_tokens or not request.answer.add(token):
-            return True
-        return len(request.answer.tokens) == request.config.max_new_tokens
-
     def _finish(self, request: Request) -> None:
         self._keep(request)
+        config, sampler = request.config, request.sampler
+        assert sampler is not None
         names, mixture = list(request.names or ()), {}
         if request.mixture is not None:
             mixture = dict(zip(request.together, request.mixture.weights.tolist(), strict=True))
             best = max(mixture, key=lambda name: mixture[name])
             names = [] if best == NONE else [best]
         result = request.answer.generation(
-            request.config,
+            config,
             modules=names,
             scores=request.route.scores,
             resident_bytes=max(request.resident, self._resident()) if request.reroute else self._resident(),
@@ -512,6 +464,8 @@ class Loop:
             prompt_tokens=len(request.tokens),
             mixture=mixture,
             changes=request.changes,
+            logprobs=None if config.logprobs is None else sampler.logprobs[: len(request.answer.tokens)],
+            prompt_logprobs=None if config.prompt_logprobs is None else request.prompt_logprobs,
         )
         self._end(request, result)
 
@@ -521,6 +475,20 @@ class Loop:
         self._release(request)
         request.drop()
         request.state, request.result, request.error = State.FINISHED, result, error
+        if error is None:
+            self._let_follow(request)
+        while request.followers:
+            self._end(request.followers.pop(), error=error)
+
+    def _let_follow(self, request: Request) -> None:
+        """Lets those go on that wait for the same prompt to have been read, and for its module to have been chosen."""
+        while request.followers:
+            other = request.followers.pop(0)
+            if other.state is State.FINISHED:
+                continue
+            if not (request.mix > 1 or request.reroute):
+                other.names, other.route = request.names, request.route
+            self.scheduler.add(other)
 
     def _release(self, request: Request) -> None:
         """Lets go of a request's modules, and of what was joined of them where no other request runs under them."""

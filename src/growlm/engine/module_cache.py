@@ -1,8 +1,9 @@
 """Module cache: which modules are in memory, under a budget of bytes that is never passed.
 
 Counts bytes before they are read: a swap first evicts, then loads. What others hold of the budget, as keys and values,
-is as good as gone. Modules in use are pinned and stay. A module in memory counts as it is there, whatever version the disk has by now. Knows names, versions, sizes and a function that
-loads; never runs a module and never opens a file itself.
+is as good as gone. Modules in use are pinned and stay. A module in memory counts as it is there, whatever version the
+disk has by now. Knows names, versions, sizes and a function that loads; never runs a module and never opens a file
+itself.
 """
 
 from __future__ import annotations

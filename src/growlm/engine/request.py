@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from growlm.base.rooms import TextCache
 from growlm.engine.answers import Answer, Generation
 from growlm.engine.mixing import Posterior
-from growlm.engine.sampling import SamplingConfig
+from growlm.engine.sampling import Sampler, SamplingConfig, TokenLogprob
 from growlm.router import Route
 
 if TYPE_CHECKING:
@@ -61,6 +61,8 @@ class Request:
         mix: how many of the router's choices write together.
         reroute: after how many tokens each the router chooses anew; 0: never.
         context: of the caller: how settings are written in messages is part of it.
+        sampler: what chooses its tokens.
+        followers: requests of the same prompt, which begin once this one writes.
         arrival: which of all requests it is.
         state: see `State`.
         route: what the router said.
@@ -77,6 +79,7 @@ class Request:
         branches: what runs, while RUNNING.
         mixture: how much each branch counts, where there are several.
         changes: with `reroute`, every change of module: tokens written before it, and the module.
+        prompt_logprobs: of the prompt's tokens that were read, but the first, where they are asked for.
         resident: bytes of all weights in memory, at the most.
         result, error: how it ended.
     """
@@ -89,6 +92,8 @@ class Request:
     mix: int = 1
     reroute: int = 0
     context: Context = field(default_factory=copy_context)
+    sampler: Sampler | None = None
+    followers: list[Request] = field(default_factory=list)
     arrival: int = field(default_factory=lambda: next(_arrivals))
     state: State = State.WAITING
     route: Route = field(default_factory=lambda: Route(None, {}))
@@ -96,7 +101,6 @@ class Request:
     loads: dict[str, Future[KnowledgeModule]] | None = None
     loaded: list[str] = field(default_factory=list)
     overtaken: int = 0
-    generator: Generator | None = None
     cache: TextCache | None = None
     level: int = 0
     goal: int | None = None
@@ -106,6 +110,7 @@ class Request:
     branches: list[Branch] = field(default_factory=list)
     mixture: Posterior | None = None
     changes: list[tuple[int, str | None]] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     resident: int = 0
     result: Generation | None = None
     error: BaseException | None = None
@@ -180,5 +185,5 @@ class Request:
     def drop(self) -> list[str]:
         """Gives up all that takes memory, as `let_go` does."""
         self.give_up()
-        self.generator = self.mixture = None
+        self.mixture = None
         return self.let_go()
