@@ -205,6 +205,16 @@ class TextCache:
             self.room.clear(self.row, {slot: n for slot, n in self.lengths.items() if slot >= slots})
         self.lengths = {slot: length for slot, length in self.lengths.items() if slot < slots}
 
+    @torch.inference_mode()
+    def take_back(self, tokens: int) -> None:
+        """Forgets the newest so many tokens of every slot."""
+        if not tokens or self.room is None:
+            return
+        for slot, length in self.lengths.items():
+            for tensors in (self.room.keys, self.room.values):
+                tensors[slot][self.row, :, length - tokens : length] = 0
+            self.lengths[slot] = length - tokens
+
     def copy(self) -> TextCache:
         """The same for another text that goes on from here."""
         other = TextCache(self._rooms)

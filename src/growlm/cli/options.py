@@ -27,7 +27,7 @@ OutPath = Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the che
 Restart = Annotated[bool, typer.Option("--restart", help="Begin anew instead of resuming.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Memory = Annotated[
-    str | None, typer.Option("--memory", metavar="SIZE", help="Budget for all weights in memory, e.g. 2GB.")
+    str | None, typer.Option("--memory", metavar="SIZE", help="Budget for weights, keys and values, e.g. 2GB.")
 ]
 Device = Annotated[
     str,

@@ -52,6 +52,8 @@ class Engine:
             The dtype is the store's.
         prefix_bytes: at most so many bytes, of what `memory` leaves, keep keys and values of texts that were read, for
             those that begin like them, under whatever module; 0 keeps none.
+        drafts: try answers of modules that recall as their text goes on, several tokens in one pass. What is answered
+            stays the same.
         router: kind of router, gaussian, product-key or transformer; by default the store's own.
         experts_on: where the tables of `peer` modules are: memory, or disk: only the rows that a text reads are read.
         row_cache: of each such module on the disk, memory for the rows that were read last; by default 64MB.
@@ -73,6 +75,7 @@ class Engine:
         max_batch: int = 32,
         device: str | torch.device | None = "auto",
         prefix_bytes: str | int = "256MB",
+        drafts: bool = True,
         router: str | None = None,
         experts_on: str = "memory",
         row_cache: str | int | None = None,
@@ -123,6 +126,7 @@ class Engine:
             self._prefixes,
             self._account,
             max_batch=max_batch,
+            drafts=drafts,
             resident=lambda: self.resident_bytes,
             end_tokens=ends,
             where=str(store.path),

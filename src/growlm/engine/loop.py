@@ -20,6 +20,7 @@ from growlm.base import Base, tensor_bytes
 from growlm.base.rooms import Rooms
 from growlm.engine.account import Account, Footprint
 from growlm.engine.answers import Generation
+from growlm.engine.drafting import MOST
 from growlm.engine.kv import BASE, PrefixCache
 from growlm.engine.mixing import Posterior
 from growlm.engine.module_cache import ModuleCache
@@ -31,6 +32,7 @@ from growlm.engine.turns import Turns
 from growlm.engine.writing import Writer
 from growlm.errors import ClosedError, ConfigError, GrowlmError
 from growlm.modules import KnowledgeModule, ModuleSet
+from growlm.recall.suffixes import LONGEST
 from growlm.router import NONE, Route
 
 WINDOW = 128  # newest tokens that a choice is made anew from: a text may have passed into another domain
@@ -41,6 +43,7 @@ class Loop:
     """All requests of one engine.
 
     Args:
+        drafts: whether answers of modules that recall are tried as their text goes on.
         resident: bytes of all weights in memory.
         end_tokens: that end an answer; they are no part of it.
         where: what to call the engine in messages.
@@ -55,6 +58,7 @@ class Loop:
         account: Account,
         *,
         max_batch: int,
+        drafts: bool,
         resident: Callable[[], int],
         end_tokens: set[int],
         where: str,
@@ -67,6 +71,7 @@ class Loop:
         self.sets: WeakValueDictionary[tuple[str, ...], ModuleSet] = WeakValueDictionary()  # those that are in use
         self.stepping = Turns()  # held for a step, and by what must be alone
         self.closed = False
+        self.drafts = drafts
         self._resident, self._where = resident, where
         self._base_alone = ModuleSet(base)
         self._arriving: deque[Request] = deque()
@@ -196,6 +201,8 @@ class Loop:
                 self._with(request, self._read_below)
         for request in [r for r in self.scheduler.active if r.arrived]:
             self._with(request, self._start)
+        if self.drafts:
+            self._draft()
         parts = self.scheduler.parts()
         if not parts:
             self.modules.wait(_PAUSE)
@@ -207,7 +214,7 @@ class Loop:
             return
         try:
             for part in parts:
-                if not part.request.unread:
+                if part.request.unread <= 0:
                     self._with(part.request, partial(self._goes_on, logits=logits))
         finally:
             logits.clear()  # an error that is held holds this frame, and it holds module sets
@@ -236,10 +243,35 @@ class Loop:
             if not request.answer.tokens:
                 self._keep(request)
                 self._let_follow(request)
-            with torch.inference_mode():
-                goes_on = self.writer.write(request, torch.cat([logits[branch] for branch in request.branches]))
-            if not goes_on:
-                self._finish(request)
+            self._write(request, [logits[branch] for branch in request.branches])
+
+    @torch.inference_mode()
+    def _write(self, request: Request, logits: Sequence[Tensor]) -> None:
+        """The next token, and one more for every draft that it turns out to be."""
+        drafts, request.drafts = request.drafts, []
+        for at, draft in enumerate([*drafts, None]):
+            goes_on = self.writer.write(request, torch.cat([each[at : at + 1] for each in logits]))
+            if not goes_on or request.answer.tokens[-1] != draft:
+                break
+        request.take_back(len(drafts) - at)
+        request.drafter.learn(len(drafts), at)
+        if not goes_on:
+            self._finish(request)
+
+    def _draft(self) -> None:
+        """Drafts for answers of modules that recall: as many as a pass of few texts takes with little more time."""
+        writing = [
+            request for request in self.scheduler.active if request.state is State.RUNNING and request.unread == 1
+        ]
+        for request in writing:
+            request.drafts = []
+            if len(request.branches) > 1 or request.reroute or not request.answer.tokens:
+                continue
+            left = min(request.config.max_new_tokens - len(request.answer.tokens) - 1, MOST // len(writing))
+            memories = request.branches[0].modules.memories
+            if memories and left > 0:
+                newest = max(len(request.tokens) + len(request.answer.tokens) - LONGEST, 0)
+                request.drafts = request.drafter.propose(memories, request.ids(newest, LONGEST), left)
 
     def _footprint(self, request: Request) -> Footprint:
         """What a request comes to while it is routed, or where its modules are known, from then on."""
@@ -418,17 +450,17 @@ class Loop:
                 request.states.setdefault(request.goal, []).append(come_to(own[0]))
                 continue
             for branch, work in zip(request.branches, own, strict=True):
-                branch.newest = come_to(work)[0, -1:]
+                branch.newest = come_to(work)[0, -1 - len(request.drafts) :]
             self.writer.read_prompt(request, own, start)
             if request.mixture is not None and request.read >= request.stated:
                 request.states.clear()
-        writing = [part.request for part in parts if part.request.state is State.RUNNING and not part.request.unread]
+        writing = [part.request for part in parts if part.request.state is State.RUNNING and part.request.unread <= 0]
         return self.writer.logits([(branch, request) for request in writing for branch in request.branches])
 
     def _works(self, request: Request, many: int) -> list[Work]:
         """A request's part in a pass, one for each of its branches."""
         start = request.read
-        ids = torch.tensor(request.ids(start, many), device=self.base.device)
+        ids = torch.tensor([*request.ids(start, many), *request.drafts], device=self.base.device)
         if request.state is not State.RUNNING:
             assert request.cache is not None
             work = Work(self._base_alone, ids, start, request.cache, leaves=request.goal)

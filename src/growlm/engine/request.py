@@ -14,6 +14,7 @@ from torch import Tensor
 
 from growlm.base.rooms import TextCache
 from growlm.engine.answers import Answer, Generation
+from growlm.engine.drafting import Drafter
 from growlm.engine.mixing import Posterior
 from growlm.engine.sampling import Sampler, SamplingConfig, TokenLogprob
 from growlm.router import Route
@@ -41,7 +42,7 @@ class Branch:
     Attributes:
         cache: keys and values of what it has read.
         level: the base layer before which it takes over what the base has read; 0 where it reads from the beginning.
-        newest: (1, d) the state of the newest token that was read, behind the last layer.
+        newest: (n, d) states, behind the last layer, of the newest token that was read, and of drafts after it.
     """
 
     modules: ModuleSet
@@ -62,6 +63,7 @@ class Request:
         reroute: after how many tokens each the router chooses anew; 0: never.
         context: of the caller: how settings are written in messages is part of it.
         sampler: what chooses its tokens.
+        drafter, drafts: what may come next, and is read with the newest token.
         followers: requests of the same prompt, which begin once this one writes.
         arrival: which of all requests it is.
         state: see `State`.
@@ -94,6 +96,8 @@ class Request:
     context: Context = field(default_factory=copy_context)
     sampler: Sampler | None = None
     followers: list[Request] = field(default_factory=list)
+    drafter: Drafter = field(default_factory=Drafter)
+    drafts: list[int] = field(default_factory=list)
     arrival: int = field(default_factory=lambda: next(_arrivals))
     state: State = State.WAITING
     route: Route = field(default_factory=lambda: Route(None, {}))
@@ -136,6 +140,14 @@ class Request:
             and self.loads is not None
             and all(load.done() for load in self.loads.values())
         )
+
+    def take_back(self, tokens: int) -> None:
+        """Its newest so many tokens were drafts that did not come true."""
+        self.read -= tokens
+        for branch in self.branches:
+            branch.cache.take_back(tokens)
+        for parts in self.states.values() if tokens else ():
+            parts[-1] = parts[-1][:, :-tokens]
 
     def ids(self, start: int, count: int) -> list[int]:
         """Of the prompt and what was written after it."""

@@ -142,13 +142,14 @@ class Scheduler:
         return begun
 
     def parts(self) -> list[Part]:
-        """The tokens of the next pass: one of each answer, and of prompts as many as keep the others waiting for no
-        longer than they have to: of the oldest, so that it gets on, and then of those that are through soonest."""
+        """The tokens of the next pass: one of each answer, with its drafts, and of prompts as many as keep the others
+        waiting for no longer than they have to: of the oldest, so that it gets on, and then of those that are through
+        soonest."""
         ready = [request for request in self.active if request.unread]
         writing = [request for request in ready if request.unread == 1]
         reading = [request for request in ready if request.unread > 1]
         alone = len(ready) == 1 and not self.waiting
-        left, parts = _ALONE if alone else _SHARED, [Part(request, 1) for request in writing]
+        left, parts = _ALONE if alone else _SHARED, [Part(request, 1 + len(request.drafts)) for request in writing]
         for request in [*reading[:1], *sorted(reading[1:], key=lambda other: other.unread)]:
             if left:
                 many = min(request.unread, left if alone else min(left, _EACH))

@@ -35,7 +35,7 @@ class Writer:
         self.end_tokens = end_tokens
 
     def logits(self, branches: Sequence[tuple[Branch, Request]]) -> dict[Branch, Tensor]:
-        """Logits (1, v) after the newest token of each branch."""
+        """Logits (n, v) after the newest token of each branch, and after each of its drafts."""
         by_set: dict[str, list[tuple[Branch, Request]]] = {}
         for branch, request in branches:
             by_set.setdefault(branch.modules.digest, []).append((branch, request))
@@ -43,15 +43,21 @@ class Writer:
         for own in by_set.values():
             modules, contexts = own[0][0].modules, None
             if modules.memories:
-                newest = [request.ids(max(request.read - LONGEST, 0), LONGEST) for _, request in own]
-                seen = [torch.tensor([ids], device=self._base.device) for ids in newest]
-                contexts = torch.cat([contexts_of(ids, 1)[:, 0] for ids in seen])
+                contexts = torch.cat([self._contexts(request) for _, request in own])
             states = [branch.newest for branch, _ in own if branch.newest is not None]
             rows.append((modules, torch.cat(states), contexts))
         found: dict[Branch, Tensor] = {}
         for own, logits in zip(by_set.values(), self._runner.logits(rows), strict=True):
-            found.update(zip((branch for branch, _ in own), logits.split(1), strict=True))
+            sizes = [1 + len(request.drafts) for _, request in own]
+            found.update(zip((branch for branch, _ in own), logits.split(sizes), strict=True))
         return found
+
+    def _contexts(self, request: Request) -> Tensor:
+        """(n, l) the tokens up to the newest one, and up to each draft."""
+        drafts = len(request.drafts)
+        start = max(request.read - drafts - LONGEST, 0)
+        ids = [*request.ids(start, request.read - drafts - start), *request.drafts]
+        return contexts_of(torch.tensor([ids], device=self._base.device), 1 + drafts)[0]
 
     def read_prompt(self, request: Request, works: Sequence[Work], start: int) -> None:
         """Takes in how well each branch predicted the tokens of the prompt that it has just read: into the mixture's

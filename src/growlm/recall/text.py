@@ -217,6 +217,18 @@ class RecalledText:
         ranked = np.argsort(-lengths, axis=1, kind="stable")[:, :width]
         return Found(*(np.take_along_axis(array, ranked, axis=1) for array in (lengths, places, tokens, parts)))
 
+    def following(self, context: np.ndarray, most: int) -> tuple[int, list[int]]:
+        """How many tokens agree with a context (1, l), the newest first, where most do, and up to so many tokens that
+        follow there in the same document."""
+        found = self.find(context, 1)
+        length, part, place = int(found.lengths[0, 0]), int(found.parts[0, 0]), int(found.places[0, 0])
+        if not length:
+            return 0, []
+        text = self.parts[part].text
+        after = text[place + 1 : place + 1 + most].astype(np.int64)
+        ends = np.flatnonzero(after == text[0])  # the text begins with what separates documents
+        return length, after[: ends[0] if len(ends) else None].tolist()
+
     def place(self, number: int, at: int) -> Place:
         """Of a token of a part's text."""
         part = self.parts[number]

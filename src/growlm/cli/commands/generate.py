@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -23,6 +24,7 @@ from growlm.cli.options import (
     TopP,
 )
 from growlm.cli.output import name_of, note, print_json, print_stream
+from growlm.errors import ConfigError
 from growlm.progress import phase, reporting
 from growlm.units import format_size
 
@@ -46,6 +48,36 @@ def generate(
     temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option("--top-k", help="0 keeps all.")] = 0,
     top_p: TopP = 1.0,
+    min_p: Annotated[
+        float,
+        typer.Option("--min-p", help="Keep tokens at least so many times as likely as the likeliest; 0 keeps all."),
+    ] = 0.0,
+    presence_penalty: Annotated[
+        float, typer.Option("--presence-penalty", help="Off the logit of a token that the answer has; -2 to 2.")
+    ] = 0.0,
+    frequency_penalty: Annotated[
+        float, typer.Option("--frequency-penalty", help="The same, for each time that it has it; -2 to 2.")
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option("--repetition-penalty", help="Of tokens in prompt or answer; above 1 makes them rarer.")
+    ] = 1.0,
+    logit_bias: Annotated[
+        list[str] | None,
+        typer.Option("--logit-bias", metavar="ID=NUMBER", help="Added to a token's logit, -100 to 100; repeatable."),
+    ] = None,
+    logprobs: Annotated[
+        int | None, typer.Option("--logprobs", help="With --json: of each token, and of so many others.")
+    ] = None,
+    number: Annotated[int, typer.Option("--n", help="So many answers, of the seeds from --seed on.")] = 1,
+    json_schema: Annotated[
+        Path | None, typer.Option("--json-schema", metavar="FILE", help="The answer is JSON after this schema.")
+    ] = None,
+    regex: Annotated[
+        str | None, typer.Option("--regex", help="The answer matches this regular expression as a whole.")
+    ] = None,
+    grammar: Annotated[
+        Path | None, typer.Option("--grammar", metavar="FILE", help="The answer is of this grammar, in Lark's syntax.")
+    ] = None,
     seed: Seed = 0,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="Text that ends the answer; repeatable.")] = None,
     mix: Annotated[
@@ -76,6 +108,10 @@ def generate(
 
         growlm generate brain "A notice to quit must" --module law --sources
 
+        growlm generate brain "A patient's record:" --json-schema record.json --repetition-penalty 1.1
+
+        growlm generate brain "Names for a cat:" --n 4 --temperature 0.9 --min-p 0.05
+
         growlm generate brain "Once upon a time" --module tales --memory 1GB --experts-on disk --row-cache 200MB
     """
     sampling: dict[str, Any] = {
@@ -85,9 +121,32 @@ def generate(
         "top_p": top_p,
         "seed": seed,
         "stop": tuple(stop or ()),
+        "min_p": min_p,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "repetition_penalty": repetition_penalty,
+        "logit_bias": _biases(logit_bias or ()),
+        "logprobs": logprobs,
+        "json_schema": _text_of(json_schema, "--json-schema"),
+        "regex": regex,
+        "grammar": _text_of(grammar, "--grammar"),
     }
+    if logprobs is not None and not as_json:
+        raise ConfigError("--logprobs are told in JSON; add --json")
+    if number != 1 and sources:
+        raise ConfigError("--sources are told of one answer; leave out --n")
     wanted = module_names(module)
     with open_engine(store, memory, device, experts_on, row_cache, strict, wanted) as engine:
+        if number != 1:
+            with reporting(name_of(store)), phase("answering"):
+                answers = engine.choices(prompt, number, module=wanted, mix=mix, reroute=reroute, **sampling)
+            if as_json:
+                return print_json({"choices": [answer.to_json() for answer in answers]})
+            for at, answer in enumerate(answers, 1):
+                print(f"{at}. {answer.text.strip()}")
+            return note(
+                f"[{answers[0].module or 'base'}; {format_size(answers[0].resident_bytes)} of weights in memory]"
+            )
         if as_json:
             with reporting(name_of(store)), phase("answering"):
                 answer = engine.generate(prompt, module=wanted, mix=mix, reroute=reroute, **sampling)
@@ -111,6 +170,37 @@ def generate(
         for line in _told(quotes):
             note(line)
     return None
+
+
+def _biases(given: Sequence[str]) -> dict[str, float]:
+    """
+    Raises:
+        ConfigError: something that is not ID=NUMBER.
+    """
+    biases = {}
+    for item in given:
+        token, equals, bias = item.partition("=")
+        try:
+            biases[token.strip()] = float(bias)
+        except ValueError:
+            equals = ""
+        if not equals or not token.strip().isdecimal():
+            raise ConfigError(f"--logit-bias {item!r}: write it as ID=NUMBER, e.g. 464=-5")
+    return biases
+
+
+def _text_of(path: Path | None, option: str) -> str | None:
+    """
+    Raises:
+        ConfigError: the file cannot be read as text.
+    """
+    if path is None:
+        return None
+    try:
+        return path.expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
+        raise ConfigError(f"{option} {path}: {why}; give a text file") from None
 
 
 def _told(quotes: Sequence[Quote]) -> list[str]:
