@@ -16,7 +16,11 @@ from growlm import router
 from growlm.base import Base
 from growlm.base.checkpoint import save_model
 from growlm.engine.account import Account, Footprint
+from growlm.engine.drafting import MOST as MOST_DRAFTS
 from growlm.engine.runner import slot_bytes
+from growlm.engine.scheduler import MOST_TOKENS
+from growlm.engine.workspace import workspace_bytes
+from growlm.layers.thin import allow_thin_products
 from growlm.modules import KnowledgeModule, ModuleSet, kind_of
 from growlm.modules.experts import Experts, ExpertsConfig
 from growlm.modules.probe import probe
@@ -201,4 +205,11 @@ def with_texts(store: Store, weights: int, texts: int = 1, tokens: int = 128, co
     states = len({*load_router(store).fork_layers, store.manifest.routing_layer, base.num_layers} - {0, None})
     footprint = Footprint(tokens, slots, states, copies)
     account = Account(0, slot_bytes(base), base.hidden_size * base.dtype.itemsize)
-    return weights + account.bytes_of(*[footprint] * texts)
+    return with_pass(store, weights, base) + account.bytes_of(*[footprint] * texts)
+
+
+def with_pass(store: Store, weights: int, base: Base | None = None) -> int:
+    """The budget in which weights of so many bytes just fit, and what a pass takes."""
+    base = base or store.load_base()
+    allow_thin_products(base.model)
+    return weights + workspace_bytes(base, MOST_TOKENS, 32 + MOST_DRAFTS)

@@ -645,7 +645,13 @@ def test_spoilt_stores(home, run):
 
 
 def test_budgets_that_are_too_small_or_no_size(home, run):
-    for memory, word in (("1kB", "too small"), ("185kB", "do not fit together"), ("much", "much"), ("-1", "-1")):
+    for memory, word in (
+        ("1kB", "too small"),
+        ("185kB", "and a pass"),
+        ("1MB", "do not fit together"),
+        ("much", "much"),
+        ("-1", "-1"),
+    ):
         message = refused(run, home, "generate", "store", "abc", "--module", "digits", f"--memory={memory}")
         assert word in message
     refused(run, home, "eval", "store", "--data", "digits=digits.jsonl", "--memory", "1kB")

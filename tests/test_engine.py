@@ -19,9 +19,13 @@ from transformers import AutoModelForCausalLM
 from disk import edit, flip
 from growlm import router
 from growlm.base import Base
+from growlm.base.rooms import Rooms
 from growlm.engine import AUTO, Engine, Generation
 from growlm.engine.kv import BLOCK
 from growlm.engine.module_cache import Found, ModuleCache
+from growlm.engine.runner import Runner, Work
+from growlm.engine.workspace import Watch as Allocations
+from growlm.engine.workspace import workspace_bytes
 from growlm.errors import BudgetError, ConfigError, DataError, GrowlmError, IntegrityError, UnknownModuleError
 from growlm.modules import ModuleSet
 from growlm.modules.peer import Peer, PeerConfig
@@ -30,7 +34,7 @@ from growlm.store import Store
 from growlm.surgery.export import export
 from growlm.training.config import GrowConfig
 from growlm.training.grow import grow, take_back
-from stores import Watch, add_module, domain_ids, domain_text, greedy, make_store, with_texts
+from stores import Watch, add_module, domain_ids, domain_text, greedy, make_store, with_pass, with_texts
 from tiny import perturb, random_ids
 
 FAMILIES = ["llama", "gemma2", "gpt2"]
@@ -413,7 +417,7 @@ def test_a_batch_that_swaps_modules_never_passes_the_budget(home, monkeypatch):
 
 def test_logits_never_pass_the_budget(home, monkeypatch):
     store, budget = room_for_one(home)
-    with Engine(store, memory=budget) as engine:
+    with Engine(store, memory=with_pass(store, budget)) as engine:
         watch = Watch(monkeypatch)
         for name in ["letters", "digits", "signs"] * 2:
             engine.logits(random_ids(1, 4), module=name)
@@ -447,7 +451,10 @@ def test_a_module_that_does_not_fit_is_refused_with_the_numbers(home):
             engine.generate(domain_text("digits", 9), max_new_tokens=2)
         assert engine.resident_bytes == engine.fixed_bytes
         assert engine.generate("abc", module=None, max_new_tokens=2).module is None
-    with Engine(store, memory=budget - 1) as engine, pytest.raises(BudgetError, match=r"digits \S+ kB does not fit:"):
+    with (
+        Engine(store, memory=with_pass(store, budget) - 1) as engine,
+        pytest.raises(BudgetError, match=r"digits \S+ kB does not fit:"),
+    ):
         engine.logits(random_ids(1, 3), module="digits")
 
 
@@ -492,6 +499,51 @@ def test_a_base_that_does_not_fit_is_refused_with_the_numbers(home):
         Engine(store, memory=fixed - 1)
     with Engine(store, memory=with_texts(store, fixed)) as engine:
         assert engine.generate("abc", module=None, max_new_tokens=1).resident_bytes == fixed
+
+
+def test_a_pass_counts_against_the_budget(home):
+    store, budget = room_for_one(home)
+    with Engine(store, memory="10MB") as engine:
+        fixed, workspace = engine.fixed_bytes, engine.workspace_bytes
+        assert workspace > 512 * engine.base.hidden_size * 4
+    with pytest.raises(BudgetError, match=r"base \S+ kB and router \S+ kB, and a pass \S+ [kM]B, need"):
+        Engine(store, memory=fixed + workspace - 1)
+    assert Engine(store).workspace_bytes == 0
+
+
+@pytest.mark.parametrize("tokens", [64, 200, 512])
+def test_what_a_pass_takes_is_foreseen_from_smaller_ones(home, tokens):
+    base = Store.open(home / "store").load_base()
+    foreseen, rooms = workspace_bytes(base, tokens, 0), Rooms()
+    with Allocations() as watch:
+        Runner(base).run([Work(ModuleSet(base), torch.zeros(tokens, dtype=torch.long), 0, rooms.new())])
+    assert watch.peak - rooms.num_bytes() == pytest.approx(foreseen, rel=0.1)
+
+
+def test_a_module_that_is_pinned_stays_and_answers(home):
+    store, budget = room_for_one(home)
+    with Engine(store, memory=with_texts(store, budget)) as engine:
+        engine.pin("digits")
+        engine.generate("abc", module=None, max_new_tokens=2)
+        assert engine.generate("abc", module="digits", max_new_tokens=2).loaded == []
+        waiting = engine.submit("abc", module="letters", max_new_tokens=2)
+        engine.step()
+        engine.unpin("digits")
+        while engine.step():
+            pass
+        assert waiting.result.loaded == ["letters"]
+        with pytest.raises(UnknownModuleError):
+            engine.pin("nothing")
+
+
+def test_modules_that_are_idle_are_let_go_of(home):
+    with Engine(Store.open(home / "store"), idle=0) as engine:
+        engine.generate("abc", module="digits", max_new_tokens=2)
+        engine.generate("abc", module=None, max_new_tokens=1)
+        assert engine.modules.resident == []
+    for idle in (-1, "x"):
+        with pytest.raises(ConfigError, match="idle is"):
+            Engine(Store.open(home / "store"), idle=idle)
 
 
 def test_a_module_is_reported_as_loaded_once(home):
@@ -539,12 +591,60 @@ def cache_of(budget: int | None, sizes: dict[str, int], loads: list[str] | None 
     return ModuleCache(budget, find, " in all")
 
 
+def begun(cache: ModuleCache, name: str) -> bool:
+    """Whether it is read now, or has been: by whom is not interested in it any more."""
+    found = cache.begin([name])
+    if found is not None:
+        cache.release([name])
+    return found is not None
+
+
+def test_a_module_that_is_kept_stays_until_it_is_let_go():
+    cache = cache_of(10, {"a": 6, "b": 4, "c": 5})
+    for _ in range(2):
+        cache.keep("a")
+    assert cache.kept == ["a"]
+    for name in ("b", "b"):
+        cache.acquire([name])
+        cache.release([name])
+    with pytest.raises(BudgetError, match="in use are: a"):
+        cache.acquire(["c"])
+    with pytest.raises(BudgetError, match="do not fit"):
+        cache.keep("c")
+    for _ in range(2):
+        cache.let_go("a")
+    assert not cache.kept
+    cache.acquire(["c"])
+    assert "a" not in cache.resident
+    cache.close()
+
+
+def test_modules_that_nobody_uses_go_after_their_time(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("growlm.engine.module_cache.time.monotonic", lambda: now[0])
+    cache = ModuleCache(10, lambda name: Found(None, 3, lambda: name), idle=60)  # type: ignore[arg-type]
+    cache.keep("b")
+    for name in ("a", "c"):
+        cache.acquire([name])
+    cache.release(["a"])
+    for passed, resident in ((59, ["b", "a", "c"]), (1, ["b", "c"]), (600, ["b", "c"])):
+        now[0] += passed
+        cache.drop_idle()
+        assert cache.resident == resident
+    cache.release(["c"])
+    cache.let_go("b")
+    now[0] += 60
+    cache.drop_idle()
+    assert cache.resident == []
+    cache.close()
+
+
 def test_pinned_modules_stay_and_what_does_not_fit_beside_them_is_refused():
     cache = cache_of(10, {"a": 6, "b": 4, "c": 5})
     assert cache.acquire(["a", "b"]) == {"a": "a", "b": "b"}
     with pytest.raises(BudgetError, match=r"in use are: (a, b|b, a)"):
         cache.acquire(["c"])
-    assert not cache.prefetch("c")
+    assert not begun(cache, "c")
     cache.drop("a")
     assert cache.resident == ["a", "b"]
     cache.release(["b"])
@@ -557,7 +657,7 @@ def test_pinned_modules_stay_and_what_does_not_fit_beside_them_is_refused():
     cache.close()
 
 
-@pytest.mark.parametrize("verb", ["acquire", "prefetch"])
+@pytest.mark.parametrize("verb", ["acquire", "begin"])
 def test_room_is_made_before_a_module_is_read(verb):
     """Reads at once what the cache would read in the background: so at the earliest moment that there can be."""
     seen: list[int] = []
@@ -576,8 +676,10 @@ def test_room_is_made_before_a_module_is_read(verb):
     cache._reader.shutdown()
     cache._reader = Reader()  # type: ignore[assignment]
     for name in "abab":
-        getattr(cache, verb)([name] if verb == "acquire" else name)
-        if verb == "acquire":
+        if verb == "begin":
+            assert begun(cache, name)
+        else:
+            cache.acquire([name])
             cache.release([name])
     assert seen == [6, 7, 6, 7]
 
@@ -634,19 +736,19 @@ def test_what_is_damaged_on_the_disk_takes_nothing_from_memory():
 
 def test_room_is_made_of_what_cannot_be_read_while_another_waits_for_its_turn():
     """The reader says that the first failed before it begins the second; the thread that waits for both must let it."""
-    begun, go = threading.Event(), threading.Event()
+    reads, go = threading.Event(), threading.Event()
 
     def load(name: str) -> str:
         if name == "a":
-            begun.set()
+            reads.set()
             assert go.wait(60)
             raise IntegrityError("a is damaged")
         return name
 
     cache = ModuleCache(10, lambda name: Found(None, 5 if name < "c" else 10, lambda: load(name)))  # type: ignore
-    assert cache.prefetch("a")
-    assert cache.prefetch("b")
-    assert begun.wait(60)
+    assert begun(cache, "a")
+    assert begun(cache, "b")
+    assert reads.wait(60)
     found: list[Any] = []
     waiting = threading.Thread(target=lambda: found.append(cache.acquire(["c"])), daemon=True)
     waiting.start()
@@ -658,15 +760,15 @@ def test_room_is_made_of_what_cannot_be_read_while_another_waits_for_its_turn():
     cache.close()
 
 
-def test_prefetched_modules_are_read_once_and_counted_at_once():
+def test_modules_that_are_begun_to_be_read_are_read_once_and_counted_at_once():
     loads: list[str] = []
     cache = cache_of(10, {"a": 6, "b": 6}, loads)
-    assert cache.prefetch("a")
+    assert begun(cache, "a")
     assert cache.resident_bytes == 6
     assert cache.acquire(["a"]) == {"a": "a"}
     assert loads == ["a"]
     cache.release(["a"])
-    assert cache.prefetch("b")
+    assert begun(cache, "b")
     assert cache.resident == ["b"]
     assert cache.resident_bytes == 6
     cache.close()
@@ -675,7 +777,7 @@ def test_prefetched_modules_are_read_once_and_counted_at_once():
 @given(
     st.dictionaries(st.sampled_from("abcdef"), st.integers(1, 9), min_size=1),
     st.integers(9, 20),
-    st.lists(st.tuples(st.sampled_from(["acquire", "prefetch", "drop"]), st.sampled_from("abcdef"))),
+    st.lists(st.tuples(st.sampled_from(["acquire", "begin", "drop"]), st.sampled_from("abcdef"))),
 )
 @settings(deadline=None, max_examples=60)
 def test_no_order_of_requests_passes_the_budget(sizes, budget, requests):
@@ -688,8 +790,10 @@ def test_no_order_of_requests_passes_the_budget(sizes, budget, requests):
             cache.acquire([name])
             assert name in cache.resident
             cache.release([name])
+        elif verb == "begin":
+            begun(cache, name)
         else:
-            getattr(cache, verb)(name)
+            cache.drop(name)
         alive = {n: sizes[n] for n in cache.resident}
         assert sum(alive.values()) == cache.resident_bytes <= budget
     cache.close()
@@ -910,9 +1014,11 @@ def test_a_module_in_memory_answers_on_when_it_grows_on_the_disk(pools, place):
 def test_a_version_in_memory_gives_way_where_the_smaller_one_on_the_disk_fits_beside_others(
     pools, place, ask, monkeypatch
 ):
-    memory = weights = room_for(pools, "letters", "digits", place=place)
-    if ask != "logits":
-        memory = with_texts(pools, memory, copies=2 if ask == "mix" else 1, tokens=131)
+    weights = room_for(pools, "letters", "digits", place=place)
+    if ask == "logits":
+        memory = with_pass(pools, weights)
+    else:
+        memory = with_texts(pools, weights, copies=2 if ask == "mix" else 1, tokens=131)
     grown(pools)
     assert room_for(pools, "letters", "digits", place=place) > weights
     both = ["letters", "digits"]

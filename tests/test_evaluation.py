@@ -26,7 +26,7 @@ from growlm.modules import ModuleSet
 from growlm.modules.probe import probe
 from growlm.router import GaussianRouter, Route, Router, load_router
 from growlm.store import Store
-from stores import PLAIN, Watch, add_module, domain_text, make_store
+from stores import PLAIN, Watch, add_module, domain_text, make_store, with_pass
 
 DOCUMENTS = 6
 CONFIG = EvalConfig(sequence_length=24, route_tokens=24)
@@ -515,12 +515,12 @@ def test_memory_is_counted_and_kept_to(store, data, monkeypatch):
     assert memory["modules"] == sizes
     assert memory["total_bytes"] - memory["resident_bytes"] == sum(sizes.values()) - max(sizes.values())
     watch = Watch(monkeypatch)
-    tight = evaluate(store, data, CONFIG, memory=memory["resident_bytes"])
+    tight = evaluate(store, data, CONFIG, memory=with_pass(store, memory["resident_bytes"]))
     assert memory["resident_bytes"] - max(sizes.values()) + watch.most <= memory["resident_bytes"]
     assert tight.perplexity == result.perplexity
     assert tight.forgetting == 0
     with pytest.raises(BudgetError):
-        evaluate(store, data, CONFIG, memory=memory["resident_bytes"] - 1)
+        evaluate(store, data, CONFIG, memory=with_pass(store, memory["resident_bytes"]) - 1)
 
 
 # What cannot be evaluated

@@ -24,7 +24,7 @@ from growlm.base import Base
 from growlm.base.padding import pad_left
 from growlm.data import Passage
 from growlm.disk.tensors import write_tensors
-from growlm.engine.sources import quotes
+from growlm.engine.sources import Quote, quotes
 from growlm.errors import ConfigError, IntegrityError, NotBetterError
 from growlm.layers.recall import FEATURES, LEVELS, NOTHING
 from growlm.modules import KnowledgeModule, ModuleSet, attach, attached, kind_of
@@ -357,6 +357,12 @@ def test_a_conversation_goes_on_as_if_it_were_read_anew(store, name):
 # Sources
 
 
+@torch.no_grad()
+def quoted(modules: ModuleSet, tokenizer: Any, prompt: list[int], answer: list[int]) -> list[Quote]:
+    hidden = modules.hidden(torch.tensor([[*prompt, *answer]])[:, :-1])[0]
+    return quotes(modules, tokenizer, prompt, answer, hidden)
+
+
 def test_quotes_name_the_places_that_an_answer_stands_at():
     base, tokenizer = base_of("llama"), chat_tokenizer(None)
     texts = ["The tenant shall pay the rent on the first day.", "Naïve 日本 rivers run down to the sea."]
@@ -367,7 +373,7 @@ def test_quotes_name_the_places_that_an_answer_stands_at():
     for number, text in enumerate(texts):
         ids = tokenizer.encode(text)
         answer = [*ids[6:11], tokenizer.eos_token_id, *ids[14:17]]
-        found = quotes(modules, tokenizer, ids[:6], answer)
+        found = quoted(modules, tokenizer, ids[:6], answer)
         first = found[0]
         assert (first.first, first.tokens, first.module, first.source) == (0, 5, "law", f"book-{number}.txt")
         assert first.text == tokenizer.decode(ids[6:11])
@@ -378,8 +384,8 @@ def test_quotes_name_the_places_that_an_answer_stands_at():
         # What stands nowhere after such tokens is no quote, nor is what follows it at another place one with it.
         assert all(q.first + q.tokens <= 5 or q.first >= 6 for q in found)
         assert json.loads(json.dumps(first.to_json()))["source"] == first.source
-    assert quotes(ModuleSet(base), tokenizer, [1, 2], [3]) == []
-    assert quotes(modules, tokenizer, [1, 2], []) == []
+    assert quoted(ModuleSet(base), tokenizer, [1, 2], [3]) == []
+    assert quoted(modules, tokenizer, [1, 2], []) == []
 
 
 def test_a_quote_stays_with_the_document_that_it_began_in():
@@ -388,7 +394,7 @@ def test_a_quote_stays_with_the_document_that_it_began_in():
     for first in (5, 6):
         module = learned(base_of("llama"), "recall", 3)
         give_text(module, [[5, *common], [6, *common]], 3, most=50)
-        (quote,) = quotes(ModuleSet(base_of("llama"), [module]), chat_tokenizer(None), [first], common)
+        (quote,) = quoted(ModuleSet(base_of("llama"), [module]), chat_tokenizer(None), [first], common)
         assert (quote.source, quote.first, quote.tokens) == (f"book-{first - 5}.txt", 0, 45)
 
 
@@ -396,7 +402,7 @@ def test_a_quote_stays_with_the_document_that_it_began_in():
 def test_the_share_of_a_quote_is_the_texts_part_of_the_probability():
     base, module = base_of("llama"), learned(base_of("llama"), "recall", 2)
     ids = book(2)[0][:25]
-    found = quotes(ModuleSet(base, [module]), chat_tokenizer(None), ids[:20], ids[20:])
+    found = quoted(ModuleSet(base, [module]), chat_tokenizer(None), ids[:20], ids[20:])
     (quote,) = found
     modules = ModuleSet(base, [module])
     mixed = modules.logits(torch.tensor([ids]))[0, 19:24].log_softmax(-1)

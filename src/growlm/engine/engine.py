@@ -16,6 +16,7 @@ from torch import Tensor
 from growlm.base.placement import find_device
 from growlm.engine.account import Account
 from growlm.engine.answers import Answer, Generation
+from growlm.engine.drafting import MOST as MOST_DRAFTS
 from growlm.engine.grammar import Grammars
 from growlm.engine.kv import PrefixCache
 from growlm.engine.loading import Loader
@@ -26,8 +27,10 @@ from growlm.engine.request import Names, Request, State
 from growlm.engine.routing import Routing
 from growlm.engine.runner import slot_bytes
 from growlm.engine.sampling import Sampler, SamplingConfig
+from growlm.engine.scheduler import MOST_TOKENS
 from growlm.engine.selection import AUTO, Wanted, require_one_way, select
 from growlm.engine.sources import Quote, quotes
+from growlm.engine.workspace import workspace_bytes
 from growlm.errors import BudgetError, ConfigError, setting
 from growlm.layers.thin import allow_thin_products
 from growlm.modules import ModuleSet
@@ -38,6 +41,7 @@ from growlm.units import format_size, parse_size
 
 _ROW_CACHE = "64MB"
 _MOST_CHOICES = 128
+_ONE_TOKEN = SamplingConfig(max_new_tokens=1)  # of what is read and not answered
 
 
 class Engine:
@@ -45,11 +49,12 @@ class Engine:
 
     Args:
         store: what to serve.
-        memory: budget for base, router, modules, and keys and values, e.g. "2GB"; None for no bound. On a GPU it is
-            the GPU's memory.
+        memory: budget for base, router, modules, keys and values, and what a pass takes besides, e.g. "2GB"; None for
+            no bound. On a GPU it is the GPU's memory.
         max_batch: prompts that are run together.
         device: where to compute: cpu, cuda, cuda:N, mps, or auto: a CUDA GPU where there is one, else the processor.
             The dtype is the store's.
+        idle: seconds after which a module that no answer uses is let go of, at the next step; None for never.
         prefix_bytes: at most so many bytes, of what `memory` leaves, keep keys and values of texts that were read, for
             those that begin like them, under whatever module; 0 keeps none.
         drafts: try answers of modules that recall as their text goes on, several tokens in one pass. What is answered
@@ -74,6 +79,7 @@ class Engine:
         memory: str | int | None = None,
         max_batch: int = 32,
         device: str | torch.device | None = "auto",
+        idle: float | None = None,
         prefix_bytes: str | int = "256MB",
         drafts: bool = True,
         router: str | None = None,
@@ -89,6 +95,8 @@ class Engine:
             )
         rows = parse_size(_ROW_CACHE if row_cache is None else row_cache, "row_cache")
         self._row_cache = rows if experts_on == "disk" else None
+        if idle is not None and not (isinstance(idle, int | float) and idle >= 0):
+            raise ConfigError(f"{setting('idle')} is {idle!r}; it must be at least 0 seconds")
         if max_batch < 1:
             raise ConfigError(f"max_batch is {max_batch}; it must be at least 1")
         found = find_device(device)
@@ -106,16 +114,21 @@ class Engine:
         self._prompts = Prompts(self.base, self.tokenizer, strict=strict)
         ends = self.base.end_tokens(self.tokenizer)
         self._grammars = Grammars(self.tokenizer, self.base.vocab_size, ends)
-        left = None if self.memory is None else self.memory - self.fixed_bytes
+        self.workspace_bytes = 0
+        if self.memory is not None:
+            self.workspace_bytes = workspace_bytes(self.base, MOST_TOKENS, max_batch + MOST_DRAFTS)
+            self._check_budget(self.base_bytes, self.router.num_bytes(), self.workspace_bytes)
+        left = None if self.memory is None else self.memory - self.fixed_bytes - self.workspace_bytes
         token = [] if left is None else slot_bytes(self.base)
         self._account = Account(left, token, self.base.hidden_size * self.base.dtype.itemsize)
         self._prefixes, self._prefix_bytes = PrefixCache(self._room_for_prefixes), parse_size(prefix_bytes)
         self.modules = ModuleCache(
             left,
             Loader(store, self.base, self._row_cache).find,
-            reserved=f" of {format_size(self.memory or 0)} after base {format_size(self.base_bytes)} and router "
-            f"{format_size(self.router.num_bytes())}",
+            reserved=f" of {format_size(self.memory or 0)} after base {format_size(self.base_bytes)}, router "
+            f"{format_size(self.router.num_bytes())} and workspace {format_size(self.workspace_bytes)}",
             hint="" if self._row_cache is None else f", or lower --row-cache, {format_size(self._row_cache)}",
+            idle=idle,
             held=lambda: self._account.held_bytes,
             make_way=self._prefixes.shrink,
         )
@@ -151,12 +164,29 @@ class Engine:
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of all that `memory` bounds: weights, keys and values of what is being answered, and what is kept."""
-        return self.resident_bytes + self._loop.num_bytes() + self._prefixes.num_bytes()
+        """Bytes of all that `memory` bounds: weights, keys and values of what is being answered, what is kept of texts,
+        and what a pass takes (`workspace_bytes`, which is not known where there is no bound)."""
+        return self.resident_bytes + self.workspace_bytes + self._loop.num_bytes() + self._prefixes.num_bytes()
 
     def _room_for_prefixes(self) -> int:
         left = self._account.left(self.modules.resident_bytes)
         return self._prefix_bytes if left is None else min(self._prefix_bytes, left)
+
+    def pin(self, module: str) -> None:
+        """Brings a module into memory and keeps it there, whatever else comes, until `unpin`.
+
+        Raises:
+            UnknownModuleError: no such module.
+            BudgetError: it cannot fit beside what is in use.
+            ClosedError: the engine was closed.
+        """
+        self._loop.require_open()
+        self.store.module(module)
+        self.modules.keep(module)
+
+    def unpin(self, module: str) -> None:
+        """A module that was pinned may be evicted again; one that was not stays as it is."""
+        self.modules.let_go(module)
 
     def close(self) -> None:
         """Ends the engine, once what is being answered has ended: a stream does at its next piece, with an error. What
@@ -325,9 +355,9 @@ class Engine:
             As `generate` of its prompt.
         """
         self._loop.require_open()
-        tokens = self._prompts.encode(prompt)
-        with self._loop.alone():
-            return self._routing.routes(self._loop.read(tokens, self._routing.layer))[0]
+        request = Request(self._prompts.encode(prompt), None, _ONE_TOKEN, Answer(self.tokenizer, ()), only_routes=True)
+        self._run(request)
+        return request.route
 
     def sources(self, prompt: Prompt, answer: Generation) -> list[Quote]:
         """What of an answer stands in the texts of the modules that wrote it, and where: of those that recall. With
@@ -344,8 +374,14 @@ class Engine:
         # A text that ended the answer is no part of it.
         while written and len(self.tokenizer.decode(written[:-1], skip_special_tokens=True)) >= len(answer.text):
             written.pop()
-        with self._loop.alone(), self.modules.using(answer.modules) as held:
-            return quotes(ModuleSet(self.base, list(held.values())), self.tokenizer, tokens, written)
+        if not written:
+            return []
+
+        def read(modules: ModuleSet, hidden: Tensor) -> list[Quote]:
+            return quotes(modules, self.tokenizer, tokens, written, hidden)
+
+        text = [*tokens, *written[:-1]]
+        return self._run(Request(text, tuple(answer.modules), _ONE_TOKEN, Answer(self.tokenizer, ()), reader=read))
 
     def logits(self, input_ids: Tensor, module: Wanted = None) -> Tensor:
         """Logits (batch, tokens, vocab) of `input_ids` (batch, tokens) under the modules that are named, as in
@@ -433,28 +469,40 @@ class Engine:
         finally:
             self._loop.cancel(requests)
 
+    def _run(self, request: Request) -> Any:
+        """
+        Raises:
+            What it ended with.
+        """
+        self._loop.add([request])
+        try:
+            self._loop.drive(lambda: request.state is State.FINISHED)
+        finally:
+            self._loop.cancel([request])
+        return _result(request)
+
     def _select(self, wanted: Wanted) -> Names | None:
         """The modules that are meant; None where the router is to choose."""
         names = select(self.store, wanted, self.modules.resident_version)
         return None if isinstance(names, str) else names
 
-    def _check_budget(self, base_bytes: int, router_bytes: int) -> None:
-        needed = base_bytes + router_bytes
+    def _check_budget(self, base_bytes: int, router_bytes: int, workspace: int = 0) -> None:
+        needed = base_bytes + router_bytes + workspace
         if self.memory is not None and needed > self.memory:
+            passes = f", and a pass {format_size(workspace)}," if workspace else ""
             raise BudgetError(
                 f"--memory {format_size(self.memory)} is too small: base {format_size(base_bytes)} and router "
-                f"{format_size(router_bytes)} need {format_size(needed)} before any module"
+                f"{format_size(router_bytes)}{passes} need {format_size(needed)} before any module"
             )
 
 
-def _result(request: Request) -> Generation:
+def _result(request: Request) -> Any:
     """
     Raises:
         What it ended with.
     """
     if request.error is not None:
         raise request.error
-    assert request.result is not None
     return request.result
 
 

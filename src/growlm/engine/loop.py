@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from traceback import clear_frames
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -19,7 +20,6 @@ from torch import Tensor
 from growlm.base import Base, tensor_bytes
 from growlm.base.rooms import Rooms
 from growlm.engine.account import Account, Footprint
-from growlm.engine.answers import Generation
 from growlm.engine.drafting import MOST
 from growlm.engine.kv import BASE, PrefixCache
 from growlm.engine.mixing import Posterior
@@ -122,13 +122,6 @@ class Loop:
             self.prefixes.clear()
         self.modules.close()
 
-    def read(self, tokens: Sequence[int], layer: int) -> Tensor:
-        """What the base makes of a text before a layer, (1, n, d); to be called within `alone`."""
-        cache = Rooms().new()
-        work = Work(self._base_alone, torch.tensor(tokens, device=self.base.device), 0, cache, leaves=layer)
-        self.runner.run([work])
-        return come_to(work)
-
     def drive(self, done: Callable[[], bool]) -> None:
         """Makes steps until it is done, or waits while another thread makes them."""
         while self.stepping.take_unless(done):
@@ -193,6 +186,7 @@ class Loop:
     def _step(self) -> None:
         """Admits what can be admitted, runs one pass, and gives every request what is its own."""
         self._take_in()
+        self.modules.drop_idle()
         if not self._pausing:
             admitted = self.scheduler.admit(lambda request, error: self._end(request, error=error))
             if admitted:
@@ -239,6 +233,9 @@ class Loop:
         """A request that has read all that it could."""
         if request.state is not State.RUNNING:
             self._reach_goal(request)
+        elif request.reader is not None:
+            (branch,) = request.branches
+            self._end(request, request.reader(branch.modules, torch.cat(request.hidden)))
         elif not self._moves(request):
             if not request.answer.tokens:
                 self._keep(request)
@@ -341,6 +338,9 @@ class Loop:
             return
         read = states[self.routing.layer]
         (request.route,) = self.routing.routes(read[:, -WINDOW:] if request.reroute else read)
+        if request.only_routes:
+            self._end(request)
+            return
         if request.mix > 1:
             request.together = list(request.route.scores)[: request.mix]
             request.names = tuple(name for name in request.together if name != NONE)
@@ -416,7 +416,7 @@ class Loop:
             return 0
         (branch,) = request.branches
         slots = range(branch.modules.fork, branch.modules.cache_slots)
-        if request.config.prompt_logprobs is not None:  # all of it is wanted
+        if request.config.prompt_logprobs is not None or request.reader is not None:  # all of it is wanted
             return 0
         if not slots:
             return len(request.tokens) - 1
@@ -452,6 +452,8 @@ class Loop:
             for branch, work in zip(request.branches, own, strict=True):
                 branch.newest = come_to(work)[0, -1 - len(request.drafts) :]
             self.writer.read_prompt(request, own, start)
+            if request.reader is not None:
+                request.hidden.append(come_to(own[0])[0].clone())
             if request.mixture is not None and request.read >= request.stated:
                 request.states.clear()
         writing = [part.request for part in parts if part.request.state is State.RUNNING and part.request.unread <= 0]
@@ -501,7 +503,7 @@ class Loop:
         )
         self._end(request, result)
 
-    def _end(self, request: Request, result: Generation | None = None, error: BaseException | None = None) -> None:
+    def _end(self, request: Request, result: Any = None, error: BaseException | None = None) -> None:
         """Ends a request, and lets go of all that it holds within this step."""
         self.scheduler.remove(request)
         self._release(request)

@@ -9,6 +9,7 @@ itself.
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -46,7 +47,6 @@ class CacheCounts:
     hits: int = 0
     loads: int = 0
     evictions: int = 0
-    prefetches: int = 0
 
 
 class ModuleCache:
@@ -58,6 +58,7 @@ class ModuleCache:
             manifest and a header.
         reserved: what else counts against the whole budget, for messages.
         hint: what else than a larger budget would help, for messages.
+        idle: seconds after which a module that nobody uses is let go of; None for never.
         held: bytes of the budget that others hold now.
         make_way: called before a module is read, which is counted by then.
     """
@@ -68,10 +69,14 @@ class ModuleCache:
         find: Callable[[str], Found],
         reserved: str = "",
         hint: str = "",
+        idle: float | None = None,
         held: Callable[[], int] = lambda: 0,
         make_way: Callable[[], None] = lambda: None,
     ) -> None:
         self._budget, self._held, self._make_way = budget, held, make_way
+        self._idle = idle
+        self._used: dict[str, float] = {}  # when a module was let go of last
+        self._kept: set[str] = set()
         self._find = find
         self._reserved, self._hint = reserved, hint
         self._resident: OrderedDict[str, Future[KnowledgeModule]] = OrderedDict()
@@ -209,22 +214,48 @@ class ModuleCache:
             for name in names:
                 self._pins[name] -= 1
                 assert self._pins[name] >= 0
+                self._used[name] = time.monotonic()
             self._lock.notify_all()
 
-    def prefetch(self, name: str, keep: Collection[str] = ()) -> bool:
-        """Begins to read a module in the background, if room can be made without touching what is pinned or in `keep`.
+    def keep(self, name: str) -> None:
+        """Brings a module into memory, if it is not there, and keeps it there until `let_go`, whatever comes. A version
+        that is there stays.
 
-        A module that cannot be read says so when it is acquired.
+        Raises:
+            BudgetError: it cannot fit beside what is pinned.
+            What `find` raises.
         """
         with self._lock:
-            if name in self._resident:
-                return True
-            try:
-                self._start(name, keep={name, *keep})
-            except BudgetError:
-                return False
-            self.counts.prefetches += 1
-            return True
+            if name in self._kept:
+                return
+        self.acquire([name])
+        with self._lock:
+            if name in self._kept:  # by another thread, meanwhile
+                self._pins[name] -= 1
+            self._kept.add(name)
+
+    def let_go(self, name: str) -> None:
+        """A module that was kept may be evicted again."""
+        with self._lock:
+            if name in self._kept:
+                self._kept.discard(name)
+                self.release([name])
+
+    @property
+    def kept(self) -> list[str]:
+        """Names of modules that `keep` keeps."""
+        with self._lock:
+            return sorted(self._kept)
+
+    def drop_idle(self) -> None:
+        """Lets go of modules that nobody has used for as long as modules may be idle."""
+        if self._idle is None:
+            return
+        with self._lock:
+            now = time.monotonic()
+            for name in self._evictable(set()):
+                if now - self._used.setdefault(name, now) >= self._idle:
+                    self._evict(name)
 
     def drop(self, name: str) -> None:
         """Forgets a module that is not pinned."""
@@ -306,6 +337,7 @@ class ModuleCache:
     def _evict(self, name: str) -> None:
         del self._resident[name]
         del self._found[name]
+        self._used.pop(name, None)
         self.counts.evictions += 1
 
     def _settle(self, names: Sequence[str]) -> None:

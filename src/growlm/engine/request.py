@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import enum
 import itertools
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from growlm.base.rooms import TextCache
-from growlm.engine.answers import Answer, Generation
+from growlm.engine.answers import Answer
 from growlm.engine.drafting import Drafter
 from growlm.engine.mixing import Posterior
 from growlm.engine.sampling import Sampler, SamplingConfig, TokenLogprob
@@ -62,6 +63,9 @@ class Request:
         mix: how many of the router's choices write together.
         reroute: after how many tokens each the router chooses anew; 0: never.
         context: of the caller: how settings are written in messages is part of it.
+        reader: in place of an answer: is given the module set that reads the prompt and the states (n, d) behind its
+            last layer; what it returns is the result.
+        only_routes: ends once the router has chosen.
         sampler: what chooses its tokens.
         drafter, drafts: what may come next, and is read with the newest token.
         followers: requests of the same prompt, which begin once this one writes.
@@ -83,6 +87,7 @@ class Request:
         changes: with `reroute`, every change of module: tokens written before it, and the module.
         prompt_logprobs: of the prompt's tokens that were read, but the first, where they are asked for.
         resident: bytes of all weights in memory, at the most.
+        hidden: for its reader, the states (n, d) of what was read.
         result, error: how it ended.
     """
 
@@ -94,6 +99,8 @@ class Request:
     mix: int = 1
     reroute: int = 0
     context: Context = field(default_factory=copy_context)
+    reader: Callable[[ModuleSet, Tensor], Any] | None = None
+    only_routes: bool = False
     sampler: Sampler | None = None
     followers: list[Request] = field(default_factory=list)
     drafter: Drafter = field(default_factory=Drafter)
@@ -116,7 +123,8 @@ class Request:
     changes: list[tuple[int, str | None]] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     resident: int = 0
-    result: Generation | None = None
+    hidden: list[Tensor] = field(default_factory=list)
+    result: Any = None
     error: BaseException | None = None
 
     @property
@@ -197,5 +205,6 @@ class Request:
     def drop(self) -> list[str]:
         """Gives up all that takes memory, as `let_go` does."""
         self.give_up()
-        self.mixture = None
+        self.mixture = self.reader = None
+        self.hidden.clear()
         return self.let_go()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from growlm.modules import KnowledgeModule
 
 PATIENCE = 64  # later requests that may be admitted while one waits for room
-_ALONE = 512  # prompt tokens of a pass where nobody else waits for it
+MOST_TOKENS = 512  # of a prompt in a pass, where nobody else waits for it
 _SHARED = 256  # and where others do
 _EACH = 64  # of one prompt then, so that a long one does not hold up the others
 
@@ -149,7 +149,7 @@ class Scheduler:
         writing = [request for request in ready if request.unread == 1]
         reading = [request for request in ready if request.unread > 1]
         alone = len(ready) == 1 and not self.waiting
-        left, parts = _ALONE if alone else _SHARED, [Part(request, 1 + len(request.drafts)) for request in writing]
+        left, parts = MOST_TOKENS if alone else _SHARED, [Part(request, 1 + len(request.drafts)) for request in writing]
         for request in [*reading[:1], *sorted(reading[1:], key=lambda other: other.unread)]:
             if left:
                 many = min(request.unread, left if alone else min(left, _EACH))

@@ -1,6 +1,7 @@
 """Sources: which places of the modules' texts an answer may come from, and how much of it is theirs.
 
-Reads prompt and answer once more with the modules that wrote it. Knows module sets and tokens; writes nothing.
+From what prompt and answer come to, read once more with the modules that wrote it. Knows module sets and tokens; writes
+nothing.
 """
 
 from __future__ import annotations
@@ -46,12 +47,18 @@ class Quote:
 
 
 @torch.inference_mode()
-def quotes(modules: ModuleSet, tokenizer: Any, prompt: Sequence[int], answer: Sequence[int]) -> list[Quote]:
-    """What of an answer stands in the modules' texts, in its order."""
+def quotes(
+    modules: ModuleSet, tokenizer: Any, prompt: Sequence[int], answer: Sequence[int], hidden: Tensor
+) -> list[Quote]:
+    """What of an answer stands in the modules' texts, in its order.
+
+    Args:
+        hidden: (n, d) the states behind the modules' last layer, of prompt and answer but its last token.
+    """
     if not modules.memories or not answer:
         return []
     ids = torch.tensor([[*prompt, *answer]], device=modules.base.device)
-    hidden = modules.hidden(ids[:, :-1])[0, -len(answer) :]
+    hidden = hidden[-len(answer) :]
     contexts = modules.contexts(ids[:, :-1], len(answer))
     assert contexts is not None
     found: list[tuple[str, Origin] | None] = []

@@ -95,6 +95,8 @@ class Writer:
             token = request.sampler.choose(request.mixture.mix(each))
         if token in self.end_tokens or not request.answer.add(token):
             return False
+        if len(request.answer.tokens) == request.config.max_new_tokens:
+            return False
         if request.mixture is not None:
             request.mixture.update(each[:, token])
-        return len(request.answer.tokens) < request.config.max_new_tokens
+        return True

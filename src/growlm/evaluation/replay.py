@@ -51,7 +51,7 @@ def routers(engine: Engine, stages: Sequence[Collection[str]]) -> Iterator[Route
 
 def _check_budget(engine: Engine) -> None:
     largest = _largest(engine)
-    needed = engine.resident_bytes + largest
+    needed = engine.resident_bytes + engine.workspace_bytes + largest
     if engine.memory is not None and needed > engine.memory:
         raise BudgetError(
             f"--memory {format_size(engine.memory)} is too small to replay the order of learning: base "
