@@ -38,7 +38,7 @@ def main() -> None:
         growlm.export(store, folder / "out", "medicine")
         model = AutoModelForCausalLM.from_pretrained(folder / "out").eval()
         model.generation_config.eos_token_id = None
-        engine = growlm.Engine(store)
+        engine = growlm.Engine(store, prefix_bytes=0)
         engine._loop.writer.end_tokens = set()  # random weights: write all tokens on both sides
         ids = torch.tensor(texts)
 

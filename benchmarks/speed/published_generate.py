@@ -37,7 +37,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         older = Path(work, "older")
         copy_older(given.store, older)
-        with Engine(Store.open(given.store)) as engine:
+        with Engine(Store.open(given.store), prefix_bytes=0) as engine:
             prompt = prompt_of(engine, given)
             if (chosen := engine.route(prompt).module) != given.module:
                 raise SystemExit(f"{given.prompt}: the router chooses {chosen or 'none'} for it, not {given.module}")
@@ -63,7 +63,7 @@ def prompt_of(engine: Engine, given: argparse.Namespace) -> str:
 
 
 def warm(engine: Engine, prompt: str, given: argparse.Namespace, older: Path) -> dict[str, Any]:
-    other = Engine(Store.open(older))
+    other = Engine(Store.open(older), prefix_bytes=0)
     engine._loop.writer.end_tokens = set()  # as many tokens on both sides
     model = AutoModelForCausalLM.from_pretrained(engine.store.base_folder, dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None

@@ -117,7 +117,7 @@ def generation(a: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds a generated token with either module, in turn."""
     found: dict[str, list[float]] = {name: [] for name in a.modules}
     prompt = a.prompt.read_text()[:400] if a.prompt else "The patient was given"
-    with Engine(Store.open(a.store)) as engine:
+    with Engine(Store.open(a.store), prefix_bytes=0) as engine:
         engine._loop.writer.end_tokens = set()
         for turn in range(a.turns + 1):
             for name in a.modules:

@@ -141,7 +141,7 @@ def one(store: Store, a: argparse.Namespace) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None
     ids = torch.tensor(prompts)
-    with Engine(store, max_batch=STREAMS) as engine:
+    with Engine(store, max_batch=STREAMS, prefix_bytes=0) as engine:
         engine._loop.writer.end_tokens = set()
         steps = Steps(engine)
         with engine.modules.using([name]) as held:
@@ -195,7 +195,7 @@ def eight(store: Store, a: argparse.Namespace, kind: str) -> dict[str, Any]:
     when = np.cumsum(draw.exponential(NEW / STREAMS, count)).astype(int)
     names = [f"{kind}-{number}" for number in range(MODULES)]
     found: dict[str, Any] = {}
-    with Engine(store, max_batch=STREAMS) as engine:
+    with Engine(store, max_batch=STREAMS, prefix_bytes=0) as engine:
         engine._loop.writer.end_tokens = set()
         with engine.modules.using(names) as held:
             modules = [held[name] for name in names]
@@ -231,7 +231,7 @@ def long(store: Store, a: argparse.Namespace) -> dict[str, Any]:
     short = prompts_of(store, 12, 32)
     (reading,) = prompts_of(store, 1, 4000)
     found: dict[str, Any] = {}
-    with Engine(store, max_batch=STREAMS) as engine:
+    with Engine(store, max_batch=STREAMS, prefix_bytes=0) as engine:
         engine._loop.writer.end_tokens = set()
         engine.generate(short[0], module="lora-0", max_new_tokens=2)
         for side in ("without", "beside"):
