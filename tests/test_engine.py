@@ -502,7 +502,7 @@ def test_a_base_that_does_not_fit_is_refused_with_the_numbers(home):
 
 
 def test_a_pass_counts_against_the_budget(home):
-    store, budget = room_for_one(home)
+    store = Store.open(home / "store")
     with Engine(store, memory="10MB") as engine:
         fixed, workspace = engine.fixed_bytes, engine.workspace_bytes
         assert workspace > 512 * engine.base.hidden_size * 4
@@ -526,14 +526,14 @@ def test_a_module_that_is_pinned_stays_and_answers(home):
         engine.pin("digits")
         engine.generate("abc", module=None, max_new_tokens=2)
         assert engine.generate("abc", module="digits", max_new_tokens=2).loaded == []
-        waiting = engine.submit("abc", module="letters", max_new_tokens=2)
-        engine.step()
         engine.unpin("digits")
-        while engine.step():
-            pass
-        assert waiting.result.loaded == ["letters"]
+        assert engine.generate("abc", module="letters", max_new_tokens=2).loaded == ["letters"]
         with pytest.raises(UnknownModuleError):
             engine.pin("nothing")
+        engine.pin("digits")
+        with pytest.raises(BudgetError, match=r"pinned \(digits\) take some.*raise --memory"):
+            engine.generate("abc", module="letters", max_new_tokens=2)
+        assert engine.generate("abc", module="digits", max_new_tokens=2).module == "digits"
 
 
 def test_modules_that_are_idle_are_let_go_of(home):
@@ -1152,6 +1152,29 @@ def test_a_conversation_is_continued_and_not_computed_anew(home, monkeypatch, sa
             widths.clear()
             engine.generate(text, module=name, max_new_tokens=2, salt=salt)
             assert widest <= max(widths) <= widest + 1, salt
+
+
+@pytest.mark.parametrize("words", [30, 31, 32, 33])
+def test_a_module_that_branches_off_earlier_than_the_router_knew_answers_as_ever(home, words):
+    """It was learned anew while the engine ran: nothing below its fork was kept where it needs it."""
+    store = Store.open(home / "store")
+    prompt = domain_text("digits", 5, words=words)
+    with Engine(store) as engine:
+        assert engine.generate(prompt, max_new_tokens=4).module == "digits"
+        add_module(store, store.load_base(), "digits", 7, placement="interleaved", num_layers=2)
+        engine.modules.drop("digits")
+        wanted = expected(engine, "digits", prompt, 6)
+        for _ in range(3):
+            assert engine.generate(prompt, max_new_tokens=6).tokens == wanted
+            assert engine.generate(prompt, module="digits", max_new_tokens=6).tokens == wanted
+        for name in ("letters", None):
+            assert engine.generate(prompt, module=name, max_new_tokens=6).tokens == expected(engine, name, prompt, 6)
+
+
+@pytest.mark.parametrize("salt", [None, 3, b"x"])
+def test_a_salt_that_is_no_text_is_refused(engine, salt):
+    with pytest.raises(ConfigError, match="salt is"):
+        engine.generate("abc", module=None, salt=salt)
 
 
 def test_the_router_sees_the_same_whether_or_not_a_prefix_is_kept(home):

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from growlm.base.rooms import Rooms
 from growlm.engine.account import Account, Footprint
 from growlm.engine.answers import Answer
 from growlm.engine.module_cache import Found, ModuleCache
@@ -178,3 +179,47 @@ def test_a_long_prompt_holds_up_nobody(unread, expected):
     parts = sorted(desk.scheduler.parts(), key=lambda part: part.request.arrival)
     assert [part.tokens for part in parts] == expected
     desk.modules.close()
+
+
+def test_a_prompt_that_waited_long_is_routed_however_many_wait_for_their_modules():
+    desk = Desk(5, 2)
+    old, running = asked(None), asked("a")
+    desk.scheduler.add(running)
+    desk.admit()
+    routed = [asked("e") for _ in range(2)]  # for which there is no room beside it
+    for request in routed:
+        request.cache = Rooms().new()  # what the base has read of it
+        desk.scheduler.add(request)
+    desk.scheduler.add(old)
+    assert not desk.admit()
+    old.overtaken = PATIENCE
+    desk.end(running)
+    assert old in desk.admit()
+
+
+def test_whoever_is_added_late_stands_where_he_came():
+    desk = Desk(None, 1)
+    requests = [asked("a") for _ in range(4)]
+    for request in (requests[2], requests[0], requests[3], requests[1]):
+        desk.scheduler.add(request)
+    assert desk.scheduler.waiting == requests
+
+
+def test_nothing_is_tried_again_before_something_has_changed(monkeypatch):
+    desk = Desk(5, 4)
+    requests = [asked("a"), asked("e"), asked("e", 3), asked("e", 5)]
+    for request in requests:
+        desk.scheduler.add(request)
+    tried = []
+    begin = ModuleCache.begin
+    monkeypatch.setattr(ModuleCache, "begin", lambda *a: tried.append(a[1]) or begin(*a))
+    desk.admit()
+    assert tried == [("a",), ("e",)]  # longer ones need as much room at least
+    requests[0].loads["a"].result()
+    desk.admit()
+    tried.clear()
+    for _ in range(5):
+        assert not desk.admit()
+    assert not tried
+    desk.end(requests[0])
+    assert desk.admit()

@@ -21,14 +21,9 @@ _LONGEST_PAUSE = 64
 
 
 class Drafter:
-    """Drafts for one answer: more where they were right, and none for a while, longer each time, where they were not.
-
-    Attributes:
-        tried, right: drafts so far, and how many of them the model said too.
-    """
+    """Drafts for one answer: more where they were right, none for a while where not, and for longer each time."""
 
     def __init__(self) -> None:
-        self.tried = self.right = 0
         self._most, self._pause, self._waiting = _FIRST, 1, 0
 
     def propose(self, memories: Sequence[Memory], text: Sequence[int], room: int) -> list[int]:
@@ -52,7 +47,6 @@ class Drafter:
         """Takes in how many of the drafts of a pass were right."""
         if not tried:
             return
-        self.tried, self.right = self.tried + tried, self.right + right
         if right == tried:
             self._most = min(2 * self._most, MOST)
         elif 2 * right < tried:

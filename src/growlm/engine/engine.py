@@ -419,6 +419,8 @@ class Engine:
         config = _sampling(sampling)
         tokens = self._prompts.encode(prompt, config.max_new_tokens, depth=2)
         require_one_way(module, mix, reroute, len(self.router.names), self.router.num_listed)
+        if not isinstance(salt, str):
+            raise ConfigError(f"{setting('salt')} is {salt!r}; give a text")
         if mix > 1 and config.prompt_logprobs is not None:
             raise ConfigError("--mix weighs the prompt itself; leave out prompt_logprobs")
         return self._request(tokens, self._select(module), config, streams=streams, salt=salt, mix=mix, reroute=reroute)

@@ -50,11 +50,10 @@ class Beginning:
     def tokens(self) -> int:
         return BLOCK * len(self.blocks)
 
-    def fill(self, cache: TextCache, slots: Collection[int], tokens: int | None = None) -> None:
-        """Copies the keys and values of its first so many tokens into a text's slots, which are empty."""
-        count = (self.tokens if tokens is None else tokens) // BLOCK
-        for slot in slots if count else ():
-            pairs = [block.slots[slot] for block in self.blocks[:count]]
+    def fill(self, cache: TextCache, slots: Collection[int]) -> None:
+        """Copies its keys and values into a text's slots, which are empty."""
+        for slot in slots if self.blocks else ():
+            pairs = [block.slots[slot] for block in self.blocks]
             cache.update(slot, torch.cat([k for k, _ in pairs], 1)[None], torch.cat([v for _, v in pairs], 1)[None])
 
     def states(self, layer: int) -> Tensor:
@@ -135,6 +134,8 @@ class PrefixCache:
                     keys, values = cache.of(slot)
                     new.slots[slot] = keys[0, :, part], values[0, :, part]
                 new.states = {layer: h[0, part] for layer, h in states.items() if layer not in block.states}
+                if not new.slots and not new.states:
+                    continue
                 if not self._make_room(limit - new.num_bytes(), mine):
                     break
                 self._bytes += new.num_bytes()
@@ -161,7 +162,11 @@ class PrefixCache:
             self._blocks.move_to_end(key)
 
     def _make_room(self, limit: int, keep: Collection[bytes]) -> bool:
-        """Lets go of others until there are no more bytes than that."""
+        """Lets go of others until there are no more bytes than that, if that is enough."""
+        if self._bytes <= limit:
+            return True
+        if sum(self._blocks[key].num_bytes() for key in keep) > limit:
+            return False
         self._use(list(keep))
         while self._bytes > limit and len(self._blocks) > len(keep):
             _, block = self._blocks.popitem(last=False)

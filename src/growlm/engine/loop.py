@@ -94,7 +94,7 @@ class Loop:
 
     def num_bytes(self) -> int:
         """Of keys, values and hidden states of what is being answered."""
-        states = [part for one in self.scheduler.all() for parts in one.states.values() for part in parts]
+        states = [part for one in self.scheduler.all() for parts in list(one.states.values()) for part in list(parts)]
         return self.rooms.num_bytes() + tensor_bytes(states)
 
     def add(self, requests: Sequence[Request]) -> None:
@@ -151,6 +151,7 @@ class Loop:
                 with self.stepping:
                     self.require_open()
                     if not self.scheduler.active:
+                        self.scheduler.give_up()
                         yield
                         return
                     self._step()
@@ -261,14 +262,17 @@ class Loop:
             request for request in self.scheduler.active if request.state is State.RUNNING and request.unread == 1
         ]
         for request in writing:
-            request.drafts = []
-            if len(request.branches) > 1 or request.reroute or not request.answer.tokens:
-                continue
-            left = min(request.config.max_new_tokens - len(request.answer.tokens) - 1, MOST // len(writing))
-            memories = request.branches[0].modules.memories
-            if memories and left > 0:
-                newest = max(len(request.tokens) + len(request.answer.tokens) - LONGEST, 0)
-                request.drafts = request.drafter.propose(memories, request.ids(newest, LONGEST), left)
+            self._with(request, partial(self._draft_of, most=MOST // len(writing)))
+
+    def _draft_of(self, request: Request, most: int) -> None:
+        request.drafts = []
+        if len(request.branches) > 1 or request.reroute or not request.answer.tokens:
+            return
+        left = min(request.config.max_new_tokens - len(request.answer.tokens) - 1, most)
+        memories = request.branches[0].modules.memories
+        if memories and left > 0:
+            newest = max(len(request.tokens) + len(request.answer.tokens) - LONGEST, 0)
+            request.drafts = request.drafter.propose(memories, request.ids(newest, LONGEST), left)
 
     def _footprint(self, request: Request) -> Footprint:
         """What a request comes to while it is routed, or where its modules are known, from then on."""
@@ -320,7 +324,7 @@ class Loop:
         (branch,), text = request.branches, request.text[: request.read]
         modules = branch.modules
         if modules.fork:
-            states = request.whole_states()
+            states = request.whole_states(request.read)
             self.prefixes.put(BASE, text, branch.cache, range(modules.fork), states, salt=request.salt)
         if modules.fork < modules.cache_slots and not request.reroute:
             slots = range(modules.fork, modules.cache_slots)
@@ -330,7 +334,7 @@ class Loop:
         """The base has read a prompt as far as it should: the router's turn, or the modules'."""
         assert request.cache is not None
         assert request.goal is not None
-        states = request.whole_states()
+        states = request.whole_states(request.read)
         self.prefixes.put(BASE, request.text, request.cache, range(request.goal), states, salt=request.salt)
         routing = request.state is State.ROUTING
         request.rest()
@@ -388,9 +392,13 @@ class Loop:
         fork = max(modules.fork for modules in sets)
         if not fork:
             request.give_up()
-        request.states = {layer: [whole] for layer, whole in request.whole_states().items() if layer <= fork}
+        whole = request.whole_states(len(request.text))
+        request.states = {layer: [states] for layer, states in whole.items() if layer <= fork}
         for modules in sets:  # one by one: if there is no memory for one, the others go with the request
             request.branches.append(self._branch(request, modules, modules is sets[-1]))
+        if request.cache is not None:  # of which no branch has made use
+            request.cache.free()
+            request.cache = None
         request.begin(self._begun(request))
         request.resident = max(request.resident, self._resident())
 
@@ -420,6 +428,8 @@ class Loop:
             return 0
         if not slots:
             return len(request.tokens) - 1
+        if branch.level < branch.modules.fork:  # what lies between was not read for it
+            return 0
         found = self.prefixes.find(branch.modules.digest, request.tokens, slots, salt=request.salt)
         if found.tokens:
             branch.cache.reserve(found.tokens)
@@ -447,7 +457,7 @@ class Loop:
                 request.states.setdefault(layer, []).append(hidden)
             if request.state is not State.RUNNING:
                 assert request.goal is not None
-                request.states.setdefault(request.goal, []).append(come_to(own[0]))
+                request.states.setdefault(request.goal, []).append(come_to(own[0]).clone())
                 continue
             for branch, work in zip(request.branches, own, strict=True):
                 branch.newest = come_to(work)[0, -1 - len(request.drafts) :]

@@ -85,6 +85,7 @@ class ModuleCache:
         self._lock = threading.Condition()
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="growlm-load")
         self.counts = CacheCounts()
+        self.changes = 0  # grows with everything that may make room, or take some
 
     @property
     def resident(self) -> list[str]:
@@ -121,7 +122,8 @@ class ModuleCache:
         if self._budget is None:
             return
         with self._lock:
-            room = self._budget - beside
+            pinned = sorted(name for name in self._kept - set(names) if name in self._found)
+            room = self._budget - beside - sum(self._found[name].bytes for name in pinned)
             sizes = {name: self.found(name).bytes for name in names}
             smaller = self._smaller_on_disk(sizes) if sum(sizes.values()) > room else {}
             replaced: list[str] = []
@@ -134,10 +136,11 @@ class ModuleCache:
                 text = f"keys and values of this text {format_size(beside)}" if beside else ""
                 listed = ", ".join([*(f"{n} {format_size(b)}" for n, b in sizes.items()), *[text] * bool(beside)])
                 what = "does not fit" if len(sizes) + bool(beside) == 1 else "do not fit together"
+                stay = f", of which those that are pinned ({', '.join(pinned)}) take some," if pinned else ""
                 shorter = ", or ask for fewer tokens with --max-new-tokens" if beside else ""
                 raise BudgetError(
                     f"{listed} {what}: {format_size(self._budget)} are left for modules, keys and values"
-                    f"{self._reserved}; raise --memory by at least {format_size(sum(sizes.values()) - room)}"
+                    f"{self._reserved}{stay}; raise --memory by at least {format_size(sum(sizes.values()) - room)}"
                     f"{shorter}{self._hint}"
                 )
             for name in replaced:
@@ -215,6 +218,7 @@ class ModuleCache:
                 self._pins[name] -= 1
                 assert self._pins[name] >= 0
                 self._used[name] = time.monotonic()
+            self.changes += 1
             self._lock.notify_all()
 
     def keep(self, name: str) -> None:
@@ -318,8 +322,9 @@ class ModuleCache:
             if not waiting:
                 pinned = ", ".join(n for n in self._resident if self._pins[n]) or "none"
                 raise BudgetError(
-                    f"{format_size(needed)} more do not fit: {format_size(self._budget)} are left for modules"
-                    f"{self._reserved}, in use are: {pinned}; raise --memory"
+                    f"{format_size(needed)} more do not fit: {format_size(self._budget)} are left for modules, keys "
+                    f"and values{self._reserved}, in use are: {pinned}, and {format_size(self._held())} of keys and "
+                    "values; raise --memory"
                 )
             self._settle(waiting)
             self._make_room(needed, keep)
@@ -339,6 +344,7 @@ class ModuleCache:
         del self._found[name]
         self._used.pop(name, None)
         self.counts.evictions += 1
+        self.changes += 1
 
     def _settle(self, names: Sequence[str]) -> None:
         """Waits until modules have been read, or could not be. Without the lock, which the reader takes after each."""
@@ -351,4 +357,5 @@ class ModuleCache:
         with self._lock:
             if failed and self._resident.get(name) is future:
                 del self._resident[name], self._found[name]
+            self.changes += 1
             self._lock.notify_all()

@@ -136,8 +136,12 @@ class Request:
     def unread(self) -> int:
         """How many tokens it can read now."""
         if self.state is State.RUNNING:
-            return (self.stated if self.read < self.stated else len(self.tokens) + len(self.answer.tokens)) - self.read
-        return len(self.text) - self.read if self.goal is not None else 0
+            return (self.stated if self.read < self.stated else self._length) - self.read
+        return self._length - self.read if self.goal is not None else 0
+
+    @property
+    def _length(self) -> int:
+        return len(self.tokens) + len(self.answer.tokens)
 
     @property
     def arrived(self) -> bool:
@@ -159,10 +163,8 @@ class Request:
 
     def ids(self, start: int, count: int) -> list[int]:
         """Of the prompt and what was written after it."""
-        if start >= len(self.tokens):
-            start -= len(self.tokens)
-            return self.answer.tokens[start : start + count]
-        return self.text[start : start + count]
+        behind = max(start - len(self.tokens), 0), max(start + count - len(self.tokens), 0)
+        return [*self.tokens[start : start + count], *self.answer.tokens[slice(*behind)]]
 
     def rest(self) -> None:
         """The base has read all of the prompt up to `goal`."""
@@ -181,11 +183,11 @@ class Request:
             self.states[layer] = [torch.cat(self.states[layer], dim=1)]
         return self.states[layer][0]
 
-    def whole_states(self) -> dict[int, Tensor]:
-        """The inputs (1, n, d) of those base layers of which they were kept from the first token to the newest: not of
-        one that the router knew when it began to be read, and does not know any more."""
+    def whole_states(self, tokens: int) -> dict[int, Tensor]:
+        """The inputs (1, n, d) of those base layers of which they were kept of all these tokens: not of one that the
+        router knows now and did not when it began to be read, or the other way round."""
         counts = {layer: sum(part.shape[1] for part in parts) for layer, parts in self.states.items()}
-        return {layer: self.states_of(layer) for layer, count in counts.items() if count == max(counts.values())}
+        return {layer: self.states_of(layer) for layer, count in counts.items() if count == tokens}
 
     def give_up(self) -> None:
         """Lets go of what the base has read for it, which can be read again."""

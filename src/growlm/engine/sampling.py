@@ -188,7 +188,8 @@ class Sampler:
         self.logprobs: list[TokenLogprob] = []
         self._generator = torch.Generator(device).manual_seed(config.seed)
         self._matcher = matcher
-        self._seen = set(prompt)
+        self._device = device
+        self._seen = torch.tensor(sorted(set(prompt)), dtype=torch.long, device=device)
         self._counts: Counter[int] = Counter()
 
     def choose(self, logits: Tensor) -> int:
@@ -203,7 +204,8 @@ class Sampler:
         if config.logprobs is not None:
             self.logprobs += token_logprobs(logits[None], [token], config.logprobs)
         self._counts[token] += 1
-        self._seen.add(token)
+        if config.repetition_penalty != 1 and not bool((self._seen == token).any()):
+            self._seen = torch.cat([self._seen, torch.tensor([token], device=self._device)])
         if self._matcher is not None:
             self._matcher.take(token)
         return token
@@ -211,9 +213,8 @@ class Sampler:
     def _shaped(self, logits: Tensor) -> Tensor:
         config, logits = self.config, logits.float().clone()
         if config.repetition_penalty != 1:
-            ids = torch.tensor(sorted(self._seen), device=logits.device)
-            own, factor = logits[ids], float(config.repetition_penalty)
-            logits[ids] = torch.where(own > 0, own / factor, own * factor)
+            own, factor = logits[self._seen], float(config.repetition_penalty)
+            logits[self._seen] = torch.where(own > 0, own / factor, own * factor)
         if self._counts and (config.presence_penalty or config.frequency_penalty):
             ids = torch.tensor(list(self._counts), device=logits.device)
             counts = torch.tensor(list(self._counts.values()), device=logits.device)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import bisect
+import math
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -48,7 +50,8 @@ class Scheduler:
         max_batch: int,
     ) -> None:
         self._modules, self._account, self._max_batch = modules, account, max_batch
-        self._footprint, self._give_up = footprint, give_up
+        self._footprint, self._let_go = footprint, give_up
+        self._seen: tuple[int, ...] | None = None
         self.waiting: list[Request] = []  # those whose modules have not been begun to be read
         self.active: list[Request] = []
 
@@ -60,14 +63,13 @@ class Scheduler:
         return [*self.waiting, *self.active]
 
     def add(self, request: Request) -> None:
-        self.waiting.append(request)
+        bisect.insort(self.waiting, request, key=lambda one: one.arrival)
 
     def park(self, request: Request) -> None:
         """Has a request that was routed wait for its modules, in its turn."""
         self.active.remove(request)
         request.state = State.WAITING
-        self.waiting.append(request)
-        self.waiting.sort(key=lambda one: one.arrival)
+        self.add(request)
 
     def remove(self, request: Request) -> None:
         self._account.hold(request, None)
@@ -86,27 +88,43 @@ class Scheduler:
         Returns:
             Those that have a place from now on.
         """
+        admitted: list[Request] = []
+        if not self.waiting or self._as_it_was():
+            return admitted
         admitted = self._admit(failed)
         if not self.active and self.waiting:  # those that were routed may hold what the oldest needs
-            for request in self.waiting[:0:-1]:
-                self._account.hold(request, None)
-                self._give_up(request)
+            self.give_up(self.waiting[:0:-1])
             admitted += self._admit(failed)
+        self._seen = None if admitted else self._sign()
         return admitted
+
+    def give_up(self, requests: Sequence[Request] | None = None) -> None:
+        """Has those that wait let go of what the base has read for them; by default all."""
+        for request in self.waiting if requests is None else requests:
+            self._account.hold(request, None)
+            self._let_go(request)
+
+    def _sign(self) -> tuple[int, ...]:
+        return self._account.held_bytes, self._modules.changes, len(self.waiting), self.waiting[-1].arrival
+
+    def _as_it_was(self) -> bool:
+        """Whether nothing has changed since nobody could be admitted, and something will."""
+        return bool(self.active) and self._seen == self._sign()
 
     def _admit(self, failed: Callable[[Request, BaseException], None]) -> list[Request]:
         admitted: list[Request] = []
-        without_room: set[tuple[Names | None, int]] = set()
+        without_room: dict[Names | None, int] = {}  # tokens of the shortest for which there was none
+        parked, first = self._parked, self._held_up
         for reads in (False, True):
             resident = set(self._modules.resident)
             for request in list(self.waiting):
                 if len(self.active) >= self._max_batch:
                     return admitted
-                kind = request.names, len(request.tokens) + request.config.max_new_tokens
-                if self._held_back(request) or kind in without_room:
+                tokens = len(request.tokens) + request.config.max_new_tokens
+                if request.arrival > first or tokens >= without_room.get(request.names, tokens + 1):
                     continue
                 if request.names is None:
-                    if reads or self._parked >= self._max_batch:
+                    if reads or (parked >= self._max_batch and request.overtaken < PATIENCE):
                         continue
                 elif (resident >= set(request.names)) == reads:
                     continue
@@ -116,7 +134,7 @@ class Scheduler:
                     failed(request, error)
                     continue
                 if begun is None:
-                    without_room.add(kind)
+                    without_room[request.names] = tokens
                     continue
                 loads, read = begun
                 if request.names is None:
@@ -126,12 +144,13 @@ class Scheduler:
                     request.loaded += [name for name in read if name not in request.loaded]
                     self._give(request, State.LOADING)
                 admitted.append(request)
+                parked, first = self._parked, self._held_up
         return admitted
 
     def _begin(self, request: Request) -> tuple[dict[str, Future[KnowledgeModule]], list[str]] | None:
         """As `ModuleCache.begin`, beside what the request itself comes to."""
-        footprint, before = self._footprint(request), self._account.hold(request, None)
-        self._account.hold(request, footprint)
+        footprint = self._footprint(request)
+        before = self._account.hold(request, footprint)
         beside = self._account.bytes_of(footprint) if self._account.bounded else 0
         begun = None
         try:
@@ -152,19 +171,20 @@ class Scheduler:
         left, parts = MOST_TOKENS if alone else _SHARED, [Part(request, 1 + len(request.drafts)) for request in writing]
         for request in [*reading[:1], *sorted(reading[1:], key=lambda other: other.unread)]:
             if left:
-                many = min(request.unread, left if alone else min(left, _EACH))
+                ways = max(request.mix, 1)  # a mixture reads it that many times
+                many = min(request.unread, max((left if alone else min(left, _EACH)) // ways, 1))
                 parts.append(Part(request, many))
-                left -= many
+                left = max(left - ways * many, 0)
         return parts
 
     @property
     def _parked(self) -> int:
-        return sum(request.route.scores != {} for request in self.waiting)
+        return sum(request.cache is not None for request in self.waiting)
 
-    def _held_back(self, request: Request) -> bool:
-        """Whether an older one has waited long enough; those that wait are in the order in which they came."""
-        first = next((other for other in self.waiting if other.overtaken >= PATIENCE), None)
-        return first is not None and first.arrival < request.arrival
+    @property
+    def _held_up(self) -> float:
+        """The arrival of the oldest that has waited long enough: none that came later goes before it."""
+        return next((float(other.arrival) for other in self.waiting if other.overtaken >= PATIENCE), math.inf)
 
     def _give(self, request: Request, state: State) -> None:
         for other in self.waiting:

@@ -64,6 +64,8 @@ class Writer:
         weights, or as log-probabilities, where they are asked for."""
         if start >= len(request.tokens) or (request.mixture is None and request.config.prompt_logprobs is None):
             return
+        if request.mixture is None and request.answer.tokens:  # another module reads it again
+            return
         seen = torch.tensor([request.tokens[: start + len(works[0].ids) + 1]], device=self._base.device)
         count = seen.shape[1] - 1 - start  # the prompt's last token has none behind it
         losses = []
