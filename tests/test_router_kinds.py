@@ -718,7 +718,7 @@ def layers_run(engine: Engine, ask: Callable[[], Any]) -> list[int]:
 
 def test_a_router_runs_the_base_as_far_as_it_reads(store, kind):
     store.set_router(kind, 100_000)
-    with Engine(store, device="cpu") as engine:
+    with Engine(store, device="cpu", prefix_bytes=0) as engine:
         prompt = texts_of(store, "digits")[0]
         depth, layer = engine.base.num_layers, engine.router.layer or engine.base.num_layers
         assert layer == (depth if kind == "transformer" else round(depth / 3))

@@ -192,9 +192,7 @@ class Bench:
 
     def resident(self, store: growlm.Store, names: list[str]) -> int:
         """The most bytes of weights in memory while a prompt of every domain is answered, one module at a time."""
-        with growlm.Engine(store) as engine:
-            budget = engine.fixed_bytes + max(m.bytes for m in store.modules.values())
-        with growlm.Engine(store, memory=budget) as engine:
+        with growlm.Engine(store, idle=0) as engine:
             prompts = [self.tokenizer.decode(self.test[name][0][:64]) for name in names]
             return max(engine.generate(p, module=n, max_new_tokens=4).resident_bytes
                        for p, n in zip(prompts, names, strict=True))  # fmt: skip
