@@ -14,7 +14,6 @@ from growlm.errors import ConfigError, DataError
 from growlm.store import Store
 from stores import domain_text, make_store
 
-pytest.importorskip("llguidance")
 pytestmark = pytest.mark.usefixtures("one_thread")
 PERSON = {
     "type": "object",
