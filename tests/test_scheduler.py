@@ -223,3 +223,11 @@ def test_nothing_is_tried_again_before_something_has_changed(monkeypatch):
     assert not tried
     desk.end(requests[0])
     assert desk.admit()
+
+
+def test_when_all_that_waited_failed_nothing_waits():
+    desk = Desk(3, 2)
+    desk.scheduler.add(asked("e"))
+    assert desk.admit() == []
+    assert [type(error) for _, error in desk.failed] == [BudgetError]
+    assert desk.admit() == []

@@ -95,7 +95,7 @@ class Scheduler:
         if not self.active and self.waiting:  # those that were routed may hold what the oldest needs
             self.give_up(self.waiting[:0:-1])
             admitted += self._admit(failed)
-        self._seen = None if admitted else self._sign()
+        self._seen = self._sign() if self.waiting and not admitted else None
         return admitted
 
     def give_up(self, requests: Sequence[Request] | None = None) -> None:
