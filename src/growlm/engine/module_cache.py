@@ -136,7 +136,7 @@ class ModuleCache:
                 text = f"keys and values of this text {format_size(beside)}" if beside else ""
                 listed = ", ".join([*(f"{n} {format_size(b)}" for n, b in sizes.items()), *[text] * bool(beside)])
                 what = "does not fit" if len(sizes) + bool(beside) == 1 else "do not fit together"
-                stay = f", of which those that are pinned ({', '.join(pinned)}) take some," if pinned else ""
+                stay = f", less what is pinned ({', '.join(pinned)})" if pinned else ""
                 shorter = ", or ask for fewer tokens with --max-new-tokens" if beside else ""
                 raise BudgetError(
                     f"{listed} {what}: {format_size(self._budget)} are left for modules, keys and values"
