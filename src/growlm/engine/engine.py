@@ -283,8 +283,8 @@ class Engine:
         Args:
             n: how many; others as in `generate`.
         """
-        asked = self._several(prompt, n, module, salt, mix, reroute, False, sampling)
-        return list(self._answers(asked))
+        first = self._asked(prompt, module, salt, mix, reroute, False, sampling)
+        return list(self._answers(self._several(first, n)))
 
     def generate_many(
         self, prompts: Sequence[Prompt], *, modules: Sequence[Wanted] | str | None = AUTO, **sampling: Any
@@ -425,23 +425,13 @@ class Engine:
             raise ConfigError("--mix weighs the prompt itself; leave out prompt_logprobs")
         return self._request(tokens, self._select(module), config, streams=streams, salt=salt, mix=mix, reroute=reroute)
 
-    def _several(
-        self,
-        prompt: Prompt,
-        n: int,
-        module: Wanted,
-        salt: str,
-        mix: int,
-        reroute: int,
-        streams: bool,
-        sampling: dict[str, Any],
-    ) -> list[Request]:
+    def _several(self, first: Request, n: int) -> list[Request]:
+        """A request and others of its prompt, each with the next seed, which follow it."""
         if not isinstance(n, int) or not 1 <= n <= _MOST_CHOICES:
             raise ConfigError(f"{setting('n')} is {n!r}; it must be a whole number from 1 to {_MOST_CHOICES}")
-        first = self._asked(prompt, module, salt, mix, reroute, streams, sampling)
+        asked: dict[str, Any] = {name: getattr(first, name) for name in ("salt", "mix", "reroute")}
         for number in range(1, n):
             config = replace(first.config, seed=(first.config.seed + number) % 2**64)
-            asked: dict[str, Any] = {"streams": streams, "salt": salt, "mix": mix, "reroute": reroute}
             first.followers.append(self._request(first.tokens, first.names, config, **asked))
         return [first, *first.followers]
 

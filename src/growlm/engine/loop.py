@@ -426,10 +426,10 @@ class Loop:
         slots = range(branch.modules.fork, branch.modules.cache_slots)
         if request.config.prompt_logprobs is not None or request.reader is not None:  # all of it is wanted
             return 0
-        if not slots:
-            return len(request.tokens) - 1
         if branch.level < branch.modules.fork:  # what lies between was not read for it
             return 0
+        if not slots:
+            return len(request.tokens) - 1
         found = self.prefixes.find(branch.modules.digest, request.tokens, slots, salt=request.salt)
         if found.tokens:
             branch.cache.reserve(found.tokens)
