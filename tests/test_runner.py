@@ -9,11 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from growlm.base import Base
 from growlm.base.rooms import Rooms
 from growlm.engine.runner import Runner, Work
+from growlm.layers import thin
 from growlm.layers.around import Together
+from growlm.layers.thin import allow_thin_products
 from growlm.modules import ModuleSet
 from stores import make_module
 from tiny import FAMILIES, make_base, random_ids
@@ -48,6 +51,9 @@ def case_of(family: str) -> Case:
                 for place, shape in enumerate(shapes)
             ]
             sets[name] = ModuleSet(base, modules)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(thin, "_LARGE", 0)
+            allow_thin_products(nn.ModuleList([base.model, *(m for one in sets.values() for m in one.modules)]))
         CASES[family] = base, sets
     return CASES[family]
 
@@ -87,9 +93,11 @@ def read_together(runner: Runner, texts: list[Text], pieces: list[list[int]]) ->
             text.take(work)
 
 
+@pytest.mark.parametrize("thin_rows", [range(0), range(2, 1000)])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_texts_of_all_module_sets_in_one_pass_are_read_as_each_alone(family):
+def test_texts_of_all_module_sets_in_one_pass_are_read_as_each_alone(family, thin_rows, monkeypatch):
+    monkeypatch.setattr(thin, "thin_rows", lambda dtype: thin_rows)
     base, sets = case_of(family)
     runner = Runner(base)
     texts = [Text(modules, 20, seed) for seed, modules in enumerate([*sets.values(), sets["lora"]])]

@@ -4,8 +4,8 @@ Of every domain a copy of the base trains on the rows that its adapter was train
 once, at each rate; the rate is chosen on the domain's valid text. Told are the loss on the test text, where the
 adapter's and that of the adapter with its memory stand beside it as ratios of perplexity, and the loss on text of
 another kind, which the base itself still has wherever growlm is asked about it. With `--joint` one copy trains on the
-rows of all these domains, mixed: what needs all data in one place, and all of it again for the next domain. A cell is a
-file in OUT, so that a run that was stopped goes on.
+rows of all these domains, mixed: what needs all data in one place, and all of it again for the next domain;
+`--joint-tokens` takes so many of each. A cell is a file in OUT, so that a run that was stopped goes on.
 
 python -m benchmarks.quality.finetuned --data DIR --base CHECKPOINT --adapters recall/ --out finetuned/
 """
@@ -66,10 +66,12 @@ class Finetuned:
         """One model of all the domains' rows: its losses by domain."""
 
         def trained() -> dict[str, Any]:
-            rows = text_data.PackedTokens(np.concatenate([self._rows(domain) for domain in domains]))
+            each = None if self.a.joint_tokens is None else self.a.joint_tokens // LENGTH
+            rows = text_data.PackedTokens(np.concatenate([self._rows(domain)[:each] for domain in domains]))
             model, seconds = self._learned("joint", rows, rate)
             losses = {d: {split: self._loss(model, d, split) for split in ("valid", "test")} for d in domains}
-            return {"rate": rate, "domains": losses, "general": model.loss(self._general()), "seconds": seconds}
+            general = model.loss(self._general())
+            return {"rate": rate, "rows": len(rows), "domains": losses, "general": general, "seconds": seconds}
 
         found = kept(self.a.out, slug("joint", self.a.seed, rate), trained)
         shutil.rmtree(self._work("joint", rate), ignore_errors=True)
@@ -143,7 +145,7 @@ def table(rows: dict[str, tuple[dict[str, Any], dict[str, Any]]], general: float
 def joint_table(cell: dict[str, Any], rows: dict[str, dict[str, Any]], general: float) -> list[str]:
     """The joint model's losses, and the adapter's perplexity with its memory over them."""
     lines = [
-        f"joint training, rate {cell['rate']:g}: {cell['seconds']:.0f} s, other text {cell['general']:.3f} "
+        f"joint training on {cell['rows']} rows, rate {cell['rate']:g}: {cell['seconds']:.0f} s, other text {cell['general']:.3f} "
         f"({cell['general'] - general:+.3f})",
         "| domain | joint | " + " | ".join(f"{name}, over joint" for name in BESIDE) + " |",
         "|---|---:|" + "---:|" * len(BESIDE),
@@ -165,6 +167,7 @@ def main() -> None:
     parser.add_argument("--domains", nargs="+", default=DOMAINS)
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-4, 2e-4, 4e-4])
     parser.add_argument("--joint", action="store_true", help="one model of all these domains instead")
+    parser.add_argument("--joint-tokens", type=parse_count, help="of each domain, at most; by default all its rows")
     parser.add_argument("--keep", action="store_true", help="the models too, for benchmarks.quality.questions")
     parser.add_argument("--adapter-rate", default=AUTO, help="of the adapters, as they were trained")
     parser.add_argument("--general", default=GENERAL, help="folder of text of another kind")

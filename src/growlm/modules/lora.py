@@ -53,6 +53,11 @@ class Adapter(nn.Module):
         longer = self.magnitude / self._lengths(weight).to(self.magnitude.dtype)
         return (longer - 1).to(plain.dtype) * plain + longer.to(plain.dtype) * added
 
+    def added_to(self, total: Tensor, x: Tensor) -> Tensor:
+        """`total` (..., out) and what it adds to it for x (..., in), in fewer steps; without DoRA."""
+        few = F.linear(x.flatten(0, -2), self.lora_A.weight)
+        return torch.addmm(total.flatten(0, -2), few, self.lora_B.weight.t(), alpha=self.scaling).view(total.shape)
+
     def merged(self, weight: Tensor) -> Tensor:
         """The matrix (out, in) that computes the same alone, in float32."""
         whole = weight.float() + self.scaling * self.lora_B.weight.float() @ self.lora_A.weight.float()
@@ -101,6 +106,9 @@ class _Adapted(Around):
         weight, total = matrix_of(self.inner), plain
         for adapter in self.adapters:
             assert isinstance(adapter, Adapter)
+            if adapter.magnitude is None and torch.is_inference_mode_enabled():
+                total = adapter.added_to(total, hidden)
+                continue
             without_bias = plain
             if adapter.magnitude is not None and self.bias is not None:
                 without_bias = F.linear(hidden, weight)
