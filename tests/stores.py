@@ -19,7 +19,7 @@ from growlm.engine.account import Account, Footprint
 from growlm.engine.drafting import MOST as MOST_DRAFTS
 from growlm.engine.runner import slot_bytes
 from growlm.engine.scheduler import MOST_TOKENS
-from growlm.engine.workspace import workspace_bytes
+from growlm.engine.workspace import row_bytes, workspace_bytes
 from growlm.layers.thin import allow_thin_products
 from growlm.modules import KnowledgeModule, ModuleSet, kind_of
 from growlm.modules.experts import Experts, ExpertsConfig
@@ -204,7 +204,7 @@ def with_texts(store: Store, weights: int, texts: int = 1, tokens: int = 128, co
     slots = base.num_layers + max((stored.shape()[1].new_layers for stored in store.modules.values()), default=0)
     states = len({*load_router(store).fork_layers, store.manifest.routing_layer, base.num_layers} - {0, None})
     footprint = Footprint(tokens, slots, states, copies)
-    account = Account(0, slot_bytes(base), base.hidden_size * base.dtype.itemsize)
+    account = Account(0, slot_bytes(base), base.hidden_size * base.dtype.itemsize, row_bytes(base))
     return with_pass(store, weights, base) + account.bytes_of(*[footprint] * texts)
 
 

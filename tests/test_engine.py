@@ -628,12 +628,12 @@ def test_modules_that_nobody_uses_go_after_their_time(monkeypatch):
     cache.release(["a"])
     for passed, resident in ((59, ["b", "a", "c"]), (1, ["b", "c"]), (600, ["b", "c"])):
         now[0] += passed
-        cache.drop_idle()
+        cache.tend()
         assert cache.resident == resident
     cache.release(["c"])
     cache.let_go("b")
     now[0] += 60
-    cache.drop_idle()
+    cache.tend()
     assert cache.resident == []
     cache.close()
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from disk import flip
-from growlm.engine import AUTO, Engine, Generation
+from growlm.engine import AUTO, Engine, Generation, fetching
 from growlm.engine.runner import Runner
 from growlm.errors import ClosedError, GrowlmError, IntegrityError, UnknownModuleError
 from growlm.modules import KnowledgeModule, ModuleSet
@@ -109,6 +109,23 @@ def test_the_base_reads_the_prompt_while_the_module_is_read(tmp_path, monkeypatc
         assert engine.generate(PROMPTS[3], module="digits", max_new_tokens=4).tokens == wanted
         tokens, depth = len(engine.tokenizer.encode(PROMPTS[3])), engine.base.num_layers
         assert read == [(tokens, 0, depth), (tokens, depth, None), *[(1, 0, None)] * 3]
+
+
+def test_others_are_read_while_one_module_hangs_and_a_closed_engine_does_not_wait_for_it(made, monkeypatch):
+    monkeypatch.setattr(fetching, "HANGS", 0.05)
+    monkeypatch.setattr(fetching, "_CLOSING", 0.1)
+    gate = Gate(monkeypatch, "digits")
+    engine = Engine(Store.open(made / "store"))
+    hangs = engine.submit("abc", module="digits", max_new_tokens=2)
+    engine.step()
+    assert gate.waiting.wait(60)
+    wanted = expected(engine, "letters", PROMPTS[1], 5)
+    assert engine.generate(PROMPTS[1], module="letters", max_new_tokens=5).tokens == wanted
+    start = time.monotonic()
+    engine.close()
+    assert time.monotonic() - start < 30
+    assert isinstance(hangs.error, ClosedError)
+    gate.opened.set()
 
 
 def test_a_request_whose_module_hangs_can_leave(engine, monkeypatch):

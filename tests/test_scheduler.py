@@ -46,7 +46,7 @@ class Desk:
     def __init__(self, budget: int | None, max_batch: int) -> None:
         self.loads: list[str] = []
         self.modules = cache_of(budget, self.loads)
-        account = Account(budget, [0], 0)
+        account = Account(budget, [0], 0, 0)
         self.scheduler = Scheduler(self.modules, account, lambda _: Footprint(1, 1), Request.give_up, max_batch)
         self.failed: list[tuple[Request, BaseException]] = []
 

@@ -145,8 +145,8 @@ def table(rows: dict[str, tuple[dict[str, Any], dict[str, Any]]], general: float
 def joint_table(cell: dict[str, Any], rows: dict[str, dict[str, Any]], general: float) -> list[str]:
     """The joint model's losses, and the adapter's perplexity with its memory over them."""
     lines = [
-        f"joint training on {cell['rows']} rows, rate {cell['rate']:g}: {cell['seconds']:.0f} s, other text {cell['general']:.3f} "
-        f"({cell['general'] - general:+.3f})",
+        f"joint training on {cell['rows']} rows, rate {cell['rate']:g}: {cell['seconds']:.0f} s, "
+        f"other text {cell['general']:.3f} ({cell['general'] - general:+.3f})",
         "| domain | joint | " + " | ".join(f"{name}, over joint" for name in BESIDE) + " |",
         "|---|---:|" + "---:|" * len(BESIDE),
     ]

@@ -38,11 +38,13 @@ class Account:
         budget: bytes for all of them; None for no bound.
         slot_bytes: of one token's keys and values, by the base's slots.
         state_bytes: of one token's hidden state.
+        row_bytes: of the logits of one row while a token is drawn: what a request takes for each module set but the
+            first, which counts as part of a pass.
     """
 
-    def __init__(self, budget: int | None, slot_bytes: Sequence[int], state_bytes: int) -> None:
+    def __init__(self, budget: int | None, slot_bytes: Sequence[int], state_bytes: int, row_bytes: int) -> None:
         self.budget = budget
-        self._slot_bytes, self._state_bytes = slot_bytes, state_bytes
+        self._slot_bytes, self._state_bytes, self._row_bytes = slot_bytes, state_bytes, row_bytes
         self._held: dict[Request, Footprint] = {}
         self._bytes = 0
 
@@ -59,7 +61,8 @@ class Account:
         """What such requests come to together."""
         texts = [(one.tokens, one.slots) for one in footprints for _ in range(one.copies)]
         states = sum(room_size(one.tokens) * one.states for one in footprints)
-        return Rooms.bytes_for(texts, self._slot_bytes) + states * self._state_bytes
+        rows = sum(one.copies - 1 for one in footprints)
+        return Rooms.bytes_for(texts, self._slot_bytes) + states * self._state_bytes + rows * self._row_bytes
 
     def hold(self, request: Request, footprint: Footprint | None) -> Footprint | None:
         """Sets what a request holds, None for nothing; returns what it held before."""

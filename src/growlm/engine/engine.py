@@ -30,7 +30,7 @@ from growlm.engine.sampling import Sampler, SamplingConfig
 from growlm.engine.scheduler import MOST_TOKENS
 from growlm.engine.selection import AUTO, Wanted, require_one_way, select
 from growlm.engine.sources import Quote, quotes
-from growlm.engine.workspace import workspace_bytes
+from growlm.engine.workspace import row_bytes, workspace_bytes
 from growlm.errors import BudgetError, ConfigError, setting
 from growlm.layers.thin import allow_thin_products
 from growlm.modules import ModuleSet
@@ -120,7 +120,7 @@ class Engine:
             self._check_budget(self.base_bytes, self.router.num_bytes(), self.workspace_bytes)
         left = None if self.memory is None else self.memory - self.fixed_bytes - self.workspace_bytes
         token = [] if left is None else slot_bytes(self.base)
-        self._account = Account(left, token, self.base.hidden_size * self.base.dtype.itemsize)
+        self._account = Account(left, token, self.base.hidden_size * self.base.dtype.itemsize, row_bytes(self.base))
         self._prefixes, self._prefix_bytes = PrefixCache(self._room_for_prefixes), parse_size(prefix_bytes)
         self.modules = ModuleCache(
             left,

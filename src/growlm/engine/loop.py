@@ -19,12 +19,13 @@ from torch import Tensor
 
 from growlm.base import Base, tensor_bytes
 from growlm.base.rooms import Rooms
-from growlm.engine.account import Account, Footprint
+from growlm.engine.account import Account
 from growlm.engine.drafting import MOST
-from growlm.engine.kv import BASE, PrefixCache
+from growlm.engine.kv import PrefixCache
 from growlm.engine.mixing import Posterior
 from growlm.engine.module_cache import ModuleCache
-from growlm.engine.request import Branch, Names, Request, State
+from growlm.engine.reading import Reading
+from growlm.engine.request import Branch, Request, State
 from growlm.engine.routing import Routing
 from growlm.engine.runner import Runner, Work, come_to
 from growlm.engine.scheduler import Part, Scheduler
@@ -65,8 +66,9 @@ class Loop:
     ) -> None:
         self.base, self.modules, self.routing = base, modules, routing
         self.prefixes, self.account = prefixes, account
-        self.scheduler = Scheduler(modules, account, self._footprint, Request.give_up, max_batch)
         self.runner, self.rooms = Runner(base), Rooms()
+        self.reading = Reading(base, modules, routing, prefixes, account, self.rooms)
+        self.scheduler = Scheduler(modules, account, self.reading.footprint, Request.give_up, max_batch)
         self.writer = Writer(base, self.runner, end_tokens)
         self.sets: WeakValueDictionary[tuple[str, ...], ModuleSet] = WeakValueDictionary()  # those that are in use
         self.stepping = Turns()  # held for a step, and by what must be alone
@@ -187,13 +189,13 @@ class Loop:
     def _step(self) -> None:
         """Admits what can be admitted, runs one pass, and gives every request what is its own."""
         self._take_in()
-        self.modules.drop_idle()
+        self.modules.tend()
         if not self._pausing:
             admitted = self.scheduler.admit(lambda request, error: self._end(request, error=error))
             if admitted:
                 self.prefixes.shrink()
             for request in admitted:
-                self._with(request, self._read_below)
+                self._with(request, self.reading.begin)
         for request in [r for r in self.scheduler.active if r.arrived]:
             self._with(request, self._start)
         if self.drafts:
@@ -239,7 +241,7 @@ class Loop:
             self._end(request, request.reader(branch.modules, torch.cat(request.hidden)))
         elif not self._moves(request):
             if not request.answer.tokens:
-                self._keep(request)
+                self.reading.keep(request)
                 self._let_follow(request)
             self._write(request, [logits[branch] for branch in request.branches])
 
@@ -274,68 +276,9 @@ class Loop:
             newest = max(len(request.tokens) + len(request.answer.tokens) - LONGEST, 0)
             request.drafts = request.drafter.propose(memories, request.ids(newest, LONGEST), left)
 
-    def _footprint(self, request: Request) -> Footprint:
-        """What a request comes to while it is routed, or where its modules are known, from then on."""
-        states = len(self._kept(self.base.num_layers))
-        if request.names is None:
-            return Footprint(len(request.tokens), self.routing.layer, states)
-        tokens, slots = len(request.tokens) + request.config.max_new_tokens, self.base.num_layers
-        slots += max((self.modules.found(name).stored.shape()[1].new_layers for name in request.names), default=0)
-        return Footprint(tokens, slots, states, max(request.mix, 1))
-
-    def _goal(self, request: Request) -> int:
-        """The layer to which the base reads a prompt, whatever becomes of it there."""
-        if request.names is None:
-            return self.routing.layer
-        if request.reroute:  # what the next module takes over lies behind the last layer
-            return self.base.num_layers
-        if request.mix > 1:
-            return max(self._fork((name,) if name != NONE else ()) for name in request.together)
-        return self._fork(request.names)
-
-    def _kept(self, goal: int) -> set[int]:
-        """Layers, up to one, of which inputs are kept: where the router reads and where modules branch off."""
-        return {at for at in (*self.routing.router.fork_layers, self.routing.layer, goal) if 0 < at <= goal}
-
-    def _read_below(self, request: Request) -> None:
-        """Has the base read a prompt as far as the router needs, or up to where its modules branch off, while they are
-        loaded; what was read before of a text that begins like it is not read again."""
-        goal = self._goal(request)
-        if not goal:
-            request.give_up()
-        if goal <= request.level:
-            return
-        request.goal, request.read = goal, 0
-        request.cache = request.cache or self.rooms.new()
-        if self.account.bounded:  # to have its place from now on
-            request.cache.reserve(self._footprint(request).tokens)
-        slots, layers = range(request.level, goal), self._kept(goal) - self._kept(request.level)
-        found = self.prefixes.find(BASE, request.text, slots, layers, salt=request.salt)
-        if found.tokens:
-            request.cache.reserve(found.tokens)
-            found.fill(request.cache, slots)
-            request.states |= {layer: [found.states(layer)] for layer in layers}
-            request.read = found.tokens
-
-    def _keep(self, request: Request) -> None:
-        """Keeps the keys and values of what a request has read, for texts that begin like it."""
-        if request.mix > 1:
-            return
-        (branch,), text = request.branches, request.text[: request.read]
-        modules = branch.modules
-        if modules.fork:
-            states = request.whole_states(request.read)
-            self.prefixes.put(BASE, text, branch.cache, range(modules.fork), states, salt=request.salt)
-        if modules.fork < modules.cache_slots and not request.reroute:
-            slots = range(modules.fork, modules.cache_slots)
-            self.prefixes.put(modules.digest, text, branch.cache, slots, salt=request.salt)
-
     def _reach_goal(self, request: Request) -> None:
         """The base has read a prompt as far as it should: the router's turn, or the modules'."""
-        assert request.cache is not None
-        assert request.goal is not None
-        states = request.whole_states(request.read)
-        self.prefixes.put(BASE, request.text, request.cache, range(request.goal), states, salt=request.salt)
+        states = self.reading.end(request)
         routing = request.state is State.ROUTING
         request.rest()
         if not routing:
@@ -399,7 +342,7 @@ class Loop:
         if request.cache is not None:  # of which no branch has made use
             request.cache.free()
             request.cache = None
-        request.begin(self._begun(request))
+        request.begin(self.reading.read_before(request))
         request.resident = max(request.resident, self._resident())
 
     def _branch(self, request: Request, modules: ModuleSet, last: bool) -> Branch:
@@ -415,26 +358,8 @@ class Loop:
         branch = Branch(modules, cache, level)
         cache.cut(level)
         if self.account.bounded:
-            cache.reserve(self._footprint(request).tokens)
+            cache.reserve(self.reading.footprint(request).tokens)
         return branch
-
-    def _begun(self, request: Request) -> int:
-        """How many tokens of a prompt need not be read any more, of which keys and values are filled in."""
-        if len(request.branches) > 1 or request.reroute:
-            return 0
-        (branch,) = request.branches
-        slots = range(branch.modules.fork, branch.modules.cache_slots)
-        if request.config.prompt_logprobs is not None or request.reader is not None:  # all of it is wanted
-            return 0
-        if branch.level < branch.modules.fork:  # what lies between was not read for it
-            return 0
-        if not slots:
-            return len(request.tokens) - 1
-        found = self.prefixes.find(branch.modules.digest, request.tokens, slots, salt=request.salt)
-        if found.tokens:
-            branch.cache.reserve(found.tokens)
-            found.fill(branch.cache, slots)
-        return found.tokens
 
     def _set_of(self, held: Sequence[KnowledgeModule]) -> ModuleSet:
         """The one of these modules that is in use, or a new one."""
@@ -478,7 +403,7 @@ class Loop:
             work = Work(self._base_alone, ids, start, request.cache, leaves=request.goal)
             if request.level:
                 work.enters, work.hidden = request.level, request.states_of(request.level)[:, start : start + many]
-            work.keeps = self._kept(request.goal or 0) - {request.goal} - self._kept(request.level)
+            work.keeps = self.reading.kept(request.goal or 0) - {request.goal} - self.reading.kept(request.level)
             return [work]
         works = []
         for branch in request.branches:
@@ -486,12 +411,12 @@ class Loop:
             if branch.level and start < request.stated:
                 work.enters, work.hidden = branch.level, request.states_of(branch.level)[:, start : start + many]
             elif request.mixture is None:
-                work.keeps = self._kept(branch.modules.fork)
+                work.keeps = self.reading.kept(branch.modules.fork)
             works.append(work)
         return works
 
     def _finish(self, request: Request) -> None:
-        self._keep(request)
+        self.reading.keep(request)
         config, sampler = request.config, request.sampler
         assert sampler is not None
         names, mixture = list(request.names or ()), {}
@@ -541,7 +466,3 @@ class Loop:
         if gone - {branch.modules.digest for other in self.scheduler.active for branch in other.branches}:
             self.runner.forget()
         self.modules.release(held)
-
-    def _fork(self, names: Names) -> int:
-        forks = (self.modules.found(name).stored.fork_on(self.base.num_layers) for name in names)
-        return min(forks, default=self.base.num_layers)

@@ -12,11 +12,12 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from growlm.engine.fetching import Fetcher
 from growlm.errors import BudgetError, GrowlmError
 from growlm.modules import KnowledgeModule
 from growlm.units import format_size
@@ -83,7 +84,7 @@ class ModuleCache:
         self._found: dict[str, Found] = {}  # of those that are resident
         self._pins: Counter[str] = Counter()
         self._lock = threading.Condition()
-        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="growlm-load")
+        self._fetcher = Fetcher()
         self.counts = CacheCounts()
         self.changes = 0  # grows with everything that may make room, or take some
 
@@ -251,8 +252,10 @@ class ModuleCache:
         with self._lock:
             return sorted(self._kept)
 
-    def drop_idle(self) -> None:
-        """Lets go of modules that nobody has used for as long as modules may be idle."""
+    def tend(self) -> None:
+        """To be called now and then: lets go of modules that nobody has used for as long as modules may be idle, and
+        has others read where one hangs."""
+        self._fetcher.tend()
         if self._idle is None:
             return
         with self._lock:
@@ -268,7 +271,7 @@ class ModuleCache:
                 self._evict(name)
 
     def close(self) -> None:
-        self._reader.shutdown(wait=True, cancel_futures=True)
+        self._fetcher.close()
         with self._lock:
             self._resident.clear()
             self._found.clear()
@@ -291,7 +294,7 @@ class ModuleCache:
         self._found[name] = found
         self._make_way()
         self.counts.loads += 1
-        future = self._resident[name] = self._reader.submit(found.load)
+        future = self._resident[name] = self._fetcher.submit(found.load)
         future.add_done_callback(lambda done: self._is_read(name, done))
         return future
 

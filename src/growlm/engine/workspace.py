@@ -74,4 +74,9 @@ def workspace_bytes(base: Base, tokens: int, rows: int) -> int:
     of_pass(1)  # what is measured once a process
     few, more = of_pass(_FEW), of_pass(_MORE)
     slope = max(more - few, 0) / (_MORE - _FEW)
-    return int(few + slope * max(tokens - _FEW, 0)) + _MIXED * rows * base.vocab_size * torch.float32.itemsize
+    return int(few + slope * max(tokens - _FEW, 0)) + rows * row_bytes(base)
+
+
+def row_bytes(base: Base) -> int:
+    """Bytes of the logits (v,) of one row while a token is drawn from them."""
+    return _MIXED * base.vocab_size * torch.float32.itemsize

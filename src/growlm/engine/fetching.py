@@ -1,0 +1,96 @@
+"""Fetching: a thread beside the engine's steps that reads modules, one after another.
+
+A file that hangs, as on a disk far away, holds up its own module alone: after a while another thread reads on, and a
+process that ends does not wait for it. Knows functions; not what they read.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+HANGS = 10.0  # seconds that others wait for one that is read
+_CLOSING = 5.0  # and that `close` waits for all of them together
+
+
+class Fetcher:
+    """Calls functions in the order in which they come, at most a few at a time: one, and those that hang."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._queue: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        self._threads: list[threading.Thread] = []
+        self._since: dict[threading.Thread, float] = {}  # when each began what it is at
+        self._closed = False
+
+    def submit(self, fetch: Callable[[], Any]) -> Future[Any]:
+        """What it will return, or raise.
+
+        Raises:
+            RuntimeError: it was closed.
+        """
+        future: Future[Any] = Future()
+        with self._changed:
+            if self._closed:
+                raise RuntimeError("closed")
+            self._queue.append((future, fetch))
+            self._changed.notify()
+        self.tend()
+        return future
+
+    def tend(self) -> None:
+        """Has another thread go on where all hang and something waits; to be called now and then."""
+        with self._changed:
+            if not self._queue or self._able():
+                return
+            thread = threading.Thread(target=self._work, name="growlm-load", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def close(self) -> None:
+        """What waits is cancelled; what is being read is waited for, but for some seconds only."""
+        with self._changed:
+            self._closed = True
+            for future, _ in self._queue:
+                future.cancel()
+            self._queue.clear()
+            self._changed.notify_all()
+        end = time.monotonic() + _CLOSING
+        for thread in list(self._threads):
+            thread.join(max(end - time.monotonic(), 0))
+
+    def _able(self) -> int:
+        """Threads that do not hang."""
+        late = time.monotonic() - HANGS
+        return len(self._threads) - sum(since <= late for since in self._since.values())
+
+    def _work(self) -> None:
+        me = threading.current_thread()
+        while True:
+            with self._changed:
+                self._since.pop(me, None)
+                if self._able() > 1:  # this one hung, and another has taken over
+                    self._threads.remove(me)
+                    return
+                self._changed.wait_for(lambda: bool(self._queue) or self._closed)
+                if not self._queue:
+                    return
+                future, fetch = self._queue.popleft()
+                self._since[me] = time.monotonic()
+            _call(future, fetch)
+            del future, fetch  # a module is held by nobody but who asked for it
+
+
+def _call(future: Future[Any], fetch: Callable[[], Any]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        found = fetch()
+    except BaseException as error:
+        future.set_exception(error)
+    else:
+        future.set_result(found)

@@ -1,0 +1,121 @@
+"""Reading: how far the base reads a prompt, what that comes to, and what of it need not be read again.
+
+Knows requests and what is kept of texts; runs nothing and chooses no module.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from growlm.base import Base
+from growlm.base.rooms import Rooms
+from growlm.engine.account import Account, Footprint
+from growlm.engine.kv import BASE, PrefixCache
+from growlm.engine.module_cache import ModuleCache
+from growlm.engine.request import Names, Request
+from growlm.engine.routing import Routing
+from growlm.router import NONE
+
+
+class Reading:
+    """Of one engine."""
+
+    def __init__(
+        self,
+        base: Base,
+        modules: ModuleCache,
+        routing: Routing,
+        prefixes: PrefixCache,
+        account: Account,
+        rooms: Rooms,
+    ) -> None:
+        self._base, self._modules, self._routing = base, modules, routing
+        self._prefixes, self._account, self._rooms = prefixes, account, rooms
+
+    def footprint(self, request: Request) -> Footprint:
+        """What a request comes to while it is routed, or where its modules are known, from then on."""
+        states = len(self.kept(self._base.num_layers))
+        if request.names is None:
+            return Footprint(len(request.tokens), self._routing.layer, states)
+        tokens, slots = len(request.tokens) + request.config.max_new_tokens, self._base.num_layers
+        slots += max((self._modules.found(name).stored.shape()[1].new_layers for name in request.names), default=0)
+        return Footprint(tokens, slots, states, max(request.mix, 1))
+
+    def goal_of(self, request: Request) -> int:
+        """The layer to which the base reads a prompt, whatever becomes of it there."""
+        if request.names is None:
+            return self._routing.layer
+        if request.reroute:  # what the next module takes over lies behind the last layer
+            return self._base.num_layers
+        if request.mix > 1:
+            return max(self.fork_of((name,) if name != NONE else ()) for name in request.together)
+        return self.fork_of(request.names)
+
+    def kept(self, goal: int) -> set[int]:
+        """Layers, up to one, of which inputs are kept: where the router reads and where modules branch off."""
+        return {at for at in (*self._routing.router.fork_layers, self._routing.layer, goal) if 0 < at <= goal}
+
+    def begin(self, request: Request) -> None:
+        """Has the base read a prompt as far as the router needs, or up to where its modules branch off, while they are
+        loaded; what was read before of a text that begins like it is not read again."""
+        goal = self.goal_of(request)
+        if not goal:
+            request.give_up()
+        if goal <= request.level:
+            return
+        request.goal, request.read = goal, 0
+        request.cache = request.cache or self._rooms.new()
+        if self._account.bounded:  # to have its place from now on
+            request.cache.reserve(self.footprint(request).tokens)
+        slots, layers = range(request.level, goal), self.kept(goal) - self.kept(request.level)
+        found = self._prefixes.find(BASE, request.text, slots, layers, salt=request.salt)
+        if found.tokens:
+            request.cache.reserve(found.tokens)
+            found.fill(request.cache, slots)
+            request.states |= {layer: [found.states(layer)] for layer in layers}
+            request.read = found.tokens
+
+    def end(self, request: Request) -> dict[int, Tensor]:
+        """The base has read a prompt as far as it should, which is kept for texts that begin like it; returns the
+        inputs (1, n, d) of layers that were kept of it."""
+        assert request.cache is not None
+        assert request.goal is not None
+        states = request.whole_states(request.read)
+        self._prefixes.put(BASE, request.text, request.cache, range(request.goal), states, salt=request.salt)
+        return states
+
+    def read_before(self, request: Request) -> int:
+        """How many tokens of a prompt its modules need not read any more, of which keys and values are filled in."""
+        if len(request.branches) > 1 or request.reroute:
+            return 0
+        (branch,) = request.branches
+        slots = range(branch.modules.fork, branch.modules.cache_slots)
+        if request.config.prompt_logprobs is not None or request.reader is not None:  # all of it is wanted
+            return 0
+        if branch.level < branch.modules.fork:  # what lies between was not read for it
+            return 0
+        if not slots:
+            return len(request.tokens) - 1
+        found = self._prefixes.find(branch.modules.digest, request.tokens, slots, salt=request.salt)
+        if found.tokens:
+            branch.cache.reserve(found.tokens)
+            found.fill(branch.cache, slots)
+        return found.tokens
+
+    def keep(self, request: Request) -> None:
+        """Keeps the keys and values of what a request has read, for texts that begin like it."""
+        if request.mix > 1:
+            return
+        (branch,), text = request.branches, request.text[: request.read]
+        modules = branch.modules
+        if modules.fork:
+            states = request.whole_states(request.read)
+            self._prefixes.put(BASE, text, branch.cache, range(modules.fork), states, salt=request.salt)
+        if modules.fork < modules.cache_slots and not request.reroute:
+            slots = range(modules.fork, modules.cache_slots)
+            self._prefixes.put(modules.digest, text, branch.cache, slots, salt=request.salt)
+
+    def fork_of(self, names: Names) -> int:
+        """The layer up to which the base reads for these modules."""
+        forks = (self._modules.found(name).stored.fork_on(self._base.num_layers) for name in names)
+        return min(forks, default=self._base.num_layers)
