@@ -175,6 +175,28 @@ def test_a_module_that_cannot_be_read_fails_its_own_requests_alone(home):
         nothing_is_left(engine)
 
 
+@pytest.mark.parametrize("more", [None, 0, 20_000, 10**8])
+def test_adapters_side_by_side_take_no_more_than_there_is(tmp_path, more):
+    """Several modules of kind lora in one pass: they are copied where there is room, and answer as each alone."""
+    store, names = make_store(tmp_path, "llama", {"letters": {"kind": "lora", "r": 2}}), ["letters", "b", "c", "d"]
+    for number, name in enumerate(names[1:]):
+        add_module(store, store.load_base(), name, number, domain="digits", kind="lora", r=3 + number)
+    with Engine(store) as engine:
+        weights = engine.fixed_bytes + sum(stored.bytes for stored in store.modules.values())
+    memory = None if more is None else with_texts(store, weights, texts=8) + more
+    with Engine(store, memory=memory, prefix_bytes=0) as engine:
+        asked = [(name, prompt) for name in names for prompt in PROMPTS[:2]]
+        requests = [engine.submit(prompt, module=name, max_new_tokens=9) for name, prompt in asked]
+        most = 0
+        while engine.step():
+            assert memory is None or engine.used_bytes <= memory
+            most = max(most, engine._slabs.num_bytes())
+        assert most or more == 0
+        assert engine._slabs.num_bytes() == 0
+        for (name, prompt), request in zip(asked, requests, strict=True):
+            assert request.result.tokens == expected(engine, name, prompt, 9)
+
+
 def test_a_pass_that_fails_fails_what_was_in_it_and_the_next_one_runs(engine, monkeypatch):
     run = Runner.run
 
@@ -280,17 +302,18 @@ def test_what_must_be_alone_waits_for_what_runs(engine):
 # The drill
 
 
-def is_the_answer(base, modules, prompt: list[int], tokens: list[int]) -> bool:
-    """Whether a greedy answer is that of whole passes, or differs first where the best two lie close together."""
+def apart(base, modules, prompt: list[int], tokens: list[int]) -> float | None:
+    """How far the best two tokens lie apart where a greedy answer leaves that of whole passes: 0 if it never does, None
+    where they are too far for it to be one."""
     ids = list(prompt)
     for token in tokens:
         with torch.no_grad():
             logits = ModuleSet(base, modules).logits(torch.tensor([ids]))[0, -1]
         best, second = logits.topk(2).values.tolist()
         if int(logits.argmax()) != token:
-            return token == int(logits.topk(2).indices[1]) and best - second <= NEAR
+            return best - second if token == int(logits.topk(2).indices[1]) and best - second <= NEAR else None
         ids.append(token)
-    return True
+    return 0
 
 
 def test_whatever_comes_goes_or_changes_every_answer_is_that_of_a_request_alone(home, monkeypatch):
@@ -328,7 +351,7 @@ def test_whatever_comes_goes_or_changes_every_answer_is_that_of_a_request_alone(
         def change() -> None:
             """An update, then a removal and the module's return, over and over."""
             seed = 100
-            while not over.wait(0.05):
+            while not over.wait(0.05 * max(requests / 300, 1)):  # about as many versions in a long drill
                 seed += 1
                 name = draws.choice(["letters", "digits"])
                 add_module(store, base, name, seed, **SHAPES[name])
@@ -353,7 +376,14 @@ def test_whatever_comes_goes_or_changes_every_answer_is_that_of_a_request_alone(
         assert most <= memory
         assert watch.loads
     assert len(answers) > requests // 3
+    ties = 0
     for prompt, answer in answers:
         ids = engine.tokenizer.encode(prompt)
         tried = [[]] if answer.module is None else [[module] for module in versions[answer.module]]
-        assert any(is_the_answer(base, modules, ids, answer.tokens) for modules in tried), (prompt, answer)
+        found = [apart(base, modules, ids, answer.tokens) for modules in tried]
+        assert any(one is not None for one in found), (prompt, answer)
+        ties += 0 not in found
+    print(
+        f"{len(answers)} answers, {ties} that differ at a tie, {len(refused)} refused, at most {most} of {memory} bytes"
+    )
+    assert ties <= max(len(answers) // 50, 1)

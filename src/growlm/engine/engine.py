@@ -32,6 +32,7 @@ from growlm.engine.selection import AUTO, Wanted, require_one_way, select
 from growlm.engine.sources import Quote, quotes
 from growlm.engine.workspace import row_bytes, workspace_bytes
 from growlm.errors import BudgetError, ConfigError, setting
+from growlm.layers.slabs import Slabs
 from growlm.layers.thin import allow_thin_products
 from growlm.modules import ModuleSet
 from growlm.progress import phase
@@ -122,6 +123,7 @@ class Engine:
         token = [] if left is None else slot_bytes(self.base)
         self._account = Account(left, token, self.base.hidden_size * self.base.dtype.itemsize, row_bytes(self.base))
         self._prefixes, self._prefix_bytes = PrefixCache(self._room_for_prefixes), parse_size(prefix_bytes)
+        self._slabs = Slabs(self._room_for_slabs)
         self.modules = ModuleCache(
             left,
             Loader(store, self.base, self._row_cache).find,
@@ -130,7 +132,7 @@ class Engine:
             hint="" if self._row_cache is None else f", or lower --row-cache, {format_size(self._row_cache)}",
             idle=idle,
             held=lambda: self._account.held_bytes,
-            make_way=self._prefixes.shrink,
+            make_way=self._make_way,
         )
         self._loop = Loop(
             self.base,
@@ -138,8 +140,10 @@ class Engine:
             self._routing,
             self._prefixes,
             self._account,
+            self._slabs,
             max_batch=max_batch,
             drafts=drafts,
+            make_way=self._make_way,
             resident=lambda: self.resident_bytes,
             end_tokens=ends,
             where=str(store.path),
@@ -165,12 +169,22 @@ class Engine:
     @property
     def used_bytes(self) -> int:
         """Bytes of all that `memory` bounds: weights, keys and values of what is being answered, what is kept of texts,
-        and what a pass takes (`workspace_bytes`, which is not known where there is no bound)."""
-        return self.resident_bytes + self.workspace_bytes + self._loop.num_bytes() + self._prefixes.num_bytes()
+        copies of weights that stand side by side, and what a pass takes (`workspace_bytes`, which is not known where
+        there is no bound)."""
+        kept = self._prefixes.num_bytes() + self._slabs.num_bytes()
+        return self.resident_bytes + self.workspace_bytes + self._loop.num_bytes() + kept
 
     def _room_for_prefixes(self) -> int:
-        left = self._account.left(self.modules.resident_bytes)
+        left = self._account.left(self.modules.resident_bytes + self._slabs.num_bytes())
         return self._prefix_bytes if left is None else min(self._prefix_bytes, left)
+
+    def _room_for_slabs(self) -> int | None:
+        return self._account.left(self.modules.resident_bytes + self._prefixes.num_bytes())
+
+    def _make_way(self) -> None:
+        """Lets go of what is only kept where there is room, as far as there is none any more."""
+        self._slabs.shrink()
+        self._prefixes.shrink()
 
     def pin(self, module: str) -> None:
         """Brings a module into memory and keeps it there, whatever else comes, until `unpin`.

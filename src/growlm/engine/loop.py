@@ -32,6 +32,7 @@ from growlm.engine.scheduler import Part, Scheduler
 from growlm.engine.turns import Turns
 from growlm.engine.writing import Writer
 from growlm.errors import ClosedError, ConfigError, GrowlmError
+from growlm.layers.slabs import Slabs
 from growlm.modules import KnowledgeModule, ModuleSet
 from growlm.recall.suffixes import LONGEST
 from growlm.router import NONE, Route
@@ -45,6 +46,7 @@ class Loop:
 
     Args:
         drafts: whether answers of modules that recall are tried as their text goes on.
+        make_way: called once requests have a place, of which keys and values are counted by then.
         resident: bytes of all weights in memory.
         end_tokens: that end an answer; they are no part of it.
         where: what to call the engine in messages.
@@ -57,16 +59,18 @@ class Loop:
         routing: Routing,
         prefixes: PrefixCache,
         account: Account,
+        slabs: Slabs,
         *,
         max_batch: int,
         drafts: bool,
+        make_way: Callable[[], None],
         resident: Callable[[], int],
         end_tokens: set[int],
         where: str,
     ) -> None:
         self.base, self.modules, self.routing = base, modules, routing
-        self.prefixes, self.account = prefixes, account
-        self.runner, self.rooms = Runner(base), Rooms()
+        self.prefixes, self.account, self.slabs = prefixes, account, slabs
+        self.runner, self.rooms = Runner(base, slabs), Rooms()
         self.reading = Reading(base, modules, routing, prefixes, account, self.rooms)
         self.scheduler = Scheduler(modules, account, self.reading.footprint, Request.give_up, max_batch)
         self.writer = Writer(base, self.runner, end_tokens)
@@ -74,7 +78,7 @@ class Loop:
         self.stepping = Turns()  # held for a step, and by what must be alone
         self.closed = False
         self.drafts = drafts
-        self._resident, self._where = resident, where
+        self._resident, self._make_way, self._where = resident, make_way, where
         self._base_alone = ModuleSet(base)
         self._arriving: deque[Request] = deque()
         self._leaving: deque[Request] = deque()
@@ -193,7 +197,7 @@ class Loop:
         if not self._pausing:
             admitted = self.scheduler.admit(lambda request, error: self._end(request, error=error))
             if admitted:
-                self.prefixes.shrink()
+                self._make_way()
             for request in admitted:
                 self._with(request, self.reading.begin)
         for request in [r for r in self.scheduler.active if r.arrived]:
@@ -465,4 +469,6 @@ class Loop:
         held = request.let_go()
         if gone - {branch.modules.digest for other in self.scheduler.active for branch in other.branches}:
             self.runner.forget()
+        if not self.scheduler.active:
+            self.slabs.clear()
         self.modules.release(held)

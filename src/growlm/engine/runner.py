@@ -19,6 +19,7 @@ from growlm.base import Base, LayerToRun, Pass
 from growlm.base.rooms import Rooms, TextCache
 from growlm.base.segments import Segment
 from growlm.layers.around import Shares, together
+from growlm.layers.slabs import Slabs
 from growlm.layers.thin import thin_products
 from growlm.modules import ModuleSet
 
@@ -98,11 +99,15 @@ class _Staircase:
 
 class Runner:
     """Runs passes over one base. Between two passes it holds what was joined of the last one's module sets: `forget`
-    lets go of them."""
+    lets go of them.
 
-    def __init__(self, base: Base) -> None:
+    Args:
+        slabs: what low-rank differences of several module sets are copied into.
+    """
+
+    def __init__(self, base: Base, slabs: Slabs | None = None) -> None:
         self._base = base
-        self._shares = Shares()
+        self._shares = Shares(Slabs() if slabs is None else slabs)
         self._joined: dict[tuple[int, tuple[str, ...]], nn.Module | None] = {}
 
     def forget(self) -> None:
@@ -185,7 +190,7 @@ class Runner:
         if layer is None:  # they differ in more than in what stands around parts of it
             stairs.hidden = torch.cat([stairs.run(n, [run]) for n, run in enumerate(variants)], dim=1)
         else:
-            self._shares.ends = tuple(stairs.ends)
+            self._shares.begin(key[1], stairs.ends)
             stairs.hidden = self._base.run(stairs.hidden, [variants[0]._replace(layer=layer)], stairs.shared(None))
         return key
 

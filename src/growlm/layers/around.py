@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from growlm.layers.slabs import LowRank, Slabs
+
 # t tokens of all owners
 
 
@@ -34,6 +36,10 @@ class Around(nn.Module, ABC):
     def finish(self, hidden: Tensor, plain: Tensor | None) -> Tensor:
         """The result for `hidden`, of which the frozen module makes `plain`; None where that is not read."""
 
+    def low_rank(self) -> LowRank | None:
+        """What it adds to a matrix's result, where that is all it does and made of products of two thin matrices."""
+        return None
+
     def forward(self, hidden: Tensor) -> Tensor:
         return self.finish(hidden, result(self.frozen(hidden)) if self.reads_frozen else None)
 
@@ -44,10 +50,20 @@ def result(given: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 
 class Shares:
-    """Which of a batch's tokens are whose: `ends` (owners,), the places behind each owner's last token."""
+    """Which of a batch's tokens are whose: `ends` (owners,), the places behind each owner's last token.
 
-    def __init__(self) -> None:
+    Args:
+        slabs: what low-rank differences of several owners are copied into.
+    """
+
+    def __init__(self, slabs: Slabs) -> None:
         self.ends: tuple[int, ...] = ()
+        self.slabs = slabs
+
+    def begin(self, owners: Sequence[str], ends: Sequence[int]) -> None:
+        """A pass over tokens of these owners, who are told apart by what they have around modules."""
+        self.ends = tuple(ends)
+        self.slabs.begin(owners, ends)
 
 
 class Together(nn.Module):
@@ -60,13 +76,21 @@ class Together(nn.Module):
     def __init__(self, frozen: nn.Module, around: Sequence[Around | None], shares: Shares) -> None:
         super().__init__()
         self._frozen, self._around, self._shares = (frozen,), tuple(around), shares
+        low_rank = [None if one is None else one.low_rank() for one in around]
+        others = any(one is not None and low is None for one, low in zip(around, low_rank, strict=True))
+        self._low_rank = None if others else low_rank
 
     def forward(self, hidden: Tensor) -> Tensor:
         ends = self._shares.ends
         sizes = [end - start for start, end in zip((0, *ends), ends, strict=False)]
         plain: Sequence[Tensor | None] = [None] * len(ends)
         if any(one is None or one.reads_frozen for one in self._around):
-            plain = result(self._frozen[0](hidden)).split(sizes, dim=-2)
+            of_all = result(self._frozen[0](hidden))
+            if self._low_rank is not None:
+                added = self._shares.slabs.added(self._frozen[0], hidden, of_all, self._low_rank)
+                if added is not None:
+                    return added
+            plain = of_all.split(sizes, dim=-2)
         parts = []
         for one, own, made in zip(self._around, hidden.split(sizes, dim=-2), plain, strict=True):
             if one is not None:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from growlm.base import Base, LayerToRun
 from growlm.errors import ConfigError, setting
 from growlm.layers.around import Around
+from growlm.layers.slabs import LowRank
 from growlm.modules.contract import KnowledgeModule
 from growlm.modules.shapes import LoraConfig, is_called
 from growlm.modules.vocabulary import VocabularyRows
@@ -55,8 +56,11 @@ class Adapter(nn.Module):
 
     def added_to(self, total: Tensor, x: Tensor) -> Tensor:
         """`total` (..., out) and what it adds to it for x (..., in), in fewer steps; without DoRA."""
-        few = F.linear(x.flatten(0, -2), self.lora_A.weight)
-        return torch.addmm(total.flatten(0, -2), few, self.lora_B.weight.t(), alpha=self.scaling).view(total.shape)
+        total, x = total.flatten(0, -2), x.flatten(0, -2)
+        if total.stride(-1) == 1:
+            return torch.addmm(total, F.linear(x, self.lora_A.weight), self.lora_B.weight.t(), alpha=self.scaling)
+        few = torch.mm(self.lora_A.weight, x.t())  # as a thin product lies in memory
+        return torch.addmm(total.t(), self.lora_B.weight, few, alpha=self.scaling).t()
 
     def merged(self, weight: Tensor) -> Tensor:
         """The matrix (out, in) that computes the same alone, in float32."""
@@ -101,13 +105,22 @@ class _Adapted(Around):
     def frozen(self) -> nn.Module:
         return self.inner
 
+    def low_rank(self) -> LowRank | None:
+        parts = []
+        for adapter in self.adapters:
+            assert isinstance(adapter, Adapter)
+            if adapter.magnitude is not None:
+                return None
+            parts.append((adapter.lora_A.weight, adapter.lora_B.weight, adapter.scaling))
+        return parts
+
     def finish(self, hidden: Tensor, plain: Tensor | None) -> Tensor:
         assert plain is not None
         weight, total = matrix_of(self.inner), plain
         for adapter in self.adapters:
             assert isinstance(adapter, Adapter)
             if adapter.magnitude is None and torch.is_inference_mode_enabled():
-                total = adapter.added_to(total, hidden)
+                total = adapter.added_to(total, hidden).view(plain.shape)
                 continue
             without_bias = plain
             if adapter.magnitude is not None and self.bias is not None:
