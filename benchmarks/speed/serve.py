@@ -7,6 +7,8 @@ values; nothing else. All sides run in turn in one process, medians of `--rounds
     one       16 streams of one module of kind lora; transformers' `generate` and `generate_batch` of the checkpoint
               that base and module make, and the engine asked one prompt after another
     eight     16 streams of eight modules, Poisson arrivals, of kind lora and of kind blocks
+    mixed     16 prompts for eight modules of kind lora that are all there at once, and PEFT's mixed batch of the same
+              adapters (`adapter_names`)
     long      the first token of short prompts while a prompt of 4,000 tokens is read, and without it
 
 python -m benchmarks.speed.serve --base CHECKPOINT --out serve/
@@ -79,11 +81,11 @@ class Steps:
             while left and left[0][0] <= number:
                 _, prompt, name = left.pop(0)
                 asked.append(self.engine.submit(prompt, module=name, max_new_tokens=new))
+            here = [r for r in asked if r.state is not State.FINISHED]
             begun = time.perf_counter()
             busy = self.engine.step()
             self.times.append(1000 * (time.perf_counter() - begun))
-            running = [r for r in asked if r.state is State.RUNNING]
-            self.writing.append(len(running) if all(r.answer.tokens for r in running) else 0)
+            self.writing.append(len(here) if all(len(r.answer.tokens) > 1 for r in here) else 0)
             number += 1
             if not busy and not left:
                 return time.perf_counter() - start, asked
@@ -226,6 +228,48 @@ def eight(store: Store, a: argparse.Namespace, kind: str) -> dict[str, Any]:
     return found
 
 
+def mixed(store: Store, a: argparse.Namespace) -> dict[str, Any]:
+    """Tokens a second of 16 prompts for eight modules, two each."""
+    from peft import PeftModel
+
+    names = [f"lora-{number % MODULES}" for number in range(STREAMS)]
+    prompts = prompts_of(store, STREAMS, PROMPT)
+    plain, model = AutoModelForCausalLM.from_pretrained(a.base, dtype=torch.float32), None
+    for name in names[:MODULES]:
+        if not (folder := a.out / "adapters" / name).exists():
+            growlm.export(store, folder, name, form="peft")
+        if model is None:
+            model = PeftModel.from_pretrained(plain, folder, adapter_name=name)
+        else:
+            model.load_adapter(folder, adapter_name=name)
+    model = model.eval()
+    model.generation_config.eos_token_id = None
+    ids = torch.tensor(prompts)
+    with Engine(store, max_batch=STREAMS, prefix_bytes=0) as engine:
+        engine._loop.writer.end_tokens = set()
+
+        def ours() -> list[list[int]]:
+            return [g.tokens for g in engine.generate_many(prompts, modules=names, max_new_tokens=NEW)]
+
+        @torch.inference_mode()
+        def theirs() -> list[list[int]]:
+            options: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "adapter_names": names}
+            return model.generate(ids, attention_mask=torch.ones_like(ids), **options)[:, PROMPT:].tolist()
+
+        sides = {"engine": ours, "PEFT adapter_names": theirs}
+        seconds: dict[str, list[float]] = {side: [] for side in sides}
+        answers: dict[str, list[list[int]]] = {}
+        for turn in range(a.rounds + 1):
+            for side, run in sides.items():
+                start = time.perf_counter()
+                answers[side] = run()
+                if turn:
+                    seconds[side].append(time.perf_counter() - start)
+    same = sum(one == other for one, other in zip(*answers.values(), strict=True))
+    rates = {side: STREAMS * NEW / statistics.median(taken) for side, taken in seconds.items()}
+    return {"tokens a second": rates, "answers that are the same": same}
+
+
 def long(store: Store, a: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds to the first token of short prompts, while a long one is read and without it."""
     short = prompts_of(store, 12, 32)
@@ -261,6 +305,7 @@ STAGES: dict[str, Callable[[Store, argparse.Namespace], dict[str, Any]]] = {
     "one": one,
     "eight lora": lambda store, a: eight(store, a, "lora"),
     "eight blocks": lambda store, a: eight(store, a, "blocks"),
+    "mixed": mixed,
     "long": long,
 }
 
