@@ -173,7 +173,7 @@ def always(monkeypatch):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(2, 256), (1, 7, 256), (3, 5, 256)])
+@pytest.mark.parametrize("shape", [(2, 256), (1, 7, 256), (3, 5, 256), (13, 256)])
 def test_a_thin_product_is_the_linear_layer(always, bias, shape):
     torch.manual_seed(0)
     linear = nn.Linear(256, 300, bias=bias)
@@ -195,3 +195,9 @@ def test_rows_are_those_that_are_measured_to_be_faster():
     assert rows == thin.thin_rows(torch.float32)
     assert rows.start in (0, *thin._TRIED)
     assert rows.stop - 1 in (-1, *thin._TRIED)
+
+
+def test_rows_are_made_up_to_whole_tiles():
+    best = [thin.best_rows(rows) for rows in range(1, 33)]
+    assert best[:16] == [1, 2, 4, 4, 5, 6, 8, 8, 9, *[16] * 7]
+    assert best[16:] == [rows + 16 for rows in best[:16]]
