@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from growlm.layers.thin import add_thin, best_rows, made_up
+
 # t tokens, s slots, r columns of a slot
 
 MOST_TOKENS = 64  # of a pass: with more of them the products of others' slots cost more than they save
@@ -116,9 +118,10 @@ class Slabs:
         if slab is None:
             return None
         slots, width, num_in = slab.a.shape
-        few = torch.mm(slab.a.view(slots * width, num_in), hidden.flatten(0, -2).t())
+        given, a, b = plain.flatten(0, -2), slab.a.view(slots * width, num_in), slab.b.view(-1, slots * width)
+        few = torch.mm(a, made_up(hidden.flatten(0, -2)).t())
         few.masked_fill_(self._others(slab, tuple(one is not None for one in each), now), 0)
-        return torch.addmm(plain.flatten(0, -2).t(), slab.b.view(-1, slots * width), few).t().view(plain.shape)
+        return add_thin(given, b, few).view(plain.shape)
 
     def _filled(self, matrix: nn.Module, each: Sequence[LowRank | None], now: _Now) -> _Slab | None:
         """The slab with what each owner has of this matrix in its slot."""
@@ -163,11 +166,11 @@ class Slabs:
         return _Slab(a.new_zeros(slots, width, a.shape[1]), b.new_zeros(len(b), slots, width), [None] * slots)
 
     def _others(self, slab: _Slab, has: tuple[bool, ...], now: _Now) -> Tensor:
-        """(s r, t) of which slots a token is not."""
+        """(s r, t) of which slots a token is not, nor what stands behind the last one."""
         slots, width, _ = slab.a.shape
         key = slots * width, has
         if key not in now.others:
-            mask = torch.ones(slots, width, now.ends[-1], dtype=torch.bool, device=slab.a.device)
+            mask = torch.ones(slots, width, best_rows(now.ends[-1]), dtype=torch.bool, device=slab.a.device)
             start = 0
             for end, slot, one in zip(now.ends, now.slots, has, strict=True):
                 if one:

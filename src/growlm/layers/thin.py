@@ -38,7 +38,7 @@ class ThinLinear(nn.Linear):
         rows = input.numel() // input.shape[-1]
         if rows < _TRIED[0] or rows not in thin_rows(self.weight.dtype):
             return F.linear(input, self.weight, self.bias)
-        turned = _of_rows(input.reshape(rows, -1), best_rows(rows)).t()
+        turned = made_up(input.reshape(rows, -1)).t()
         if self.bias is None:
             out = torch.mm(self.weight, turned)
         else:
@@ -46,9 +46,17 @@ class ThinLinear(nn.Linear):
         return out.t()[:rows].view(*input.shape[:-1], -1)
 
 
-def _of_rows(x: Tensor, rows: int) -> Tensor:
-    """With rows of zeros behind it, up to so many."""
+def made_up(x: Tensor) -> Tensor:
+    """Rows (n, d) with as many of zeros behind them as they are best computed with."""
+    rows = best_rows(len(x))
     return x if len(x) == rows else F.pad(x, (0, 0, 0, rows - len(x)))
+
+
+def add_thin(total: Tensor, matrix: Tensor, few: Tensor, counts: float = 1.0) -> Tensor:
+    """`total` (n, out) and, counted so many times, what a matrix (out, r) makes of columns (r, n or more)."""
+    if few.shape[1] == len(total):
+        return torch.addmm(total.t(), matrix, few, alpha=counts).t()
+    return torch.add(total, torch.mm(matrix, few).t()[: len(total)], alpha=counts)
 
 
 def allow_thin_products(module: nn.Module) -> None:

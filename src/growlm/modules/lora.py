@@ -21,6 +21,7 @@ from growlm.base import Base, LayerToRun
 from growlm.errors import ConfigError, setting
 from growlm.layers.around import Around
 from growlm.layers.slabs import LowRank
+from growlm.layers.thin import add_thin, made_up
 from growlm.modules.contract import KnowledgeModule
 from growlm.modules.shapes import LoraConfig, is_called
 from growlm.modules.vocabulary import VocabularyRows
@@ -59,8 +60,8 @@ class Adapter(nn.Module):
         total, x = total.flatten(0, -2), x.flatten(0, -2)
         if total.stride(-1) == 1:
             return torch.addmm(total, F.linear(x, self.lora_A.weight), self.lora_B.weight.t(), alpha=self.scaling)
-        few = torch.mm(self.lora_A.weight, x.t())  # as a thin product lies in memory
-        return torch.addmm(total.t(), self.lora_B.weight, few, alpha=self.scaling).t()
+        few = torch.mm(self.lora_A.weight, made_up(x).t())  # as a thin product lies in memory
+        return add_thin(total, self.lora_B.weight, few, self.scaling)
 
     def merged(self, weight: Tensor) -> Tensor:
         """The matrix (out, in) that computes the same alone, in float32."""
