@@ -43,7 +43,7 @@ def test_what_is_asked_for_is_fetched_in_order_and_errors_are_its_own():
     assert [future.result(30) for future in futures if future is not futures[3]] == [-4, -5, -10, 10, 5, 3, 2]
     assert calls == list(range(8))
     fetcher.close()
-    assert not fetcher._threads[0].is_alive()
+    assert not fetcher._threads
     with pytest.raises(RuntimeError):
         fetcher.submit(lambda: None)
 
@@ -74,3 +74,50 @@ def test_one_that_hangs_does_not_keep_it_from_closing(soon):
     assert waits.cancelled()
     gate.set()
     assert hangs.result(30) is True
+
+
+def test_whoever_is_told_that_it_was_closed_may_hold_a_lock_that_others_want_while_they_ask():
+    fetcher, lock, gate, begun = Fetcher(), threading.Lock(), threading.Event(), threading.Event()
+    fetcher.submit(lambda: begun.set() or gate.wait())
+    assert begun.wait(30)
+
+    def told(_: object) -> None:
+        with lock:
+            pass
+
+    fetcher.submit(lambda: None).add_done_callback(told)
+    with lock:
+        closing = threading.Thread(target=fetcher.close)
+        closing.start()
+        while not fetcher._closed:
+            time.sleep(0.001)
+        with pytest.raises(RuntimeError):
+            fetcher.submit(lambda: None)
+        gate.set()
+    closing.join(30)
+    assert not closing.is_alive()
+
+
+def test_a_thread_that_cannot_begin_is_tried_again(monkeypatch):
+    fetcher, start = Fetcher(), threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(RuntimeError):
+        fetcher.submit(lambda: 1)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    assert fetcher.submit(lambda: 2).result(30) == 2
+    fetcher.close()
+
+
+def test_a_thread_that_has_nothing_to_do_ends(monkeypatch):
+    monkeypatch.setattr(fetching, "_IDLE", 0.01)
+    fetcher = Fetcher()
+    assert fetcher.submit(lambda: 1).result(30) == 1
+    (thread,) = list(fetcher._threads) or [None]
+    if thread is not None:
+        thread.join(30)
+    assert fetcher._threads == []
+    assert fetcher.submit(lambda: 2).result(30) == 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -40,6 +42,7 @@ def run(slabs: Slabs, matrix: nn.Linear, owners: dict[int, int], each) -> torch.
     """A pass of owners with so many tokens each, held against each one's own products."""
     names, counts = list(owners), list(owners.values())
     ends = torch.tensor(counts).cumsum(0).tolist()
+    slabs.look()
     slabs.begin([f"owner {name}" for name in names], ends)
     hidden = torch.randn(1, ends[-1], NUM_IN)
     plain = matrix(hidden).detach()
@@ -62,7 +65,7 @@ def test_whoever_comes_and_goes_each_gets_his_own(passes, without, matrices):
             for number, matrix in enumerate(layers):
                 has = [owner not in without or (owner + number) % 2 == 0 for owner in owners]
                 each = [
-                    difference(owner, 1 + owner % 3, 1 + owner % 2) if one else None
+                    difference(owner, (1 + owner % 3) * (1 + number), 1 + owner % 2) if one else None
                     for owner, one in zip(owners, has, strict=True)
                 ]
                 assert (run(slabs, matrix, owners, each) is not None) == (sum(has) > 1)
@@ -105,13 +108,53 @@ def test_numbers_that_are_none_stay_with_their_owner(bad):
     assert run(slabs, matrix, {0: 1, 1: 2}, [difference(0, 2), difference(1, 2)]) is not None
 
 
-def test_a_token_that_comes_to_no_number_spoils_no_other():
+def test_what_counts_too_much_for_its_numbers_stays_with_its_owner():
+    slabs, matrix = Slabs(), nn.Linear(NUM_IN, NUM_OUT).half()
+    large = [(a.half(), b.half() * 0 + 40000, 2.0) for a, b, _ in difference(1, 2)]
+    slabs.begin(["owner 0", "owner 1"], [1, 2])
+    hidden, plain = torch.ones(1, 2, NUM_IN).half(), torch.zeros(1, 2, NUM_OUT).half()
+    small = [(a.half(), b.half(), counts) for a, b, counts in difference(0, 2)]
+    assert slabs.added(matrix, hidden, plain, [small, large]) is None
+
+
+def test_what_is_too_large_in_anothers_slot_spoils_no_other():
+    """For the first owner's token, the second one's A comes to no number."""
     slabs, matrix = Slabs(), nn.Linear(NUM_IN, NUM_OUT, bias=False)
-    each = [difference(0, 2), difference(1, 2)]
-    slabs.begin(["owner 0", "owner 1"], [1, 3])
-    hidden = torch.randn(1, 3, NUM_IN)
-    hidden[0, 0] = torch.inf
-    plain = torch.zeros(1, 3, NUM_OUT)
+    each = [difference(0, 2), [(a * 1e30, b, counts) for a, b, counts in difference(1, 2)]]
+    slabs.begin(["owner 0", "owner 1"], [1, 2])
+    hidden, plain = torch.randn(1, 2, NUM_IN), torch.zeros(1, 2, NUM_OUT)
+    hidden[0, 0] = 1e20
+    hidden[0, 1] = 1e-20
     found = slabs.added(matrix, hidden, plain, each)
     assert found is not None
-    torch.testing.assert_close(found[:, 1:], one_by_one(hidden, plain, each, [1, 3])[:, 1:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[:, :1], one_by_one(hidden, plain, each, [1, 2])[:, :1], rtol=1e-4, atol=1e-4)
+
+
+def test_matrices_of_other_ranks_have_masks_of_their_own():
+    """Three slots of rank 4 and two of rank 6 have as many columns."""
+    slabs, query, value = Slabs(), nn.Linear(NUM_IN, NUM_OUT), nn.Linear(NUM_IN, NUM_OUT)
+    assert run(slabs, query, {0: 1, 1: 1, 2: 1}, [difference(owner, 4) for owner in range(3)]) is not None
+    for _ in range(2):
+        assert run(slabs, query, {0: 2, 1: 1}, [difference(owner, 4) for owner in range(2)]) is not None
+        assert run(slabs, value, {0: 2, 1: 1}, [difference(owner, 6) for owner in range(2)]) is not None
+
+
+def test_they_may_be_cleared_by_another_thread_at_any_time():
+    slabs, over = Slabs(lambda: 10**9), threading.Event()
+    matrices = [nn.Linear(NUM_IN, NUM_OUT) for _ in range(3)]
+
+    def clear() -> None:
+        while not over.is_set():
+            slabs.clear()
+            slabs.shrink()
+
+    other = threading.Thread(target=clear)
+    other.start()
+    try:
+        for number in range(150):
+            owners = {number % 3: 1, 3 + number % 2: 2}
+            for matrix in matrices:
+                run(slabs, matrix, owners, [difference(owner, 2) for owner in owners])
+    finally:
+        over.set()
+        other.join()

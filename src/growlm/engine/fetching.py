@@ -1,7 +1,8 @@
 """Fetching: a thread beside the engine's steps that reads modules, one after another.
 
 A file that hangs, as on a disk far away, holds up its own module alone: after a while another thread reads on, and a
-process that ends does not wait for it. Knows functions; not what they read.
+process that ends does not wait for it. What waits for that module keeps its place as long as it waits. Knows functions;
+not what they read.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 HANGS = 10.0  # seconds that others wait for one that is read
 _CLOSING = 5.0  # and that `close` waits for all of them together
+_IDLE = 30.0  # and after which a thread that has nothing to do ends
 
 
 class Fetcher:
@@ -48,19 +50,20 @@ class Fetcher:
             if not self._queue or self._able():
                 return
             thread = threading.Thread(target=self._work, name="growlm-load", daemon=True)
-            self._threads.append(thread)
             thread.start()
+            self._threads.append(thread)
 
     def close(self) -> None:
         """What waits is cancelled; what is being read is waited for, but for some seconds only."""
         with self._changed:
             self._closed = True
-            for future, _ in self._queue:
-                future.cancel()
+            waiting, threads = list(self._queue), list(self._threads)
             self._queue.clear()
             self._changed.notify_all()
+        for future, _ in waiting:  # not with the lock held: whoever is told may hold another
+            future.cancel()
         end = time.monotonic() + _CLOSING
-        for thread in list(self._threads):
+        for thread in threads:
             thread.join(max(end - time.monotonic(), 0))
 
     def _able(self) -> int:
@@ -76,8 +79,9 @@ class Fetcher:
                 if self._able() > 1:  # this one hung, and another has taken over
                     self._threads.remove(me)
                     return
-                self._changed.wait_for(lambda: bool(self._queue) or self._closed)
+                self._changed.wait_for(lambda: bool(self._queue) or self._closed, _IDLE)
                 if not self._queue:
+                    self._threads.remove(me)
                     return
                 future, fetch = self._queue.popleft()
                 self._since[me] = time.monotonic()
@@ -94,3 +98,5 @@ def _call(future: Future[Any], fetch: Callable[[], Any]) -> None:
         future.set_exception(error)
     else:
         future.set_result(found)
+    finally:  # an error holds this frame: what was read before it would be held as long
+        del future, fetch

@@ -6,6 +6,7 @@ requests, what is in memory and how prompts are routed; not who asks, nor where 
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ from growlm.recall.suffixes import LONGEST
 from growlm.router import NONE, Route
 
 WINDOW = 128  # newest tokens that a choice is made anew from: a text may have passed into another domain
+_LEFT = 5.0  # seconds that a loop that closes waits for modules that its answers go on with
 _PAUSE = 0.01  # seconds between two looks at what is being read, where nothing else is to be done
 
 
@@ -123,8 +125,14 @@ class Loop:
         self.closed = True
         with self.stepping:
             self._refuse_what_can_be_left()
+            end = time.monotonic() + _LEFT
             while not self.scheduler.idle:
                 self._step()
+                if any(request.unread for request in self.scheduler.active):
+                    end = time.monotonic() + _LEFT
+                elif time.monotonic() > end:  # all that is left waits for a module that hangs
+                    for request in self.scheduler.all():
+                        self._end(request, error=self._was_closed())
             self.prefixes.clear()
         self.modules.close()
 

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -24,6 +24,9 @@ from growlm.units import format_size
 
 if TYPE_CHECKING:
     from growlm.store import StoredModule
+
+
+_TENDED = 1.0  # seconds between two looks at whether others hang
 
 
 @dataclass(frozen=True)
@@ -162,10 +165,16 @@ class ModuleCache:
                 with self._lock:
                     futures[name] = self._there(name, set(names))
                     self._pins[name] += 1
-            return {name: future.result() for name, future in futures.items()}
+            return {name: self._read(future) for name, future in futures.items()}
         except BaseException:
             self.release(list(futures))
             raise
+
+    def _read(self, future: Future[KnowledgeModule]) -> KnowledgeModule:
+        """Waits for a module, and for no other that hangs."""
+        while not wait([future], _TENDED).done:
+            self._fetcher.tend()
+        return future.result()
 
     def begin(
         self, names: Sequence[str], beside: int = 0
@@ -294,7 +303,11 @@ class ModuleCache:
         self._found[name] = found
         self._make_way()
         self.counts.loads += 1
-        future = self._resident[name] = self._fetcher.submit(found.load)
+        try:
+            future = self._resident[name] = self._fetcher.submit(found.load)
+        except BaseException:  # no thread to be had, say
+            del self._found[name]
+            raise
         future.add_done_callback(lambda done: self._is_read(name, done))
         return future
 

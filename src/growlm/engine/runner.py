@@ -119,6 +119,7 @@ class Runner:
         """Runs every text from where it enters to where it leaves."""
         for work in works:
             work.cache.reserve(work.past + len(work.ids))
+        self._shares.slabs.look()
         with thin_products():
             self._run(works)
 

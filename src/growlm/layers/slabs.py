@@ -10,6 +10,7 @@ matrices and owners' names; not what they are for.
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -54,11 +55,12 @@ class _Now:
     slots: tuple[int, ...] = ()
     owners: tuple[str, ...] = ()
     ends: tuple[int, ...] = ()
-    others: dict[tuple[int, tuple[bool, ...]], Tensor] = field(default_factory=dict)
+    others: dict[tuple[int, int, tuple[bool, ...]], Tensor] = field(default_factory=dict)
 
 
 class Slabs:
-    """Those of one base's matrices.
+    """Those of one base's matrices. What an owner who is gone had in them stays until it is overwritten, cleared or in
+    the way of something else.
 
     Args:
         room: bytes that they may take now; None for no bound.
@@ -70,21 +72,36 @@ class Slabs:
         self._slots: OrderedDict[str, int] = OrderedDict()  # of owners, the least recently used first
         self._unfit: set[tuple[nn.Module, str]] = set()  # numbers that are none would spoil what is beside them
         self._now: _Now | None = None
+        self._limit: int | None = None  # what there was room for when it was looked at last
+        self._looks = 0
+        # Room is never asked for with it held: who asks for room may hold what tells how much there is.
+        self._lock = threading.RLock()
 
     def num_bytes(self) -> int:
         return sum(slab.num_bytes for slab in list(self._slabs.values()))
 
     def clear(self) -> None:
-        self._slabs.clear()
-        self._slots.clear()
-        self._unfit.clear()
-        self._now = None
+        with self._lock:
+            self._slabs.clear()
+            self._slots.clear()
+            self._unfit.clear()
+            self._now = None
+
+    def look(self) -> None:
+        """Sees how much room there is, for what is added until the next look."""
+        looks = self._looks
+        room = self._room()
+        with self._lock:
+            if looks == self._looks:  # else others have taken some meanwhile
+                self._limit = room
 
     def shrink(self) -> None:
-        """Lets go of all where there is no room for them any more."""
+        """Lets go of all where there is no room for them any more. By any thread, in the middle of a pass too."""
         room = self._room()
-        if room is not None and self.num_bytes() > room:
-            self.clear()
+        with self._lock:
+            self._limit, self._looks = room, self._looks + 1
+            if room is not None and self.num_bytes() > room:
+                self.clear()
 
     def begin(self, owners: Sequence[str], ends: Sequence[int]) -> None:
         """The tokens of a pass belong to these owners, who are told apart by what their differences are.
@@ -92,8 +109,12 @@ class Slabs:
         Args:
             ends: the place behind each owner's last token.
         """
-        if self._now is not None and self._now.owners == tuple(owners) and self._now.ends == tuple(ends):
-            return
+        with self._lock:
+            now = self._now
+            if now is None or now.owners != tuple(owners) or now.ends != tuple(ends):
+                self._begin(owners, ends)
+
+    def _begin(self, owners: Sequence[str], ends: Sequence[int]) -> None:
         self._now = None
         if len(owners) < 2 or len(owners) > MOST_OWNERS or ends[-1] > MOST_TOKENS:
             return
@@ -111,6 +132,10 @@ class Slabs:
     def added(self, matrix: nn.Module, hidden: Tensor, plain: Tensor, each: Sequence[LowRank | None]) -> Tensor | None:
         """What each owner's difference, if it has one, makes of `plain` (..., t, out) for its tokens `hidden`
         (..., t, in); None where that is better computed one by one."""
+        with self._lock:
+            return self._added(matrix, hidden, plain, each)
+
+    def _added(self, matrix: nn.Module, hidden: Tensor, plain: Tensor, each: Sequence[LowRank | None]) -> Tensor | None:
         now = self._now
         if now is None or sum(one is not None for one in each) < 2 or plain.shape[:-1].numel() != now.ends[-1]:
             return None
@@ -138,21 +163,23 @@ class Slabs:
             if slab is not None:
                 slots, width = max(slots, len(slab.holds)), max(width, slab.a.shape[1])
                 del self._slabs[matrix]
+                slab = None  # before there is another
             slab, new = self._made(mine[0][2], slots, width), mine
             if slab is None:
                 return None
             self._slabs[matrix] = slab
         for slot, owner, one in new:
             assert one is not None
-            if any(a.dtype != slab.a.dtype or not bool(a.isfinite().all() & b.isfinite().all()) for a, b, _ in one):
+            scaled = [(a, b * counts) for a, b, counts in one]
+            if not all(_fits(part, slab.a) for parts in scaled for part in parts):
                 self._unfit.add((matrix, owner))
                 return None
             slab.holds[slot] = None
             slab.a[slot], slab.b[:, slot], end = 0, 0, 0
-            for a, b, counts in one:
+            for a, b in scaled:
                 part = slice(end, end := end + len(a))
                 slab.a[slot, part] = a
-                slab.b[:, slot, part] = b * counts
+                slab.b[:, slot, part] = b
             slab.holds[slot] = owner
         return slab
 
@@ -160,7 +187,7 @@ class Slabs:
         """An empty one, if there is room for it."""
         assert like is not None
         a, b, _ = like[0]
-        room = self._room()
+        room = self._limit
         if room is not None and self.num_bytes() + slots * width * (a.shape[1] + len(b)) * a.itemsize > room:
             return None
         return _Slab(a.new_zeros(slots, width, a.shape[1]), b.new_zeros(len(b), slots, width), [None] * slots)
@@ -168,7 +195,7 @@ class Slabs:
     def _others(self, slab: _Slab, has: tuple[bool, ...], now: _Now) -> Tensor:
         """(s r, t) of which slots a token is not, nor what stands behind the last one."""
         slots, width, _ = slab.a.shape
-        key = slots * width, has
+        key = slots, width, has
         if key not in now.others:
             mask = torch.ones(slots, width, best_rows(now.ends[-1]), dtype=torch.bool, device=slab.a.device)
             start = 0
@@ -178,3 +205,7 @@ class Slabs:
                 start = end
             now.others[key] = mask.flatten(0, 1)
         return now.others[key]
+
+
+def _fits(part: Tensor, like: Tensor) -> bool:
+    return part.dtype == like.dtype and bool(part.isfinite().all())
