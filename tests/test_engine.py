@@ -21,6 +21,7 @@ from growlm import router
 from growlm.base import Base
 from growlm.base.rooms import Rooms
 from growlm.engine import AUTO, Engine, Generation
+from growlm.engine.fetching import Fetcher
 from growlm.engine.kv import BLOCK
 from growlm.engine.module_cache import Found, ModuleCache
 from growlm.engine.runner import Runner, Work
@@ -657,23 +658,18 @@ def test_pinned_modules_stay_and_what_does_not_fit_beside_them_is_refused():
 
 
 @pytest.mark.parametrize("verb", ["acquire", "begin"])
-def test_room_is_made_before_a_module_is_read(verb):
+def test_room_is_made_before_a_module_is_read(verb, monkeypatch):
     """Reads at once what the cache would read in the background: so at the earliest moment that there can be."""
     seen: list[int] = []
     cache = cache_of(10, {"a": 6, "b": 7})
 
-    class Reader:
-        def submit(self, load):
-            seen.append(cache.resident_bytes)
-            future: Future = Future()
-            future.set_result(load())
-            return future
+    def submit(fetcher: Fetcher, load):
+        seen.append(cache.resident_bytes)
+        future: Future = Future()
+        future.set_result(load())
+        return future
 
-        def shutdown(self, **options):
-            pass
-
-    cache._reader.shutdown()
-    cache._reader = Reader()  # type: ignore[assignment]
+    monkeypatch.setattr(Fetcher, "submit", submit)
     for name in "abab":
         if verb == "begin":
             assert begun(cache, name)
