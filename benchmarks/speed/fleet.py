@@ -11,8 +11,10 @@ Requests arrive at random (Poisson), their modules after Zipf's law, and go to a
                   engines; of these to the one that has the least to do
     least loaded  the engine that has the least to do, whatever the module
 
-Told are the time to the first token, how often a module was in memory, loads a request, requests of the busiest engine
-over the mean, and the longest wait for the rarer half of the modules.
+Told are the time to the first token, how often a module was in memory or being read, loads a request (what is left of
+that to 1), requests of the busiest engine over the mean, and the longest wait for the rarer half of the modules. Where
+the busiest engine is sent more than it can answer, as by `hash` where one module alone is more than that, waits grow
+with `--requests`: they say that it does not work, and not how badly.
 
 python -m benchmarks.speed.fleet --out fleet/
 """
@@ -54,7 +56,8 @@ class Node:
         self.modules = ModuleCache(a.room, lambda name: Found(None, 1, lambda: name))  # type: ignore[arg-type]
         account = Account(a.room, [0], 0, 0)
         self.scheduler = Scheduler(self.modules, account, lambda _: Footprint(1, 1), Request.give_up, a.batch)
-        self.free = 0.0  # when its next step may begin
+        self.next = 0.0  # when its next step may begin
+        self.waits = False  # for a module, with nothing else to do
         self.read = 0.0  # when its reader is free
         self.there: dict[str, float] = {}  # when what was read last of a module is there
         self.written: dict[Request, int] = {}  # tokens of those that run
@@ -77,6 +80,7 @@ class Node:
                 if name in request.loaded:
                     self.read = self.there[name] = max(self.read, now) + self.a.load
         running = [r for r in self.scheduler.active if max(map(self.there.__getitem__, r.names or ())) <= now]
+        self.waits = not running
         if not running:
             if self.scheduler.idle:
                 return None
@@ -160,11 +164,14 @@ def simulate(a: argparse.Namespace, rule: Rule, name: str) -> dict[str, Any]:
     def run_until(now: float) -> None:
         while events and events[0][0] <= now:
             at, number = heapq.heappop(events)
-            then = nodes[number].step(at, first)
+            node = nodes[number]
+            if at != node.next:  # it was woken before
+                continue
+            then = node.step(at, first)
             if then is None:
-                nodes[number].free = at
                 busy.discard(number)
             else:
+                node.next = then
                 heapq.heappush(events, (then, number))
 
     try:
@@ -175,9 +182,10 @@ def simulate(a: argparse.Namespace, rule: Rule, name: str) -> dict[str, Any]:
                 request = Request([1], (f"m{wanted[number]}",), CONFIG, Answer(None, ()))  # type: ignore[arg-type]
                 came[request] = now, number
                 node.take(request)
-                if (place := nodes.index(node)) not in busy:
+                if (place := nodes.index(node)) not in busy or node.waits:
                     busy.add(place)
-                    heapq.heappush(events, (max(now, node.free), place))
+                    node.next = max(now, node.next) if not node.waits else now
+                    heapq.heappush(events, (node.next, place))
             run_until(math.inf)
         counts = [node.modules.counts for node in nodes]
         hits, loads = (sum(getattr(one, what) for one in counts) for what in ("hits", "loads"))

@@ -2,7 +2,8 @@
 
 Modules are made of random numbers: what they say does not matter here. The floor of a step is its matrix products at
 the rows that it has, each matrix read from memory, in the faster of both orders, and the attention over its keys and
-values; nothing else. All sides run in turn in one process, medians of `--rounds`.
+values; nothing else. Of several modules' adapters it is each one's own products, or one over all of them side by side,
+whichever is faster. All sides run in turn in one process, medians of `--rounds`.
 
     one       16 streams of one module of kind lora; transformers' `generate` and `generate_batch` of the checkpoint
               that base and module make, and the engine asked one prompt after another
@@ -81,11 +82,13 @@ class Steps:
             while left and left[0][0] <= number:
                 _, prompt, name = left.pop(0)
                 asked.append(self.engine.submit(prompt, module=name, max_new_tokens=new))
-            here = [r for r in asked if r.state is not State.FINISHED]
+            waiting = [r for r in asked if r.state is State.WAITING]
+            here = [r for r in asked if r.state not in (State.FINISHED, State.WAITING)]
             begun = time.perf_counter()
             busy = self.engine.step()
             self.times.append(1000 * (time.perf_counter() - begun))
-            self.writing.append(len(here) if all(len(r.answer.tokens) > 1 for r in here) else 0)
+            reads = any(r.state is not State.WAITING for r in waiting) or any(len(r.answer.tokens) < 2 for r in here)
+            self.writing.append(0 if reads else len(here))
             number += 1
             if not busy and not left:
                 return time.perf_counter() - start, asked
@@ -99,6 +102,11 @@ def matrices_of(modules: Sequence[nn.Module]) -> list[torch.Tensor]:
     return [part.weight for module in modules for part in module.modules() if isinstance(part, nn.Linear)]
 
 
+def side_by_side(each: Sequence[list[torch.Tensor]]) -> list[torch.Tensor]:
+    """The A (r, in) and B (out, r) of several adapters, in turn, those of one matrix joined."""
+    return [torch.cat(parts, dim=number % 2) for number, parts in enumerate(zip(*each, strict=True))]
+
+
 def floor(engine: Engine, rows: Sequence[tuple[nn.Module | None, int]], tokens: int) -> Callable[[], float]:
     """What measures a step's floor once, in milliseconds.
 
@@ -108,17 +116,19 @@ def floor(engine: Engine, rows: Sequence[tuple[nn.Module | None, int]], tokens: 
     """
     base, total = engine.base, sum(count for _, count in rows)
     products = [(w, total) for w in [*matrices_of(base.layers), base.head_weight]]
-    products += [(w, count) for module, count in rows if module is not None for w in matrices_of([module])]
+    own = [(w, count) for module, count in rows if module is not None for w in matrices_of([module])]
+    ways = [own]
+    if len(rows) > 1 and all(module is not None and module.kind == "lora" for module, _ in rows):
+        ways.append([(w, total) for w in side_by_side([matrices_of([module]) for module, _ in rows])])
     config = base.config
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     kept = [torch.randn(2, total, groups, tokens, width) for _ in base.layers]
     query = torch.randn(total, groups, heads // groups, width)
-    inputs = {(w.shape[1], count): torch.randn(count, w.shape[1]) for w, count in products}
+    inputs = {(w.shape[1], n): torch.randn(n, w.shape[1]) for way in (products, *ways) for w, n in way}
     turned = {key: x.t().contiguous() for key, x in inputs.items()}
 
-    @torch.inference_mode()
-    def measure() -> float:
+    def run(products: Sequence[tuple[torch.Tensor, int]]) -> float:
         start = time.perf_counter()
         for weight, count in products:
             key = weight.shape[1], count
@@ -126,9 +136,15 @@ def floor(engine: Engine, rows: Sequence[tuple[nn.Module | None, int]], tokens: 
                 torch.mm(weight, turned[key])
             else:
                 F.linear(inputs[key], weight)
+        return 1000 * (time.perf_counter() - start)
+
+    @torch.inference_mode()
+    def measure() -> float:
+        least = run(products) + min(run(way) for way in ways)
+        start = time.perf_counter()
         for keys, values in kept:
             F.scaled_dot_product_attention(query, keys, values)
-        return 1000 * (time.perf_counter() - start)
+        return least + 1000 * (time.perf_counter() - start)
 
     return measure
 
