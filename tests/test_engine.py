@@ -716,6 +716,23 @@ def test_a_version_in_memory_gives_way_to_a_smaller_one_only_where_that_is_neede
     cache.close()
 
 
+def test_beginning_waits_for_no_version_that_is_to_go_and_is_still_being_read():
+    gate, sizes = threading.Event(), {"a": 9, "b": 4}
+
+    def find(name: str) -> Found:
+        return Found(None, sizes[name], lambda: gate.wait(60) and name)  # type: ignore[arg-type, return-value]
+
+    cache = ModuleCache(10, find)
+    cache.begin(["a"])
+    cache.release(["a"])
+    sizes["a"] = 5
+    assert cache.begin(["a", "b"]) is None
+    gate.set()
+    assert set(cache.acquire(["a", "b"])) == {"a", "b"}
+    assert cache.resident_bytes == 9
+    cache.close()
+
+
 def test_what_is_damaged_on_the_disk_takes_nothing_from_memory():
     sizes = {"a": 6, "b": 5}
     cache = cache_of(10, sizes)

@@ -14,7 +14,9 @@ import torch
 
 from disk import flip
 from growlm.engine import AUTO, Engine, Generation, fetching
+from growlm.engine.request import State
 from growlm.engine.runner import Runner
+from growlm.engine.scheduler import PATIENCE
 from growlm.errors import ClosedError, GrowlmError, IntegrityError, UnknownModuleError
 from growlm.modules import KnowledgeModule, ModuleSet
 from growlm.store import Store
@@ -126,6 +128,28 @@ def test_others_are_read_while_one_module_hangs_and_a_closed_engine_does_not_wai
     assert time.monotonic() - start < 30
     assert isinstance(hangs.error, ClosedError)
     gate.opened.set()
+
+
+def test_those_whose_module_hangs_keep_no_place_and_are_answered_in_the_end(made, monkeypatch):
+    monkeypatch.setattr(fetching, "HANGS", 0.05)
+    gate = Gate(monkeypatch, "digits")
+    with Engine(Store.open(made / "store"), max_batch=2) as engine, ThreadPoolExecutor() as threads:
+        wanted = {name: expected(engine, name, PROMPTS[1], 5) for name in (None, "letters")}
+        held_up = [engine.submit(PROMPTS[1], module="digits", max_new_tokens=5) for _ in range(3)]
+        logits = threads.submit(engine.logits, torch.tensor([[5, 6]]), "digits")
+        for _ in range(PATIENCE):  # as many as one that waits lets pass
+            for name, tokens in wanted.items():
+                assert engine.generate(PROMPTS[1], module=name, max_new_tokens=5).tokens == tokens
+        assert engine.logits(torch.tensor([[5, 6]]), "letters").shape[:2] == (1, 2)
+        assert not logits.done()
+        assert all(request.state is State.WAITING for request in held_up)
+        gate.opened.set()
+        assert logits.result(60).shape[:2] == (1, 2)
+        while engine.step():
+            pass
+        tokens = expected(engine, "digits", PROMPTS[1], 5)
+        assert [request.result.tokens for request in held_up] == [tokens] * 3
+        nothing_is_left(engine)
 
 
 def test_a_request_whose_module_hangs_can_leave(engine, monkeypatch):

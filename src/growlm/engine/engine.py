@@ -22,6 +22,7 @@ from growlm.engine.kv import PrefixCache
 from growlm.engine.loading import Loader
 from growlm.engine.loop import Loop
 from growlm.engine.module_cache import ModuleCache
+from growlm.engine.parts import Parts
 from growlm.engine.prompts import Prompt, Prompts
 from growlm.engine.request import Names, Request, State
 from growlm.engine.routing import Routing
@@ -135,12 +136,7 @@ class Engine:
             make_way=self._make_way,
         )
         self._loop = Loop(
-            self.base,
-            self.modules,
-            self._routing,
-            self._prefixes,
-            self._account,
-            self._slabs,
+            Parts(self.base, self.modules, self._routing, self._prefixes, self._account, self._slabs),
             max_batch=max_batch,
             drafts=drafts,
             make_way=self._make_way,
@@ -414,8 +410,12 @@ class Engine:
         names = self._select(module)
         if names is None:
             raise ConfigError("logits are of modules that are named; ask route() for the router's choice")
-        with self._loop.alone(), self.modules.using(names) as held, torch.inference_mode():
-            return ModuleSet(self.base, list(held.values())).logits(input_ids)
+
+        @torch.inference_mode()
+        def logits(modules: ModuleSet) -> Tensor:
+            return modules.logits(input_ids)
+
+        return self._run(Request([], names, _ONE_TOKEN, Answer(self.tokenizer, ()), call=logits))
 
     # Inside
 

@@ -1,8 +1,7 @@
 """Fetching: a thread beside the engine's steps that reads modules, one after another.
 
 A file that hangs, as on a disk far away, holds up its own module alone: after a while another thread reads on, and a
-process that ends does not wait for it. What waits for that module keeps its place as long as it waits. Knows functions;
-not what they read.
+process that ends does not wait for it. Knows functions; not what they read.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ class Fetcher:
         self._changed = threading.Condition()
         self._queue: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._threads: list[threading.Thread] = []
-        self._since: dict[threading.Thread, float] = {}  # when each began what it is at
+        self._at: dict[threading.Thread, tuple[float, Future[Any]]] = {}  # what each is at, and since when
         self._closed = False
 
     def submit(self, fetch: Callable[[], Any]) -> Future[Any]:
@@ -53,6 +52,11 @@ class Fetcher:
             thread.start()
             self._threads.append(thread)
 
+    def hanging(self) -> list[Future[Any]]:
+        """What has been read for so long that others go before it."""
+        with self._changed:
+            return self._late()
+
     def close(self) -> None:
         """What waits is cancelled; what is being read is waited for, but for some seconds only."""
         with self._changed:
@@ -68,14 +72,17 @@ class Fetcher:
 
     def _able(self) -> int:
         """Threads that do not hang."""
+        return len(self._threads) - len(self._late())
+
+    def _late(self) -> list[Future[Any]]:
         late = time.monotonic() - HANGS
-        return len(self._threads) - sum(since <= late for since in self._since.values())
+        return [future for since, future in self._at.values() if since <= late]
 
     def _work(self) -> None:
         me = threading.current_thread()
         while True:
             with self._changed:
-                self._since.pop(me, None)
+                self._at.pop(me, None)
                 if self._able() > 1:  # this one hung, and another has taken over
                     self._threads.remove(me)
                     return
@@ -84,7 +91,7 @@ class Fetcher:
                     self._threads.remove(me)
                     return
                 future, fetch = self._queue.popleft()
-                self._since[me] = time.monotonic()
+                self._at[me] = time.monotonic(), future
             _call(future, fetch)
             del future, fetch  # a module is held by nobody but who asked for it
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from traceback import clear_frames
 from typing import Any
@@ -18,22 +17,17 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from growlm.base import Base, tensor_bytes
-from growlm.base.rooms import Rooms
-from growlm.engine.account import Account
+from growlm.base import tensor_bytes
 from growlm.engine.drafting import MOST
-from growlm.engine.kv import PrefixCache
 from growlm.engine.mixing import Posterior
-from growlm.engine.module_cache import ModuleCache
+from growlm.engine.parts import Parts
 from growlm.engine.reading import Reading
 from growlm.engine.request import Branch, Request, State
-from growlm.engine.routing import Routing
 from growlm.engine.runner import Runner, Work, come_to
 from growlm.engine.scheduler import Part, Scheduler
 from growlm.engine.turns import Turns
 from growlm.engine.writing import Writer
 from growlm.errors import ClosedError, ConfigError, GrowlmError
-from growlm.layers.slabs import Slabs
 from growlm.modules import KnowledgeModule, ModuleSet
 from growlm.recall.suffixes import LONGEST
 from growlm.router import NONE, Route
@@ -47,6 +41,7 @@ class Loop:
     """All requests of one engine.
 
     Args:
+        parts: of it.
         drafts: whether answers of modules that recall are tried as their text goes on.
         make_way: called once requests have a place, of which keys and values are counted by then.
         resident: bytes of all weights in memory.
@@ -56,12 +51,7 @@ class Loop:
 
     def __init__(
         self,
-        base: Base,
-        modules: ModuleCache,
-        routing: Routing,
-        prefixes: PrefixCache,
-        account: Account,
-        slabs: Slabs,
+        parts: Parts,
         *,
         max_batch: int,
         drafts: bool,
@@ -70,21 +60,20 @@ class Loop:
         end_tokens: set[int],
         where: str,
     ) -> None:
-        self.base, self.modules, self.routing = base, modules, routing
-        self.prefixes, self.account, self.slabs = prefixes, account, slabs
-        self.runner, self.rooms = Runner(base, slabs), Rooms()
-        self.reading = Reading(base, modules, routing, prefixes, account, self.rooms)
-        self.scheduler = Scheduler(modules, account, self.reading.footprint, Request.give_up, max_batch)
-        self.writer = Writer(base, self.runner, end_tokens)
+        self.base, self.modules, self.routing = parts.base, parts.modules, parts.routing
+        self.prefixes, self.account = parts.prefixes, parts.account
+        self.slabs, self.rooms = parts.slabs, parts.rooms
+        self.runner, self.reading = Runner(self.base, self.slabs), Reading(parts)
+        self.scheduler = Scheduler(self.modules, self.account, self.reading.footprint, Request.give_up, max_batch)
+        self.writer = Writer(self.base, self.runner, end_tokens)
         self.sets: WeakValueDictionary[tuple[str, ...], ModuleSet] = WeakValueDictionary()  # those that are in use
         self.stepping = Turns()  # held for a step, and by what must be alone
         self.closed = False
         self.drafts = drafts
         self._resident, self._make_way, self._where = resident, make_way, where
-        self._base_alone = ModuleSet(base)
+        self._base_alone = ModuleSet(self.base)
         self._arriving: deque[Request] = deque()
         self._leaving: deque[Request] = deque()
-        self._pausing: set[object] = set()  # who wants to be alone: nothing more is admitted
 
     def require_open(self) -> None:
         """
@@ -155,24 +144,6 @@ class Loop:
             if request.answer.streams or not request.answer.tokens:
                 self._end(request, error=self._was_closed())
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """What runs in such a block runs while nothing else does: requests that have a place are answered first."""
-        self.require_open()
-        self._pausing.add(me := object())
-        try:
-            while True:
-                with self.stepping:
-                    self.require_open()
-                    if not self.scheduler.active:
-                        self.scheduler.give_up()
-                        yield
-                        return
-                    self._step()
-        finally:
-            self._pausing.discard(me)
-            self._let_leave()
-
     def cancel(self, requests: Sequence[Request]) -> None:
         """Ends requests that have not ended, with all that they hold, as soon as no step is being made. Does not wait:
         a stream that nobody holds any more may be taken away in the middle of a step of the same thread."""
@@ -202,12 +173,12 @@ class Loop:
         """Admits what can be admitted, runs one pass, and gives every request what is its own."""
         self._take_in()
         self.modules.tend()
-        if not self._pausing:
-            admitted = self.scheduler.admit(lambda request, error: self._end(request, error=error))
-            if admitted:
-                self._make_way()
-            for request in admitted:
-                self._with(request, self.reading.begin)
+        self._set_aside()
+        admitted = self.scheduler.admit(lambda request, error: self._end(request, error=error))
+        if admitted:
+            self._make_way()
+        for request in admitted:
+            self._with(request, self.reading.begin)
         for request in [r for r in self.scheduler.active if r.arrived]:
             self._with(request, self._start)
         if self.drafts:
@@ -227,6 +198,14 @@ class Loop:
                     self._with(part.request, partial(self._goes_on, logits=logits))
         finally:
             logits.clear()  # an error that is held holds this frame, and it holds module sets
+
+    def _set_aside(self) -> None:
+        """Those whose module hangs keep no place meanwhile."""
+        if hanging := self.modules.hanging():
+            for request in [one for one in self.scheduler.active if not hanging.isdisjoint(one.names or ())]:
+                if request.state is State.LOADING and not request.arrived:
+                    self._release(request)
+                    self.scheduler.set_aside(request)
 
     def _with(self, request: Request, act: Callable[[Request], object]) -> None:
         """What is done with one request; where it fails, that one ends."""
@@ -339,6 +318,9 @@ class Loop:
         else:
             each = [list(held.values())]
         sets = [self._set_of(modules) for modules in each]
+        if request.call is not None:
+            self._end(request, request.call(sets[0]))
+            return
         if request.reroute and sets[0].fork < self.base.num_layers:
             raise ConfigError(
                 f"{request.changes[-1][1]} changes the base from layer {sets[0].fork} on, and --reroute needs modules "

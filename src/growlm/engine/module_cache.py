@@ -113,18 +113,22 @@ class ModuleCache:
         with self._lock:
             return self._found.get(name) or self._find(name)
 
-    def make_fit(self, names: Collection[str], beside: int = 0) -> None:
+    def make_fit(self, names: Collection[str], beside: int = 0, *, waits: bool = True) -> bool:
         """Sees to it that modules fit the budget together if every other module were evicted. Where a version in memory
         is what makes them too large, and the current one is smaller, it goes, if it is not in use.
 
         Args:
             beside: bytes that who uses them takes as well.
+            waits: for a version that is to go and is still being read.
+
+        Returns:
+            Whether they do now: not while a version is being read that is to go, and was not waited for.
 
         Raises:
             BudgetError: they do not fit together; nothing has changed.
         """
         if self._budget is None:
-            return
+            return True
         with self._lock:
             pinned = sorted(name for name in self._kept - set(names) if name in self._found)
             room = self._budget - beside - sum(self._found[name].bytes for name in pinned)
@@ -147,9 +151,13 @@ class ModuleCache:
                     f"{self._reserved}{stay}; raise --memory by at least {format_size(sum(sizes.values()) - room)}"
                     f"{shorter}{self._hint}"
                 )
+            if waits:
+                self._settle(replaced)
+            elif not all(self._resident[name].done() for name in replaced):
+                return False
             for name in replaced:
-                self._settle([name])
                 self.drop(name)
+            return True
 
     def acquire(self, names: Sequence[str]) -> dict[str, KnowledgeModule]:
         """Brings modules into memory, by name, and pins them until `release`.
@@ -193,7 +201,8 @@ class ModuleCache:
             What `find` raises.
         """
         names = list(dict.fromkeys(names))
-        self.make_fit(names, beside)
+        if not self.make_fit(names, beside, waits=False):
+            return None
         with self._lock:
             missing = [name for name in names if name not in self._resident]
             if self._budget is not None:
@@ -206,6 +215,14 @@ class ModuleCache:
             for name in names:
                 self._pins[name] += 1
             return futures, missing
+
+    def hanging(self) -> set[str]:
+        """Names of modules that have been read for so long that nobody should keep a place for them."""
+        late = self._fetcher.hanging()
+        if not late:
+            return set()
+        with self._lock:
+            return {name for name, future in self._resident.items() if future in late}
 
     def wait(self, seconds: float) -> None:
         """Until something was read or released, at the longest so many seconds."""

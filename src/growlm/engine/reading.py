@@ -7,34 +7,25 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from growlm.base import Base
-from growlm.base.rooms import Rooms
-from growlm.engine.account import Account, Footprint
-from growlm.engine.kv import BASE, PrefixCache
-from growlm.engine.module_cache import ModuleCache
+from growlm.engine.account import Footprint
+from growlm.engine.kv import BASE
+from growlm.engine.parts import Parts
 from growlm.engine.request import Names, Request
-from growlm.engine.routing import Routing
 from growlm.router import NONE
 
 
 class Reading:
     """Of one engine."""
 
-    def __init__(
-        self,
-        base: Base,
-        modules: ModuleCache,
-        routing: Routing,
-        prefixes: PrefixCache,
-        account: Account,
-        rooms: Rooms,
-    ) -> None:
-        self._base, self._modules, self._routing = base, modules, routing
-        self._prefixes, self._account, self._rooms = prefixes, account, rooms
+    def __init__(self, parts: Parts) -> None:
+        self._base, self._modules, self._routing = parts.base, parts.modules, parts.routing
+        self._prefixes, self._account, self._rooms = parts.prefixes, parts.account, parts.rooms
 
     def footprint(self, request: Request) -> Footprint:
         """What a request comes to while it is routed, or where its modules are known, from then on."""
         states = len(self.kept(self._base.num_layers))
+        if request.call is not None:
+            return Footprint(0, 0)
         if request.names is None:
             return Footprint(len(request.tokens), self._routing.layer, states)
         tokens, slots = len(request.tokens) + request.config.max_new_tokens, self._base.num_layers
@@ -43,6 +34,8 @@ class Reading:
 
     def goal_of(self, request: Request) -> int:
         """The layer to which the base reads a prompt, whatever becomes of it there."""
+        if request.call is not None:
+            return 0
         if request.names is None:
             return self._routing.layer
         if request.reroute:  # what the next module takes over lies behind the last layer

@@ -65,6 +65,8 @@ class Request:
         context: of the caller: how settings are written in messages is part of it.
         reader: in place of an answer: is given the module set that reads the prompt and the states (n, d) behind its
             last layer; what it returns is the result.
+        call: in place of an answer: is given the module set, once its modules are in memory; what it returns is the
+            result. Nothing is read.
         only_routes: ends once the router has chosen.
         sampler: what chooses its tokens.
         drafter, drafts: what may come next, and is read with the newest token.
@@ -100,6 +102,7 @@ class Request:
     reroute: int = 0
     context: Context = field(default_factory=copy_context)
     reader: Callable[[ModuleSet, Tensor], Any] | None = None
+    call: Callable[[ModuleSet], Any] | None = None
     only_routes: bool = False
     sampler: Sampler | None = None
     followers: list[Request] = field(default_factory=list)
@@ -193,7 +196,7 @@ class Request:
         """Lets go of what the base has read for it, which can be read again."""
         if self.cache is not None:
             self.cache.free()
-        self.cache, self.level = None, 0
+        self.cache, self.level, self.goal = None, 0, None
         self.states.clear()
 
     def let_go(self) -> list[str]:
@@ -207,6 +210,6 @@ class Request:
     def drop(self) -> list[str]:
         """Gives up all that takes memory, as `let_go` does."""
         self.give_up()
-        self.mixture = self.reader = None
+        self.mixture = self.reader = self.call = None
         self.hidden.clear()
         return self.let_go()

@@ -71,6 +71,11 @@ class Scheduler:
         request.state = State.WAITING
         self.add(request)
 
+    def set_aside(self, request: Request) -> None:
+        """Has a request whose module hangs wait without a place, and without what the base has read for it."""
+        self.park(request)
+        self.give_up([request])
+
     def remove(self, request: Request) -> None:
         self._account.hold(request, None)
         for requests in (self.waiting, self.active):
@@ -114,7 +119,8 @@ class Scheduler:
     def _admit(self, failed: Callable[[Request, BaseException], None]) -> list[Request]:
         admitted: list[Request] = []
         without_room: dict[Names | None, int] = {}  # tokens of the shortest for which there was none
-        parked, first = self._parked, self._held_up
+        hanging = self._modules.hanging()
+        parked, first = self._parked, self._held_up(hanging)
         for reads in (False, True):
             resident = set(self._modules.resident)
             for request in list(self.waiting):
@@ -122,6 +128,8 @@ class Scheduler:
                     return admitted
                 tokens = len(request.tokens) + request.config.max_new_tokens
                 if request.arrival > first or tokens >= without_room.get(request.names, tokens + 1):
+                    continue
+                if not hanging.isdisjoint(request.names or ()):
                     continue
                 if request.names is None:
                     if reads or (parked >= self._max_batch and request.overtaken < PATIENCE):
@@ -144,7 +152,7 @@ class Scheduler:
                     request.loaded += [name for name in read if name not in request.loaded]
                     self._give(request, State.LOADING)
                 admitted.append(request)
-                parked, first = self._parked, self._held_up
+                parked, first = self._parked, self._held_up(hanging)
         return admitted
 
     def _begin(self, request: Request) -> tuple[dict[str, Future[KnowledgeModule]], list[str]] | None:
@@ -181,10 +189,11 @@ class Scheduler:
     def _parked(self) -> int:
         return sum(request.cache is not None for request in self.waiting)
 
-    @property
-    def _held_up(self) -> float:
-        """The arrival of the oldest that has waited long enough: none that came later goes before it."""
-        return next((float(other.arrival) for other in self.waiting if other.overtaken >= PATIENCE), math.inf)
+    def _held_up(self, hanging: set[str]) -> float:
+        """The arrival of the oldest that has waited long enough: none that came later goes before it, but for one whose
+        module hangs."""
+        late = (other for other in self.waiting if other.overtaken >= PATIENCE)
+        return next((float(other.arrival) for other in late if hanging.isdisjoint(other.names or ())), math.inf)
 
     def _give(self, request: Request, state: State) -> None:
         for other in self.waiting:
