@@ -6,7 +6,8 @@ values; nothing else. Of several modules' adapters it is each one's own products
 whichever is faster. All sides run in turn in one process, medians of `--rounds`.
 
     one       16 streams of one module of kind lora; transformers' `generate` and `generate_batch` of the checkpoint
-              that base and module make, and the engine asked one prompt after another
+              that base and module make, the engine asked one prompt after another, and with --llama a server of
+              llama.cpp that runs the base as a float32 GGUF file with 16 slots of 256 tokens and as many threads
     eight     16 streams of eight modules, Poisson arrivals, of kind lora and of kind blocks
     mixed     16 prompts for eight modules of kind lora that are all there at once, and PEFT's mixed batch of the same
               adapters (`adapter_names`)
@@ -22,7 +23,9 @@ import json
 import math
 import statistics
 import time
+import urllib.request
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -178,12 +181,19 @@ def one(store: Store, a: argparse.Namespace) -> dict[str, Any]:
             for prompt in prompts[:4]:  # a quarter of them
                 engine.generate(prompt, module=name, max_new_tokens=NEW)
 
-        sides = {
+        def llama(at_once: int, prompts: Sequence[list[int]] = prompts) -> None:
+            with ThreadPoolExecutor(at_once) as threads:
+                list(threads.map(lambda prompt: completed(a.llama, prompt, NEW), prompts))
+
+        sides: dict[str, tuple[Callable[[], Any], float]] = {
             "engine": (lambda: steps.run([(0, prompt, name) for prompt in prompts], NEW), 1.0),
             "engine, one by one": (alone, 4.0),
             "transformers generate": (theirs, 1.0),
             "transformers generate_batch": (continuous, 1.0),
         }
+        if a.llama:
+            sides["llama.cpp"] = lambda: llama(STREAMS), 1.0
+            sides["llama.cpp, one by one"] = lambda: llama(1, prompts[:4]), 4.0
         seconds, floors = {side: [] for side in sides}, []
         for turn in range(a.rounds + 1):
             if turn == 1:
@@ -203,6 +213,16 @@ def one(store: Store, a: argparse.Namespace) -> dict[str, Any]:
         step, least = steps.median(STREAMS), statistics.median(floors)
     rate = {side: STREAMS * NEW / statistics.median(found) for side, found in seconds.items()}
     return {"step, ms": step, "floor, ms": least, "step over floor": step / least, "tokens a second": rate}
+
+
+def completed(url: str, prompt: list[int], new: int) -> None:
+    """Asks a server of llama.cpp for so many tokens."""
+    asked = {"prompt": prompt, "n_predict": new, "ignore_eos": True, "temperature": 0, "cache_prompt": False}
+    request = urllib.request.Request(
+        f"{url}/completion", json.dumps(asked).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request) as answer:
+        assert json.load(answer)["tokens_predicted"] == new
 
 
 def eight(store: Store, a: argparse.Namespace, kind: str) -> dict[str, Any]:
@@ -332,6 +352,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="where the store and results are kept")
     parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
     parser.add_argument("--rounds", type=parse_count, default=3)
+    parser.add_argument("--llama", help="where a server of llama.cpp listens, such as http://127.0.0.1:8080")
     a = parser.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)
     store = make_store(a.out / "store", a.base)
