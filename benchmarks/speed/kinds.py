@@ -44,13 +44,12 @@ def main() -> None:
     names = {kind: kind.replace(", ", "-").replace("+", "-") for kind in given.kinds}
     for kind, name in names.items():
         if name not in store.modules:
+            trained: dict[str, Any] = {"tokens": given.tokens, "learning_rate": 1e-3, **KINDS[kind]}
             config = LearnConfig(
                 kind=kind.split(",")[0],
-                tokens=None if kind == "recall" else given.tokens,
-                learning_rate=1e-3,
                 separator="\n\n",
                 admit_anyway=True,
-                **KINDS[kind],
+                **({} if kind == "recall" else trained),
             )
             learn(store, name, [given.text], config)
     draw = np.random.default_rng(0)
