@@ -15,6 +15,7 @@ import torch
 from disk import flip
 from growlm.base import Base
 from growlm.engine import AUTO, Engine, Generation, fetching
+from growlm.engine.answers import Answer
 from growlm.engine.request import State
 from growlm.engine.runner import Runner
 from growlm.engine.scheduler import PATIENCE
@@ -74,6 +75,7 @@ def nothing_is_left(engine: Engine) -> None:
     assert not engine._loop.runner._joined
     assert not engine._loop.sets
     assert engine._loop.rooms.num_bytes() == 0
+    assert not engine._account._held
 
 
 # Loading
@@ -151,6 +153,87 @@ def test_those_whose_module_hangs_keep_no_place_and_are_answered_in_the_end(made
         tokens = expected(engine, "digits", PROMPTS[1], 5)
         assert [request.result.tokens for request in held_up] == [tokens] * 3
         nothing_is_left(engine)
+
+
+def test_an_error_after_a_module_has_hung_ends_its_requests(engine, monkeypatch):
+    monkeypatch.setattr(fetching, "HANGS", 0.05)
+    reads: list[str] = []
+
+    def fails(store: Store, name: str, *arguments, **options) -> KnowledgeModule:
+        reads.append(name)
+        time.sleep(0.5)
+        raise IntegrityError("the disk is gone")
+
+    monkeypatch.setattr(Store, "load", fails)
+    asked = [engine.submit("abc", module="digits", max_new_tokens=2) for _ in range(2)]
+    while engine.step():
+        pass
+    assert [str(request.error) for request in asked] == ["the disk is gone"] * 2
+    assert reads == ["digits"]
+    nothing_is_left(engine)
+
+
+def test_a_module_that_is_read_slowly_is_read_once_however_short_modules_may_be_idle(made, monkeypatch):
+    monkeypatch.setattr(fetching, "HANGS", 0.05)
+    gate = Gate(monkeypatch, "signs")
+    threading.Timer(0.5, gate.opened.set).start()
+    with Engine(Store.open(made / "store"), idle=0) as engine:
+        asked = engine.submit("abc", module=["letters", "signs"], max_new_tokens=3)
+        while engine.step():
+            pass
+        assert asked.error is None
+        assert engine.modules.counts.loads == 2
+        nothing_is_left(engine)
+
+
+@pytest.mark.parametrize("max_batch", [1, 2])
+def test_prompts_that_are_routed_to_a_module_that_hangs_hold_up_no_others(made, monkeypatch, max_batch):
+    monkeypatch.setattr(fetching, "HANGS", 0.05)
+    gate = Gate(monkeypatch, "digits")
+    store = Store.open(made / "store")
+    wanted = greedy(store.load_base(), [], store.load_tokenizer().encode("abc"), 20)
+    with Engine(store) as opened:
+        fixed = opened.fixed_bytes
+    memory = with_texts(store, fixed + max(one.bytes for one in store.modules.values()), texts=1, tokens=256)
+    with Engine(store, memory=memory, max_batch=max_batch) as engine:
+        held_up = [engine.submit("abc", module="digits", max_new_tokens=3)]
+        while not engine.modules.hanging():
+            engine.step()
+        held_up += [engine.submit(domain_text("digits", 990 + n), max_new_tokens=3) for n in range(3)]
+        answer = engine.generate("abc", module=None, max_new_tokens=20)
+        assert answer.tokens == wanted
+        for _ in range(50):
+            engine.step()
+        assert [request.names for request in held_up] == [("digits",)] * 4
+        assert {request.state for request in held_up} == {State.WAITING}
+        assert engine._account.held_bytes == 0
+        gate.opened.set()
+        while engine.step():
+            pass
+        assert [len(request.result.tokens) for request in held_up] == [3] * 4
+        nothing_is_left(engine)
+
+
+def test_whoever_is_interrupted_while_one_answer_goes_on_ends_what_was_read_with_it(engine, monkeypatch):
+    asked = [engine.submit(prompt, module=None, max_new_tokens=8) for prompt in PROMPTS[:3]]
+    while not all(request.answer.tokens for request in asked):
+        engine.step()
+    add, calls = Answer.add, []
+
+    def interrupted(self: Answer, token: int) -> bool:
+        calls.append(token)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return add(self, token)
+
+    monkeypatch.setattr(Answer, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    while engine.step():
+        pass
+    assert [request.state for request in asked] == [State.FINISHED] * 3
+    assert [request.error is None for request in asked] == [True, False, False]
+    nothing_is_left(engine)
 
 
 def test_a_request_whose_module_hangs_can_leave(engine, monkeypatch):

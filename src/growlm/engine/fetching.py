@@ -15,6 +15,7 @@ from typing import Any
 
 HANGS = 10.0  # seconds that others wait for one that is read
 _CLOSING = 5.0  # and that `close` waits for all of them together
+_MOST = 16  # threads: where so many hang the disk is gone, and nobody goes on
 _IDLE = 30.0  # and after which a thread that has nothing to do ends
 
 
@@ -46,7 +47,7 @@ class Fetcher:
     def tend(self) -> None:
         """Has another thread go on where all hang and something waits; to be called now and then."""
         with self._changed:
-            if not self._queue or self._able():
+            if not self._queue or self._able() or len(self._threads) >= _MOST:
                 return
             thread = threading.Thread(target=self._work, name="growlm-load", daemon=True)
             thread.start()
@@ -76,7 +77,7 @@ class Fetcher:
 
     def _late(self) -> list[Future[Any]]:
         late = time.monotonic() - HANGS
-        return [future for since, future in self._at.values() if since <= late]
+        return [future for since, future in self._at.values() if since <= late and not future.done()]
 
     def _work(self) -> None:
         me = threading.current_thread()

@@ -192,19 +192,22 @@ class Loop:
         except BaseException as error:  # nobody knows how far these have come
             self._fail([part.request for part in parts], error)
             return
+        came = [part.request for part in parts if part.request.unread <= 0]
         try:
-            for part in parts:
-                if part.request.unread <= 0:
-                    self._with(part.request, partial(self._goes_on, logits=logits))
+            while came:
+                self._with(came.pop(0), partial(self._goes_on, logits=logits))
+        except BaseException:  # Ctrl-C: what the others have come to is lost as well
+            for request in came:
+                self._end(request, error=self._was_interrupted())
+            raise
         finally:
             logits.clear()  # an error that is held holds this frame, and it holds module sets
 
     def _set_aside(self) -> None:
-        """Those whose module hangs keep no place meanwhile."""
+        """Those whose module hangs keep no place meanwhile, but what was read of it and of others that they need."""
         if hanging := self.modules.hanging():
             for request in [one for one in self.scheduler.active if not hanging.isdisjoint(one.names or ())]:
                 if request.state is State.LOADING and not request.arrived:
-                    self._release(request)
                     self.scheduler.set_aside(request)
 
     def _with(self, request: Request, act: Callable[[Request], object]) -> None:

@@ -205,13 +205,14 @@ class ModuleCache:
             return None
         with self._lock:
             missing = [name for name in names if name not in self._resident]
+            current = {name: self._find(name) for name in missing}
             if self._budget is not None:
-                needed = sum(self._find(name).bytes for name in missing)
+                needed = sum(found.bytes for found in current.values())
                 spare = sum(self._found[name].bytes for name in self._evictable(set(names)))
                 if self._free() + spare < needed:
                     return None
                 self._make_room(needed, set(names))
-            futures = {name: self._there(name, set(names)) for name in names}
+            futures = {name: self._there(name, set(names), current.get(name)) for name in names}
             for name in names:
                 self._pins[name] += 1
             return futures, missing
@@ -302,18 +303,18 @@ class ModuleCache:
             self._resident.clear()
             self._found.clear()
 
-    def _there(self, name: str, keep: set[str]) -> Future[KnowledgeModule]:
-        """A module in memory, which was used now, or one that is begun to be read."""
+    def _there(self, name: str, keep: set[str], current: Found | None = None) -> Future[KnowledgeModule]:
+        """A module in memory, which was used now, or one that is begun to be read: the version `current`, where it was
+        looked up before."""
         future = self._resident.get(name)
         if future is None:
-            return self._start(name, keep)
+            return self._start(name, keep, current or self._find(name))
         self.counts.hits += 1
         self._resident.move_to_end(name)
         return future
 
-    def _start(self, name: str, keep: set[str]) -> Future[KnowledgeModule]:
+    def _start(self, name: str, keep: set[str], found: Found) -> Future[KnowledgeModule]:
         """Makes room for a module and begins to read it: the version that was counted, not a later one."""
-        found = self._find(name)
         self._make_room(found.bytes, keep)
         if name in self._resident:  # another thread began to, while this one waited for room
             return self._resident[name]
@@ -350,8 +351,9 @@ class ModuleCache:
         candidates = self._evictable(keep)
         spare = sum(self._found[n].bytes for n in candidates)
         if free + spare < needed:
-            # A module that is only being read can go once it is there.
-            waiting = [n for n, f in self._resident.items() if not self._pins[n] and n not in keep and not f.done()]
+            # A module that is only being read can go once it is there; nobody knows when one that hangs will be.
+            late = keep | self.hanging()
+            waiting = [n for n, f in self._resident.items() if not self._pins[n] and n not in late and not f.done()]
             if not waiting:
                 pinned = ", ".join(n for n in self._resident if self._pins[n]) or "none"
                 raise BudgetError(

@@ -72,7 +72,8 @@ class Scheduler:
         self.add(request)
 
     def set_aside(self, request: Request) -> None:
-        """Has a request whose module hangs wait without a place, and without what the base has read for it."""
+        """Has a request whose module hangs wait without a place, and without what the base has read for it. Its modules
+        stay pinned: what is there when the last one comes is not read again."""
         self.park(request)
         self.give_up([request])
 
@@ -110,7 +111,8 @@ class Scheduler:
             self._let_go(request)
 
     def _sign(self) -> tuple[int, ...]:
-        return self._account.held_bytes, self._modules.changes, len(self.waiting), self.waiting[-1].arrival
+        modules = self._modules.changes, len(self._modules.hanging())
+        return self._account.held_bytes, *modules, len(self.waiting), self.waiting[-1].arrival
 
     def _as_it_was(self) -> bool:
         """Whether nothing has changed since nobody could be admitted, and something will."""
@@ -120,7 +122,8 @@ class Scheduler:
         admitted: list[Request] = []
         without_room: dict[Names | None, int] = {}  # tokens of the shortest for which there was none
         hanging = self._modules.hanging()
-        parked, first = self._parked, self._held_up(hanging)
+        self.give_up([request for request in self.waiting if not hanging.isdisjoint(request.names or ())])
+        parked, first = self._parked, math.inf if hanging else self._held_up
         for reads in (False, True):
             resident = set(self._modules.resident)
             for request in list(self.waiting):
@@ -137,6 +140,7 @@ class Scheduler:
                 elif (resident >= set(request.names)) == reads:
                     continue
                 try:
+                    kept = _read_before(request)
                     begun = self._begin(request)
                 except Exception as error:
                     failed(request, error)
@@ -149,10 +153,11 @@ class Scheduler:
                     self._give(request, State.ROUTING)
                 else:
                     request.loads = loads
+                    self._modules.release(kept)
                     request.loaded += [name for name in read if name not in request.loaded]
                     self._give(request, State.LOADING)
                 admitted.append(request)
-                parked, first = self._parked, self._held_up(hanging)
+                parked, first = self._parked, math.inf if hanging else self._held_up
         return admitted
 
     def _begin(self, request: Request) -> tuple[dict[str, Future[KnowledgeModule]], list[str]] | None:
@@ -189,11 +194,11 @@ class Scheduler:
     def _parked(self) -> int:
         return sum(request.cache is not None for request in self.waiting)
 
-    def _held_up(self, hanging: set[str]) -> float:
-        """The arrival of the oldest that has waited long enough: none that came later goes before it, but for one whose
-        module hangs."""
-        late = (other for other in self.waiting if other.overtaken >= PATIENCE)
-        return next((float(other.arrival) for other in late if hanging.isdisjoint(other.names or ())), math.inf)
+    @property
+    def _held_up(self) -> float:
+        """The arrival of the oldest that has waited long enough: none that came later goes before it. Not where a
+        module hangs, whose bytes it may wait for."""
+        return next((float(other.arrival) for other in self.waiting if other.overtaken >= PATIENCE), math.inf)
 
     def _give(self, request: Request, state: State) -> None:
         for other in self.waiting:
@@ -202,3 +207,15 @@ class Scheduler:
         self.waiting.remove(request)
         request.state = state
         self.active.append(request)
+
+
+def _read_before(request: Request) -> list[str]:
+    """The modules that a request which was set aside holds.
+
+    Raises:
+        What one of them could not be read for.
+    """
+    for load in (request.loads or {}).values():
+        if load.done():
+            load.result()
+    return list(request.loads or ())
