@@ -558,7 +558,7 @@ def test_what_cannot_be_grown(home: Path, store: Store) -> None:
     refused(store, ConfigError, "law/1: .* no step to take back", lambda: take_back(store, "law"))
     for action in (lambda name: grow(store, name, 10), lambda name: take_back(store, name)):
         refused(
-            store, ConfigError, "other/1: is of kind blocks; only modules of kind peer", lambda a=action: a("other")
+            store, ConfigError, "other/1: is of kind blocks; modules of kind peer grow", lambda a=action: a("other")
         )
         refused(store, UnknownModuleError, "no module 'nobody'", lambda a=action: a("nobody"))
     refused(store, DataError, "nowhere", lambda: more(store, "+50", "nowhere"))

@@ -191,6 +191,13 @@ def test_keys_that_match_nothing_are_refused_and_not_left_out(adapter):
     refused(adapter, ConfigError, "is no matrix of a LoRA adapter")
 
 
+def test_an_adapter_whose_settings_name_another_rank_than_its_tensors_have_is_refused(adapter):
+    setting(adapter, r=5)
+    refused(adapter, IntegrityError, "has rank 4, adapter_config.json says 5; save the adapter again")
+    setting(adapter, r=4, rank_pattern={"q_proj": 2})
+    refused(adapter, IntegrityError, "q_proj has rank 4, adapter_config.json says 2")
+
+
 def test_an_adapter_of_another_width_or_part_is_refused(adapter, tmp_path):
     path = adapter / "adapter_model.safetensors"
     tensors = load_file(path)

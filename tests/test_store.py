@@ -985,3 +985,9 @@ def test_a_new_store_remembers_the_hashes_of_its_base(tmp_path, store, monkeypat
     (store.path / "cache" / "hashes.json").unlink()
     store.check_base()
     assert [path.name for path in read] == ["model.safetensors"]
+
+
+def test_verify_names_a_version_that_lost_its_manifest(store, base):
+    commit(store, "a", base, 5)
+    (store.path / "modules" / "a" / "2" / "module.json").unlink()
+    assert store.verify() == [f"{store.path / 'modules' / 'a' / '2' / 'module.json'}: file is missing"]

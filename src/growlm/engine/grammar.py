@@ -61,7 +61,7 @@ class Grammars:
         except Exception as error:
             wrong = _line(error)
         if wrong:
-            raise ConfigError(f"{setting(name)}: {_line(wrong)}")
+            raise ConfigError(f"{setting(name)}: {_line(wrong)}; correct it")
         return Matcher(LLMatcher(self._made, grammar), self._vocab_size, setting(name))
 
     @staticmethod

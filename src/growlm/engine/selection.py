@@ -79,6 +79,6 @@ def require_one_way(wanted: Wanted, mix: int, reroute: int, known: int, listed: 
     if (mix > 1 or reroute) and wanted not in (AUTO, [AUTO]):
         names = [wanted] if wanted is None or isinstance(wanted, str) else wanted
         given = " ".join(f"--module {name or 'base'}" for name in names)
-        raise ConfigError(f"--mix and --reroute choose modules themselves; leave out {given}")
+        raise ConfigError(f"{'--mix' if mix > 1 else '--reroute'} chooses modules itself; leave out {given}")
     if mix > 1 and reroute:
         raise ConfigError("--mix already follows the text; leave out --reroute")

@@ -60,6 +60,9 @@ def _problems(store: Store) -> list[str]:
             problems.append(str(error))
     if store.modules and not store.router_files(GENERAL).versions():
         problems.append(f"{store.router_path / GENERAL}: is missing; restore it, or make the store again")
+    # A folder appears with all its files and goes with all of them: one without a manifest has lost it.
+    whole = (store.path / "modules").glob("*/*/")
+    problems += [f"{path / MANIFEST}: file is missing" for path in sorted(whole) if not (path / MANIFEST).exists()]
     for name, versions in store.versions():
         for version in versions:
             folder = store.path / "modules" / name / str(version)

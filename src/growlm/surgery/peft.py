@@ -222,6 +222,11 @@ def _shape(said: Mapping[str, Any], found: Mapping[Place, Mapping[str, Tensor]],
                 f"{path.parent}: {name} goes from {parts['lora_A'].shape[-1]} to {parts['lora_B'].shape[0]}, that of "
                 f"{base.where} from {num_in} to {num_out}; it is an adapter for another model"
             )
+        told = _by_pattern(said.get("rank_pattern"), name, said.get("r", 8))
+        if rank != told:
+            raise IntegrityError(
+                f"{path.parent}: {name} has rank {rank}, adapter_config.json says {told}; save the adapter again"
+            )
         ranks[f"{index}.{at}"] = rank
         alphas[f"{index}.{at}"] = float(_by_pattern(said.get("alpha_pattern"), name, said.get("lora_alpha", 8)))
     (rank, _), *_ = Counter(ranks.values()).most_common(1)

@@ -316,8 +316,8 @@ def _peer(store: Store, name: str) -> tuple[StoredModule, PeerConfig]:
     stored = store.module(name)
     if stored.kind != Peer.kind:
         raise ConfigError(
-            f"{stored.folder}: is of kind {stored.kind}; only modules of kind peer grow. Learn new text as a module of "
-            "its own"
+            f"{stored.folder}: is of kind {stored.kind}; modules of kind peer grow, and those that recall their "
+            "text. Learn new text as a module of its own"
         )
     shape = stored.shape()[1]
     if not shape.steps or shape.layers is None:

@@ -131,6 +131,9 @@ def generate(
         "regex": regex,
         "grammar": _text_of(grammar, "--grammar"),
     }
+    from growlm.engine.sampling import SamplingConfig
+
+    SamplingConfig(**sampling)  # what cannot be is told before anything is read
     if logprobs is not None and not as_json:
         raise ConfigError("--logprobs are told in JSON; add --json")
     if number != 1 and sources:
