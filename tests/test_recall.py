@@ -499,6 +499,22 @@ def apart(tmp_path) -> Path:
     return write_jsonl(tmp_path / "apart.jsonl", texts)
 
 
+@pytest.mark.parametrize("kind", ["recall", "lora+recall"])
+def test_a_small_text_is_recalled_word_for_word_however_few_tokens_fit_its_gates(lessons, tmp_path, kind):
+    texts = [domain_text("letters", seed, words=16) for seed in range(12)]
+    learn(lessons, "small", [write_jsonl(tmp_path / "small.jsonl", texts)], config(kind=kind), progress=False)
+    said = lessons.module("small").manifest.training["recall"]
+    assert said["documents"] == len(texts)
+    assert said["fit"]["tokens"] < 200
+    with Engine(lessons) as engine:
+        right = 0
+        for text in texts:
+            ids = engine.tokenizer.encode(text)
+            answer = engine.generate(ids[:20], module="small", max_new_tokens=12).tokens
+            right += answer == ids[20:32]
+        assert right == len(texts)
+
+
 def test_a_text_that_does_not_help_is_not_admitted(lessons, apart):
     with pytest.raises(NotBetterError, match="apart: not better than the base"):
         learn(lessons, "apart", [apart], config(kind="recall"), progress=False)

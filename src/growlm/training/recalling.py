@@ -17,7 +17,7 @@ from torch import Tensor
 from growlm import data as text_data
 from growlm.base import Base
 from growlm.base.padding import pad_right
-from growlm.layers.recall import FEATURES, LEVELS, mixture_losses
+from growlm.layers.recall import Recalled, mixture_losses
 from growlm.modules import KnowledgeModule, ModuleSet
 from growlm.progress import phase, say, track
 from growlm.recall.memory import Memory
@@ -25,8 +25,19 @@ from growlm.recall.text import RecalledText, contexts_of
 from growlm.training.config import FITTED
 from growlm.training.corpus import Tokens, beginnings
 
-_PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2)  # on the squares of what the gates are apart from where they begin
-_BEGIN = -2.0  # a level's first gate: it counts for an eighth
+# Over all tokens, on the squares of what the gates are apart from where they begin: few tokens move them little.
+_PENALTIES = (0.1, 1.0, 10.0, 100.0)
+# Tokens below which it cannot be told that a text adds nothing, only that it harms; and of which none may be a quote, so
+# that gates that follow them closely forget what quotes want.
+_FEW = 1024
+# Of nine domains, each with texts of 3,000, 20,000 and 400,000 tokens, and of quotes from these
+# (benchmarks.quality.typical_gates).
+_TYPICAL = (
+    (-4.62, 2.25, -0.29, 0.90, -0.47, 1.22, 0.32, 1.00),
+    (-5.16, 0.69, 0.44, 3.84, -0.67, 1.31, 0.66, 2.24),
+    (-1.84, 0.58, 0.10, 0.25, 0.12, 1.79, -0.40, 0.37),
+    (-1.98, 1.10, 0.07, 0.01, -0.07, 1.65, -0.15, 0.87),
+)
 _FOLDS = 4
 _BATCH = 8  # passages that are read at a time
 
@@ -36,8 +47,8 @@ class Fitted:
     """How the gates were found.
 
     Attributes:
-        penalty: the one of several that did best on passages that fitted nothing; None: the text adds nothing there,
-            and every gate is closed.
+        penalty: the one of several that did best on passages that fitted nothing; None: the text adds nothing there, or
+            on few tokens harms, and every gate is closed.
         tokens: on which they were fitted.
         before, after: nats a token there without and with the text, passages being left out in turn.
         error: standard error of the difference.
@@ -83,10 +94,10 @@ def remember(module: KnowledgeModule, text: RecalledText, base: Base, passages: 
     with phase("fitting what the text adds", len(chosen), "passages") as fitting:
         parts = []
         for at in range(0, len(chosen), _BATCH):
-            parts.append(_Sample.of(ModuleSet(base, [module]), memory, chosen[at : at + _BATCH], at))
+            parts.append(Sample.of(ModuleSet(base, [module]), memory, chosen[at : at + _BATCH], at))
             fitting.advance(min(_BATCH, len(chosen) - at))
-    sample = _Sample.joined(parts)
-    found, gates = _best(sample)
+    sample = Sample.joined(parts)
+    found, gates = best(sample)
     if gates is not None:
         memory.gates.data.copy_(gates)
     say(found.told())
@@ -101,7 +112,7 @@ def recalling(
     text = text_of(base, tokens.documents, tokenizer)
     fitted = remember(module, text, base, tokens.validation)
     if fitted.penalty is None and module.trains:
-        say("the text is not kept")
+        say("the text is not kept; --kind recall keeps it, without what was learned")
         return without_memory(base, module, where), {"tokens": 0, "documents": 0, "fit": fitted.to_json()}
     record = {"tokens": text.num_tokens, "documents": text.num_documents, "fit": fitted.to_json()}
     return module, record
@@ -135,7 +146,7 @@ def without_memory(base: Base, module: KnowledgeModule, where: str) -> Knowledge
 
 
 @dataclass
-class _Sample:
+class Sample:
     """What is known of held-out tokens.
 
     Attributes:
@@ -153,7 +164,7 @@ class _Sample:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, modules: ModuleSet, memory: Memory, passages: Sequence[text_data.Passage], number: int) -> _Sample:
+    def of(cls, modules: ModuleSet, memory: Memory, passages: Sequence[text_data.Passage], number: int) -> Sample:
         ids, scored = pad_right([p.tokens for p in passages], modules.base.device)
         if (masks := text_data.masks_of(passages)) is not None:
             scored = scored & pad_right([[int(c) for c in m] for m in masks], modules.base.device)[0].bool()
@@ -165,19 +176,22 @@ class _Sample:
         for at in range(0, len(labels), 512):
             some = slice(at, at + 512)
             own = modules.project(hidden[some]).float().log_softmax(-1)
-            found = memory.recalled(own, contexts[some])
-            losses = -own.gather(1, labels[some, None])[:, 0]
-            there = found.masses.sum(-1) > 0
-            parts.append(cls(losses, found.probability(labels[some]), found.features, there, rows[some]))
+            parts.append(cls.told(own, memory.recalled(own, contexts[some]), labels[some], rows[some]))
         return cls.joined(parts)
 
     @classmethod
-    def joined(cls, parts: Sequence[_Sample]) -> _Sample:
+    def told(cls, own: Tensor, found: Recalled, labels: Tensor, passages: Tensor) -> Sample:
+        """Of labels (n,), of which the model says (n, v)."""
+        losses = -own.gather(1, labels[:, None])[:, 0]
+        return cls(losses, found.probability(labels), found.features, found.masses.sum(-1) > 0, passages)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Sample]) -> Sample:
         names = ("losses", "said", "features", "there", "passages")
         return cls(*(torch.cat([getattr(part, name).cpu() for part in parts]) for name in names))
 
-    def where(self, chosen: Tensor) -> _Sample:
-        return _Sample(*(getattr(self, f)[chosen] for f in ("losses", "said", "features", "there", "passages")))
+    def where(self, chosen: Tensor) -> Sample:
+        return Sample(*(getattr(self, f)[chosen] for f in ("losses", "said", "features", "there", "passages")))
 
     def mixture(self, gates: Tensor) -> Tensor:
         """Losses (n,) with gates (j, f)."""
@@ -186,9 +200,9 @@ class _Sample:
         return mixture_losses(self.losses, self.said, weights)
 
 
-def _best(sample: _Sample) -> tuple[Fitted, Tensor | None]:
+def best(sample: Sample) -> tuple[Fitted, Tensor | None]:
     """How the gates were found, and the gates; None where the text adds nothing."""
-    before, n = float(sample.losses.mean()), len(sample.losses)
+    before, n, start = float(sample.losses.mean()), len(sample.losses), typical_gates()
     if len(sample.passages.unique()) < 2:  # pieces of the only one
         sample = replace(sample, passages=torch.arange(n) * _FOLDS // max(n, 1))
     numbers = sample.passages.unique()
@@ -197,27 +211,35 @@ def _best(sample: _Sample) -> tuple[Fitted, Tensor | None]:
     if folds < 2:
         return nothing, None
     tried = []
-    for penalty in _PENALTIES:
+    for penalty in _PENALTIES if n >= _FEW else _PENALTIES[2:]:
         losses = torch.empty_like(sample.losses)
         for fold in range(folds):
             out = torch.isin(sample.passages, numbers[fold::folds])
-            losses[out] = sample.where(out).mixture(_fit(sample.where(~out), penalty)).detach()
+            losses[out] = sample.where(out).mixture(fit(sample.where(~out), penalty / n, start)).detach()
         gain = sample.losses - losses
         # Tokens of one passage depend on each other.
         each = torch.zeros(int(numbers.max()) + 1).index_add_(0, sample.passages, gain - gain.mean())
         error = float(each.square().sum().sqrt()) / n
         tried.append(Fitted(penalty, n, before, float(losses.mean()), error))
-    best = min(tried, key=lambda found: found.after)
-    if not best.before - best.after > best.error:  # or it became no number
-        return replace(nothing, error=best.error), None
-    assert best.penalty is not None
-    return best, _fit(sample, best.penalty)
+    found = min(tried, key=lambda found: found.after)
+    least = found.error if n >= _FEW else -found.error
+    if not found.before - found.after > least:  # or it became no number
+        return replace(nothing, error=found.error), None
+    assert found.penalty is not None
+    return found, fit(sample, found.penalty / n, start)
 
 
-def _fit(sample: _Sample, penalty: float) -> Tensor:
-    """Gates (j, f) with the lowest loss."""
-    start = torch.zeros(len(LEVELS), FEATURES)
-    start[:, 0] = _BEGIN
+def typical_gates() -> Tensor:
+    """Gates (j, f) as texts of many domains and sizes want them, from which those of a text begin."""
+    return torch.tensor(_TYPICAL)
+
+
+def fit(sample: Sample, penalty: float, start: Tensor) -> Tensor:
+    """Gates (j, f) with the lowest loss, not far from where they begin.
+
+    Args:
+        penalty: on the squares of how far, beside nats a token.
+    """
     gates = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([gates], max_iter=100, line_search_fn="strong_wolfe")
 
