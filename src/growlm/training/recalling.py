@@ -27,8 +27,8 @@ from growlm.training.corpus import Tokens, beginnings
 
 # Over all tokens, on the squares of what the gates are apart from where they begin: few tokens move them little.
 _PENALTIES = (0.1, 1.0, 10.0, 100.0)
-# Tokens below which it cannot be told that a text adds nothing, only that it harms; and of which none may be a quote, so
-# that gates that follow them closely forget what quotes want.
+# Tokens below which it cannot be told that a text adds nothing, only that it harms. None of them may be a quote: gates
+# that follow so few closely forget what quotes want.
 _FEW = 1024
 # Of nine domains, each with texts of 3,000, 20,000 and 400,000 tokens, and of quotes from these
 # (benchmarks.quality.typical_gates).

@@ -131,9 +131,6 @@ def generate(
         "regex": regex,
         "grammar": _text_of(grammar, "--grammar"),
     }
-    from growlm.engine.sampling import SamplingConfig
-
-    SamplingConfig(**sampling)  # what cannot be is told before anything is read
     if logprobs is not None and not as_json:
         raise ConfigError("--logprobs are told in JSON; add --json")
     if number != 1 and sources:
@@ -165,6 +162,8 @@ def generate(
         writers = ", ".join(f"{name} {share:.0%}" for name, share in result.mixture.items())
     elif len(result.changes) > 1:
         writers = ", ".join(f"{name or 'base'} from token {at}" for at, name in result.changes)
+    elif not result.module and wanted == ["auto"] and len(result.scores) > 1:
+        writers = "base: the router chose no module; --module names one"
     note(
         f"[{writers}; {format_size(result.resident_bytes)} of weights in memory"
         f"{'; loaded ' + ', '.join(result.loaded) if result.loaded else ''}]"
