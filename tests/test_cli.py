@@ -257,6 +257,8 @@ def test_results_are_on_stdout_and_remarks_on_stderr(home, run):
     assert "[digits;" in err
     assert err.count("\n") == 1
     assert run("route", "store", domain_text("general", 9))[1].startswith("none of the modules\n")
+    told = run("generate", "store", domain_text("general", 9), "--max-new-tokens", "2")[2]
+    assert "[base: the router chose no module; --module names one; " in told
     for arguments, word in [
         (("status", "store"), "letters"),
         (("verify", "store"), "3 modules"),

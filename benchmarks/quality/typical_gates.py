@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +22,10 @@ import torch
 from benchmarks.lib.common import machine, slug
 from benchmarks.lib.domains import DOMAINS
 from benchmarks.lib.published import OnPublished
+from growlm.data import Passage
 from growlm.modules import ModuleSet
 from growlm.recall.memory import Memory
-from growlm.recall.text import RecalledText, contexts_of
+from growlm.recall.text import RecalledText
 from growlm.training.recalling import Sample, best, fit, token_documents, typical_gates
 from growlm.units import parse_count
 
@@ -36,40 +38,27 @@ class Samples(OnPublished):
         path = self.a.out / f"{slug(domain)}.pt"
         if not path.exists():
             print(f"{domain} ...", flush=True)
-            found = list(token_documents(self.documents(domain, "train"), self.tokenizer))
-            memories, quotes, draw = {}, {}, np.random.default_rng(0)
+            documents = list(token_documents(self.documents(domain, "train"), self.tokenizer))
+            held_out = self.passages(domain, "valid", self.a.tokens)
+            alone, draw = ModuleSet(self.base), np.random.default_rng(0)
+            both: tuple[dict[int, Any], dict[int, Any]] = {}, {}
             for size in SIZES:
                 chosen, left = [], size
-                for source, ids in found:
+                for source, ids in documents:
                     chosen.append((source, ids[:left]))
                     left -= len(chosen[-1][1])
                     if left <= 0:
                         break
-                memories[size] = Memory()
-                memories[size].text = RecalledText.of(chosen, self.base.vocab_size)
-                every = np.concatenate([ids for _, ids in chosen])
+                memory, every = Memory(), np.concatenate([ids for _, ids in chosen])
+                memory.text = RecalledText.of(chosen, self.base.vocab_size)
                 places = draw.integers(0, len(every) - QUOTED, self.a.quotes)
-                quotes[size] = [every[place : place + QUOTED].tolist() for place in places]
-            held_out = [p.tokens for p in self.passages(domain, "valid", self.a.tokens)]
-            told = self._told(held_out, memories)
-            quoted = {size: self._told(quotes[size], {size: memory})[size] for size, memory in memories.items()}
-            torch.save([{size: vars(sample) for size, sample in each.items()} for each in (told, quoted)], path)
+                quotes = [Passage(every[place : place + QUOTED].tolist(), 0) for place in places]
+                for found, passages in zip(both, (held_out, quotes), strict=True):
+                    parts = [Sample.of(alone, memory, [passage], at) for at, passage in enumerate(passages)]
+                    found[size] = vars(Sample.joined(parts))
+            torch.save(both, path)
         told, quoted = ({size: Sample(**one) for size, one in each.items()} for each in torch.load(path))
         return told, quoted
-
-    @torch.no_grad()
-    def _told(self, texts: list[list[int]], memories: dict[int, Memory]) -> dict[int, Sample]:
-        alone = ModuleSet(self.base)
-        parts: dict[int, list[Sample]] = {size: [] for size in memories}
-        for number, text in enumerate(texts):
-            ids = torch.tensor([text])
-            hidden, labels = alone.hidden(ids[:, :-1])[0], ids[0, 1:]
-            contexts = contexts_of(ids[:, :-1], len(labels))[0]
-            own = alone.project(hidden).float().log_softmax(-1)
-            rows = torch.full_like(labels, number)
-            for size, memory in memories.items():
-                parts[size].append(Sample.told(own, memory.recalled(own, contexts), labels, rows))
-        return {size: Sample.joined(each) for size, each in parts.items()}
 
 
 def main() -> None:

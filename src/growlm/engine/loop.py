@@ -67,7 +67,7 @@ class Loop:
         self.scheduler = Scheduler(self.modules, self.account, self.reading.footprint, Request.give_up, max_batch)
         self.writer = Writer(self.base, self.runner, end_tokens)
         self.sets: WeakValueDictionary[tuple[str, ...], ModuleSet] = WeakValueDictionary()  # those that are in use
-        self.stepping = Turns()  # held for a step, and by what must be alone
+        self.stepping = Turns()  # held for a step
         self.closed = False
         self.drafts = drafts
         self._resident, self._make_way, self._where = resident, make_way, where

@@ -123,7 +123,7 @@ class Scheduler:
         without_room: dict[Names | None, int] = {}  # tokens of the shortest for which there was none
         hanging = self._modules.hanging()
         self.give_up([request for request in self.waiting if not hanging.isdisjoint(request.names or ())])
-        parked, first = self._parked, math.inf if hanging else self._held_up
+        parked, first = self._parked, self._held_up(hanging)
         for reads in (False, True):
             resident = set(self._modules.resident)
             for request in list(self.waiting):
@@ -157,7 +157,7 @@ class Scheduler:
                     request.loaded += [name for name in read if name not in request.loaded]
                     self._give(request, State.LOADING)
                 admitted.append(request)
-                parked, first = self._parked, math.inf if hanging else self._held_up
+                parked, first = self._parked, self._held_up(hanging)
         return admitted
 
     def _begin(self, request: Request) -> tuple[dict[str, Future[KnowledgeModule]], list[str]] | None:
@@ -194,10 +194,11 @@ class Scheduler:
     def _parked(self) -> int:
         return sum(request.cache is not None for request in self.waiting)
 
-    @property
-    def _held_up(self) -> float:
-        """The arrival of the oldest that has waited long enough: none that came later goes before it. Not where a
-        module hangs, whose bytes it may wait for."""
+    def _held_up(self, hanging: set[str]) -> float:
+        """The arrival of the oldest that has waited long enough: none that came later goes before it. Not while modules
+        hang: it may wait for their bytes."""
+        if hanging:
+            return math.inf
         return next((float(other.arrival) for other in self.waiting if other.overtaken >= PATIENCE), math.inf)
 
     def _give(self, request: Request, state: State) -> None:

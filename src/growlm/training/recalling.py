@@ -17,7 +17,7 @@ from torch import Tensor
 from growlm import data as text_data
 from growlm.base import Base
 from growlm.base.padding import pad_right
-from growlm.layers.recall import Recalled, mixture_losses
+from growlm.layers.recall import mixture_losses
 from growlm.modules import KnowledgeModule, ModuleSet
 from growlm.progress import phase, say, track
 from growlm.recall.memory import Memory
@@ -47,8 +47,8 @@ class Fitted:
     """How the gates were found.
 
     Attributes:
-        penalty: the one of several that did best on passages that fitted nothing; None: the text adds nothing there, or
-            on few tokens harms, and every gate is closed.
+        penalty: over all tokens, the one of several that did best on passages that fitted nothing; None: the text adds
+            nothing there, or on few tokens harms, and every gate is closed.
         tokens: on which they were fitted.
         before, after: nats a token there without and with the text, passages being left out in turn.
         error: standard error of the difference.
@@ -112,7 +112,7 @@ def recalling(
     text = text_of(base, tokens.documents, tokenizer)
     fitted = remember(module, text, base, tokens.validation)
     if fitted.penalty is None and module.trains:
-        say("the text is not kept; --kind recall keeps it, without what was learned")
+        say("the text is not kept; --kind recall keeps a text that helps the base alone")
         return without_memory(base, module, where), {"tokens": 0, "documents": 0, "fit": fitted.to_json()}
     record = {"tokens": text.num_tokens, "documents": text.num_documents, "fit": fitted.to_json()}
     return module, record
@@ -164,7 +164,8 @@ class Sample:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, modules: ModuleSet, memory: Memory, passages: Sequence[text_data.Passage], number: int) -> Sample:
+    def of(cls, modules: ModuleSet, memory: Memory, passages: Sequence[text_data.Passage], number: int = 0) -> Sample:
+        """What modules and memory say of passages, which are counted from `number` on."""
         ids, scored = pad_right([p.tokens for p in passages], modules.base.device)
         if (masks := text_data.masks_of(passages)) is not None:
             scored = scored & pad_right([[int(c) for c in m] for m in masks], modules.base.device)[0].bool()
@@ -176,14 +177,11 @@ class Sample:
         for at in range(0, len(labels), 512):
             some = slice(at, at + 512)
             own = modules.project(hidden[some]).float().log_softmax(-1)
-            parts.append(cls.told(own, memory.recalled(own, contexts[some]), labels[some], rows[some]))
+            found = memory.recalled(own, contexts[some])
+            losses = -own.gather(1, labels[some, None])[:, 0]
+            there = found.masses.sum(-1) > 0
+            parts.append(cls(losses, found.probability(labels[some]), found.features, there, rows[some]))
         return cls.joined(parts)
-
-    @classmethod
-    def told(cls, own: Tensor, found: Recalled, labels: Tensor, passages: Tensor) -> Sample:
-        """Of labels (n,), of which the model says (n, v)."""
-        losses = -own.gather(1, labels[:, None])[:, 0]
-        return cls(losses, found.probability(labels), found.features, found.masses.sum(-1) > 0, passages)
 
     @classmethod
     def joined(cls, parts: Sequence[Sample]) -> Sample:
