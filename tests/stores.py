@@ -149,7 +149,7 @@ def make_store(
     # A router that is trained on general text finds it here; otherwise the base would write some, which takes a second.
     write_jsonl(base_folder / "heldout.jsonl", [domain_text("general", 900 + i) for i in range(40)])
     texts = domain_ids(tokenizer, "general")
-    router.write_general(store, base, texts[:30], texts[30:])
+    router.write_general(store, base, [(texts[:30], texts[30:])])
     return store
 
 

@@ -27,7 +27,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     add_experts(store, base, "digits", 2, num_experts=4)
     add_module(store, base, "signs", 3)
     texts = domain_ids(store.load_tokenizer(), "general")
-    router.write_general(store, base, texts[:30], texts[30:])
+    router.write_general(store, base, [(texts[:30], texts[30:])])
     (home / "text.txt").write_text("\n".join(TEXT * 4))
     return home
 

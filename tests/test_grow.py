@@ -238,12 +238,15 @@ def test_the_router_knows_old_and_new_text(home: Path, store: Store) -> None:
     base, tokenizer = store.load_base(), store.load_tokenizer()
     first = load_router(store)
     states = [
-        first.states(base, [tokenizer(text)["input_ids"]]) for text in ("Drug 77 inhibits", "The tenant of room 7")
+        first.states(base, [tokenizer(text)["input_ids"]])
+        for text in ("Drug 77 inhibits enzyme 13.", "The tenant of room 7")
     ]
-    assert names_of(first.route(*states[0])) != ["law"]
+    (before,) = first.route(*states[0])
     more(store, "+50", "drugs")
     for given in states:
         assert names_of(load_router(store).route(*given)) == ["law"]
+    (after,) = load_router(store).route(*states[0])
+    assert after.scores["law"] > before.scores["law"]
     old, new = (evidence_beside(store.module("law", version)) for version in (1, 2))
     count = len(old[router.VECTORS]["vectors"])
     assert torch.equal(new[router.VECTORS]["vectors"][:count], old[router.VECTORS]["vectors"])

@@ -351,7 +351,7 @@ def test_an_adapter_becomes_a_module_with_and_without_text(store, tmp_path, capf
         torch.testing.assert_close(ModuleSet(base, [module]).logits(ids), wanted(ids).logits, atol=1e-5, rtol=1e-5)
     assert evaluate(store, {"law": [law]}, progress=False).forgetting == 0
     with Engine(store) as engine:
-        text = json.loads(law.read_text().splitlines()[3])["text"]
+        text = " ".join(json.loads(line)["text"] for line in law.read_text().splitlines()[3:9])
         assert engine.route(text).module in ("law", "written")
     assert store.verify() == []
     with pytest.raises(StoreError, match=r"'law' exists \(version 1\); use --update"):

@@ -39,7 +39,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     add_experts(store, base, "digits", 2, num_experts=4, first_layer=1, vocabulary="none")
     add_module(store, base, "signs", 3)
     texts = domain_ids(store.load_tokenizer(), "general")
-    router.write_general(store, base, texts[:30], texts[30:])
+    router.write_general(store, base, [(texts[:30], texts[30:])])
     (home / "text.txt").write_text("\n".join(TEXT * 4))
     return home
 

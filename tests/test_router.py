@@ -84,8 +84,8 @@ class Domains:
 
 def describe_general(store: Store, seed: int = GENERAL) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evidence, "gather_evidence", lambda base, train, heldout, **_: kept(seed))
-        write_general(store, None, [], [])
+        patch.setattr(evidence, "gather_evidence", lambda base, train, heldout, **_: kept(*train))
+        write_general(store, None, [([seed], []), ([seed + 500], [])])
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +210,7 @@ def test_a_store_keeps_no_text_and_no_tokens(base_folder, base, tmp_path):
     """Of text, only int16 vectors lie in a module's folder and in the router's."""
     store = Store.create(tmp_path / "store", base_folder)
     texts = passages(12, 64, 0)
-    write_general(store, base, texts, texts[:3])
+    write_general(store, base, [(texts, texts[:3])])
     module = Blocks.create(base, BlocksConfig(num_layers=1, vocabulary="none"))
     stored = store.commit(
         "law", module, {}, files_of(gather_evidence(base, texts, texts[:3], layer=store.manifest.routing_layer))
@@ -224,8 +224,9 @@ def test_a_store_keeps_no_text_and_no_tokens(base_folder, base, tmp_path):
                 assert tensor.shape[1] == WIDTH
                 assert len(tensor) % 3 == 0
             else:
-                derived = {"gram": (WIDTH, WIDTH), "whiten": (WIDTH, WIDTH), "means": (2, WIDTH), "sum": (WIDTH,)}
-                counts = {"limits": (1,), "forks": (1,), "count": (1,), "members": (32,)}
+                derived = {"gram": (WIDTH, WIDTH), "whiten": (WIDTH, WIDTH), "means": (1, WIDTH), "general": (1, WIDTH)}
+                derived["sum"] = (WIDTH,)
+                counts = {"limits": (1,), "forks": (1,), "count": (1,), "members": (32,), "forms": (1,)}
                 assert tuple(tensor.shape) == {**derived, **counts}[name]
     assert len(list(store.path.rglob("router*.safetensors"))) == 5
 
@@ -436,7 +437,7 @@ def test_routing_goes_through_the_base_alone(base_folder, base, tmp_path):
     def language(start: int, seed: int, count: int = 30, tokens: int = 24) -> list[list[int]]:
         return (random_ids(count, tokens, seed=seed) % 40 + start).tolist()
 
-    write_general(store, base, language(200, 0), language(200, 1))
+    write_general(store, base, [(language(200, 0), language(200, 1))])
     module = Blocks.create(base, BlocksConfig(num_layers=1, vocabulary="none"))
     for name, start in (("low", 10), ("mid", 100)):
         entry = gather_evidence(base, language(start, 2), language(start, 3), layer=store.manifest.routing_layer)

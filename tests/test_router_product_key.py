@@ -75,18 +75,20 @@ def alike(left: ProductKeyRouter, right: ProductKeyRouter) -> bool:
 # Exact
 
 
-def made_up(n: int, width: int, seed: int, spread: float, twins: bool) -> tuple[GaussianRouter, Tensor]:
+def made_up(n: int, width: int, seed: int, spread: float, twins: bool, forms: int = 1) -> tuple[GaussianRouter, Tensor]:
     """A fitted router of n modules, and texts near some of them, near general text and far from all."""
     g = torch.Generator().manual_seed(seed)
-    means = spread * torch.randn(n + 1, width, generator=g)
+    means = spread * torch.randn(n, width, generator=g)
+    general = spread * torch.randn(forms, width, generator=g)
     if twins:  # the same text learned under several names
-        means[:-1] = means[torch.randint(max(n // 3, 1), (n,), generator=g)]
+        means = means[torch.randint(max(n // 3, 1), (n,), generator=g)]
     whiten = torch.eye(width)
     limits = 1.25 * width * (0.5 + torch.rand(n, generator=g))
     names = [f"m{i:05}" for i in range(n)]
-    texts = means[torch.randint(n + 1, (6,), generator=g)] + torch.randn(6, width, generator=g)
-    texts = torch.cat([texts, means[-1:], means[:1], 50 * torch.randn(1, width, generator=g)])
-    return GaussianRouter(names, means, whiten, limits, dict.fromkeys(names, 2)), texts
+    both = torch.cat([means, general])
+    texts = both[torch.randint(len(both), (6,), generator=g)] + torch.randn(6, width, generator=g)
+    texts = torch.cat([texts, general[-1:], means[:1], 50 * torch.randn(1, width, generator=g)])
+    return GaussianRouter(names, means, general, whiten, limits, dict.fromkeys(names, 2)), texts
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -96,12 +98,13 @@ def made_up(n: int, width: int, seed: int, spread: float, twins: bool) -> tuple[
     seed=st.integers(0, 9999),
     spread=st.sampled_from([0.0, 0.3, 1.0, 5.0]),
     twins=st.booleans(),
+    forms=st.integers(1, 4),
     top_k=st.sampled_from([1, 4, 32]),
     index=st.booleans(),
 )
-def test_it_gives_the_best_of_the_gaussian_routers_answer(n, width, seed, spread, twins, top_k, index):
-    gaussian, texts = made_up(n, width, seed, spread, twins)
-    cells = Cells.build(gaussian.means[:-1], gaussian.limits) if index else None
+def test_it_gives_the_best_of_the_gaussian_routers_answer(n, width, seed, spread, twins, forms, top_k, index):
+    gaussian, texts = made_up(n, width, seed, spread, twins, forms)
+    cells = Cells.build(gaussian.means, gaussian.limits) if index else None
     found = ProductKeyRouter(gaussian, cells, top_k).route_pooled(texts)
     for mine, whole in zip(found, gaussian.route_pooled(texts), strict=True):
         if n <= top_k:
@@ -120,7 +123,7 @@ def test_it_gives_the_best_of_the_gaussian_routers_answer(n, width, seed, spread
 @pytest.mark.parametrize("index", [True, False])
 def test_without_is_the_router_less_some_names(index):
     gaussian, texts = made_up(200, 16, 3, 1.0, True)
-    cells = Cells.build(gaussian.means[:-1], gaussian.limits) if index else None
+    cells = Cells.build(gaussian.means, gaussian.limits) if index else None
     whole = ProductKeyRouter(gaussian, cells, 4)
     gone = {f"m{i:05}" for i in range(0, 200, 3)}
     left, wanted = whole.without(gone), gaussian.without(gone)
@@ -261,7 +264,7 @@ def test_bytes_are_those_of_the_means_and_the_index(new_store):
     found = load(store)
     assert found.cells is not None
     assert found.num_bytes() == load_router(store, kind="gaussian").num_bytes() + found.cells.num_bytes()
-    assert found.gaussian.means.shape == (6, WIDTH)
+    assert (found.gaussian.means.shape, found.gaussian.general.shape) == ((5, WIDTH), (2, WIDTH))
 
 
 def test_the_layers_at_which_a_request_may_leave_the_base_follow_the_modules(new_store):

@@ -43,7 +43,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     if request.param == "llama":
         add_module(store, base, "other", 9)
     texts = domain_ids(store.load_tokenizer(), "general")
-    router.write_general(store, base, texts[:30], texts[30:])
+    router.write_general(store, base, [(texts[:30], texts[30:])])
     return home
 
 

@@ -77,19 +77,21 @@ def accuracy(
         return whole(states[name][part][:most, layer][:, places].flatten(0, 1))
 
     general = {"vectors": shown(GENERAL, "train", count), "heldout": shown(GENERAL, "heldout", HELDOUT)}
+    general["forms"] = torch.tensor([len(general["vectors"])])
     evidence = {
         name: {"vectors": shown(name, "train", count), "heldout": shown(name, "heldout", HELDOUT)} for name in names
     }
     gram = sum(gram_of(kept["vectors"]) for kept in [general, *evidence.values()])
     summaries = [partial(files_of(kept).__getitem__, EVIDENCE) for kept in evidence.values()]
-    means, whiten, limits = fit(summaries, general, gram)
+    fitted = fit(summaries, general, gram)
     right: dict[str, dict[int, float]] = {"domains": {}, "none": {}}
     for length in ASKED:
         hits = {}
         for name in states:
             vectors = states[name]["test"][:, layer, LENGTHS.index(length)]
-            distances = torch.cdist(vectors @ whiten, means).square()
-            chosen = [route.module for route in routes_of(names, distances, limits)]
+            whitened = vectors @ fitted.whiten
+            away, from_general = (torch.cdist(whitened, m).square() for m in (fitted.means, fitted.general))
+            chosen = [route.module for route in routes_of(names, away, fitted.limits, from_general)]
             hits[name] = sum(c == (None if name == GENERAL else name) for c in chosen) / len(chosen)
         right["domains"][length] = sum(hits[n] for n in names) / len(names)
         right["none"][length] = hits[GENERAL]

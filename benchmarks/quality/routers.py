@@ -110,7 +110,7 @@ def growth(a: argparse.Namespace) -> None:
     base = store.load_base()
     general = [simulated(10**6 + i, i, base.vocab_size) for i in range(256)]
     if not router.has_general(store):
-        router.write_general(store, base, general[:192], general[192:])
+        router.write_general(store, base, [(general[:192], general[192:])])
         with store.lock():
             store.router_files("general-samples").write(router.pack_samples(general, 1 << 20))
     module = Blocks.create(base, BlocksConfig(num_layers=1, vocabulary="none"))

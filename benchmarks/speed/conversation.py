@@ -66,7 +66,7 @@ def make_modules(store: Store, forks: list[int]) -> dict[int, list[str]]:
             if name in store.modules:
                 continue
             if known is None:
-                write_general(store, base, texts[:8], texts[8:])
+                write_general(store, base, [(texts[:8], texts[8:])])
                 known = files_of(gather_evidence(base, texts[:8], texts[8:], layer=store.manifest.routing_layer))
             torch.manual_seed(number)
             config = kind_of("lora").Config(r=16, layers=list(range(fork, base.num_layers)), vocabulary="none")

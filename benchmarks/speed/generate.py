@@ -33,7 +33,7 @@ def main() -> None:
         rng = np.random.default_rng(0)
         texts = rng.integers(1, 32_000, size=(16, PROMPT)).tolist()
         known = gather_evidence(base, texts[:8], texts[8:], layer=store.manifest.routing_layer)
-        write_general(store, base, texts[:8], texts[8:])
+        write_general(store, base, [(texts[:8], texts[8:])])
         store.commit("medicine", module, {}, files_of(known))
         growlm.export(store, folder / "out", "medicine")
         model = AutoModelForCausalLM.from_pretrained(folder / "out").eval()
@@ -65,7 +65,8 @@ def main() -> None:
         torch.manual_seed(0)
         engine._routing.router = GaussianRouter(
             names := [f"d{i}" for i in range(domains)],
-            torch.randn(domains + 1, width),
+            torch.randn(domains, width),
+            torch.randn(1, width),
             torch.randn(width, width) / width**0.5,
             torch.full((domains,), 1e9),
             dict.fromkeys(names, base.num_layers),

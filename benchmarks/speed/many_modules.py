@@ -66,7 +66,7 @@ def make_store(folder: Path, base: Path, count: int) -> Store:
         return store
     frozen = store.load_base()
     texts = np.random.default_rng(0).integers(1, frozen.vocab_size, size=(16, 64)).tolist()
-    write_general(store, frozen, texts[:8], texts[8:])
+    write_general(store, frozen, [(texts[:8], texts[8:])])
     known = files_of(gather_evidence(frozen, texts[:8], texts[8:], layer=store.manifest.routing_layer))
     module = kind_of("lora").create(frozen, kind_of("lora").Config(r=4, vocabulary="none"))
     for number in track(missing, "making modules", "modules", total=len(missing)):

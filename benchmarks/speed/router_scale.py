@@ -76,8 +76,8 @@ def measure(world: str, count: int, variances: Tensor) -> list[str]:
     noise = torch.randn(QUERIES, width, generator=draw)
     queries = means[chosen] + noise * 0.4 * 3.5 ** torch.rand(QUERIES, 1, generator=draw)
     names = [f"domain-{i}" for i in range(count)]
-    gaussian = GaussianRouter(names, means, torch.eye(width), limits, dict.fromkeys(names, 8))
-    points = means[:-1]
+    points, general = means[:-1], means[-1:]
+    gaussian = GaussianRouter(names, points, general, torch.eye(width), limits, dict.fromkeys(names, 8))
     start = time.perf_counter()
     cells = Cells.build(points, limits)
     built = time.perf_counter() - start
@@ -134,7 +134,7 @@ def main() -> None:
     if a.like is not None:
         found = load_router(a.like, kind="gaussian")
         assert isinstance(found, GaussianRouter)
-        variances = torch.linalg.eigvalsh(found.means[:-1].T.cov()).flip(0).clamp(min=0)
+        variances = torch.linalg.eigvalsh(found.means.T.cov()).flip(0).clamp(min=0)
     print(f"{machine()}; width {len(variances)}, the best {TOP_K} of all\n")
     columns = (
         "world", "modules", "build, s", "index, MB", "means, MB", "cells, ms", "floor, ms", "scan, ms",

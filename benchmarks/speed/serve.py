@@ -58,7 +58,7 @@ def make_store(folder: Path, base: Path) -> Store:
     frozen = store.load_base()
     draw = np.random.default_rng(0)
     texts = draw.integers(1, frozen.vocab_size, size=(16, 64)).tolist()
-    write_general(store, frozen, texts[:8], texts[8:])
+    write_general(store, frozen, [(texts[:8], texts[8:])])
     known = files_of(gather_evidence(frozen, texts[:8], texts[8:], layer=store.manifest.routing_layer))
     for name, settings in KINDS.items():
         for number in range(MODULES):

@@ -47,7 +47,7 @@ def measure(count: int) -> dict[str, float]:
         torch.manual_seed(0)
         module = Blocks.create(base, BlocksConfig(num_layers=1, vocabulary="none"))
         texts = torch.randint(1, 256, (8, 32)).tolist()
-        router.write_general(store, base, texts, texts)
+        router.write_general(store, base, [(texts, texts)])
         # As many vectors as `learn` keeps of a domain.
         known = {k: (torch.randn(n, WIDTH) * 1024).short() for k, n in (("vectors", 2048), ("heldout", 256))}
         store.commit("seed", module, {}, router.files_of(known))

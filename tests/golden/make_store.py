@@ -72,7 +72,7 @@ def main(folder: Path) -> None:
 
     tokenizer = store.load_tokenizer()
     texts = [tokenizer.encode(text("general", seed)) for seed in range(40)]
-    write_general(store, store.load_base(), texts[:30], texts[30:])
+    write_general(store, store.load_base(), [(texts[:30], texts[30:])])
     for name, settings in KINDS.items():
         learn(store, name, [work / f"{name}.jsonl"], LearnConfig(**COMMON, **settings))
     grow(store, "tales", 64, [work / "tales.jsonl"], GrowConfig(**COMMON))

@@ -228,7 +228,7 @@ def test_a_base_in_bfloat16(device, tmp_path: Path):
             router.files_of(router.gather_evidence(base, texts[:30], texts[30:], layer=store.manifest.routing_layer)),
         )
     texts = domain_ids(store.load_tokenizer(), "general")
-    router.write_general(store, base, texts[:30], texts[30:])
+    router.write_general(store, base, [(texts[:30], texts[30:])])
     with Engine(store, device=device) as engine:
         assert engine.base.dtype == torch.bfloat16
         answers = engine.generate_many([domain_text(n, 3000) for n in ("letters", "digits")], max_new_tokens=6)

@@ -71,7 +71,7 @@ def test_a_store_filled_on_the_device_routes_on_the_processor(device, tmp_path):
     made = make_store(tmp_path, modules={})
     there, tokenizer = made.load_base(device=device), made.load_tokenizer()
     texts = domain_ids(tokenizer, "general")
-    router.write_general(made, there, texts[:30], texts[30:])
+    router.write_general(made, there, [(texts[:30], texts[30:])])
     for name in PLAIN:
         texts = domain_ids(tokenizer, name)
         module = Blocks.create(there, BlocksConfig(num_layers=1, vocabulary="none"))

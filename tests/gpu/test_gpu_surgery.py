@@ -38,7 +38,7 @@ def made(device: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     module.enable_new_experts()
     commit_experts(store, base, "digits", perturb(module, 2, strength=0.3))  # type: ignore[arg-type]
     texts = domain_ids(store.load_tokenizer(), "general")
-    router.write_general(store, base, texts[:30], texts[30:])
+    router.write_general(store, base, [(texts[:30], texts[30:])])
     save_lively_base(home / "model", "growlm")
     (home / "text.txt").write_text("\n".join(TEXT * 4))
     write_jsonl(home / "general.jsonl", [f"{text} {n}" for n in range(6) for text in TEXT])

@@ -25,9 +25,8 @@ _UNIT = 2048  # tokens that sizes are rounded to
 
 # Tokens that the verbs read beside their training steps.
 _DOCUMENT_TOKENS = 1400
-_EVIDENCE = (
-    96 + 32
-) * 64  # of a domain, for the router: beginnings of passages; of general text as many, before the first
+_EVIDENCE = (96 + 32) * 64 + 96 * 12  # of a domain, for the router: beginnings of passages, and questions
+_GENERAL = 28_000  # of general text, for the router, before the first domain
 _VALIDATIONS = 6  # times that a run is scored
 _LOADS = 1.5  # times the base is loaded or hashed in a verb,
 _WRITES = 4  # and as often as that takes, that it is written, with its optimiser, and read again
@@ -111,7 +110,7 @@ def seconds_of(size: PublishedSize, speeds: PublishedSpeeds) -> dict[str, float]
     order = list(size.learn_tokens)
     seconds = {}
     for name, tokens in size.learn_tokens.items():
-        shown = _EVIDENCE * (2 if name == order[0] else 1)
+        shown = _EVIDENCE + (_GENERAL if name == order[0] else 0)
         scored = _VALIDATIONS * _validation(tokens) + 2 * max(tokens // 20, 2048) + tokens // 20 + FITTED
         seconds[learning(name)] = load + _TRIALS * tokens * speeds.learn + shown * read + scored * score
     # All texts under the base, of which English is the shortest, and domains under their modules, and where the router

@@ -9,6 +9,7 @@ from growlm.router.committing import commit_and_route
 from growlm.router.evidence import (
     EVIDENCE,
     VECTORS,
+    evidence_bytes,
     files_of,
     gather_evidence,
     has_general,
@@ -37,6 +38,7 @@ __all__ = [
     "TransformerRouter",
     "add_domain",
     "commit_and_route",
+    "evidence_bytes",
     "files_of",
     "gather_evidence",
     "has_general",

@@ -33,10 +33,11 @@ SCALE = 1024  # what 1 is kept as: pooled states have root mean square 1 and are
 _KINDS = {
     EVIDENCE: {"heldout": (torch.int16, 2), "sum": (torch.int64, 1), "count": (torch.int64, 1)},
     VECTORS: {"vectors": (torch.int16, 2)},
-    GENERAL: {"vectors": (torch.int16, 2), "heldout": (torch.int16, 2)},
+    GENERAL: {"vectors": (torch.int16, 2), "heldout": (torch.int16, 2), "forms": (torch.int64, 1)},
 }
 _SHORTEST, _LONGEST = 8, 64  # tokens of the texts that the router is shown while learning
 _CUTS = 4  # lengths that each passage is cut to
+_WHOLE = 2 * _SHORTEST  # a text that is no longer is shown once, whole: its beginnings say little
 
 
 def gather_evidence(
@@ -47,10 +48,10 @@ def gather_evidence(
     layer: int | None,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """What the router needs to know of a domain: pooled states of the beginnings of passages.
+    """What the router needs to know of a domain: pooled states of the beginnings of passages, and of short texts.
 
     Args:
-        train, heldout: token ids of passages, at least one each.
+        train, heldout: token ids, at least one text each.
         layer: after how many of the base's layers, as the store's manifest says; None: after the final norm.
 
     Returns:
@@ -61,6 +62,16 @@ def gather_evidence(
             "vectors": _pooled_beginnings(base, train, layer, showing, seed=seed),
             "heldout": _pooled_beginnings(base, heldout, layer, showing, seed=seed + 1),
         }
+
+
+def evidence_bytes(train: Sequence[Sequence[int]], heldout: Sequence[Sequence[int]], width: int) -> int:
+    """What the files of such evidence hold (`files_of`).
+
+    Args:
+        width: of the base's states.
+    """
+    vectors = sum(1 if len(text) <= _WHOLE else _CUTS for text in (*train, *heldout))
+    return 2 * width * vectors + 8 * width + 8
 
 
 def files_of(evidence: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -78,8 +89,8 @@ def files_of(evidence: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 def _pooled_beginnings(
     base: Base, passages: Sequence[Sequence[int]], layer: int | None, showing: Phase, *, seed: int
 ) -> Tensor:
-    """Pooled states (n, d) of each passage cut to several lengths. Prompts are short, so lengths are log-uniform; one
-    forward pass gives them all, because attention is causal."""
+    """Pooled states (n, d) of each passage cut to several lengths, and of each short text. Prompts are short, so that
+    lengths are log-uniform; one forward pass gives them all, because attention is causal."""
     generator = torch.Generator().manual_seed(seed)
     vectors: list[Tensor] = []
     for at in range(0, len(passages), 16):
@@ -87,11 +98,12 @@ def _pooled_beginnings(
         ids, real = pad_right(some)
         lengths = real.sum(-1)
         states, _ = base_states(base, ids.tolist(), layer)
-        shortest = lengths.clamp(max=_SHORTEST)
-        for _ in range(_CUTS):
+        shortest, whole = lengths.clamp(max=_SHORTEST), lengths <= _WHOLE
+        for number in range(_CUTS):
             share = torch.rand(len(some), generator=generator)
-            cut = (shortest * (lengths / shortest) ** share).round().long()
-            vectors.append(mean_pool(states, torch.arange(ids.shape[1]) < cut[:, None]).cpu())
+            cut = torch.where(whole, lengths, (shortest * (lengths / shortest) ** share).round().long())
+            pooled = mean_pool(states, torch.arange(ids.shape[1]) < cut[:, None]).cpu()
+            vectors.append(pooled if number == 0 else pooled[~whole])
         showing.advance(len(some))
     return (torch.cat(vectors) * SCALE).round().clamp(-32768, 32767).to(torch.int16)
 
@@ -141,9 +153,19 @@ def _place(layer: int | None) -> str:
     return "the base's last states" if layer is None else f"its states after layer {layer}"
 
 
-def write_general(store: Store, base: Base, train: Sequence[Sequence[int]], heldout: Sequence[Sequence[int]]) -> None:
-    """Records what general text, the class *none*, looks like to this base."""
-    tensors = gather_evidence(base, train, heldout, layer=store.manifest.routing_layer)
+def write_general(
+    store: Store, base: Base, forms: Sequence[tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]]]
+) -> None:
+    """Records what general text, the class *none*, looks like to this base.
+
+    Args:
+        forms: kinds of general text that are unlike each other, questions and stories, say: token ids of texts that
+            the router is fitted to, and of held-out ones, of each.
+    """
+    layer = store.manifest.routing_layer
+    seen = [gather_evidence(base, train, heldout, layer=layer) for train, heldout in forms]
+    tensors = {key: torch.cat([s[key] for s in seen]) for key in seen[0]}
+    tensors["forms"] = torch.tensor([len(s["vectors"]) for s in seen])
     with store.lock():
         store.router_files(GENERAL).write(tensors)
         for derived in ROUTER_DERIVED:
@@ -151,7 +173,8 @@ def write_general(store: Store, base: Base, train: Sequence[Sequence[int]], held
 
 
 def read_general(store: Store) -> dict[str, Tensor]:
-    """What was recorded of general text.
+    """What was recorded of general text: `vectors` and `heldout` (n, d), and `forms`, how many of the vectors, in their
+    order, are of each form.
 
     Raises:
         IntegrityError: it is missing, or not what its manifest says.
@@ -160,7 +183,10 @@ def read_general(store: Store) -> dict[str, Tensor]:
     general = store.router_files(GENERAL).read()
     if general is None:
         raise IntegrityError(f"{path}: is missing; restore it, or make the store again")
+    general.setdefault("forms", torch.tensor([len(general["vectors"])]))  # recorded before there were several
     require_kinds(path, general, _KINDS[GENERAL])
+    if int(general["forms"].sum()) != len(general["vectors"]) or int(general["forms"].min()) < 1:
+        raise IntegrityError(f"{path}: its forms are not those of its vectors; restore it, or make the store again")
     return general
 
 

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ _KINDS = {
     ROUTER_SUMS: {"gram": (torch.int64, 2), "members": (torch.uint8, 1)},
     ROUTER_FITTED: {
         "means": (torch.float32, 2),
+        "general": (torch.float32, 2),
         "whiten": (torch.float32, 2),
         "limits": (torch.float32, 1),
         "forks": (torch.int64, 1),
@@ -39,7 +40,7 @@ _KINDS = {
     },
 }
 _SHRINK = 0.003  # least share of the covariance between features that is taken away
-_FIT = 1  # raise it with every change of what `_fit` computes: a fit that was kept before is then made anew
+_FIT = 2  # raise it with every change of what `_fit` computes: a fit that was kept before is then made anew
 
 
 def add_domain(store: Store, new: StoredModule, old: StoredModule | None) -> None:
@@ -96,7 +97,8 @@ def _load(store: Store, modules: Sequence[StoredModule], *, whole: bool) -> Gaus
     if fitted is not None and _unpack(fitted["members"]) == mark and len(fitted["forks"]) == len(modules):
         forks = dict(zip([m.name for m in modules], fitted["forks"].tolist(), strict=True))
         file = file if file == _fitted_digest(store) else None  # another process has replaced it meanwhile
-        return _gaussian(store, forks, fitted["means"], fitted["whiten"], fitted["limits"], file)
+        parts = Fitted(fitted["means"], fitted["general"], fitted["whiten"], fitted["limits"])
+        return _gaussian(store, forks, parts, file)
     file = None
     # A module that was saved without evidence can be asked for by name, and is never chosen.
     routed = []
@@ -108,28 +110,26 @@ def _load(store: Store, modules: Sequence[StoredModule], *, whole: bool) -> Gaus
             except IntegrityError as error:
                 warnings.warn(f"{error}; until then it is never chosen", GrowlmWarning, stacklevel=2)
     if not routed:
-        return _gaussian(store, {}, torch.zeros(0, 0), torch.zeros(0, 0), torch.zeros(0))
+        empty = torch.zeros(0, 0)
+        return _gaussian(store, {}, Fitted(empty, empty, empty, torch.zeros(0)))
     general = read_general(store)
     gram = _current_gram(store, routed, general) if whole else _total_gram(routed, general)
     with phase("fitting the router"):
-        means, whiten, limits = _fit(routed, general, gram)
+        parts = fit([partial(read_evidence, module, EVIDENCE, len(gram)) for module in routed], general, gram)
     chosen = {m.name for m in routed}
     forks = {m.name: m.manifest.fork if m.name in chosen else -1 for m in modules}
     if whole:
-        kept = {"means": means, "whiten": whiten, "limits": limits}
-        kept |= {"forks": torch.tensor(list(forks.values())), "members": _pack(mark)}
+        kept = parts._asdict() | {"forks": torch.tensor(list(forks.values())), "members": _pack(mark)}
         with suppress(OSError, GrowlmError), store.lock():  # a store on a read-only disk still routes
             if _mark(store, list(store.modules.values()), store.router_files(GENERAL).digest()) == mark:
                 store.router_files(ROUTER_FITTED).write(kept)
                 file = _fitted_digest(store)
-    return _gaussian(store, forks, means, whiten, limits, file)
+    return _gaussian(store, forks, parts, file)
 
 
-def _gaussian(
-    store: Store, forks: dict[str, int], means: Tensor, whiten: Tensor, limits: Tensor, fitted: str | None = None
-) -> GaussianRouter:
+def _gaussian(store: Store, forks: dict[str, int], parts: Fitted, fitted: str | None = None) -> GaussianRouter:
     known = {name: fork for name, fork in forks.items() if fork >= 0}
-    return GaussianRouter(list(known), means, whiten, limits, known, fitted, store.manifest.routing_layer)
+    return GaussianRouter(list(known), *parts, known, fitted, store.manifest.routing_layer)
 
 
 def _fitted_digest(store: Store) -> str | None:
@@ -160,18 +160,29 @@ def _total_gram(modules: Sequence[StoredModule], general: dict[str, Tensor]) -> 
     return gram
 
 
-def _fit(modules: Sequence[StoredModule], general: dict[str, Tensor], gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return fit([partial(read_evidence, module, EVIDENCE, len(gram)) for module in modules], general, gram)
+class Fitted(NamedTuple):
+    """What is fitted to c domains and f forms of general text.
+
+    Attributes:
+        means: (c, d), of domains, whitened.
+        general: (f, d), of forms of general text, whitened.
+        whiten: (d, d).
+        limits: (c,) how far each domain reaches, a squared distance.
+    """
+
+    means: Tensor
+    general: Tensor
+    whiten: Tensor
+    limits: Tensor
 
 
-def fit(
-    evidence: Sequence[Callable[[], Mapping[str, Tensor]]], general: Mapping[str, Tensor], gram: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Whitened means (c, d), the whitening (d, d), and how far each domain reaches (c - 1,).
+def fit(evidence: Sequence[Callable[[], Mapping[str, Tensor]]], general: Mapping[str, Tensor], gram: Tensor) -> Fitted:
+    """Fits means, one covariance for all classes, and limits. Every form of general text is a class: one mean of
+    questions and stories would lie among neither.
 
     Args:
         evidence: of each domain in turn, what reads its summary (`EVIDENCE`): one is in memory at a time.
-        general: vectors and held-out ones, the last class.
+        general: `vectors`, `forms` and `heldout`, as `read_general` gives them.
         gram: (d, d) int64, the sum of squares over all vectors, general ones too.
     """
     sums, counts = [], []
@@ -179,8 +190,9 @@ def fit(
         kept = read()
         sums.append(kept["sum"].clone())  # not a view of the whole file
         counts.append(int(kept["count"]))
-    total = torch.stack([*sums, general["vectors"].long().sum(0)]).double()
-    size = torch.tensor([*counts, len(general["vectors"])], dtype=torch.float64)
+    forms = general["vectors"].split(general["forms"].tolist())
+    total = torch.stack([*sums, *(form.long().sum(0) for form in forms)]).double()
+    size = torch.tensor([*counts, *map(len, forms)], dtype=torch.float64)
     means = total / size[:, None]
     # Scatter within classes: every sample's square, less what the class means explain.
     within = gram.double() - total.T @ means
@@ -192,13 +204,14 @@ def fit(
     # x^T cov^-1 x = |x^T inv(L)^T|^2 with cov = L L^T.
     lower = torch.linalg.cholesky(covariance)
     whiten = torch.linalg.solve_triangular(lower, torch.eye(len(lower), dtype=torch.float64), upper=False).T
-    means, whiten = ((means / SCALE) @ whiten).float(), whiten.float().contiguous()
+    whitened, whiten = ((means / SCALE) @ whiten).float(), whiten.float().contiguous()
+    means, of_general = whitened[: len(evidence)].clone(), whitened[len(evidence) :].clone()
     other = _whitened(general["heldout"], whiten)
     limits = [
         _limit(_whitened(read()["heldout"], whiten) - mean, other - mean)
-        for read, mean in zip(track(evidence, "limits", "modules"), means[:-1], strict=True)
+        for read, mean in zip(track(evidence, "limits", "modules"), means, strict=True)
     ]
-    return means, whiten, torch.stack(limits)
+    return Fitted(means, of_general, whiten, torch.stack(limits))
 
 
 def _whitened(vectors: Tensor, whiten: Tensor) -> Tensor:

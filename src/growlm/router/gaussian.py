@@ -1,4 +1,4 @@
-"""The gaussian router: linear discriminant analysis, one mean a domain and one covariance for all.
+"""The gaussian router: linear discriminant analysis, one mean a domain, some of general text, one covariance for all.
 
 Knows means, the covariance and limits as they were fitted (`fitting.py`), and hidden states; reads no file.
 """
@@ -16,16 +16,17 @@ from growlm.router.cells import squared_distances
 from growlm.router.interface import NONE, Route, Router
 from growlm.router.states import mean_pool
 
-# b batch, t tokens, d hidden size, c classes
+# b batch, t tokens, d hidden size, c domains, f forms of general text
 
 
 class GaussianRouter(Router):
     """Class means and one shared covariance of pooled hidden states, with a bound per class for *none*.
 
     Attributes:
+        means: (c, d), whitened.
+        general: (f, d), whitened: of forms of general text, all of which are *none*.
         whiten: (d, d).
-        means: (c, d), whitened; the last class is general text.
-        limits: (c - 1,) largest squared distance at which a text still belongs.
+        limits: (c,) largest squared distance at which a text still belongs.
         fitted: sha256 of the file that holds what was fitted; None where it was not kept, or names were taken out.
     """
 
@@ -35,6 +36,7 @@ class GaussianRouter(Router):
         self,
         names: list[str],
         means: Tensor,
+        general: Tensor,
         whiten: Tensor,
         limits: Tensor,
         forks: dict[str, int],
@@ -45,8 +47,9 @@ class GaussianRouter(Router):
         self.forks = forks
         self.fitted = fitted
         self.layer = layer
-        self.whiten = whiten
         self.means = means
+        self.general = general
+        self.whiten = whiten
         self.limits = limits
 
     def route(self, hidden: Tensor, visible: Tensor | None = None) -> list[Route]:
@@ -56,25 +59,29 @@ class GaussianRouter(Router):
         """Answers for pooled vectors (b, d)."""
         if not self.names:
             return [Route(None, {NONE: 1.0}) for _ in vectors]
-        distances = squared_distances(vectors.float().cpu() @ self.whiten, self.means)
-        return routes_of(self.names, distances, self.limits)
+        whitened = vectors.float().cpu() @ self.whiten
+        distances = squared_distances(whitened, self.means)
+        return routes_of(self.names, distances, self.limits, squared_distances(whitened, self.general))
 
     def without(self, names: Collection[str]) -> GaussianRouter:
         kept = [i for i, name in enumerate(self.names) if name not in names]
         left = [self.names[i] for i in kept]
-        means, limits = self.means[[*kept, -1]], self.limits[kept]
         forks = {name: self.forks[name] for name in left}
-        return GaussianRouter(left, means, self.whiten, limits, forks, layer=self.layer)
+        return GaussianRouter(
+            left, self.means[kept], self.general, self.whiten, self.limits[kept], forks, layer=self.layer
+        )
 
     def num_bytes(self) -> int:
-        return tensor_bytes((self.means, self.whiten, self.limits))
+        return tensor_bytes((self.means, self.general, self.whiten, self.limits))
 
 
-def routes_of(names: Sequence[str], distances: Tensor, limits: Tensor) -> list[Route]:
-    """Answers from squared distances (b, c), of which the last is that to general text, and limits (c - 1,)."""
+def routes_of(names: Sequence[str], distances: Tensor, limits: Tensor, general: Tensor) -> list[Route]:
+    """Answers from squared distances to domains (b, c), their limits (c,), and squared distances to forms of general
+    text (b, f), which are as likely together as one domain is."""
     # A domain out of its own bound cannot be chosen, however far the others are.
-    evidence = -0.5 * distances
-    evidence[:, :-1] = evidence[:, :-1].masked_fill(distances[:, :-1] > limits, -math.inf)
+    within = -0.5 * distances.masked_fill(distances > limits, math.inf)
+    of_general = torch.logsumexp(-0.5 * general, -1, keepdim=True) - math.log(general.shape[-1])
+    evidence = torch.cat([within, of_general], -1)
     scores = torch.softmax(evidence, dim=-1)
     # By evidence, and not by scores alone: of far domains all scores are 0.
     order = evidence.argsort(dim=-1, descending=True, stable=True)

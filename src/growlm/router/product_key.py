@@ -27,7 +27,7 @@ from growlm.store import ROUTER_FITTED, ROUTER_INDEX
 if TYPE_CHECKING:
     from growlm.store import Store
 
-# b batch, t tokens, d hidden size, c classes
+# b batch, t tokens, d hidden size, c domains
 
 TOP_K = 32  # modules that an answer lists
 _FEW = 4096  # modules that are compared one by one in less time than an index takes
@@ -42,7 +42,7 @@ class ProductKeyRouter(Router):
 
     Args:
         gaussian: what was fitted.
-        cells: the index of its means but the last; None where all are compared.
+        cells: the index of its means; None where all are compared.
     """
 
     kind = "product-key"
@@ -66,7 +66,7 @@ class ProductKeyRouter(Router):
 
     def _route(self, whitened: Tensor) -> Route:
         """The answer for a whitened vector (d,)."""
-        means, limits = self.gaussian.means, self.gaussian.limits
+        means, general, limits = self.gaussian.means, self.gaussian.general, self.gaussian.limits
         found = self._nearest(whitened)
         # The gaussian router goes on with those that cannot be chosen, in the names' order.
         room = self.num_listed - len(found)
@@ -74,12 +74,13 @@ class ProductKeyRouter(Router):
             among = set(found)
             found += [i for i in range(self.top_k) if i not in among][:room]
         listed = torch.tensor(sorted(found))
-        distances = squared_distances(whitened[None], torch.cat([means[listed], means[-1:]]))
-        return routes_of([self.names[i] for i in listed.tolist()], distances, limits[listed])[0]
+        distances = squared_distances(whitened[None], means[listed])
+        names = [self.names[i] for i in listed.tolist()]
+        return routes_of(names, distances, limits[listed], squared_distances(whitened[None], general))[0]
 
     def _nearest(self, whitened: Tensor) -> list[int]:
         """Modules that can be chosen, the nearest first, `top_k` at most."""
-        means, limits = self.gaussian.means[:-1], self.gaussian.limits
+        means, limits = self.gaussian.means, self.gaussian.limits
         if self.cells is not None:
             return self.cells.nearest(whitened, means, self.top_k).points.tolist()
         distances = squared_distances(whitened[None], means)[0]
@@ -111,7 +112,7 @@ def load_product_key(store: Store, among: Collection[str] | None = None) -> Rout
     cells = _read_cells(store, gaussian)
     if cells is None:
         with phase("indexing the router"):
-            cells = Cells.build(gaussian.means[:-1], gaussian.limits)
+            cells = Cells.build(gaussian.means, gaussian.limits)
         if gaussian.fitted is not None:
             with suppress(OSError, GrowlmError), store.lock():  # a store on a read-only disk still routes
                 if store.router_files(ROUTER_FITTED).digest() == gaussian.fitted:

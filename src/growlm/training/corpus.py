@@ -27,15 +27,17 @@ from growlm.progress import phase
 from growlm.store import MIN_SAMPLE_BYTES, WEIGHTS, Store, StoredModule
 from growlm.training.admission import Comparison
 from growlm.training.config import ModuleTrainConfig
+from growlm.training.questions import short_questions
 
 _BEGINNING = 128  # tokens of a passage that are scored, at most: many short ones are surer than few long ones
 _DECIDING_SHARE = 20  # tokens of the run for each one by which it is decided whether a module is admitted,
 _DECIDING_TOKENS = 2048  # and so many at the least
 _VALIDATION_SHARE = 30  # tokens of the run for each one on which its steps are scored
 _VALIDATION_LEAST, _VALIDATION_MOST = 512, 16_384
-_HELDOUT_SAMPLES = 32  # passages from which the router learns how far its own text may be
+_HELDOUT_SAMPLES, _HELDOUT_QUESTIONS = 32, 16  # from which the router learns how far prompts of a text may be from it
 
 Files = dict[str, dict[str, Tensor]]  # tensors that lie beside a module's weights, by file
+Shown = tuple[list[list[int]], list[list[int]]]  # token ids of texts that the router is fitted to, and of held-out ones
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,14 @@ class TrainingCorpus:
         if any(d.turns for d in self.text.documents):
             shown = [prompts_of(documents, tokenizer, length) for documents in (train, rest)]
             prompts = (shown[0], shown[1]) if all(shown) else None  # of those who say nothing
+        questions: Shown = ([], [])
+        if prompts is None:
+            questions = (
+                questions_about(train, config.router_samples, tokenizer, length, config.seed),
+                questions_about(rest, _HELDOUT_QUESTIONS, tokenizer, length, config.seed),
+            )
         told = text_data.split_told(self.text.documents, train, rest)
-        return Tokens(train, packed, replay, validation, heldout, begin, told, prompts)
+        return Tokens(train, packed, replay, validation, heldout, begin, told, questions, prompts)
 
 
 @dataclass(frozen=True)
@@ -114,6 +122,8 @@ class Tokens:
         heldout: others, which choose nothing: by them it is decided whether a module is admitted.
         begin: what every prompt begins with.
         told: how many documents were read and held out, for people.
+        questions: about what is trained on, and about held-out text, which the router is shown besides passages; none
+            of conversations, in which users ask.
         prompts: of conversations, what the router is shown: those that are trained on, and held-out ones.
     """
 
@@ -124,7 +134,8 @@ class Tokens:
     heldout: list[text_data.Passage]
     begin: list[int]
     told: str
-    prompts: tuple[list[list[int]], list[list[int]]] | None = None
+    questions: Shown
+    prompts: Shown | None = None
 
     def require_rows(self, base: Base, where: str, tokenizer: Any) -> None:
         """
@@ -161,16 +172,21 @@ class Tokens:
             base: as it is served.
             layer: after which the router of the store reads its states.
         """
-        seen = router.gather_evidence(base, *self.shown(config), layer=layer, seed=config.seed)
+        seen = router.gather_evidence(base, *self.shown(base, config), layer=layer, seed=config.seed)
         files = router.files_of(seen)
         if samples := self.samples(config, keep):
             files[router.SAMPLES] = samples
         return files
 
-    def shown(self, config: ModuleTrainConfig) -> tuple[list[list[int]], list[list[int]]]:
-        """What the router is shown: passages, and held-out ones."""
+    def shown(self, base: Base, config: ModuleTrainConfig) -> Shown:
+        """What the router is shown: passages and questions, and held-out ones."""
         heldout = [p.tokens for p in (*self.heldout, *self.validation)] if self.prompts is None else self.prompts[1]
-        return self._shown(config.router_samples, config.seed), heldout[:_HELDOUT_SAMPLES]
+        # A question has words that the text has not, and maybe no token that the base has a row for.
+        asked, asked_of_heldout = ([q for q in some if q and max(q) < base.vocab_size] for some in self.questions)
+        return (
+            [*self._shown(config.router_samples, config.seed), *asked],
+            [*heldout[:_HELDOUT_SAMPLES], *asked_of_heldout],
+        )
 
     def samples(self, config: ModuleTrainConfig, keep: int) -> dict[str, Tensor]:
         """`keep` bytes of this text, packed; empty where so few that nothing fits."""
@@ -198,6 +214,15 @@ def prompts_of(documents: Sequence[text_data.Document], tokenizer: Any, length: 
     found = [[*begin, *ids][:length] for ids in text_data.encode_texts(tokenizer, [a for a in asked if a.strip()])]
     texts = [d for d in documents if not d.turns]
     return [*found, *(p.tokens for p in text_data.passages(texts, tokenizer, length))]
+
+
+def questions_about(
+    documents: Sequence[text_data.Document], count: int, tokenizer: Any, length: int, seed: int
+) -> list[list[int]]:
+    """So many short questions of documents' own words, as token ids, each beginning as prompts do."""
+    asked = short_questions([d.text for d in documents if not d.turns], count, seed)
+    begin = text_data.start_tokens(tokenizer)
+    return [[*begin, *ids][:length] for ids in text_data.encode_texts(tokenizer, asked)]
 
 
 def halves(passages: Sequence[text_data.Passage]) -> tuple[list[text_data.Passage], list[text_data.Passage]]:

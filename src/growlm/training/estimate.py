@@ -6,7 +6,6 @@ Makes them in a folder of its own and writes nothing to the store.
 from __future__ import annotations
 
 import itertools
-import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -163,20 +162,24 @@ def _estimate(
     served = base.dtype
 
     # The router's share.
-    passages = [*itertools.chain(*tokens.shown(config))]
+    shown = tokens.shown(base, config)
+    passages = [*itertools.chain(*shown)]
     few, layer = [p[:_SHOWN_TOKENS] for p in passages[:_TIMED_PASSAGES]], store.manifest.routing_layer
     router.gather_evidence(base, few[:1], few[:1], layer=layer)  # warms up
     clock.count(None)
-    seen = router.gather_evidence(base, few, few[:1], layer=layer)
-    passage = clock.count(None) / (len(few) + 1)
-    clock.seconds["passages for the router"] = passage * len(passages)
+    router.gather_evidence(base, few, few[:1], layer=layer)
+    token = clock.count(None) / sum(map(len, [*few, few[0]]))
+
+    def showing(texts: Sequence[Sequence[int]]) -> float:
+        return token * sum(min(len(text), _SHOWN_TOKENS) for text in texts)
+
+    clock.seconds["passages for the router"] = showing(passages)
     if not router.has_general(store):
-        clock.seconds["general text for the router"] = passage * len(general_shown(store, base, tokenizer))
-    trace = tensor_bytes(t for tensors in router.files_of(seen).values() for t in tensors.values())
-    beside = trace * len(passages) // (len(few) + 1) + tensor_bytes(tokens.samples(config, run.keep).values())
+        clock.seconds["general text for the router"] = showing(general_shown(store, base, tokenizer))
+    beside = router.evidence_bytes(*shown, base.hidden_size) + tensor_bytes(tokens.samples(config, run.keep).values())
     if store.manifest.router == ROUTER_TRAINED:
-        token = passage / statistics.mean(map(len, few)) * base.num_layers / (layer or base.num_layers)
-        clock.seconds["router"] = _router_tokens(store, name, base) * token
+        whole = token * base.num_layers / (layer or base.num_layers)
+        clock.seconds["router"] = _router_tokens(store, name, base) * whole
 
     kind = kind_of(config.kind)
     if kind.trains:

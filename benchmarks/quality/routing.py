@@ -1,0 +1,216 @@
+"""Which module a router chooses for prompts of every form: passages, sentences, questions, and what belongs to none.
+
+Nine domains are shown to the router as `growlm learn` shows them, with general text as it is shipped. No module is
+trained: which is chosen is not a matter of its weights. Beside it stand the same router without parts of what it is
+shown, and, with `--encoder`, a sentence encoder with the nearest centroid or the nearest neighbours of the same texts.
+States are files in OUT, so that a run that was stopped goes on.
+
+python -m benchmarks.quality.routing --data DIR --base CHECKPOINT --out routing/ --encoder MINILM
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.lib.common import interleaved, machine, same_settings
+from benchmarks.lib.domains import DOMAINS
+from benchmarks.lib.prompts import LENGTHS, LONGEST, Prompts, all_prompts
+from benchmarks.lib.published import OnPublished
+from benchmarks.lib.retrieval import Encoder
+from growlm.base.checkpoint import fingerprint
+from growlm.disk.files import write_atomic
+from growlm.disk.tensors import read_tensors, write_tensors
+from growlm.progress import reporting, track
+from growlm.router import EVIDENCE, NONE, GaussianRouter, files_of, gather_evidence, mean_pool
+from growlm.router.fitting import fit, gram_of
+from growlm.router.states import base_states
+from growlm.training.config import LearnConfig
+from growlm.training.corpus import TrainingCorpus
+from growlm.training.general import shipped_forms
+from growlm.units import parse_count
+
+NEIGHBOURS = 15
+_SHOWN = 96  # texts of a form of general text, and a third as many held-out ones
+Choose = Callable[[Prompts, int], list[str | None]]  # the modules that prompts cut to so many tokens are given
+
+
+class Routing(OnPublished):
+    """What routers are shown, and what they make of prompts."""
+
+    def __init__(self, a: argparse.Namespace) -> None:
+        super().__init__(a)
+        self.layer = max(round(self.base.num_layers / 3), 1)
+        self.prompts = list(all_prompts(a.data, self.tokenizer, a.prompts, a.seed))
+        self.shown: dict[str, list[list[int]]] = {}  # of domains and forms of general text, for an encoder
+
+    def states(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        path = self.a.out / "states" / f"{name.replace(', ', '-').replace(' ', '-')}.safetensors"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_tensors(path.with_suffix(".part"), {k: t.contiguous() for k, t in make().items()})
+            path.with_suffix(".part").replace(path)
+        return read_tensors(path)
+
+    # What a router is shown
+
+    def evidence(self, domain: str) -> dict[str, dict[str, Tensor]]:
+        """Of a domain's passages, and of questions about it."""
+        config = LearnConfig("lora", tokens=self.a.tokens, separator="\n\n", seed=self.a.seed)
+        corpus = TrainingCorpus.read([self.a.data / domain / "train.txt"], config)
+        tokens = corpus.tokenized(self.tokenizer, config)
+        shown, heldout = replace(tokens, questions=([], [])).shown(self.base, config)
+        self.shown[domain] = shown
+        gather = partial(gather_evidence, self.base, layer=self.layer, seed=self.a.seed)
+        return {
+            "passages": self.states(f"{domain}, passages", lambda: gather(shown, heldout)),
+            "questions": self.states(f"{domain}, questions", lambda: gather(*tokens.questions)),
+        }
+
+    def general(self) -> dict[str, dict[str, Tensor]]:
+        forms = {}
+        for name, (train, heldout) in shipped_forms(self.base, self.tokenizer).items():
+            some = train[:_SHOWN], heldout[: _SHOWN // 3]
+            self.shown[f"{NONE}, {name}"] = some[0]
+            make = partial(gather_evidence, self.base, *some, layer=self.layer)
+            forms[name] = self.states(f"{NONE}, {name}", make)
+        return forms
+
+    # Ways to choose
+
+    def gaussian(self, *, questions: bool, forms: Sequence[str] | None) -> Choose:
+        known = {d: self.evidence(d) for d in DOMAINS}
+        of_general = [g for name, g in self.general().items() if forms is None or name in forms]
+        kept = []
+        for seen in known.values():
+            parts = [seen["passages"], seen["questions"]] if questions else [seen["passages"]]
+            kept.append({key: torch.cat([part[key] for part in parts]) for key in ("vectors", "heldout")})
+        general = {key: torch.cat([g[key] for g in of_general]) for key in ("vectors", "heldout")}
+        general["forms"] = torch.tensor([len(g["vectors"]) for g in of_general])
+        gram = torch.stack([gram_of(k["vectors"]) for k in [*kept, general]]).sum(0)
+        fitted = fit([partial(files_of(k).__getitem__, EVIDENCE) for k in kept], general, gram)
+        router = GaussianRouter(list(known), *fitted, dict.fromkeys(known, 0), layer=self.layer)
+        return lambda prompts, length: [r.module for r in router.route_pooled(self.pooled(prompts, length))]
+
+    def pooled(self, prompts: Prompts, length: int) -> Tensor:
+        """The base's states of prompts, pooled, (n, d)."""
+
+        def make() -> dict[str, Tensor]:
+            found: dict[int, list[Tensor]] = {n: [] for n in _lengths(prompts)}
+            with torch.no_grad():
+                for text in track(prompts.texts, prompts.name, "prompts"):
+                    hidden, _ = base_states(self.base, [text], self.layer)
+                    for n, pools in found.items():
+                        pools.append(mean_pool(hidden[:, :n]))
+            return {str(n): torch.cat(pools) for n, pools in found.items()}
+
+        return self.states(prompts.name, make)[str(length)]
+
+    def encoded(self, encoder: Encoder, neighbours: int | None) -> Choose:
+        """The class of the nearest mean, or of most of the nearest texts; forms of general text are classes."""
+        decode = self.tokenizer.decode
+
+        def of(name: str, texts: Sequence[Sequence[int]]) -> Tensor:
+            def make() -> dict[str, Tensor]:
+                return {"vectors": encoder.encode([decode(text) for text in texts])}
+
+            return self.states(f"encoder, {name}", make)["vectors"]
+
+        names = list(self.shown)
+        known = [of(name, [t[:LONGEST] for t in texts]) for name, texts in self.shown.items()]
+        means = torch.nn.functional.normalize(torch.stack([k.mean(0) for k in known]), dim=-1)
+        label = torch.repeat_interleave(torch.arange(len(known)), torch.tensor([len(k) for k in known]))
+
+        def choose(prompts: Prompts, length: int) -> list[str | None]:
+            vectors = of(f"{prompts.name}, {length}", [t[:length] for t in prompts.texts])
+            if neighbours is None:
+                best = (vectors @ means.T).argmax(-1)
+            else:
+                near = label[(vectors @ torch.cat(known).T).topk(neighbours).indices]
+                best = torch.stack([torch.bincount(row, minlength=len(known)).argmax() for row in near])
+            return [None if names[i].startswith(NONE) else names[i] for i in best.tolist()]
+
+        return choose
+
+    def milliseconds(self, encoder: Encoder | None) -> dict[str, float]:
+        """Of a prompt of 64 tokens: what its states, or its encoding, take."""
+        text = next(p for p in self.prompts if p.form == "passage").texts[0][:LONGEST]
+        sides: dict[str, Callable[[], object]] = {"base": lambda: base_states(self.base, [text], self.layer)}
+        if encoder is not None:
+            words = self.tokenizer.decode(text)
+            sides["encoder"] = lambda: encoder.encode([words])
+        with torch.no_grad():
+            return {name: 1e3 * seconds for name, seconds in interleaved(sides, rounds=20).items()}
+
+
+def _lengths(prompts: Prompts) -> tuple[int, ...]:
+    return LENGTHS if prompts.form == "passage" else (LONGEST,)
+
+
+def shares(prompts: Sequence[Prompts], choose: Choose) -> dict[str, float]:
+    """Of each set of prompts, the share that is given what it should be."""
+    found = {}
+    for some in prompts:
+        for length in _lengths(some):
+            chosen = choose(some, length)
+            name = some.name if some.form != "passage" else f"passage of {length}, {some.origin}"
+            found[name] = sum(c == some.wanted for c in chosen) / len(chosen)
+    return found
+
+
+def means(found: dict[str, float], prompts: Sequence[Prompts]) -> dict[str, float]:
+    """The mean over domains of each form; questions of one domain count once, whatever their origin."""
+    forms: dict[str, dict[str, list[float]]] = {}
+    for some in prompts:
+        for length in _lengths(some):
+            form = some.form if some.form != "passage" else f"passage of {length}"
+            of = forms.setdefault(form, {})
+            of.setdefault(some.wanted or some.origin, []).append(found[f"{form}, {some.origin}"])
+    return {f: sum(sum(v) / len(v) for v in of.values()) / len(of) for f, of in forms.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folders of domains and tasks")
+    parser.add_argument("--base", type=Path, required=True, help="a checkpoint, as growlm convert makes one")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--encoder", type=Path, help="a folder with a sentence encoder, to compare with")
+    parser.add_argument("--prompts", type=int, default=100, help="of each form and domain, at most")
+    parser.add_argument("--tokens", type=parse_count, default=40_000, help="of each domain that are learned")
+    parser.add_argument("--seed", type=int, default=0)
+    a = parser.parse_args()
+    same_settings(a.out, {"base": fingerprint(a.base), **{k: getattr(a, k) for k in ("prompts", "tokens", "seed")}})
+    with reporting("routing", True):
+        routing = Routing(a)
+        ways: dict[str, Choose] = {
+            "gaussian": routing.gaussian(questions=True, forms=None),
+            "without questions": routing.gaussian(questions=False, forms=None),
+            "talk alone": routing.gaussian(questions=True, forms=["talk"]),
+            "neither": routing.gaussian(questions=False, forms=["talk"]),
+        }
+        encoder = Encoder(a.encoder) if a.encoder else None
+        if encoder is not None:
+            ways["encoder, centroid"] = routing.encoded(encoder, None)
+            ways[f"encoder, {NEIGHBOURS} neighbours"] = routing.encoded(encoder, NEIGHBOURS)
+        found = {way: shares(routing.prompts, choose) for way, choose in ways.items()}
+    print("| prompts | " + " | ".join(ways) + " |\n|---|" + "---:|" * len(ways))
+    for name in next(iter(found.values())):
+        print(f"| {name} | " + " | ".join(f"{found[way][name]:.1%}" for way in ways) + " |")
+    mean = {way: means(found[way], routing.prompts) for way in ways}
+    for form in next(iter(mean.values())):
+        print(f"| **{form}**, mean of domains | " + " | ".join(f"{mean[way][form]:.1%}" for way in ways) + " |")
+    times = routing.milliseconds(encoder)
+    print("\nms to read a prompt of 64 tokens: " + ", ".join(f"{side} {ms:.1f}" for side, ms in times.items()))
+    told = {"machine": machine(), "base": a.base.name, "shares": found, "means": mean, "milliseconds": times}
+    write_atomic(a.out / "routing.json", json.dumps(told, indent=1).encode())
+
+
+if __name__ == "__main__":
+    main()

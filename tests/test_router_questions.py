@@ -1,0 +1,74 @@
+"""What a router is shown besides passages: questions of a text's own words, and general text of several forms."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from growlm.router.evidence import SCALE
+from growlm.router.fitting import fit, gram_of
+from growlm.router.gaussian import GaussianRouter
+from growlm.router.interface import names_of
+from growlm.training.questions import short_questions
+
+LAW = "The tenant of the upper floor shall pay the landlord twelve crowns on the first day of every quarter."
+RECIPE = "Knead flour, butter and eggs; let the dough rest under a damp cloth until the oven glows."
+
+
+def words(text: str) -> set[str]:
+    return {word.strip(".,;?!").lower() for word in text.split()}
+
+
+def test_questions_are_of_the_texts_words():
+    asked = short_questions([LAW, RECIPE], 200, seed=0)
+    assert len(asked) == 200
+    own = [question for question in asked if words(question) & (words(LAW) | words(RECIPE))]
+    assert own == asked
+    assert len(set(asked)) > 100
+    forms = words(" ".join(short_questions(["zzz"], 400, seed=1)))
+    assert set.union(*map(words, asked)) <= words(LAW) | words(RECIPE) | forms  # whole ones
+    for text in (LAW, RECIPE):
+        assert sum(bool(words(q) & (words(text) - {"the", "of", "on"})) for q in asked) > 40
+
+
+def test_questions_follow_their_seed():
+    assert short_questions([LAW], 20, seed=3) == short_questions([LAW], 20, seed=3)
+    assert short_questions([LAW], 20, seed=3) != short_questions([LAW], 20, seed=4)
+
+
+@given(st.lists(st.text(max_size=80), max_size=4), st.integers(0, 12), st.integers(0, 99))
+def test_any_text_has_questions_or_none(texts, count, seed):
+    found = short_questions(texts, count, seed)
+    assert len(found) in (0, count)
+    assert all(question.strip() for question in found)
+
+
+def test_a_text_without_spaces_is_cut():
+    assert max(map(len, short_questions(["字" * 5000], 50, seed=0))) < 150
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_domain_between_two_forms_of_general_text(apart):
+    """One mean of questions and stories lies where neither is, and a domain may be: every form is a class."""
+    draw = torch.Generator().manual_seed(0)
+    width = 16
+    side = torch.zeros(width)
+    side[0] = 6.0
+
+    def texts(centre: torch.Tensor, count: int) -> torch.Tensor:
+        return ((centre + torch.randn(count, width, generator=draw)) * SCALE).round().to(torch.int16)
+
+    vectors = texts(torch.zeros(width), 200)
+    forms = [texts(side, 100), texts(-side, 100)]
+    domain = {"sum": vectors.long().sum(0), "count": torch.tensor([200]), "heldout": texts(torch.zeros(width), 50)}
+    general = {
+        "vectors": torch.cat(forms),
+        "forms": torch.tensor([100, 100] if apart else [200]),
+        "heldout": torch.cat([texts(side, 25), texts(-side, 25)]),
+    }
+    fitted = fit([lambda: domain], general, gram_of(vectors) + gram_of(general["vectors"]))
+    router = GaussianRouter(["law"], *fitted, {"law": 0})
+    asked = {name: texts(centre, 50).float() / SCALE for name, centre in (("a", side), ("b", -side))}
+    none = sum(names_of(router.route_pooled(v)).count("none") for v in asked.values())
+    own = names_of(router.route_pooled(texts(torch.zeros(width), 50).float() / SCALE)).count("law")
+    assert (none + own > 140) is apart
