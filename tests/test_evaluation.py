@@ -86,9 +86,9 @@ def routed_as(monkeypatch, wrong: dict[tuple[str, int], str | None]) -> None:
     true_route = GaussianRouter.route
     seen: list[str | None] = []
 
-    def route(self, hidden, visible=None):
+    def route(self, hidden, visible=None, texts=None):
         lengths = [hidden.shape[1]] * len(hidden) if visible is None else visible.sum(-1).tolist()
-        routes = true_route(self, hidden, visible)
+        routes = true_route(self, hidden, visible, texts)
         changed = []
         for found, length in zip(routes, lengths, strict=True):
             # Within a domain, the documents are told apart by their order, which is that of their lengths.

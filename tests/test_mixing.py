@@ -208,7 +208,7 @@ def scripted(monkeypatch, choices: list[str | None]) -> list[int]:
     shown: list[int] = []
     left = list(choices)
 
-    def route(self, hidden, visible=None):
+    def route(self, hidden, visible=None, texts=None):
         shown.append(hidden.shape[1])
         name = left.pop(0) if len(left) > 1 else left[0]
         return [Route(name, {name or NONE: 1.0})]

@@ -226,7 +226,7 @@ def test_a_store_keeps_no_text_and_no_tokens(base_folder, base, tmp_path):
             else:
                 derived = {"gram": (WIDTH, WIDTH), "whiten": (WIDTH, WIDTH), "means": (1, WIDTH), "general": (1, WIDTH)}
                 derived["sum"] = (WIDTH,)
-                counts = {"limits": (1,), "forks": (1,), "count": (1,), "members": (32,), "forms": (1,)}
+                counts = {"limits": (1,), "forks": (1,), "worded": (1,), "count": (1,), "members": (32,), "forms": (1,)}
                 assert tuple(tensor.shape) == {**derived, **counts}[name]
     assert len(list(store.path.rglob("router*.safetensors"))) == 5
 

@@ -17,20 +17,23 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks.lib.common import interleaved, machine, same_settings
 from benchmarks.lib.domains import DOMAINS
 from benchmarks.lib.prompts import LENGTHS, LONGEST, Prompts, all_prompts
-from benchmarks.lib.published import OnPublished
+from benchmarks.lib.published import LENGTH, OnPublished
 from benchmarks.lib.retrieval import Encoder
+from growlm import data as text_data
 from growlm.base.checkpoint import fingerprint
 from growlm.disk.files import write_atomic
 from growlm.disk.tensors import read_tensors, write_tensors
 from growlm.progress import reporting, track
 from growlm.router import EVIDENCE, NONE, GaussianRouter, files_of, gather_evidence, mean_pool
 from growlm.router.fitting import fit, gram_of
+from growlm.router.lexicon import Lexicon
 from growlm.router.states import base_states
 from growlm.training.config import LearnConfig
 from growlm.training.corpus import TrainingCorpus
@@ -39,6 +42,7 @@ from growlm.units import parse_count
 
 NEIGHBOURS = 15
 _SHOWN = 96  # texts of a form of general text, and a third as many held-out ones
+WORDS = 65_536  # tokens of a domain's text that are counted
 Choose = Callable[[Prompts, int], list[str | None]]  # the modules that prompts cut to so many tokens are given
 
 
@@ -85,7 +89,7 @@ class Routing(OnPublished):
 
     # Ways to choose
 
-    def gaussian(self, *, questions: bool, forms: Sequence[str] | None) -> Choose:
+    def gaussian(self, *, questions: bool, forms: Sequence[str] | None, words: bool = True) -> Choose:
         known = {d: self.evidence(d) for d in DOMAINS}
         of_general = [g for name, g in self.general().items() if forms is None or name in forms]
         kept = []
@@ -96,8 +100,29 @@ class Routing(OnPublished):
         general["forms"] = torch.tensor([len(g["vectors"]) for g in of_general])
         gram = torch.stack([gram_of(k["vectors"]) for k in [*kept, general]]).sum(0)
         fitted = fit([partial(files_of(k).__getitem__, EVIDENCE) for k in kept], general, gram)
-        router = GaussianRouter(list(known), *fitted, dict.fromkeys(known, 0), layer=self.layer)
-        return lambda prompts, length: [r.module for r in router.route_pooled(self.pooled(prompts, length))]
+        lexicon = self.lexicon(list(known)) if words else None
+        router = GaussianRouter(list(known), *fitted, dict.fromkeys(known, 0), layer=self.layer, lexicon=lexicon)
+
+        def choose(prompts: Prompts, length: int) -> list[str | None]:
+            texts = [text[:length] for text in prompts.texts]
+            return [r.module for r in router.route_pooled(self.pooled(prompts, length), texts)]
+
+        return choose
+
+    def lexicon(self, domains: Sequence[str]) -> Lexicon:
+        """Of the words of so much of each domain's text as a module that recalls has by default."""
+
+        def count(ids: np.ndarray) -> np.ndarray:
+            step = max(ids.size // WORDS, 1)
+            return np.bincount(ids.reshape(-1)[::step], minlength=self.base.vocab_size)
+
+        counts = []
+        for domain in domains:
+            packed = text_data.pack(self.documents(domain, "train"), self.tokenizer, LENGTH, max_tokens=self.a.text)
+            counts.append(count(packed.tokens[:, :-1]))
+        forms = shipped_forms(self.base, self.tokenizer).values()
+        general = [token for train, heldout in forms for text in (*train, *heldout) for token in text]
+        return Lexicon.of(counts, count(np.array(general)))
 
     def pooled(self, prompts: Prompts, length: int) -> Tensor:
         """The base's states of prompts, pooled, (n, d)."""
@@ -184,16 +209,20 @@ def main() -> None:
     parser.add_argument("--encoder", type=Path, help="a folder with a sentence encoder, to compare with")
     parser.add_argument("--prompts", type=int, default=100, help="of each form and domain, at most")
     parser.add_argument("--tokens", type=parse_count, default=40_000, help="of each domain that are learned")
+    parser.add_argument("--text", type=parse_count, default=400_000, help="of each domain that it carries")
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
-    same_settings(a.out, {"base": fingerprint(a.base), **{k: getattr(a, k) for k in ("prompts", "tokens", "seed")}})
+    same_settings(
+        a.out, {"base": fingerprint(a.base), **{k: getattr(a, k) for k in ("prompts", "tokens", "text", "seed")}}
+    )
     with reporting("routing", True):
         routing = Routing(a)
         ways: dict[str, Choose] = {
             "gaussian": routing.gaussian(questions=True, forms=None),
-            "without questions": routing.gaussian(questions=False, forms=None),
-            "talk alone": routing.gaussian(questions=True, forms=["talk"]),
-            "neither": routing.gaussian(questions=False, forms=["talk"]),
+            "no words": routing.gaussian(questions=True, forms=None, words=False),
+            "no words, no questions": routing.gaussian(questions=False, forms=None, words=False),
+            "no words, talk alone": routing.gaussian(questions=True, forms=["talk"], words=False),
+            "none of these": routing.gaussian(questions=False, forms=["talk"], words=False),
         }
         encoder = Encoder(a.encoder) if a.encoder else None
         if encoder is not None:

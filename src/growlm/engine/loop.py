@@ -278,7 +278,9 @@ class Loop:
         if not routing:
             return
         read = states[self.routing.layer]
-        (request.route,) = self.routing.routes(read[:, -WINDOW:] if request.reroute else read)
+        newest = WINDOW if request.reroute else read.shape[1]
+        text = request.text[: read.shape[1]]
+        (request.route,) = self.routing.routes(read[:, -newest:], text[-newest:])
         if request.only_routes:
             self._end(request)
             return
@@ -299,7 +301,9 @@ class Loop:
         written = len(request.answer.tokens)
         if not request.reroute or not written or written % request.reroute or written == request.changes[-1][0]:
             return False
-        (route,) = self.routing.routes(request.states_of(self.routing.layer)[:, -WINDOW:])
+        states = request.states_of(self.routing.layer)
+        newest = max(states.shape[1] - WINDOW, 0)
+        (route,) = self.routing.routes(states[:, newest:], request.ids(newest, states.shape[1] - newest))
         if route.module == request.changes[-1][1]:
             return False
         self._choose(request, route)

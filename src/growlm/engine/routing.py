@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from growlm.base import Base
@@ -30,16 +32,17 @@ class Routing:
         """After how many layers it reads the base's states."""
         return self._base.num_layers if self.router.layer is None else self.router.layer
 
-    def routes(self, hidden: Tensor, visible: Tensor | None = None) -> list[Route]:
+    def routes(self, hidden: Tensor, text: Sequence[int]) -> list[Route]:
         """The router's answers, among modules that the store still holds: some may go while this engine runs.
 
         Args:
-            hidden: the base's states (b, t, d) where the router reads them, before the final norm.
+            hidden: the base's states (1, t, d) where the router reads them, before the final norm.
+            text: the token ids that they are of.
         """
         if self.router.layer is None:
             hidden = self._base.norm(hidden)
         while True:
-            routes = self.router.route(hidden, visible)
+            routes = self.router.route(hidden, None, [text])
             gone = self._store.missing({name for r in routes for name in r.scores} - {NONE})
             gone |= {r.module for r in routes if r.module is not None and self._store.find(r.module) is None}
             if not gone:

@@ -36,7 +36,8 @@ class Beginnings:
         found = [Route(None, {NONE: 1.0})] * len(self._texts)
         with phase("routing", len(self._texts), "documents") as routing:
             for number, some in enumerate(self._batches):
-                for i, route in zip(some, router.route(*self._states(number, router)), strict=True):
+                routes = router.route(*self._states(number, router), [self._texts[i] for i in some])
+                for i, route in zip(some, routes, strict=True):
                     found[i] = route
                 routing.advance(len(some))
         return found

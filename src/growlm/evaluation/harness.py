@@ -224,10 +224,10 @@ class HarnessModel(TemplateLM):
     def _route(self, texts: Sequence[Sequence[int]]) -> list[str | None]:
         router = self.engine.router
         states = router.states(self.engine.base, texts)
-        names = [route.module for route in router.route(*states)]
+        names = [route.module for route in router.route(*states, texts)]
         while gone := self._gone(names):  # withdrawn while the harness runs
             router = router.without(gone)
-            names = [route.module for route in router.route(*states)]
+            names = [route.module for route in router.route(*states, texts)]
         return names
 
     def _gone(self, names: Iterable[str | None]) -> set[str]:

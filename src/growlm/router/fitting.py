@@ -21,6 +21,7 @@ from growlm.errors import GrowlmError, GrowlmWarning, IntegrityError, StoreError
 from growlm.progress import phase, track
 from growlm.router.evidence import EVIDENCE, SCALE, VECTORS, read_evidence, read_general, require_same_states
 from growlm.router.gaussian import GaussianRouter
+from growlm.router.lexicon import Lexicon, load_lexicon
 from growlm.store import GENERAL, MANIFEST, ROUTER_FITTED, ROUTER_SUMS
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ _KINDS = {
         "whiten": (torch.float32, 2),
         "limits": (torch.float32, 1),
         "forks": (torch.int64, 1),
+        "worded": (torch.uint8, 1),
         "members": (torch.uint8, 1),
     },
 }
@@ -98,7 +100,9 @@ def _load(store: Store, modules: Sequence[StoredModule], *, whole: bool) -> Gaus
         forks = dict(zip([m.name for m in modules], fitted["forks"].tolist(), strict=True))
         file = file if file == _fitted_digest(store) else None  # another process has replaced it meanwhile
         parts = Fitted(fitted["means"], fitted["general"], fitted["whiten"], fitted["limits"])
-        return _gaussian(store, forks, parts, file)
+        worded = bool(fitted["worded"][0])  # told here, so that no module's manifest is opened
+        lexicon = load_lexicon(store, [m for m in modules if forks[m.name] >= 0], mark) if worded else None
+        return _gaussian(store, forks, parts, file, lexicon)
     file = None
     # A module that was saved without evidence can be asked for by name, and is never chosen.
     routed = []
@@ -120,16 +124,19 @@ def _load(store: Store, modules: Sequence[StoredModule], *, whole: bool) -> Gaus
     forks = {m.name: m.manifest.fork if m.name in chosen else -1 for m in modules}
     if whole:
         kept = parts._asdict() | {"forks": torch.tensor(list(forks.values())), "members": _pack(mark)}
+        kept["worded"] = torch.tensor([any(m.text_files for m in routed)], dtype=torch.uint8)
         with suppress(OSError, GrowlmError), store.lock():  # a store on a read-only disk still routes
             if _mark(store, list(store.modules.values()), store.router_files(GENERAL).digest()) == mark:
                 store.router_files(ROUTER_FITTED).write(kept)
                 file = _fitted_digest(store)
-    return _gaussian(store, forks, parts, file)
+    return _gaussian(store, forks, parts, file, load_lexicon(store, routed, mark if whole else None))
 
 
-def _gaussian(store: Store, forks: dict[str, int], parts: Fitted, fitted: str | None = None) -> GaussianRouter:
+def _gaussian(
+    store: Store, forks: dict[str, int], parts: Fitted, fitted: str | None = None, lexicon: Lexicon | None = None
+) -> GaussianRouter:
     known = {name: fork for name, fork in forks.items() if fork >= 0}
-    return GaussianRouter(list(known), *parts, known, fitted, store.manifest.routing_layer)
+    return GaussianRouter(list(known), *parts, known, fitted, store.manifest.routing_layer, lexicon)
 
 
 def _fitted_digest(store: Store) -> str | None:

@@ -70,11 +70,14 @@ class Router(ABC):
         return base_states(base, texts, self.layer)
 
     @abstractmethod
-    def route(self, hidden: Tensor, visible: Tensor | None = None) -> list[Route]:
+    def route(
+        self, hidden: Tensor, visible: Tensor | None = None, texts: Sequence[Sequence[int]] | None = None
+    ) -> list[Route]:
         """
         Args:
             hidden: the base's states after `layer`, (b, t, d).
             visible: (b, t) bool, False where padded.
+            texts: their token ids; without them words count for nothing.
         """
 
     @abstractmethod

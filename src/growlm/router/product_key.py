@@ -8,7 +8,7 @@ what was taken out again leave no trace (guarantee 9), as in the gaussian router
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from growlm.errors import GrowlmError, IntegrityError
 from growlm.progress import phase
 from growlm.router.cells import Cells, squared_distances
 from growlm.router.fitting import load_gaussian
-from growlm.router.gaussian import GaussianRouter, routes_of
+from growlm.router.gaussian import GaussianRouter, domain_evidence, routes_of
 from growlm.router.interface import NONE, Route, Router
 from growlm.router.states import mean_pool
 from growlm.store import ROUTER_FITTED, ROUTER_INDEX
@@ -55,19 +55,23 @@ class ProductKeyRouter(Router):
     def num_listed(self) -> int:
         return min(self.top_k, len(self.names))
 
-    def route(self, hidden: Tensor, visible: Tensor | None = None) -> list[Route]:
-        return self.route_pooled(mean_pool(hidden, visible))
+    def route(
+        self, hidden: Tensor, visible: Tensor | None = None, texts: Sequence[Sequence[int]] | None = None
+    ) -> list[Route]:
+        return self.route_pooled(mean_pool(hidden, visible), texts)
 
-    def route_pooled(self, vectors: Tensor) -> list[Route]:
-        """Answers for pooled vectors (b, d)."""
+    def route_pooled(self, vectors: Tensor, texts: Sequence[Sequence[int]] | None = None) -> list[Route]:
+        """Answers for pooled vectors (b, d) of texts, given as token ids."""
         if not self.names:
             return [Route(None, {NONE: 1.0}) for _ in vectors]
-        return [self._route(whitened) for whitened in vectors.float().cpu() @ self.gaussian.whiten]
+        words = self.gaussian.words_of(texts)
+        rows = [None] * len(vectors) if words is None else list(words)
+        return [self._route(*row) for row in zip(vectors.float().cpu() @ self.gaussian.whiten, rows, strict=True)]
 
-    def _route(self, whitened: Tensor) -> Route:
-        """The answer for a whitened vector (d,)."""
+    def _route(self, whitened: Tensor, words: Tensor | None) -> Route:
+        """The answer for a whitened vector (d,) and what words say (c,)."""
         means, general, limits = self.gaussian.means, self.gaussian.general, self.gaussian.limits
-        found = self._nearest(whitened)
+        found = self._nearest(whitened, words)
         # The gaussian router goes on with those that cannot be chosen, in the names' order.
         room = self.num_listed - len(found)
         if room:
@@ -76,16 +80,17 @@ class ProductKeyRouter(Router):
         listed = torch.tensor(sorted(found))
         distances = squared_distances(whitened[None], means[listed])
         names = [self.names[i] for i in listed.tolist()]
-        return routes_of(names, distances, limits[listed], squared_distances(whitened[None], general))[0]
+        said = None if words is None else words[None, listed]
+        return routes_of(names, distances, limits[listed], squared_distances(whitened[None], general), said)[0]
 
-    def _nearest(self, whitened: Tensor) -> list[int]:
-        """Modules that can be chosen, the nearest first, `top_k` at most."""
+    def _nearest(self, whitened: Tensor, words: Tensor | None) -> list[int]:
+        """Modules that can be chosen, those that most speaks for first, `top_k` at most."""
         means, limits = self.gaussian.means, self.gaussian.limits
-        if self.cells is not None:
+        if self.cells is not None:  # of so many modules that there is no lexicon
             return self.cells.nearest(whitened, means, self.top_k).points.tolist()
-        distances = squared_distances(whitened[None], means)[0]
-        within = (distances <= limits).nonzero()[:, 0]
-        return within[distances[within].argsort(stable=True)[: self.top_k]].tolist()
+        evidence = domain_evidence(squared_distances(whitened[None], means)[0], limits, words)
+        within = evidence.isfinite().nonzero()[:, 0]
+        return within[evidence[within].argsort(descending=True, stable=True)[: self.top_k]].tolist()
 
     def without(self, names: Collection[str]) -> ProductKeyRouter:
         cells = self.cells

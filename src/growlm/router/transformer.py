@@ -6,7 +6,7 @@ trained on kept text of all domains at once (`training/router.py`): a domain tha
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -117,7 +117,9 @@ class TransformerRouter(Router):
         return TransformerRouter(self._labels, self.forks, self._config, tensors, self._where, layers)
 
     @torch.no_grad()
-    def route(self, hidden: Tensor, visible: Tensor | None = None) -> list[Route]:
+    def route(
+        self, hidden: Tensor, visible: Tensor | None = None, texts: Sequence[Sequence[int]] | None = None
+    ) -> list[Route]:
         if not self._tensors:
             return [Route(None, {NONE: 1.0}) for _ in hidden]
         assert self._layers is not None, "bind the router to a base first"

@@ -5,6 +5,7 @@ from growlm.store.router_files import (
     ROUTER_DERIVED,
     ROUTER_FITTED,
     ROUTER_INDEX,
+    ROUTER_LEXICON,
     ROUTER_SUMS,
     ROUTER_TRAINED,
     ROUTERS,
@@ -14,5 +15,5 @@ from growlm.store.stored_module import MANIFEST, WEIGHTS, StoredModule, check_na
 
 __all__ = [
     "GENERAL", "MANIFEST", "MIN_SAMPLE_BYTES", "REFUSED", "ROUTERS", "ROUTER_DERIVED", "ROUTER_FITTED", "ROUTER_INDEX",
-    "ROUTER_SUMS", "ROUTER_TRAINED", "WEIGHTS", "Store", "StoredModule", "check_name",
+    "ROUTER_LEXICON", "ROUTER_SUMS", "ROUTER_TRAINED", "WEIGHTS", "Store", "StoredModule", "check_name",
 ]  # fmt: skip
