@@ -228,5 +228,5 @@ def test_it_says_how_far_it_is_unless_the_harness_says_nothing(model, monkeypatc
     model.loglikelihood(requests("loglikelihood", (CONTEXTS[0], " abc")), disable_tqdm=silent)
     model.generate_until(requests("generate_until", (CONTEXTS[1], {"max_gen_toks": 2})), disable_tqdm=silent)
     told = capsys.readouterr().err
-    for line in ("growlm: routing: 1 batches", "growlm: scoring: 1 texts", "growlm: answering: 1 prompts"):
+    for line in ("growlm: routing: 1 batch ", "growlm: scoring: 1 text ", "growlm: answering: 1 prompt "):
         assert (line in told) != silent

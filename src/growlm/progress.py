@@ -153,9 +153,9 @@ class Phase:
         if self.total:
             total = max(self.total, self.done)  # it was known but roughly
             share = 100 * self.done // total
-            said.append(f"{share}% ({self._number(self.done)} of {self._number(total)}{self._of})")
+            said.append(f"{share}% ({self._number(self.done)} of {self._number(total)}{self._of(total)})")
         elif self.done:
-            said.append(f"{self._number(self.done)}{self._of}")
+            said.append(f"{self._number(self.done)}{self._of(self.done)}")
         said += [*([self.note] if self.note else []), format_seconds(seconds)]
         if self.total and gone > 0:
             # Since it got on last, time went by, but no more than the step takes that is under way.
@@ -166,16 +166,18 @@ class Phase:
 
     def ended(self, now: float) -> str:
         """What there is to say of it in the end."""
-        what = f"{self._number(self.done)}{self._of}" if self.done else "done"
+        what = f"{self._number(self.done)}{self._of(self.done)}" if self.done else "done"
         noted = f", {self.note}" if self.note else ""
         return f"{self.subject}: {self.title}: {what} in {format_seconds(now - self.began)}{noted}"
 
     def _number(self, count: int) -> str:
         return format_size(count) if self.unit == "bytes" else f"{count:,}"
 
-    @property
-    def _of(self) -> str:
-        return f" {self.unit}" if self.unit not in ("", "bytes") else ""
+    def _of(self, count: int) -> str:
+        if self.unit in ("", "bytes"):
+            return ""
+        one = self.unit.removesuffix("es") if self.unit.endswith("ches") else self.unit.removesuffix("s")
+        return f" {one if count == 1 else self.unit}"
 
 
 class _Log:

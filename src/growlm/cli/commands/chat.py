@@ -66,6 +66,8 @@ def chat(
                     return
                 if line == "/new":
                     talk.reset()
+                elif line == "/module":
+                    note(f"give one or several of {', '.join(engine.store.modules) or 'none, the store is empty'}")
                 elif line.split()[:1] == ["/module"]:
                     talk.choose(module_names(line.split()[1:]))
                 elif line.startswith("/"):
