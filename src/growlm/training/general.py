@@ -20,13 +20,14 @@ from growlm.base import Base
 from growlm.errors import DataError
 from growlm.router.samples import GENERAL_SAMPLES, pack_samples, unpack_samples
 from growlm.store import Store
-from growlm.training.corpus import prompts_of
+from growlm.training.corpus import prompts_of, questions_about
 
 HELDOUT_FILE = "heldout.jsonl"  # what pretrain leaves beside a base
 _SHIPPED = Path(__file__).with_name("general")  # in seven languages, written for growlm; a form a file
 _SAMPLES, _FEWEST = 512, 4  # of a form, at most and at least
 _LENGTH = 256  # tokens of a sample; whatever is learned first, none of the modules is the same class to the router
 _SHOWN = 96  # of those that are trained on, to a router that is not trained
+_ASKED = 128  # questions made of the words of the sample
 
 Form = tuple[list[list[int]], list[list[int]]]  # passages to train on, and held-out ones
 
@@ -87,13 +88,20 @@ def shipped_forms(base: Base, tokenizer: Any) -> dict[str, Form]:
     Raises:
         DataError: too little of it is left where a tokenizer knows more tokens than the base has rows for.
     """
-    forms = {}
+    forms: dict[str, Form] = {}
+    whole: list[text_data.Document] = []
+
+    def add(name: str, found: Sequence[list[int]]) -> None:
+        known = [tokens for tokens in found if tokens and max(tokens) < base.vocab_size]
+        if len(known) >= _FEWEST:
+            forms[name] = _parted(known)
+
     for file in sorted(_SHIPPED.glob("*.txt")):
         documents = text_data.read([file], separator="\n\n").documents
-        found = [p.tokens for p in text_data.passages(documents, tokenizer, _length(base))]
-        known = [tokens for tokens in found if max(tokens) < base.vocab_size]
-        if len(known) >= _FEWEST:
-            forms[file.stem] = _parted(known)
+        add(file.stem, [p.tokens for p in text_data.passages(documents, tokenizer, _length(base))])
+        whole += documents
+    # As modules' texts are asked about, so that it is their words that tell such questions apart.
+    add("asked", questions_about(whole, _ASKED, tokenizer, _length(base), 0))
     if not forms:
         raise DataError(_too_little(f"{base.where}: the sample of general text"))
     return forms
