@@ -1,15 +1,22 @@
 """What a router is shown besides passages: questions of a text's own words, and general text of several forms."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from growlm import LearnConfig
+from growlm.errors import DataError
 from growlm.router.evidence import SCALE
 from growlm.router.fitting import fit, gram_of
 from growlm.router.gaussian import GaussianRouter
 from growlm.router.interface import names_of
+from growlm.training.corpus import TrainingCorpus
+from growlm.training.general import shipped_forms
 from growlm.training.questions import short_questions
+from stores import domain_text, make_store
 
 LAW = "The tenant of the upper floor shall pay the landlord twelve crowns on the first day of every quarter."
 RECIPE = "Knead flour, butter and eggs; let the dough rest under a damp cloth until the oven glows."
@@ -72,3 +79,32 @@ def test_a_domain_between_two_forms_of_general_text(apart):
     none = sum(names_of(router.route_pooled(v)).count("none") for v in asked.values())
     own = names_of(router.route_pooled(texts(torch.zeros(width), 50).float() / SCALE)).count("law")
     assert (none + own > 140) is apart
+
+
+def test_the_sample_of_general_text_has_seven_forms(tmp_path):
+    store = make_store(tmp_path, modules={})
+    base, tokenizer = store.load_base(), store.load_tokenizer()
+    forms = shipped_forms(base, tokenizer)
+    assert set(forms) == {"articles", "asked", "exams", "questions", "requests", "stories", "talk"}
+    for name, (train, heldout) in forms.items():
+        assert len(train) >= 3 * len(heldout) > 60, name
+        assert not {tuple(text) for text in train} & {tuple(text) for text in heldout}, name
+    assert shipped_forms(base, tokenizer) == forms
+    base.vocab_size = 1  # a tokenizer that knows more tokens than the base has rows for
+    with pytest.raises(DataError, match="sample of general text: too little text"):
+        shipped_forms(base, tokenizer)
+
+
+def test_questions_of_which_the_base_has_no_row_are_left_out(tmp_path):
+    store = make_store(tmp_path, modules={})
+    base, tokenizer = store.load_base(), store.load_tokenizer()
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(f'{{"text": "{domain_text("digits", n, words=30)}"}}\n' for n in range(40)))
+    config = LearnConfig(sequence_length=16).on(0)
+    tokens = TrainingCorpus.read([path], config).tokenized(tokenizer, config)
+    whole, heldout = tokens.shown(base, config)
+    assert len(whole) > len(tokens.questions[0]) == config.router_samples
+    assert len(heldout) >= len(tokens.questions[1]) == 16
+    own = replace(tokens, questions=([], [])).shown(base, config)
+    base.vocab_size = 0
+    assert tokens.shown(base, config) == own
