@@ -210,6 +210,7 @@ def scripted(monkeypatch, choices: list[str | None]) -> list[int]:
 
     def route(self, hidden, visible=None, texts=None):
         shown.append(hidden.shape[1])
+        assert [len(text) for text in texts] == [hidden.shape[1]]  # of the same tokens
         name = left.pop(0) if len(left) > 1 else left[0]
         return [Route(name, {name or NONE: 1.0})]
 

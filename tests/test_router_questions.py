@@ -14,7 +14,7 @@ from growlm.router.fitting import fit, gram_of
 from growlm.router.gaussian import GaussianRouter
 from growlm.router.interface import names_of
 from growlm.training.corpus import TrainingCorpus
-from growlm.training.general import shipped_forms
+from growlm.training.general import ensure_general, shipped_forms
 from growlm.training.questions import short_questions
 from stores import domain_text, make_store
 
@@ -91,8 +91,10 @@ def test_the_sample_of_general_text_has_seven_forms(tmp_path):
         assert not {tuple(text) for text in train} & {tuple(text) for text in heldout}, name
     assert shipped_forms(base, tokenizer) == forms
     base.vocab_size = 1  # a tokenizer that knows more tokens than the base has rows for
+    assert shipped_forms(base, tokenizer) == {}
+    (store.base_folder / "heldout.jsonl").unlink()
     with pytest.raises(DataError, match="sample of general text: too little text"):
-        shipped_forms(base, tokenizer)
+        ensure_general(store, base, tokenizer)
 
 
 def test_questions_of_which_the_base_has_no_row_are_left_out(tmp_path):

@@ -72,7 +72,7 @@ def main() -> None:
     }
     with Engine(store) as engine:
         router = engine.router
-        lexicon = getattr(router, "lexicon", None)
+        lexicon = getattr(getattr(router, "gaussian", router), "lexicon", None)
         found["router_bytes"] = router.num_bytes()
         found["of_these_words"] = 0 if lexicon is None else lexicon.num_bytes()
         found["base_bytes"] = engine.base.num_bytes()

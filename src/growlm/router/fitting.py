@@ -21,7 +21,7 @@ from growlm.errors import GrowlmError, GrowlmWarning, IntegrityError, StoreError
 from growlm.progress import phase, track
 from growlm.router.evidence import EVIDENCE, SCALE, VECTORS, read_evidence, read_general, require_same_states
 from growlm.router.gaussian import GaussianRouter
-from growlm.router.lexicon import Lexicon, load_lexicon
+from growlm.router.lexicon import Lexicon, drop_lexicon, load_lexicon
 from growlm.store import GENERAL, MANIFEST, ROUTER_FITTED, ROUTER_SUMS
 
 if TYPE_CHECKING:
@@ -94,6 +94,10 @@ def load_gaussian(store: Store, among: Collection[str] | None = None) -> Gaussia
 def _load(store: Store, modules: Sequence[StoredModule], *, whole: bool) -> GaussianRouter:
     described = store.router_files(GENERAL).digest()
     mark = _mark(store, modules, described)
+
+    def current() -> int:
+        return _mark(store, list(store.modules.values()), store.router_files(GENERAL).digest())
+
     file = _fitted_digest(store) if whole else None
     fitted = _read_derived(store, ROUTER_FITTED) if whole else None
     if fitted is not None and _unpack(fitted["members"]) == mark and len(fitted["forks"]) == len(modules):
@@ -101,7 +105,11 @@ def _load(store: Store, modules: Sequence[StoredModule], *, whole: bool) -> Gaus
         file = file if file == _fitted_digest(store) else None  # another process has replaced it meanwhile
         parts = Fitted(fitted["means"], fitted["general"], fitted["whiten"], fitted["limits"])
         worded = bool(fitted["worded"][0])  # told here, so that no module's manifest is opened
-        lexicon = load_lexicon(store, [m for m in modules if forks[m.name] >= 0], mark) if worded else None
+        if worded:
+            lexicon = load_lexicon(store, [m for m in modules if forks[m.name] >= 0], mark, current)
+        else:
+            lexicon = None
+            drop_lexicon(store)
         return _gaussian(store, forks, parts, file, lexicon)
     file = None
     # A module that was saved without evidence can be asked for by name, and is never chosen.
@@ -126,10 +134,10 @@ def _load(store: Store, modules: Sequence[StoredModule], *, whole: bool) -> Gaus
         kept = parts._asdict() | {"forks": torch.tensor(list(forks.values())), "members": _pack(mark)}
         kept["worded"] = torch.tensor([any(m.text_files for m in routed)], dtype=torch.uint8)
         with suppress(OSError, GrowlmError), store.lock():  # a store on a read-only disk still routes
-            if _mark(store, list(store.modules.values()), store.router_files(GENERAL).digest()) == mark:
+            if current() == mark:
                 store.router_files(ROUTER_FITTED).write(kept)
                 file = _fitted_digest(store)
-    return _gaussian(store, forks, parts, file, load_lexicon(store, routed, mark if whole else None))
+    return _gaussian(store, forks, parts, file, load_lexicon(store, routed, mark if whole else None, current))
 
 
 def _gaussian(

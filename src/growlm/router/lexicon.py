@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ from growlm.base.sizes import tensor_bytes
 from growlm.disk.tensors import map_tensors, require_kinds
 from growlm.errors import GrowlmError, IntegrityError
 from growlm.progress import track
-from growlm.router.samples import GENERAL_SAMPLES
+from growlm.router.samples import GENERAL_SAMPLES, unpack_samples
 from growlm.store import ROUTER_LEXICON
 
 if TYPE_CHECKING:
@@ -31,18 +31,22 @@ if TYPE_CHECKING:
 
 # c modules, p entries (a token in a module's text), v tokens of the vocabulary
 
-_COUNTED = 1 << 16  # tokens of a text, from all of it
+MOST = 4096  # modules; a lexicon of more would take more memory than all else
+
+_COUNTED = 1 << 16  # tokens of a text, from all of it,
+_BLOCK = 256  # so many in a row
 _ENTRIES = 4096  # tokens of a module, those that say most
-_COUNTS_AS = 10.0  # tokens that a prompt counts as
+_COUNTS_AS = 10  # tokens that a prompt counts as, at the most
 _UNSEEN = 0.1  # share of a domain's tokens that its counts say nothing of, at the least
 _SHOWN = 0.7  # weight of general text in what any text has; the rest is the same for every token
-_MOST = 4096  # modules; a lexicon of more would take more memory than all else
-_VERSION = 1  # raise it with every change of what is computed: a lexicon that was kept before is made anew
+_HASHED = 1 << 26  # bytes of a file of which the hash is compared before it is counted
+_VERSION = 2  # raise it with every change of what is computed: a lexicon that was kept before is made anew
 _KINDS = {
     "starts": (torch.int64, 1),
     "owners": (torch.int16, 1),
     "values": (torch.float32, 1),
     "absent": (torch.float32, 1),
+    "start": (torch.int64, 1),
     "members": (torch.uint8, 1),
 }
 
@@ -52,48 +56,56 @@ class Lexicon:
 
     Attributes:
         tensors: `starts` (v + 1,): where each token's entries begin; `owners` and `values` (p,): of which module each
-            entry is, and log-likelihood ratios to general text, in nats; `absent` (c,): that of all other tokens.
+            entry is, and log-likelihood ratios to general text, in nats; `absent` (c,): that of all other tokens;
+            `start` (1,): a token that every prompt begins with, and that says nothing; -1 for none.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = dict(tensors)
         self._starts, self._owners = tensors["starts"].numpy(), tensors["owners"].numpy()
         self._values, self._absent = tensors["values"].numpy(), tensors["absent"].numpy()
+        self._start = int(tensors["start"][0])
 
     @classmethod
-    def of(cls, counts: Sequence[np.ndarray | None], general: np.ndarray) -> Lexicon:
+    def of(cls, counts: Iterable[np.ndarray | None], general: np.ndarray, start: int = -1) -> Lexicon | None:
         """
         Args:
-            counts: of each module, how often each token (v,) stands in its text; None of one that has none, for which
-                no token speaks, nor against it.
-            general: the same of general text.
+            counts: of each module, how often each token (v,) stands in its text, one at a time; None of one that has
+                none, for which no token speaks, nor against it.
+            general: the same of general text, some at least.
+            start: a token that every prompt begins with.
+
+        Returns:
+            None where no module has text.
         """
         vocab = len(general)
-        any_text = _SHOWN * general / max(general.sum(), 1) + (1 - _SHOWN) / vocab
-        tokens, owners, values = [], [], []
-        absent = np.zeros(len(counts), dtype=np.float32)
+        any_text = _SHOWN * general / general.sum() + (1 - _SHOWN) / vocab
+        tokens, owners, values, absent = [], [], [], []
         for owner, count in enumerate(counts):
             if count is None:
+                absent.append(0.0)
                 continue
             there = np.flatnonzero(count)
             seen = count[there] / count.sum()
             unseen = min(max(_UNSEEN, (count == 1).sum() / count.sum()), 0.9)  # as Good and Turing have it
             ratio = np.log((1 - unseen) * seen / any_text[there] + unseen)
-            absent[owner] = math.log(unseen)
-            weight = seen * (ratio - absent[owner])
-            said = np.sort(np.argsort(-weight, kind="stable")[:_ENTRIES])
+            absent.append(math.log(unseen))
+            said = np.sort(np.argsort(-seen * (ratio - absent[-1]), kind="stable")[:_ENTRIES])
             tokens.append(there[said])
-            owners.append(np.full(len(said), owner))
-            values.append(ratio[said])
+            owners.append(np.full(len(said), owner, dtype=np.int16))
+            values.append(ratio[said].astype(np.float32))
+        if not tokens:
+            return None
         token = np.concatenate(tokens)
         order = np.argsort(token, kind="stable")
         starts = np.concatenate([[0], np.cumsum(np.bincount(token, minlength=vocab))])
         return cls(
             {
                 "starts": torch.from_numpy(starts.astype(np.int64)),
-                "owners": torch.from_numpy(np.concatenate(owners)[order].astype(np.int16)),
-                "values": torch.from_numpy(np.concatenate(values)[order].astype(np.float32)),
-                "absent": torch.from_numpy(absent),
+                "owners": torch.from_numpy(np.concatenate(owners)[order]),
+                "values": torch.from_numpy(np.concatenate(values)[order]),
+                "absent": torch.tensor(absent, dtype=torch.float32),
+                "start": torch.tensor([start]),
             }
         )
 
@@ -103,13 +115,16 @@ class Lexicon:
 
     def _of(self, text: Sequence[int]) -> np.ndarray:
         ids = np.asarray(text, dtype=np.int64)
-        tokens, times = np.unique(ids[ids < len(self._starts) - 1], return_counts=True)
+        ids = ids[(ids != self._start) & (ids < len(self._starts) - 1)]
+        if not len(ids):
+            return np.zeros(len(self._absent))
+        tokens, times = np.unique(ids, return_counts=True)
         begins, sizes = self._starts[tokens], self._starts[tokens + 1] - self._starts[tokens]
         places = np.repeat(begins - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
         owners = self._owners[places]
         above = np.repeat(times, sizes) * (self._values[places] - self._absent[owners])
         said = np.bincount(owners, above, minlength=len(self._absent))
-        return _COUNTS_AS * (said / max(len(ids), 1) + self._absent)
+        return min(_COUNTS_AS, len(ids)) * (said / len(ids) + self._absent)
 
     def without(self, left: Sequence[int]) -> Lexicon | None:
         """That of the modules of these numbers, ascending; None where none of them has words."""
@@ -126,6 +141,7 @@ class Lexicon:
                 "owners": torch.from_numpy(number[self._owners[kept]].astype(np.int16)),
                 "values": self.tensors["values"][torch.from_numpy(kept)],
                 "absent": self.tensors["absent"][torch.from_numpy(~gone)],
+                "start": self.tensors["start"],
             }
         )
 
@@ -133,37 +149,49 @@ class Lexicon:
         return tensor_bytes(self.tensors.values())
 
 
-def load_lexicon(store: Store, modules: Sequence[StoredModule], mark: int | None) -> Lexicon | None:
-    """The lexicon of some of the store's modules, in their order; None where none of them carries its text, or where
-    they are too many.
+def load_lexicon(
+    store: Store, modules: Sequence[StoredModule], mark: int | None, current: Callable[[], int]
+) -> Lexicon | None:
+    """The lexicon of some of the store's modules, in their order; None where none of them carries its text, where they
+    are too many, or where no general text is kept to compare with.
 
     Args:
         mark: tells one state of the store from another; None: nothing is kept.
+        current: that of the store now, asked while nobody changes it.
     """
-    if len(modules) > _MOST:
-        return None
-    members = torch.tensor(list(hashlib.sha256(f"lexicon {_VERSION}, {mark}".encode()).digest()), dtype=torch.uint8)
-    if mark is not None and (kept := _read(store, members)) is not None and len(kept["absent"]) == len(modules):
-        return Lexicon(kept)
-    counts, whole = [], True
-    for module in track(modules, "counting words", "modules"):
-        try:
-            counts.append(_counts(module))
-        except (OSError, GrowlmError):  # that its text is damaged is said when it is loaded
-            counts.append(None)
-            whole = False
-    known = [count for count in counts if count is not None]
-    if not known:
-        return None
-    vocab = max(map(len, known))
-    counts = [count if count is None else np.pad(count, (0, vocab - len(count))) for count in counts]
-    made = Lexicon.of(counts, _general(store, vocab))
-    if mark is not None and whole:
-        with suppress(OSError, GrowlmError), store.lock():  # a store on a read-only disk still routes
-            files = store.router_files(ROUTER_LEXICON)
-            files.drop()  # no words stay of a text that is gone
-            files.write(made.tensors | {"members": members})
+    files = store.router_files(ROUTER_LEXICON)
+    samples = _digest(store)
+    made = None
+    if len(modules) <= MOST and samples is not None:
+        told = f"lexicon {_VERSION}, {mark}, {samples}"
+        members = torch.tensor(list(hashlib.sha256(told.encode()).digest()), dtype=torch.uint8)
+        kept = None if mark is None else _read(store, members)
+        if kept is not None and len(kept["absent"]) == len(modules):
+            return Lexicon(kept)
+        made, whole = _made(store, modules)
+        if made is not None and mark is not None and whole:
+            with suppress(OSError, GrowlmError), store.lock():  # a store on a read-only disk still routes
+                files.drop()  # no words stay of a text that is gone
+                if current() == mark:
+                    files.write(made.tensors | {"members": members})
+    if made is None and mark is not None:
+        drop_lexicon(store)
     return made
+
+
+def drop_lexicon(store: Store) -> None:
+    """Forgets the lexicon that is kept, where there is one: none of the modules has words."""
+    with suppress(OSError, GrowlmError):
+        if store.router_files(ROUTER_LEXICON).versions():
+            with store.lock():
+                store.router_files(ROUTER_LEXICON).drop()
+
+
+def _digest(store: Store) -> str | None:
+    try:
+        return store.router_files(GENERAL_SAMPLES).digest()
+    except IntegrityError:
+        return None
 
 
 def _read(store: Store, members: Tensor) -> dict[str, Tensor] | None:
@@ -177,22 +205,69 @@ def _read(store: Store, members: Tensor) -> dict[str, Tensor] | None:
     return kept if torch.equal(kept.pop("members"), members) else None
 
 
+def _made(store: Store, modules: Sequence[StoredModule]) -> tuple[Lexicon | None, bool]:
+    """The lexicon, and whether no module was left out because its text is damaged, which is said when it is loaded."""
+    damaged: list[str] = []
+
+    def read(module: StoredModule) -> np.ndarray | None:
+        try:
+            return _counts(module)
+        except (OSError, IntegrityError):
+            damaged.append(module.name)
+            return None
+
+    worded = [module.name for module in modules if module.text_files]
+    vocab = next((len(count) for m in modules if (count := read(m)) is not None), None)
+    general = None if vocab is None else _general(store, vocab)
+    if vocab is None or general is None:
+        return None, not damaged
+
+    def counts() -> Iterator[np.ndarray | None]:
+        for module in track(modules, "counting words", "modules"):
+            found = read(module) if module.name in worded else None
+            yield None if found is None or len(found) != vocab else found
+
+    return Lexicon.of(counts(), *general), not damaged
+
+
 def _counts(module: StoredModule) -> np.ndarray | None:
-    """How often each token stands in a module's text, (v,); of a long text some of it, from everywhere."""
-    if not module.text_files:
-        return None
-    texts = [
-        map_tensors(module.folder / file, lambda name: name == "text")["text"].numpy() for file in module.text_files
-    ]
-    vocab = int(texts[0][0])  # around every document
-    step = max(sum(map(len, texts)) // _COUNTED, 1)
-    total = sum(np.bincount(text[::step].astype(np.int64), minlength=vocab + 1) for text in texts)
-    return np.asarray(total)[:vocab]
+    """How often each token stands in a module's text, (v,); of a long text some of it, from everywhere.
+
+    Raises:
+        IntegrityError: a file is damaged.
+    """
+    total: np.ndarray | None = None
+    share = len(module.text_files)
+    for name, digest in module.text_files.items():
+        path = module.folder / name
+        tensors = map_tensors(path, lambda _: True, sha256=digest if path.stat().st_size <= _HASHED else None)
+        text = tensors.get("text", torch.empty(0)).numpy()
+        if text.ndim != 1 or not len(text) or text.dtype not in (np.uint16, np.int32):
+            raise IntegrityError(f"{path}: holds no text; restore it or learn it again")
+        vocab = int(text[0])  # it stands around every document
+        blocks = max(_COUNTED // (share * _BLOCK), 1)
+        begins = np.unique(np.linspace(0, max(len(text) - _BLOCK, 0), blocks).astype(np.int64))
+        if len(text) <= blocks * _BLOCK:
+            ids = text.astype(np.int64)
+        else:
+            ids = np.concatenate([text[at : at + _BLOCK] for at in begins]).astype(np.int64)
+        if ids.min() < 0 or ids.max() > vocab or (total is not None and len(total) != vocab):
+            raise IntegrityError(f"{path}: is no text of this base's tokens; restore it or learn it again")
+        found = np.bincount(ids, minlength=vocab + 1)[:vocab]
+        total = found if total is None else total + found
+    return None if total is None or not total.any() else total
 
 
-def _general(store: Store, vocab: int) -> np.ndarray:
-    kept: Mapping[str, Tensor] | None = None
-    with suppress(IntegrityError):
+def _general(store: Store, vocab: int) -> tuple[np.ndarray, int] | None:
+    """How often each token stands in general text, (v,), and the token that every text of it begins with, or -1; None
+    where there is none."""
+    try:
         kept = store.router_files(GENERAL_SAMPLES).read()
-    ids = np.zeros(0, dtype=np.int64) if kept is None else kept["tokens"].numpy().astype(np.int64)
-    return np.bincount(ids[ids < vocab], minlength=vocab)
+        texts = [] if kept is None else [text for text in unpack_samples(kept) if text]
+    except IntegrityError:
+        return None
+    ids = np.array([token for text in texts for token in text], dtype=np.int64)
+    first = {text[0] for text in texts}
+    start = first.pop() if len(first) == 1 and len(texts) > 1 else -1
+    count = np.bincount(ids[(ids < vocab) & (ids != start)], minlength=vocab)
+    return (count, start) if count.any() else None

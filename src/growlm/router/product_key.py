@@ -21,6 +21,7 @@ from growlm.router.cells import Cells, squared_distances
 from growlm.router.fitting import load_gaussian
 from growlm.router.gaussian import GaussianRouter, domain_evidence, routes_of
 from growlm.router.interface import NONE, Route, Router
+from growlm.router.lexicon import MOST
 from growlm.router.states import mean_pool
 from growlm.store import ROUTER_FITTED, ROUTER_INDEX
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 # b batch, t tokens, d hidden size, c domains
 
 TOP_K = 32  # modules that an answer lists
-_FEW = 4096  # modules that are compared one by one in less time than an index takes
+_FEW = MOST  # modules that are compared one by one in less time than an index takes
 _INDEX = 1  # raise it with every change of what `Cells.build` computes: an index that was kept before is made anew
 
 
@@ -86,7 +87,7 @@ class ProductKeyRouter(Router):
     def _nearest(self, whitened: Tensor, words: Tensor | None) -> list[int]:
         """Modules that can be chosen, those that most speaks for first, `top_k` at most."""
         means, limits = self.gaussian.means, self.gaussian.limits
-        if self.cells is not None:  # of so many modules that there is no lexicon
+        if self.cells is not None and words is None:
             return self.cells.nearest(whitened, means, self.top_k).points.tolist()
         evidence = domain_evidence(squared_distances(whitened[None], means)[0], limits, words)
         within = evidence.isfinite().nonzero()[:, 0]

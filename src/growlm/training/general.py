@@ -1,7 +1,8 @@
 """General text: what the router is shown as *none of the modules*, once a store.
 
-Comes from beside the base, or from the user and a sample that is shipped with growlm (`general/`). It has forms, a file
-each, since no one kind of text stands for all that is no module's: talk, questions, requests, exams, stories, articles.
+Comes from beside the base, or from the user and a sample that is shipped with growlm (`general/`). It has forms, since
+no one kind of text stands for all that is no module's: talk, questions, requests, exams, stories, articles, one a file;
+and of every text questions made of its words, as the router is shown them of modules' texts.
 Kept as vectors, and as token ids in every store: a router that is trained later, on text that is kept from then on,
 must be shown the same text as none of the modules.
 """
@@ -51,7 +52,7 @@ def describe_general(store: Store, base: Base, tokenizer: Any, paths: Sequence[s
     Raises:
         DataError: the files are missing, malformed or empty.
     """
-    _show(store, base, [_from_files(base, tokenizer, paths), *shipped_forms(base, tokenizer).values()])
+    _show(store, base, [*_from_files(base, tokenizer, paths), *shipped_forms(base, tokenizer).values()])
 
 
 def general_samples(store: Store, base: Base, tokenizer: Any) -> list[list[int]]:
@@ -78,16 +79,16 @@ def _all(forms: Sequence[Form]) -> list[list[int]]:
 def _forms(store: Store, base: Base, tokenizer: Any) -> list[Form]:
     beside = store.base_folder / HELDOUT_FILE
     if beside.is_file():
-        return [_from_files(base, tokenizer, [beside])]
-    return list(shipped_forms(base, tokenizer).values())
+        return _from_files(base, tokenizer, [beside])
+    forms = list(shipped_forms(base, tokenizer).values())
+    if not forms:
+        raise DataError(_too_little(f"{base.where}: the sample of general text"))
+    return forms
 
 
 def shipped_forms(base: Base, tokenizer: Any) -> dict[str, Form]:
-    """The sample that is shipped with growlm, as this base reads it: its forms by name.
-
-    Raises:
-        DataError: too little of it is left where a tokenizer knows more tokens than the base has rows for.
-    """
+    """The sample that is shipped with growlm, as this base reads it: its forms by name, without what a tokenizer writes
+    in tokens that the base has no rows for."""
     forms: dict[str, Form] = {}
     whole: list[text_data.Document] = []
 
@@ -100,10 +101,7 @@ def shipped_forms(base: Base, tokenizer: Any) -> dict[str, Form]:
         documents = text_data.read([file], separator="\n\n").documents
         add(file.stem, [p.tokens for p in text_data.passages(documents, tokenizer, _length(base))])
         whole += documents
-    # As modules' texts are asked about, so that it is their words that tell such questions apart.
     add("asked", questions_about(whole, _ASKED, tokenizer, _length(base), 0))
-    if not forms:
-        raise DataError(_too_little(f"{base.where}: the sample of general text"))
     return forms
 
 
@@ -111,13 +109,16 @@ def _length(base: Base) -> int:
     return min(_LENGTH, base.max_positions or _LENGTH)
 
 
-def _from_files(base: Base, tokenizer: Any, paths: Sequence[str | Path]) -> Form:
-    found = prompts_of(text_data.read(paths, format="auto").documents, tokenizer, _length(base))
+def _from_files(base: Base, tokenizer: Any, paths: Sequence[str | Path]) -> list[Form]:
+    documents = text_data.read(paths, format="auto").documents
+    found = prompts_of(documents, tokenizer, _length(base))
     if found:
         base.require_rows([t for tokens in found for t in tokens], ", ".join(map(str, paths)), tokenizer)
     if len(found) < _FEWEST:
         raise DataError(_too_little(", ".join(map(str, paths))))
-    return _parted(found)
+    asked = questions_about(documents, _ASKED, tokenizer, _length(base), 0)
+    known = [tokens for tokens in asked if tokens and max(tokens) < base.vocab_size]
+    return [_parted(found), *([_parted(known)] if len(known) >= _FEWEST else [])]
 
 
 def _too_little(where: str) -> str:

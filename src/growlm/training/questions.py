@@ -7,6 +7,7 @@ words: a router that has seen passages alone takes the form for general text.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 
@@ -27,14 +28,14 @@ def short_questions(texts: Sequence[str], count: int, seed: int) -> list[str]:
     """So many questions about texts, each of some words in a row from anywhere in one of them; none where no text has a
     word."""
     draw = random.Random(seed)
-    texts = [text for text in texts if text.strip(_AROUND)]
+    texts = [text for text in texts if _bare(text)]
     if not texts:
         return []
-    lengths = [len(text) for text in texts]
+    lengths = list(itertools.accumulate(map(len, texts)))
     found = []
     for _ in range(count):
         form = draw.choice(_FORMS)
-        (text,) = draw.choices(texts, lengths)
+        (text,) = draw.choices(texts, cum_weights=lengths)
         found.append(form.format(*(_words(text, draw) for _ in range(form.count("{}")))))
     return found
 
@@ -46,6 +47,13 @@ def _words(text: str, draw: random.Random) -> str:
         while start and not text[start - 1].isspace() and at - start < _CHARACTERS:
             start -= 1  # to where the word begins
         words = text[start : start + 8 * _CHARACTERS].split()
-        if some := " ".join(words[:wanted])[:_CHARACTERS].strip(_AROUND):
+        if some := _bare(" ".join(words[:wanted])[:_CHARACTERS]):
             return some
-    return " ".join(text.split()[:wanted])[:_CHARACTERS]
+    return _bare(text)[:_CHARACTERS]
+
+
+def _bare(text: str) -> str:
+    """Without what stands around words."""
+    while (bare := text.strip().strip(_AROUND)) != text:
+        text = bare
+    return text
