@@ -491,9 +491,8 @@ def test_general_text_that_was_given_is_none_to_a_router_that_is_trained_later(t
     learn(store, "other", [corpus], LearnConfig(**SMALL))
     found = general_samples(store, base, tokenizer)
     assert sorted(tokenizer.decode(t) for t in found[: len(lines)]) == sorted(lines)
-    shipped = [p for form in shipped_forms(base, tokenizer).values() for half in form for p in half]
-    assert found[-len(shipped) :] == shipped
-    assert 0 < len(found) - len(lines) - len(shipped) < 200  # questions of the lines' words
+    forms = {name: form for name, form in shipped_forms(base, tokenizer).items() if name != "asked"}
+    assert found[len(lines) :] == [p for form in forms.values() for half in form for p in half]
     assert general_samples(made, base, tokenizer) != found  # what lies beside the base
 
 

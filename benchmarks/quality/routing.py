@@ -120,7 +120,7 @@ class Routing(OnPublished):
         for domain in domains:
             packed = text_data.pack(self.documents(domain, "train"), self.tokenizer, LENGTH, max_tokens=self.a.text)
             counts.append(count(packed.tokens[:, :-1]))
-        forms = shipped_forms(self.base, self.tokenizer).values()
+        forms = [form for name, form in shipped_forms(self.base, self.tokenizer).items() if name != "asked"]
         general = [token for train, heldout in forms for text in (*train, *heldout) for token in text]
         return Lexicon.of(counts, count(np.array(general)))
 

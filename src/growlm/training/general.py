@@ -9,7 +9,7 @@ must be shown the same text as none of the modules.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ _SHIPPED = Path(__file__).with_name("general")  # in seven languages, written fo
 _SAMPLES, _FEWEST = 512, 4  # of a form, at most and at least
 _LENGTH = 256  # tokens of a sample; whatever is learned first, none of the modules is the same class to the router
 _SHOWN = 96  # of those that are trained on, to a router that is not trained
-_ASKED = 128  # questions made of the words of the sample
+_ASKED, _ABOUT = 128, "asked"  # questions made of the words of a text, and the end of their form's name
 
 Form = tuple[list[list[int]], list[list[int]]]  # passages to train on, and held-out ones
 
@@ -40,7 +40,8 @@ def ensure_general(store: Store, base: Base, tokenizer: Any) -> None:
 
 def general_shown(store: Store, base: Base, tokenizer: Any) -> list[list[int]]:
     """The passages of which `ensure_general` keeps vectors."""
-    return [p for train, heldout in _forms(store, base, tokenizer) for p in (*train[:_SHOWN], *heldout[: _SHOWN // 3])]
+    forms = _forms(store, base, tokenizer).values()
+    return [p for train, heldout in forms for p in (*train[:_SHOWN], *heldout[: _SHOWN // 3])]
 
 
 def describe_general(store: Store, base: Base, tokenizer: Any, paths: Sequence[str | Path]) -> None:
@@ -52,7 +53,7 @@ def describe_general(store: Store, base: Base, tokenizer: Any, paths: Sequence[s
     Raises:
         DataError: the files are missing, malformed or empty.
     """
-    _show(store, base, [*_from_files(base, tokenizer, paths), *shipped_forms(base, tokenizer).values()])
+    _show(store, base, _from_files(base, tokenizer, paths) | shipped_forms(base, tokenizer))
 
 
 def general_samples(store: Store, base: Base, tokenizer: Any) -> list[list[int]]:
@@ -60,27 +61,29 @@ def general_samples(store: Store, base: Base, tokenizer: Any) -> list[list[int]]
     kept = store.router_files(GENERAL_SAMPLES).read()
     if kept is not None and (passages := unpack_samples(kept, store.router_path / GENERAL_SAMPLES)):
         return passages
-    return _all(_forms(store, base, tokenizer))
+    return _kept(_forms(store, base, tokenizer))
 
 
-def _show(store: Store, base: Base, forms: Sequence[Form]) -> None:
-    passages = _all(forms)
+def _show(store: Store, base: Base, forms: Mapping[str, Form]) -> None:
+    passages = _kept(forms)
     room = sum(4 * (len(p) + 1) for p in passages)  # bytes in which all of it has room
     # The vectors last: a store that has them is not shown general text again, so that a kill must not leave them alone.
     with store.lock():
         store.router_files(GENERAL_SAMPLES).write(pack_samples(passages, room))
-    router.write_general(store, base, [(train[:_SHOWN], heldout[: _SHOWN // 3]) for train, heldout in forms])
+    shown = [(train[:_SHOWN], heldout[: _SHOWN // 3]) for train, heldout in forms.values()]
+    router.write_general(store, base, shown)
 
 
-def _all(forms: Sequence[Form]) -> list[list[int]]:
-    return [passage for train, heldout in forms for passage in (*train, *heldout)]
+def _kept(forms: Mapping[str, Form]) -> list[list[int]]:
+    """All text: of modules, questions made of their words are not kept either."""
+    return [p for name, halves in forms.items() if not name.endswith(_ABOUT) for half in halves for p in half]
 
 
-def _forms(store: Store, base: Base, tokenizer: Any) -> list[Form]:
+def _forms(store: Store, base: Base, tokenizer: Any) -> dict[str, Form]:
     beside = store.base_folder / HELDOUT_FILE
     if beside.is_file():
         return _from_files(base, tokenizer, [beside])
-    forms = list(shipped_forms(base, tokenizer).values())
+    forms = shipped_forms(base, tokenizer)
     if not forms:
         raise DataError(_too_little(f"{base.where}: the sample of general text"))
     return forms
@@ -101,7 +104,7 @@ def shipped_forms(base: Base, tokenizer: Any) -> dict[str, Form]:
         documents = text_data.read([file], separator="\n\n").documents
         add(file.stem, [p.tokens for p in text_data.passages(documents, tokenizer, _length(base))])
         whole += documents
-    add("asked", questions_about(whole, _ASKED, tokenizer, _length(base), 0))
+    add(_ABOUT, questions_about(whole, _ASKED, tokenizer, _length(base), 0))
     return forms
 
 
@@ -109,7 +112,7 @@ def _length(base: Base) -> int:
     return min(_LENGTH, base.max_positions or _LENGTH)
 
 
-def _from_files(base: Base, tokenizer: Any, paths: Sequence[str | Path]) -> list[Form]:
+def _from_files(base: Base, tokenizer: Any, paths: Sequence[str | Path]) -> dict[str, Form]:
     documents = text_data.read(paths, format="auto").documents
     found = prompts_of(documents, tokenizer, _length(base))
     if found:
@@ -118,7 +121,8 @@ def _from_files(base: Base, tokenizer: Any, paths: Sequence[str | Path]) -> list
         raise DataError(_too_little(", ".join(map(str, paths))))
     asked = questions_about(documents, _ASKED, tokenizer, _length(base), 0)
     known = [tokens for tokens in asked if tokens and max(tokens) < base.vocab_size]
-    return [_parted(found), *([_parted(known)] if len(known) >= _FEWEST else [])]
+    forms = {"given": _parted(found)}
+    return forms | ({f"given, {_ABOUT}": _parted(known)} if len(known) >= _FEWEST else {})
 
 
 def _too_little(where: str) -> str:
