@@ -38,6 +38,8 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--tokens", type=parse_count, default=4_096)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, STREAMS], help="texts that are written together")
+    parser.add_argument("--new", type=int, default=NEW, help="tokens of each")
     given = parser.parse_args()
     folder = given.out / "store"
     store = Store.open(folder) if (folder / "store.json").exists() else Store.create(folder, given.base)
@@ -60,11 +62,11 @@ def main() -> None:
         sides: dict[str, str | None] = {"base": None, **names}
         for kind, name in names.items():
             numbers[kind] = {"bytes": store.module(name).bytes}
-        for streams in (1, STREAMS):
+        for streams in given.streams:
             steps = {kind: Steps(engine) for kind in sides}
             for turn in range(given.rounds + 1):
                 for kind, name in sides.items():
-                    steps[kind].run([(0, prompt, name) for prompt in prompts[:streams]], NEW)
+                    steps[kind].run([(0, prompt, name) for prompt in prompts[:streams]], given.new)
                     if not turn:
                         steps[kind].times, steps[kind].writing = [], []
             plain = steps["base"].median(streams)
