@@ -145,16 +145,17 @@ def test_it_is_kept_and_made_anew_when_modules_change(made, tmp_path):
 
 def test_words_of_a_module_that_is_removed_meanwhile_are_not_kept(made, tmp_path, monkeypatch):
     store = copy(made, tmp_path)
-    true = lexicon._general
+    true = lexicon._made
 
-    def removed_while_counting(*arguments):
+    def removed_after_counting(*arguments):
         found = true(*arguments)
+        monkeypatch.setattr(lexicon, "_made", true)
         for name in ("ships", "wine"):
             Store.open(store.path).remove(name)
-        monkeypatch.setattr(lexicon, "_general", true)
         return found
 
-    monkeypatch.setattr(lexicon, "_general", removed_while_counting)
+    monkeypatch.setattr(lexicon, "_made", removed_after_counting)
+    store.router_files("lexicon").drop()
     load_router(store)
     assert store.router_files("lexicon").digest() is None
     # What an earlier growlm, or a kill, may have left of it goes when the router is next read.
