@@ -30,7 +30,7 @@ def fill(store: Store, to: Path, count: int) -> None:
     """Copies of the modules of a store, in turns, under names of their own."""
     to.mkdir(parents=True)
     told = json.loads((store.path / "store.json").read_text())
-    (to / "store.json").write_text(json.dumps({**told, "base": str(store.base_folder)}))
+    (to / "store.json").write_text(json.dumps({**told, "base": str((store.path / told["base"]).resolve())}))
     (to / "modules").mkdir()
     for name in ("general", "general-samples"):
         shutil.copytree(store.path / "router" / name, to / "router" / name)

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from growlm.disk.tensors import as_bytes, require_kinds
+from growlm.disk.tensors import as_bytes
 from growlm.errors import GrowlmError, GrowlmWarning, IntegrityError, StoreError
 from growlm.progress import phase, track
+from growlm.router.derived import read_derived
 from growlm.router.evidence import EVIDENCE, SCALE, VECTORS, read_evidence, read_general, require_same_states
 from growlm.router.gaussian import GaussianRouter
 from growlm.router.lexicon import Lexicon, drop_lexicon, load_lexicon
@@ -99,7 +100,7 @@ def _load(store: Store, modules: Sequence[StoredModule], *, whole: bool) -> Gaus
         return _mark(store, list(store.modules.values()), store.router_files(GENERAL).digest())
 
     file = _fitted_digest(store) if whole else None
-    fitted = _read_derived(store, ROUTER_FITTED) if whole else None
+    fitted = read_derived(store, ROUTER_FITTED, _KINDS[ROUTER_FITTED]) if whole else None
     if fitted is not None and _unpack(fitted["members"]) == mark and len(fitted["forks"]) == len(modules):
         forks = dict(zip([m.name for m in modules], fitted["forks"].tolist(), strict=True))
         file = file if file == _fitted_digest(store) else None  # another process has replaced it meanwhile
@@ -249,18 +250,8 @@ def gram_of(vectors: Tensor) -> Tensor:
 
 
 def _read_sums(store: Store) -> tuple[Tensor, int] | None:
-    tensors = _read_derived(store, ROUTER_SUMS)
+    tensors = read_derived(store, ROUTER_SUMS, _KINDS[ROUTER_SUMS])
     return None if tensors is None else (tensors["gram"], _unpack(tensors["members"]))
-
-
-def _read_derived(store: Store, name: str) -> dict[str, Tensor] | None:
-    try:
-        tensors = store.router_files(name).read()
-        if tensors is not None:
-            require_kinds(name, tensors, _KINDS[name])
-        return tensors
-    except IntegrityError:
-        return None  # derived from the modules' own evidence: made anew
 
 
 def _mark(store: Store, modules: Sequence[StoredModule], general: str | None) -> int:

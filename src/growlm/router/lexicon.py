@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from growlm.base.sizes import tensor_bytes
-from growlm.disk.tensors import map_tensors, require_kinds
+from growlm.disk.tensors import map_tensors
 from growlm.errors import GrowlmError, IntegrityError
 from growlm.progress import track
+from growlm.router.derived import read_derived
 from growlm.router.samples import GENERAL_SAMPLES, unpack_samples
 from growlm.store import ROUTER_LEXICON
 
@@ -165,8 +166,8 @@ def load_lexicon(
     if len(modules) <= MOST and samples is not None:
         told = f"lexicon {_VERSION}, {mark}, {samples}"
         members = torch.tensor(list(hashlib.sha256(told.encode()).digest()), dtype=torch.uint8)
-        kept = None if mark is None else _read(store, members)
-        if kept is not None and len(kept["absent"]) == len(modules):
+        kept = None if mark is None else read_derived(store, ROUTER_LEXICON, _KINDS)
+        if kept is not None and torch.equal(kept.pop("members"), members) and len(kept["absent"]) == len(modules):
             return Lexicon(kept)
         made, whole = _made(store, modules)
         if made is not None and mark is not None and whole:
@@ -194,17 +195,6 @@ def _digest(store: Store) -> str | None:
         return None
 
 
-def _read(store: Store, members: Tensor) -> dict[str, Tensor] | None:
-    try:
-        kept = store.router_files(ROUTER_LEXICON).read()
-        if kept is None:
-            return None
-        require_kinds(ROUTER_LEXICON, kept, _KINDS)
-    except IntegrityError:
-        return None  # derived from the modules' own texts: made anew
-    return kept if torch.equal(kept.pop("members"), members) else None
-
-
 def _made(store: Store, modules: Sequence[StoredModule]) -> tuple[Lexicon | None, bool]:
     """The lexicon, and whether no module was left out because its text is damaged, which is said when it is loaded."""
     damaged: list[str] = []
@@ -216,16 +206,15 @@ def _made(store: Store, modules: Sequence[StoredModule]) -> tuple[Lexicon | None
             damaged.append(module.name)
             return None
 
-    worded = [module.name for module in modules if module.text_files]
-    vocab = next((len(count) for m in modules if (count := read(m)) is not None), None)
-    general = None if vocab is None else _general(store, vocab)
-    if vocab is None or general is None:
+    first, known = next(((m, count) for m in modules if (count := read(m)) is not None), (None, None))
+    general = None if known is None else _general(store, len(known))
+    if known is None or general is None:
         return None, not damaged
 
     def counts() -> Iterator[np.ndarray | None]:
         for module in track(modules, "counting words", "modules"):
-            found = read(module) if module.name in worded else None
-            yield None if found is None or len(found) != vocab else found
+            found = known if module is first else read(module)
+            yield None if found is None or len(found) != len(known) else found
 
     return Lexicon.of(counts(), *general), not damaged
 
@@ -246,10 +235,10 @@ def _counts(module: StoredModule) -> np.ndarray | None:
             raise IntegrityError(f"{path}: holds no text; restore it or learn it again")
         vocab = int(text[0])  # it stands around every document
         blocks = max(_COUNTED // (share * _BLOCK), 1)
-        begins = np.unique(np.linspace(0, max(len(text) - _BLOCK, 0), blocks).astype(np.int64))
         if len(text) <= blocks * _BLOCK:
             ids = text.astype(np.int64)
         else:
+            begins = np.linspace(0, len(text) - _BLOCK, blocks).astype(np.int64)
             ids = np.concatenate([text[at : at + _BLOCK] for at in begins]).astype(np.int64)
         if ids.min() < 0 or ids.max() > vocab or (total is not None and len(total) != vocab):
             raise IntegrityError(f"{path}: is no text of this base's tokens; restore it or learn it again")
