@@ -39,6 +39,7 @@ class Baseline:
     ) -> None:
         torch.manual_seed(seed)  # of a LoRA's first weights
         self.model = copy.deepcopy(model).float()
+        self._adapter: Any = None
         self.tokenizer = tokenizer
         if lora_parameters is None:
             self.model.requires_grad_(True)
@@ -52,13 +53,17 @@ class Baseline:
             left = lora_parameters - (embedding.numel() if vocabulary else 0)
             rank = max(round(left / one), 1)
             config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", lora_dropout=0.0)
-            get_peft_model(self.model, config)  # puts its layers into the model
+            self._adapter = get_peft_model(self.model, config)  # puts its layers into the model
             embedding.requires_grad_(vocabulary)
         self.base = Base(self.model, freeze=False)
 
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def merged(self) -> Any:
+        """The model without PEFT's layers, their differences in its weights; nothing can be trained after it."""
+        return self.model if self._adapter is None else self._adapter.merge_and_unload()
 
     def learn(
         self,

@@ -46,7 +46,7 @@ class Finetuned:
         """Loss of the base on the text of another kind."""
 
         def loss() -> float:
-            return Baseline(self.adapters.base.model, self.adapters.tokenizer).loss(self._general())
+            return Baseline(self.adapters.base.model, self.adapters.tokenizer).loss(self.general())
 
         return kept(self.a.out, slug("base", self.a.general), loss)
 
@@ -67,10 +67,10 @@ class Finetuned:
 
         def trained() -> dict[str, Any]:
             each = None if self.a.joint_tokens is None else self.a.joint_tokens // LENGTH
-            rows = text_data.PackedTokens(np.concatenate([self._rows(domain)[:each] for domain in domains]))
+            rows = text_data.PackedTokens(np.concatenate([self.rows(domain)[:each] for domain in domains]))
             model, seconds = self._learned("joint", rows, rate)
-            losses = {d: {split: self._loss(model, d, split) for split in ("valid", "test")} for d in domains}
-            general = model.loss(self._general())
+            losses = {d: {split: self.loss(model, d, split) for split in ("valid", "test")} for d in domains}
+            general = model.loss(self.general())
             return {"rate": rate, "rows": len(rows), "domains": losses, "general": general, "seconds": seconds}
 
         found = kept(self.a.out, slug("joint", self.a.seed, rate), trained)
@@ -78,32 +78,34 @@ class Finetuned:
         return found
 
     def _trained(self, domain: str, rate: float) -> dict[str, Any]:
-        model, seconds = self._learned(domain, text_data.PackedTokens(self._rows(domain)), rate)
-        found = {split: self._loss(model, domain, split) for split in ("valid", "test")}
-        return {"rate": rate, **found, "general": model.loss(self._general()), "seconds": seconds}
+        model, seconds = self._learned(domain, text_data.PackedTokens(self.rows(domain)), rate)
+        found = {split: self.loss(model, domain, split) for split in ("valid", "test")}
+        return {"rate": rate, **found, "general": model.loss(self.general()), "seconds": seconds}
 
-    def _learned(self, name: str, rows: text_data.PackedTokens, rate: float) -> tuple[Baseline, float]:
-        a = self.a
-        config = TrainConfig(
+    def settings(self, rows: text_data.PackedTokens, rate: float) -> TrainConfig:
+        """Every row once."""
+        return TrainConfig(
             tokens=len(rows.tokens) * LENGTH,
             sequence_length=LENGTH,
             batch_size=BATCH,
             learning_rate=rate,
-            seed=a.seed,
+            seed=self.a.seed,
             precision="float32",
             device="cpu",
             checkpoint_seconds=300,  # of 1.6 gigabytes
         )
+
+    def _learned(self, name: str, rows: text_data.PackedTokens, rate: float) -> tuple[Baseline, float]:
         model = Baseline(self.adapters.base.model, self.adapters.tokenizer)
-        seconds = model.learn(rows, config, self._work(name, rate), f"{name}, {rate:g}")
-        if a.keep:
-            save_model(model.model, a.out / "models" / slug(name, a.seed, rate))
+        seconds = model.learn(rows, self.settings(rows, rate), self._work(name, rate), f"{name}, {rate:g}")
+        if self.a.keep:
+            save_model(model.model, self.a.out / "models" / slug(name, self.a.seed, rate))
         return model, seconds
 
     def _work(self, name: str, rate: float) -> Path:
         return self.a.out / "runs" / slug(name, self.a.seed, rate)
 
-    def _rows(self, domain: str) -> np.ndarray:
+    def rows(self, domain: str) -> np.ndarray:
         """The rows (n, LENGTH + 1) that the domain's adapter was trained on."""
         adapters, a = self.adapters, self.a
         folder = a.adapters / "adapters" / slug(domain, a.seed, a.adapter_rate)
@@ -111,11 +113,11 @@ class Finetuned:
         packed = text_data.pack(adapters.documents(domain, "train"), adapters.tokenizer, LENGTH, max_tokens=a.text)
         return packed.tokens[drawn]
 
-    def _loss(self, model: Baseline, domain: str, split: str) -> float:
-        tokens = {"valid": self.a.valid_tokens, "test": self.a.test_tokens}[split]
+    def loss(self, model: Baseline, domain: str, split: str) -> float:
+        tokens = getattr(self.a, f"{split}_tokens")
         return model.loss([p.tokens for p in self.adapters.passages(domain, split, tokens)])
 
-    def _general(self) -> list[Any]:
+    def general(self) -> list[Any]:
         return [p.tokens for p in self.adapters.passages(self.a.general, "test", self.a.general_tokens)]
 
 

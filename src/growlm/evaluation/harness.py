@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -22,6 +23,7 @@ from growlm.base.placement import find_device, out_of_memory
 from growlm.data import start_tokens
 from growlm.engine import AUTO, Engine
 from growlm.errors import ConfigError, GrowlmError
+from growlm.evaluation.contamination import require_unlearned
 from growlm.evaluation.tasks import FOLDER
 from growlm.modules import ModuleSet
 from growlm.modules.scoring import continuation_scores
@@ -44,12 +46,15 @@ class HarnessModel(TemplateLM):
         memory: budget for all weights, as in `growlm generate`.
         module: "auto" (each context is routed), "base", or a module's name for everything.
         max_length: longest text in tokens; by default what the base's config says.
+        allow_contaminated: answer tasks too whose rows stand in a text that a module has learned.
         batch_size: the harness's own; requests are batched by length, whatever it says.
         device: as in `growlm generate`.
 
     Raises:
         StoreError, BudgetError, UnknownModuleError: as `Engine` does.
         ConfigError: an argument that is not known, or a `max_length` that the base cannot read.
+
+    What it is asked raises `DataError` where rows of the task stand in a module's text.
     """
 
     def __init__(
@@ -58,6 +63,7 @@ class HarnessModel(TemplateLM):
         memory: str | None = None,
         module: str = AUTO,
         max_length: int | None = None,
+        allow_contaminated: bool | str = False,
         batch_size: Any = None,
         device: str | None = None,
         **unknown: Any,
@@ -65,7 +71,10 @@ class HarnessModel(TemplateLM):
         super().__init__()
         names = [name for name in unknown if name != "max_batch_size"]
         if names:
-            raise ConfigError(f"--model_args: {names[0]!r} is not known; known are store, memory, module, max_length")
+            raise ConfigError(
+                f"--model_args: {names[0]!r} is not known; known are store, memory, module, max_length, "
+                "allow_contaminated"
+            )
         opened = Store.open(store)
         self._module = None if module == "base" else module
         if self._module not in (None, AUTO):
@@ -84,6 +93,8 @@ class HarnessModel(TemplateLM):
             )
         self._routed = min(_ROUTED, limit or _ROUTED)
         self._chosen: dict[tuple[int, ...], str | None] = {}  # by the tokens that were routed
+        self._allow_contaminated = str(allow_contaminated).lower() == "true"
+        self._unlearned: set[tuple[str, int]] = set()  # rows of tasks that were looked for
 
     # Tokens
 
@@ -114,6 +125,10 @@ class HarnessModel(TemplateLM):
 
     # Requests
 
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        self._require_unlearned(requests, disable_tqdm)
+        return super().loglikelihood(requests, disable_tqdm)
+
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
@@ -124,7 +139,8 @@ class HarnessModel(TemplateLM):
             self.cache_hook.add_partial("loglikelihood", key, score)
         return scores
 
-    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        self._require_unlearned(requests, disable_tqdm)
         texts = [self.tok_encode(request.args[0], add_special_tokens=False) for request in requests]
         beginnings = [[*self._start, *text][: self._routed] or [self.prefix_token_id] for text in texts]
         pairs: list[tuple[list[int], list[int]]] = []
@@ -142,7 +158,8 @@ class HarnessModel(TemplateLM):
             totals[number] += value
         return totals
 
-    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        self._require_unlearned(requests, disable_tqdm)
         groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
         repeats: dict[tuple[Any, ...], int] = defaultdict(int)
         for number, request in enumerate(requests):
@@ -174,6 +191,21 @@ class HarnessModel(TemplateLM):
                     self.cache_hook.add_partial("generate_until", requests[place].args, answer.text)
         self._note_cuts(cut, len(requests))
         return answers
+
+    def _require_unlearned(self, requests: Sequence[Instance], quiet: bool) -> None:
+        """No row stands in a text that a module which may answer has learned; every row is looked for once."""
+        if self._allow_contaminated or self._module is None:
+            return
+        rows = {(r.task_name or "the task", r.doc_id): r.doc for r in requests if r.doc_id is not None}
+        new: dict[str, list[Any]] = defaultdict(list)
+        for task, number in rows.keys() - self._unlearned:
+            new[task].append(rows[task, number])
+        store = self.engine.store
+        modules = list(store.modules.values()) if self._module == AUTO else [store.module(self._module)]
+        with reporting(_SUBJECT, not quiet):
+            for task, docs in new.items():
+                require_unlearned(task, docs, modules, self.tokenizer, self.engine.base.vocab_size)
+        self._unlearned |= rows.keys()
 
     def _note_cuts(self, cut: int, of: int) -> None:
         if cut:

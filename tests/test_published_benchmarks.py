@@ -1,0 +1,108 @@
+"""Benchmarks on a published base, on one that was made in a moment: domains in sequence, tasks before and after."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from stores import domain_text, make_store
+from tiny import save_base
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:transformers"),
+]
+DOMAINS = ["letters", "digits"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    home = tmp_path_factory.mktemp("made")
+    save_base(home / "base", "llama")
+    for domain in [*DOMAINS, "general"]:
+        folder = home / "data" / domain
+        folder.mkdir(parents=True)
+        for split, first in (("train", 0), ("valid", 500), ("test", 600)):
+            texts = [domain_text(domain, first + i, words=40) for i in range(60)]
+            (folder / f"{split}.txt").write_text("\n\n".join(texts))
+        trained = home / "recall" / "adapters" / f"{domain}-0-auto"
+        trained.mkdir(parents=True)
+        (trained / "training.json").write_text(json.dumps({"rows": list(range(8))}))
+    return home
+
+
+def call(monkeypatch, capsys, name: str, *arguments: object) -> str:
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    import_module(f"benchmarks.quality.{name}").main()
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("lora", [(), ("--lora", "20k")])
+def test_one_model_learns_in_sequence_and_goes_on_where_it_was(made, monkeypatch, capsys, tmp_path, lora):
+    def run() -> str:
+        return call(
+            monkeypatch, capsys, "sequence", "--data", made / "data", "--base", made / "base", "--adapters",
+            made / "recall", "--out", tmp_path, "--domains", *DOMAINS, "--general", "general", "--rate", "3e-3", *lora,
+            "--text", "8k", "--test-tokens", 400, "--general-tokens", 300, "--keep",
+        )  # fmt: skip
+
+    printed = run()
+    result = next(tmp_path.glob("*.json"))
+    found = json.loads(result.read_text())
+    before, first, second = found["losses"]
+    assert first[0] < before[0] - 0.1
+    assert second[1] < first[1] - 0.05
+    assert found["matrix"]["average_forgetting"] == pytest.approx(second[0] - first[0])
+    assert len(found["general"]) == 3
+    assert "| digits | " in printed
+    assert (next((tmp_path / "models").iterdir()) / "model.safetensors").exists()
+    # Goes on: the second stage is made again, from the first one's weights, and comes out the same.
+    (stage,) = tmp_path.glob("results/*-1-digits.json")
+    stage.unlink()
+    run()
+    assert json.loads(result.read_text())["losses"] == found["losses"]
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_tasks_are_asked_of_every_way_and_what_was_learned_is_refused(monkeypatch, capsys, tmp_path):
+    store = make_store(tmp_path, modules={"letters": {"strength": 0.02, "steps": 30}, "digits": {"kind": "recall"}})
+    data = tmp_path / "tasks"
+    options = [[domain_text(domain, 600 + i, words=3) for domain in DOMAINS] for i in range(8)]
+    questions = [{"question": domain_text("letters", 900 + i), "choices": options[i], "answer": 0} for i in range(8)]
+    write_rows(data / "arc_easy" / "test.jsonl", questions)
+    blanks = [{"question": f"The name _ is {i}.", "choices": ["Ada", "Bo"], "answer": i % 2} for i in range(8)]
+    write_rows(data / "winogrande" / "valid.jsonl", blanks)
+    write_rows(data / "lambada" / "test.jsonl", [{"text": domain_text("letters", 700 + i)} for i in range(8)])
+
+    def run(module: str, *more: object) -> dict[str, list[str]]:
+        printed = call(
+            monkeypatch, capsys, "tasks", "--data", data, "--out", tmp_path / "out", "--tasks", "arc_easy",
+            "winogrande", "lambada", "--items", 8, "--ways", f"base={store.path}:base",
+            f"{module}={store.path}:{module}", f"plain={tmp_path / 'base'}", *more,
+        )  # fmt: skip
+        lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if "|" in line]
+        return {row[0]: row[1:] for row in lines}
+
+    found = run("letters")
+    assert list(found) == ["task", "---", "arc_easy, %", "winogrande, %", "lambada, %", "lambada, nats"]
+    base, letters, plain = found["lambada, nats"]
+    assert float(letters.split()[0]) < float(base) - 0.1
+    assert plain == f"{base} (+0.00; +0.00 to +0.00)"
+    write_rows(data / "lambada" / "test.jsonl", [{"text": domain_text("digits", i, words=12)} for i in range(8)])
+    told = (
+        r"local_lambada: 8 of 8 rows stand in the text that module 'digits' has learned, .* with --allow-contaminated"
+    )
+    with pytest.raises(SystemExit, match=told):
+        run("auto")
+    assert len(run("auto", "--allow-contaminated")["lambada, nats"]) == 3
