@@ -71,9 +71,12 @@ def test_a_few_tokens_count_as_what_they_are():
     assert found.evidence([[], [VOCAB + 3]]).tolist() == [[0], [0]]
 
 
-def test_what_every_prompt_begins_with_says_nothing():
-    with_start = Lexicon.of([LAW], GENERAL, start=9).evidence([[9, 3, 4], [9]]).tolist()
-    assert with_start == [Lexicon.of([LAW], GENERAL).evidence([[3, 4]])[0].tolist(), [0]]
+def test_tokens_of_frames_say_nothing_wherever_they_stand():
+    framed = counts(*[3] * 50, *[4] * 30, *[1] * 20, *[9] * 400)
+    with_frames = Lexicon.of([framed, DRUGS, counts(9, 9)], GENERAL, [9, VOCAB + 2])
+    without = Lexicon.of([LAW, DRUGS, None], GENERAL)
+    found = with_frames.evidence([[9, 3, 9, 4], [9], [7]])
+    assert torch.equal(found, without.evidence([[3, 4], [], [7]]))
 
 
 def test_of_modules_without_words_there_is_no_lexicon():

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from growlm import LearnConfig
 from growlm.errors import DataError
-from growlm.router.evidence import SCALE
+from growlm.router.evidence import SCALE, frames_of, read_general
 from growlm.router.fitting import fit, gram_of
 from growlm.router.gaussian import GaussianRouter
 from growlm.router.interface import names_of
 from growlm.training.corpus import TrainingCorpus
-from growlm.training.general import ensure_general, shipped_forms
+from growlm.training.general import FRAMES, ensure_general, framed_texts, shipped_forms
 from growlm.training.questions import short_questions
 from stores import domain_text, make_store
 
@@ -72,6 +72,7 @@ def test_a_domain_between_two_forms_of_general_text(apart):
         "vectors": torch.cat(forms),
         "forms": torch.tensor([100, 100] if apart else [200]),
         "heldout": torch.cat([texts(side, 25), texts(-side, 25)]),
+        "frames": vectors[:0],
     }
     fitted = fit([lambda: domain], general, gram_of(vectors) + gram_of(general["vectors"]))
     router = GaussianRouter(["law"], *fitted, {"law": 0})
@@ -81,11 +82,66 @@ def test_a_domain_between_two_forms_of_general_text(apart):
     assert (none + own > 140) is apart
 
 
-def test_the_sample_of_general_text_has_seven_forms(tmp_path):
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_frame_that_all_of_a_domains_text_has_does_not_tell_it(shown):
+    """A domain of framed questions, beside general text that has no frames: framed general text is general all the
+    same, where it is known what a frame changes."""
+    draw = torch.Generator().manual_seed(0)
+    width, count = 16, 200
+    frame, topic = 8 * torch.eye(width)[0], 4 * torch.eye(width)[1]
+
+    def texts(centre: torch.Tensor, count: int) -> torch.Tensor:
+        return ((centre + torch.randn(count, width, generator=draw)) * SCALE).round().to(torch.int16)
+
+    own, other = texts(frame + topic, count), texts(torch.zeros(width), count)
+    domain = {"sum": own.long().sum(0), "count": torch.tensor([count]), "heldout": texts(frame + topic, 50)}
+    changes = ((frame + 0.2 * torch.randn(100, width, generator=draw)) * SCALE).round().to(torch.int16)
+    general = {
+        "vectors": other,
+        "forms": torch.tensor([count]),
+        "heldout": texts(torch.zeros(width), 50),
+        "frames": changes if shown else changes[:0],
+    }
+    router = GaussianRouter(["law"], *fit([lambda: domain], general, gram_of(own) + gram_of(other)), {"law": 0})
+
+    def chosen(centre: torch.Tensor, name: str) -> int:
+        return names_of(router.route_pooled(texts(centre, 100).float() / SCALE)).count(name)
+
+    assert chosen(frame + topic, "law") > 90
+    assert chosen(torch.zeros(width), "none") > 90
+    assert (chosen(frame, "none") > 90) is shown
+    assert (chosen(topic, "law") > 90) is shown
+
+
+def test_what_all_framed_texts_have_is_silent(tmp_path):
+    store = make_store(tmp_path, modules={})
+    base, tokenizer = store.load_base(), store.load_tokenizer()
+    texts = framed_texts(base, tokenizer)
+    assert len(texts) == 48
+    assert {len(text.framed) for text in texts} == {len(FRAMES)}
+    found = frames_of(base, texts, store.manifest.routing_layer)
+    assert found["frames"].shape == (48 * len(FRAMES), base.hidden_size)
+    assert found["frames"].abs().sum() > 0
+    silent = set(found["silent"].tolist())
+    assert set(tokenizer.encode("Question:")) & silent
+    assert not any(set(text.plain) <= silent for text in texts)
+    # What a frame changes has much in common for all texts.
+    differences = found["frames"].float().view(48, len(FRAMES), -1)
+    around = differences - differences.mean(0)
+    assert around.square().sum() < 0.7 * differences.square().sum()
+    # A store that was told of no frames reads as before.
+    assert len(read_general(store)["frames"]) == 0
+    (store.base_folder / "heldout.jsonl").unlink()
+    ensure_general(store, base, tokenizer)
+    assert torch.equal(read_general(store)["frames"], found["frames"])
+    assert set(read_general(store)["silent"].tolist()) == silent
+
+
+def test_the_sample_of_general_text_has_eight_forms(tmp_path):
     store = make_store(tmp_path, modules={})
     base, tokenizer = store.load_base(), store.load_tokenizer()
     forms = shipped_forms(base, tokenizer)
-    assert set(forms) == {"articles", "asked", "exams", "questions", "requests", "stories", "talk"}
+    assert set(forms) == {"articles", "asked", "exams", "news", "questions", "requests", "stories", "talk"}
     for name, (train, heldout) in forms.items():
         assert len(train) >= 3 * len(heldout) > 60, name
         assert not {tuple(text) for text in train} & {tuple(text) for text in heldout}, name

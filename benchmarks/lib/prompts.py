@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ LONGEST = 64  # tokens of a prompt that is no passage
 LENGTHS = (16, 32, 64, 200)  # tokens of the beginnings of passages
 _TEXT = 200_000  # characters of a domain's training text that are asked about
 _FEWEST = 24  # tokens of a passage
+_NEWS = 60  # characters of a sentence of news, at the least
 
 # What users of these domains might ask. No sentence is from their text.
 QUESTIONS = {
@@ -106,7 +107,8 @@ class Prompts:
     """Prompts of one form and origin.
 
     Attributes:
-        form: `passage`, `sentence` (it breaks off), `gap` (a sentence with a gap), `question` or `other`.
+        form: `passage`, `sentence` (it breaks off), `gap` (a sentence with a gap), `question`, `other`, `news`, or
+            one of these after `framed`: as tasks of benchmarks ask, "Question: ... Answer:".
         origin: the domain or task that they are from.
         wanted: the domain whose module should answer; None: no module.
         texts: token ids of each.
@@ -135,7 +137,8 @@ def all_prompts(data: Path, tokenizer: Any, count: int, seed: int) -> Iterator[P
         yield Prompts("passage", domain, domain, passages(data / domain / "test.txt", tokenizer, count, seed))
         if domain == "medical_qa":
             text = (data / domain / "test.txt").read_text()
-            yield of("question", domain, domain, re.findall(r"^Question: (.+)$", text, re.MULTILINE))
+            asked_of_medicine = re.findall(r"^Question: (.+)$", text, re.MULTILINE)
+            yield of("question", domain, domain, asked_of_medicine)
             continue
         documents = [d.text for d in text_data.read([data / domain / "train.txt"], separator="\n\n").documents]
         random.Random(seed).shuffle(documents)
@@ -162,6 +165,18 @@ def all_prompts(data: Path, tokenizer: Any, count: int, seed: int) -> Iterator[P
     yield of("other", "mmlu of other subjects", None, others)
     yield of("other", "piqa", None, [q["question"] for q in tasks("piqa", "valid.jsonl")])
     yield of("other", "lambada", None, [q["text"] for q in tasks("lambada", "test.jsonl")])
+
+    def framed(texts: Iterable[str]) -> list[str]:
+        return [f"Question: {text}\nAnswer:" for text in texts]
+
+    yield of("framed question", "medical_qa", "medical_qa", framed(asked_of_medicine))
+    yield of("framed question", "mmlu of medicine", "medical_qa", framed(medicine))
+    yield of("framed question", "gsm8k", "math_gsm8k", framed(q["question"] for q in tasks("gsm8k", "test.jsonl")))
+    yield of("framed other", "arc_easy", None, framed(q["question"] for q in tasks("arc_easy", "test.jsonl")))
+    yield of("framed other", "piqa", None, framed(q["question"] for q in tasks("piqa", "valid.jsonl")))
+    news = tasks("ntrex_en_de_vi", "all.jsonl")
+    for language in ("en", "de", "vi"):
+        yield of("news", f"ntrex, {language}", None, [row[language] for row in news if len(row[language]) > _NEWS])
 
 
 def passages(path: Path, tokenizer: Any, count: int, seed: int) -> list[list[int]]:

@@ -31,13 +31,13 @@ from growlm.base.checkpoint import fingerprint
 from growlm.disk.files import write_atomic
 from growlm.disk.tensors import read_tensors, write_tensors
 from growlm.progress import reporting, track
-from growlm.router import EVIDENCE, NONE, GaussianRouter, files_of, gather_evidence, mean_pool
+from growlm.router import EVIDENCE, NONE, GaussianRouter, files_of, frames_of, gather_evidence, mean_pool
 from growlm.router.fitting import fit, gram_of
 from growlm.router.lexicon import Lexicon
 from growlm.router.states import base_states
 from growlm.training.config import LearnConfig
 from growlm.training.corpus import TrainingCorpus
-from growlm.training.general import shipped_forms
+from growlm.training.general import framed_texts, shipped_forms
 from growlm.units import parse_count
 
 NEIGHBOURS = 15
@@ -89,7 +89,13 @@ class Routing(OnPublished):
 
     # Ways to choose
 
-    def gaussian(self, *, questions: bool, forms: Sequence[str] | None, words: bool = True) -> Choose:
+    def frames(self) -> dict[str, Tensor]:
+        texts = framed_texts(self.base, self.tokenizer)
+        return self.states("frames", lambda: frames_of(self.base, texts, self.layer))
+
+    def gaussian(
+        self, *, questions: bool = True, forms: Sequence[str] | None = None, words: bool = True, frames: bool = True
+    ) -> Choose:
         known = {d: self.evidence(d) for d in DOMAINS}
         of_general = [g for name, g in self.general().items() if forms is None or name in forms]
         kept = []
@@ -98,9 +104,11 @@ class Routing(OnPublished):
             kept.append({key: torch.cat([part[key] for part in parts]) for key in ("vectors", "heldout")})
         general = {key: torch.cat([g[key] for g in of_general]) for key in ("vectors", "heldout")}
         general["forms"] = torch.tensor([len(g["vectors"]) for g in of_general])
+        silent = self.frames()["silent"].tolist() if frames else []
+        general["frames"] = self.frames()["frames"][: None if frames else 0]
         gram = torch.stack([gram_of(k["vectors"]) for k in [*kept, general]]).sum(0)
         fitted = fit([partial(files_of(k).__getitem__, EVIDENCE) for k in kept], general, gram)
-        lexicon = self.lexicon(list(known)) if words else None
+        lexicon = self.lexicon(list(known), silent) if words else None
         router = GaussianRouter(list(known), *fitted, dict.fromkeys(known, 0), layer=self.layer, lexicon=lexicon)
 
         def choose(prompts: Prompts, length: int) -> list[str | None]:
@@ -109,7 +117,7 @@ class Routing(OnPublished):
 
         return choose
 
-    def lexicon(self, domains: Sequence[str]) -> Lexicon:
+    def lexicon(self, domains: Sequence[str], silent: Sequence[int]) -> Lexicon:
         """Of the words of so much of each domain's text as a module that recalls has by default."""
 
         def count(ids: np.ndarray) -> np.ndarray:
@@ -122,7 +130,7 @@ class Routing(OnPublished):
             counts.append(count(packed.tokens[:, :-1]))
         forms = [form for name, form in shipped_forms(self.base, self.tokenizer).items() if name != "asked"]
         general = [token for train, heldout in forms for text in (*train, *heldout) for token in text]
-        return Lexicon.of(counts, count(np.array(general)))
+        return Lexicon.of(counts, count(np.array(general)), silent)
 
     def pooled(self, prompts: Prompts, length: int) -> Tensor:
         """The base's states of prompts, pooled, (n, d)."""
@@ -218,11 +226,12 @@ def main() -> None:
     with reporting("routing", True):
         routing = Routing(a)
         ways: dict[str, Choose] = {
-            "gaussian": routing.gaussian(questions=True, forms=None),
-            "no words": routing.gaussian(questions=True, forms=None, words=False),
-            "no words, no questions": routing.gaussian(questions=False, forms=None, words=False),
-            "no words, talk alone": routing.gaussian(questions=True, forms=["talk"], words=False),
-            "none of these": routing.gaussian(questions=False, forms=["talk"], words=False),
+            "gaussian": routing.gaussian(),
+            "no frames": routing.gaussian(frames=False),
+            "no words": routing.gaussian(words=False),
+            "no questions": routing.gaussian(questions=False),
+            "talk alone": routing.gaussian(forms=["talk"]),
+            "none of these": routing.gaussian(questions=False, forms=["talk"], words=False, frames=False),
         }
         encoder = Encoder(a.encoder) if a.encoder else None
         if encoder is not None:

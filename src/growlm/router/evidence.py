@@ -6,7 +6,7 @@ Knows texts as token ids, the base that reads them, and the files that hold what
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,7 +33,13 @@ SCALE = 1024  # what 1 is kept as: pooled states have root mean square 1 and are
 _KINDS = {
     EVIDENCE: {"heldout": (torch.int16, 2), "sum": (torch.int64, 1), "count": (torch.int64, 1)},
     VECTORS: {"vectors": (torch.int16, 2)},
-    GENERAL: {"vectors": (torch.int16, 2), "heldout": (torch.int16, 2), "forms": (torch.int64, 1)},
+    GENERAL: {
+        "vectors": (torch.int16, 2),
+        "heldout": (torch.int16, 2),
+        "forms": (torch.int64, 1),
+        "frames": (torch.int16, 2),
+        "silent": (torch.int64, 1),
+    },
 }
 _SHORTEST, _LONGEST = 8, 64  # tokens of the texts that the router is shown while learning
 _CUTS = 4  # lengths that each passage is cut to
@@ -153,28 +159,59 @@ def _place(layer: int | None) -> str:
     return "the base's last states" if layer is None else f"its states after layer {layer}"
 
 
+class Framed(NamedTuple):
+    """One text as it is, and in each of the frames that people put around what they ask, as token ids."""
+
+    plain: Sequence[int]
+    framed: Sequence[Sequence[int]]
+
+
 def write_general(
-    store: Store, base: Base, forms: Sequence[tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]]]
+    store: Store,
+    base: Base,
+    forms: Sequence[tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]]],
+    framed: Sequence[Framed] = (),
 ) -> None:
     """Records what general text, the class *none*, looks like to this base.
 
     Args:
         forms: kinds of general text that are unlike each other, questions and stories, say: token ids of texts that
             the router is fitted to, and of held-out ones, of each.
+        framed: texts in frames, of which it learns what says nothing of what a text is about.
     """
     layer = store.manifest.routing_layer
     seen = [gather_evidence(base, train, heldout, layer=layer) for train, heldout in forms]
     tensors = {key: torch.cat([s[key] for s in seen]) for key in seen[0]}
     tensors["forms"] = torch.tensor([len(s["vectors"]) for s in seen])
+    if framed:
+        tensors |= frames_of(base, framed, layer)
     with store.lock():
         store.router_files(GENERAL).write(tensors)
         for derived in ROUTER_DERIVED:
             store.router_files(derived).drop()
 
 
+@torch.no_grad()
+def frames_of(base: Base, texts: Sequence[Framed], layer: int | None) -> dict[str, Tensor]:
+    """What frames do to texts, one at least: `frames`, differences of pooled states (n, d) int16, and `silent`, the
+    token ids that stand in all texts in a frame."""
+    pools: list[Tensor] = []
+    tokens: set[int] = set()
+    for text in texts:
+        states, visible = base_states(base, [text.plain, *text.framed], layer)
+        pooled = mean_pool(states, visible).cpu()
+        pools.append(pooled[1:] - pooled[0])
+    for one_frame in zip(*(text.framed for text in texts), strict=True):
+        tokens |= set.intersection(*map(set, one_frame))
+    return {
+        "frames": (torch.cat(pools) * SCALE).round().clamp(-32768, 32767).to(torch.int16),
+        "silent": torch.tensor(sorted(tokens), dtype=torch.int64),
+    }
+
+
 def read_general(store: Store) -> dict[str, Tensor]:
-    """What was recorded of general text: `vectors` and `heldout` (n, d), and `forms`, how many of the vectors, in their
-    order, are of each form.
+    """What was recorded of general text: `vectors` and `heldout` (n, d); `forms`, how many of the vectors, in their
+    order, are of each form; `frames` and `silent`, as `frames_of` gives them.
 
     Raises:
         IntegrityError: it is missing, or not what its manifest says.
@@ -184,7 +221,13 @@ def read_general(store: Store) -> dict[str, Tensor]:
     if general is None:
         raise IntegrityError(f"{path}: is missing; restore it, or make the store again")
     general.setdefault("forms", torch.tensor([len(general["vectors"])]))  # recorded before there were several
-    require_kinds(path, general, _KINDS[GENERAL])
+    known = _KINDS[GENERAL]
+    framed = {"frames", "silent"} & general.keys()  # not of all stores
+    require_kinds(path, general, known if framed else {k: known[k] for k in ("vectors", "heldout", "forms")})
+    general.setdefault("frames", general["vectors"][:0])
+    general.setdefault("silent", torch.zeros(0, dtype=torch.int64))
+    if general["frames"].shape[-1] != general["vectors"].shape[-1]:
+        raise IntegrityError(f"{path}: its frames are not of its vectors' width; restore it, or make the store again")
     if int(general["forms"].sum()) != len(general["vectors"]) or int(general["forms"].min()) < 1:
         raise IntegrityError(f"{path}: its forms are not those of its vectors; restore it, or make the store again")
     return general

@@ -43,7 +43,8 @@ _KINDS = {
     },
 }
 _SHRINK = 0.003  # least share of the covariance between features that is taken away
-_FIT = 2  # raise it with every change of what `_fit` computes: a fit that was kept before is then made anew
+_FRAMED = 2  # times that a change by a frame counts, beside a text of its class
+_FIT = 3  # raise it with every change of what `_fit` computes: a fit that was kept before is then made anew
 
 
 def add_domain(store: Store, new: StoredModule, old: StoredModule | None) -> None:
@@ -194,11 +195,12 @@ class Fitted(NamedTuple):
 
 def fit(evidence: Sequence[Callable[[], Mapping[str, Tensor]]], general: Mapping[str, Tensor], gram: Tensor) -> Fitted:
     """Fits means, one covariance for all classes, and limits. Every form of general text is a class: one mean of
-    questions and stories would lie among neither.
+    questions and stories would lie among neither. What a frame changes in a text counts as scatter within classes,
+    since it says nothing of what the text is about (nuisance attributes: Solomonoff et al., 2005).
 
     Args:
         evidence: of each domain in turn, what reads its summary (`EVIDENCE`): one is in memory at a time.
-        general: `vectors`, `forms` and `heldout`, as `read_general` gives them.
+        general: `vectors`, `forms`, `heldout` and `frames`, as `read_general` gives them.
         gram: (d, d) int64, the sum of squares over all vectors, general ones too.
     """
     sums, counts = [], []
@@ -211,7 +213,7 @@ def fit(evidence: Sequence[Callable[[], Mapping[str, Tensor]]], general: Mapping
     size = torch.tensor([*counts, *map(len, forms)], dtype=torch.float64)
     means = total / size[:, None]
     # Scatter within classes: every sample's square, less what the class means explain.
-    within = gram.double() - total.T @ means
+    within = gram.double() - total.T @ means + _FRAMED * gram_of(general["frames"]).double()
     covariance = within / max(float(size.sum()) - len(size), 1.0) / SCALE**2
     # Few samples for many features make a covariance that is sure of too much: keep more of its diagonal alone.
     shrink = min(max(_SHRINK, 0.05 * len(covariance) / float(size.sum())), 0.5)

@@ -24,6 +24,7 @@ from growlm.disk.tensors import map_tensors
 from growlm.errors import GrowlmError, IntegrityError
 from growlm.progress import track
 from growlm.router.derived import read_derived
+from growlm.router.evidence import read_general
 from growlm.router.samples import GENERAL_SAMPLES, unpack_samples
 from growlm.store import ROUTER_LEXICON
 
@@ -41,13 +42,13 @@ _COUNTS_AS = 10  # tokens that a prompt counts as, at the most
 _UNSEEN = 0.1  # share of a domain's tokens that its counts say nothing of, at the least
 _SHOWN = 0.7  # weight of general text in what any text has; the rest is the same for every token
 _HASHED = 1 << 26  # bytes of a file of which the hash is compared before it is counted
-_VERSION = 2  # raise it with every change of what is computed: a lexicon that was kept before is made anew
+_VERSION = 3  # raise it with every change of what is computed: a lexicon that was kept before is made anew
 _KINDS = {
     "starts": (torch.int64, 1),
     "owners": (torch.int16, 1),
     "values": (torch.float32, 1),
     "absent": (torch.float32, 1),
-    "start": (torch.int64, 1),
+    "silent": (torch.int64, 1),
     "members": (torch.uint8, 1),
 }
 
@@ -58,32 +59,35 @@ class Lexicon:
     Attributes:
         tensors: `starts` (v + 1,): where each token's entries begin; `owners` and `values` (p,): of which module each
             entry is, and log-likelihood ratios to general text, in nats; `absent` (c,): that of all other tokens;
-            `start` (1,): a token that every prompt begins with, and that says nothing; -1 for none.
+            `silent` (s,): tokens that say nothing, as those of frames.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = dict(tensors)
         self._starts, self._owners = tensors["starts"].numpy(), tensors["owners"].numpy()
         self._values, self._absent = tensors["values"].numpy(), tensors["absent"].numpy()
-        self._start = int(tensors["start"][0])
+        self._silent = tensors["silent"].numpy()
 
     @classmethod
-    def of(cls, counts: Iterable[np.ndarray | None], general: np.ndarray, start: int = -1) -> Lexicon | None:
+    def of(cls, counts: Iterable[np.ndarray | None], general: np.ndarray, silent: Sequence[int] = ()) -> Lexicon | None:
         """
         Args:
             counts: of each module, how often each token (v,) stands in its text, one at a time; None of one that has
                 none, for which no token speaks, nor against it.
             general: the same of general text, some at least.
-            start: a token that every prompt begins with.
+            silent: tokens that say nothing of what a text is about.
 
         Returns:
             None where no module has text.
         """
         vocab = len(general)
+        speaks = np.ones(vocab, dtype=bool)
+        speaks[[token for token in silent if token < vocab]] = False
+        general = general * speaks
         any_text = _SHOWN * general / general.sum() + (1 - _SHOWN) / vocab
         tokens, owners, values, absent = [], [], [], []
         for owner, count in enumerate(counts):
-            if count is None:
+            if count is None or not (count := count * speaks).any():
                 absent.append(0.0)
                 continue
             there = np.flatnonzero(count)
@@ -106,7 +110,7 @@ class Lexicon:
                 "owners": torch.from_numpy(np.concatenate(owners)[order]),
                 "values": torch.from_numpy(np.concatenate(values)[order]),
                 "absent": torch.tensor(absent, dtype=torch.float32),
-                "start": torch.tensor([start]),
+                "silent": torch.tensor(silent, dtype=torch.int64),
             }
         )
 
@@ -116,7 +120,7 @@ class Lexicon:
 
     def _of(self, text: Sequence[int]) -> np.ndarray:
         ids = np.asarray(text, dtype=np.int64)
-        ids = ids[(ids != self._start) & (ids < len(self._starts) - 1)]
+        ids = ids[~np.isin(ids, self._silent) & (ids < len(self._starts) - 1)]
         if not len(ids):
             return np.zeros(len(self._absent))
         tokens, times = np.unique(ids, return_counts=True)
@@ -142,7 +146,7 @@ class Lexicon:
                 "owners": torch.from_numpy(number[self._owners[kept]].astype(np.int16)),
                 "values": self.tensors["values"][torch.from_numpy(kept)],
                 "absent": self.tensors["absent"][torch.from_numpy(~gone)],
-                "start": self.tensors["start"],
+                "silent": self.tensors["silent"],
             }
         )
 
@@ -247,16 +251,18 @@ def _counts(module: StoredModule) -> np.ndarray | None:
     return None if total is None or not total.any() else total
 
 
-def _general(store: Store, vocab: int) -> tuple[np.ndarray, int] | None:
-    """How often each token stands in general text, (v,), and the token that every text of it begins with, or -1; None
-    where there is none."""
+def _general(store: Store, vocab: int) -> tuple[np.ndarray, list[int]] | None:
+    """How often each token stands in general text, (v,), and the tokens that say nothing: those of frames, and one that
+    every text begins with. None where there is no general text."""
     try:
         kept = store.router_files(GENERAL_SAMPLES).read()
         texts = [] if kept is None else [text for text in unpack_samples(kept) if text]
+        silent = set(read_general(store)["silent"].tolist()) if texts else set()
     except IntegrityError:
         return None
-    ids = np.array([token for text in texts for token in text], dtype=np.int64)
     first = {text[0] for text in texts}
-    start = first.pop() if len(first) == 1 and len(texts) > 1 else -1
-    count = np.bincount(ids[(ids < vocab) & (ids != start)], minlength=vocab)
-    return (count, start) if count.any() else None
+    if len(first) == 1 and len(texts) > 1:
+        silent |= first
+    ids = np.array([token for text in texts for token in text if token not in silent], dtype=np.int64)
+    count = np.bincount(ids[ids < vocab], minlength=vocab)
+    return (count, sorted(silent)) if count.any() else None

@@ -1,8 +1,10 @@
 """General text: what the router is shown as *none of the modules*, once a store.
 
 Comes from beside the base, or from the user and a sample that is shipped with growlm (`general/`). It has forms, since
-no one kind of text stands for all that is no module's: talk, questions, requests, exams, stories, articles, one a file;
-and of every text questions made of its words, as the router is shown them of modules' texts.
+no one kind of text stands for all that is no module's: talk, questions, requests, exams, stories, articles, news, one
+a file; and of every text questions made of its words, as the router is shown them of modules' texts. Short ones are
+shown in frames besides ("Question: ... Answer:"): what a frame changes says nothing of what a text is about.
+
 Kept as vectors, and as token ids in every store: a router that is trained later, on text that is kept from then on,
 must be shown the same text as none of the modules.
 """
@@ -10,6 +12,7 @@ must be shown the same text as none of the modules.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from growlm import data as text_data
 from growlm import router
 from growlm.base import Base
 from growlm.errors import DataError
+from growlm.router import Framed
 from growlm.router.samples import GENERAL_SAMPLES, pack_samples, unpack_samples
 from growlm.store import Store
 from growlm.training.corpus import prompts_of, questions_about
@@ -28,6 +32,14 @@ _SHIPPED = Path(__file__).with_name("general")  # in seven languages, written fo
 _SAMPLES, _FEWEST = 512, 4  # of a form, at most and at least
 _LENGTH = 256  # tokens of a sample; whatever is learned first, none of the modules is the same class to the router
 _SHOWN = 96  # of those that are trained on, to a router that is not trained
+# What people, and the tasks of benchmarks, put around what they ask, whatever it is about.
+FRAMES = (
+    "Question: {}\nAnswer:",
+    "Q: {}\nA:",
+    "{}\nAnswer:",
+    "### Instruction:\n{}\n\n### Response:\n",
+)
+_FRAMED, _SHORT = 48, 160  # texts that are shown in them, of so many characters at the most
 _ASKED, _ABOUT = 128, "asked"  # questions made of the words of a text, and the end of their form's name
 
 Form = tuple[list[list[int]], list[list[int]]]  # passages to train on, and held-out ones
@@ -35,7 +47,7 @@ Form = tuple[list[list[int]], list[list[int]]]  # passages to train on, and held
 
 def ensure_general(store: Store, base: Base, tokenizer: Any) -> None:
     """Shows the router general text: what lies beside the base, or else the sample."""
-    _show(store, base, _forms(store, base, tokenizer))
+    _show(store, base, tokenizer, _forms(store, base, tokenizer))
 
 
 def general_shown(store: Store, base: Base, tokenizer: Any) -> list[list[int]]:
@@ -53,7 +65,7 @@ def describe_general(store: Store, base: Base, tokenizer: Any, paths: Sequence[s
     Raises:
         DataError: the files are missing, malformed or empty.
     """
-    _show(store, base, _from_files(base, tokenizer, paths) | shipped_forms(base, tokenizer))
+    _show(store, base, tokenizer, _from_files(base, tokenizer, paths) | shipped_forms(base, tokenizer))
 
 
 def general_samples(store: Store, base: Base, tokenizer: Any) -> list[list[int]]:
@@ -64,14 +76,15 @@ def general_samples(store: Store, base: Base, tokenizer: Any) -> list[list[int]]
     return _kept(_forms(store, base, tokenizer))
 
 
-def _show(store: Store, base: Base, forms: Mapping[str, Form]) -> None:
+def _show(store: Store, base: Base, tokenizer: Any, forms: Mapping[str, Form]) -> None:
+    framed = framed_texts(base, tokenizer)
     passages = _kept(forms)
     room = sum(4 * (len(p) + 1) for p in passages)  # bytes in which all of it has room
     # The vectors last: a store that has them is not shown general text again, so that a kill must not leave them alone.
     with store.lock():
         store.router_files(GENERAL_SAMPLES).write(pack_samples(passages, room))
     shown = [(train[:_SHOWN], heldout[: _SHOWN // 3]) for train, heldout in forms.values()]
-    router.write_general(store, base, shown)
+    router.write_general(store, base, shown, framed)
 
 
 def _kept(forms: Mapping[str, Form]) -> list[list[int]]:
@@ -106,6 +119,26 @@ def shipped_forms(base: Base, tokenizer: Any) -> dict[str, Form]:
         whole += documents
     add(_ABOUT, questions_about(whole, _ASKED, tokenizer, _length(base), 0))
     return forms
+
+
+def framed_texts(base: Base, tokenizer: Any) -> list[Framed]:
+    """Short texts of the shipped sample, of every form in turn, as they are and in each frame."""
+    by_file = [
+        [d.text for d in text_data.read([file], separator="\n\n").documents if len(d.text) <= _SHORT]
+        for file in sorted(_SHIPPED.glob("*.txt"))
+    ]
+    texts = [text for some in zip_longest(*by_file) for text in some if text is not None][:_FRAMED]
+    begin = text_data.start_tokens(tokenizer)
+
+    def tokens(written: Sequence[str]) -> list[list[int]]:
+        return [[*begin, *ids] for ids in text_data.encode_texts(tokenizer, written)]
+
+    found = [Framed(tokens([text])[0], tokens([frame.format(text) for frame in FRAMES])) for text in texts]
+    length = _length(base)
+    return [
+        some for some in found
+        if all(0 < len(ids) <= length and max(ids) < base.vocab_size for ids in (some.plain, *some.framed))
+    ]  # fmt: skip
 
 
 def _length(base: Base) -> int:
