@@ -70,6 +70,40 @@ def test_one_model_learns_in_sequence_and_goes_on_where_it_was(made, monkeypatch
     assert json.loads(result.read_text())["losses"] == found["losses"]
 
 
+def test_a_source_is_cut_into_domains_and_what_a_choice_is_worth_is_told(monkeypatch, capsys, tmp_path):
+    save_base(tmp_path / "base", "llama")
+    for source in DOMAINS:
+        folder = tmp_path / "data" / source
+        folder.mkdir(parents=True)
+        texts = [domain_text(source, 900 + i, words=300) for i in range(3)]
+        (folder / "train.txt").write_text("\n\n".join(texts))
+    printed = call(
+        monkeypatch, capsys, "many_domains", "--data", tmp_path / "data", "--base", tmp_path / "base", "--out",
+        tmp_path / "out", "--sources", *DOMAINS, "--domains", 2, 6, "--shown", 6, "--asked", 2,
+    )  # fmt: skip
+    assert "| 6 | no words |" in printed
+    found = json.loads((tmp_path / "out" / "many_domains.json").read_text())["counts"]
+    assert [found[n]["domains"] for n in ("2", "6")] == [2, 6]
+    for told in found.values():
+        assert told["asked"] == 2 * told["domains"]
+        for way in told["ways"].values():
+            longest = way["right"]["64"]
+            assert 0 <= longest["domain"] <= longest["source"] <= 1
+            assert way["retained_gain"] <= 1 + 1e-9 or longest["domain"] < 1
+    assert found["2"]["ways"]["gaussian"]["right"]["64"]["source"] == 1
+
+
+def test_parts_are_told_by_what_their_documents_say():
+    part_of = import_module("benchmarks.quality.many_domains").part_of
+    assert part_of("law_dc_code", "§ 28:7-301. Liability", 4, False) == "title 28"
+    assert part_of("law_dc_code", "§ 4-204.13. Office", 4, True) == "title 4, 2 hundred"
+    assert part_of("law_dc_code", "Repealed.", 4, False) is None
+    assert part_of("code_mbxp", "def f(x):\n    return x", 0, False) == "python"
+    assert part_of("code_mbxp", "def f(x)\n    x\nend", 0, False) == "ruby"
+    assert part_of("shakespeare", "ROMEO:\nAy me", 0, False) == "ROMEO"
+    assert part_of("german_novels", "Kapitel", 7, False) == "document 7"
+
+
 def write_rows(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
