@@ -1,4 +1,4 @@
-"""What a user gets who learns domains on a published base with no option given: held-out losses, seconds, memory.
+"""What a user gets who learns domains on a published base with no option given: losses, seconds, memory, forgetting.
 
 Every run is the command line's own, in a process of its own: `growlm new`, `growlm learn`, `growlm eval`. Each cell's
 numbers are a file as soon as it has ended, and a benchmark that was stopped goes on where it was.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -100,6 +101,15 @@ class Cells:
             "--separator", BLANK_LINE, "--tokens", self.a.test_tokens, "--no-matrix", "--json",
         )  # fmt: skip
 
+    def forced(self, seed: int, domains: list[str]) -> None:
+        """What a module does to text of no domain where it is asked for by name: the router would choose none."""
+        for domain in domains:
+            self.cell(
+                f"forced-{domain}-{seed}", "eval", self.store(seed),
+                "--data", f"{domain}={self.a.data / GENERAL / 'test.txt'}", "--separator", BLANK_LINE,
+                "--tokens", self.a.general_tokens, "--no-matrix", "--json",
+            )  # fmt: skip
+
 
 def table(rows: dict[str, Any]) -> list[str]:
     """Every learning, and what `growlm eval` says of the test texts."""
@@ -125,6 +135,13 @@ def table(rows: dict[str, Any]) -> list[str]:
                 lines.append(f"| {domain} | {row['base']:.2f} | {row['module']:.2f} | {row['routed']:.2f} |")
             routing = said["routing"]
             lines.append(f"router accuracy {routing['accuracy']:.1%}, retained gain {routing['retained_gain']:.1%}")
+    forced = {name: found["result"] for name, found in rows.items() if name.startswith("forced-")}
+    if forced:
+        lines += ["", f"| {GENERAL}, nats above the base | module forced on | routed |", "|---|---:|---:|"]
+    for name, said in forced.items():
+        ((domain, row),) = ((d, r) for d, r in said["perplexity"].items() if name == f"forced-{d}-0")
+        above = [f"{math.log(row[way] / row['base']):+.3f}" for way in ("module", "routed")]
+        lines.append(f"| {domain} | " + " | ".join(above) + " |")
     return lines
 
 
@@ -137,6 +154,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="40k")
     parser.add_argument("--long-tokens", default="100k")
     parser.add_argument("--test-tokens", default="8k")
+    parser.add_argument("--general-tokens", default="5k", help="of text of no domain, under each module")
     parser.add_argument("--seeds", type=int, default=3, help=f"of {', '.join(REPEATED)}")
     a = parser.parse_args()
     cells = Cells(a)
@@ -144,6 +162,7 @@ def main() -> None:
     for domain in [*first, *(d for d in a.domains if d not in first)]:
         cells.learn(domain, 0, a.tokens)
     cells.evaluate(0, a.domains)
+    cells.forced(0, a.domains)
     if LONG in a.domains:
         cells.learn(LONG, 3, a.long_tokens)
     for seed in range(1, a.seeds):
