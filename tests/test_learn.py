@@ -109,6 +109,17 @@ def test_learning_lowers_the_loss_of_text_it_never_saw(home, store):
     assert result.loss_after == pytest.approx(after, rel=0.3)
 
 
+def test_a_module_of_the_same_text_is_named(home, store, capsys):
+    def said(name: str, **more) -> str:
+        learn(store, name, [home / "leases.jsonl"], config(epochs=1, admit_anyway=True, **more), progress=True)
+        return capsys.readouterr().err
+
+    assert "same text" not in said("law")
+    assert "module 'law' was learned from the same text: a router cannot tell them apart" in said("tenancy")
+    edit(store.path / "modules" / "law" / "1" / "module.json", format=99)  # a damaged one is no reason to stop
+    assert "module 'tenancy' was learned from the same text" in said("rent")
+
+
 def test_the_result_and_the_manifest_say_the_same(home, store):
     result = run(store, epochs=2, seed=3)
     assert isinstance(result, LearnResult)

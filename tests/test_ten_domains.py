@@ -95,6 +95,14 @@ def test_a_folder_without_text_is_named(run, home):
         run("--methods", "blocks-top")
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_two_domains_of_the_same_text_are_named(run, home, split):
+    data = home / "data"
+    (data / "letters" / f"{split}.txt").write_bytes((data / "digits" / f"{split}.txt").read_bytes())
+    with pytest.raises(SystemExit, match=rf"data: \w+ and \w+ have the same {split} text; give each its own"):
+        run("--methods", "blocks-top")
+
+
 def test_results_of_other_settings_are_not_mixed(run, home):
     run("--methods", "finetune-oracle")
     with pytest.raises(SystemExit, match="holds results with another seed"):

@@ -6,6 +6,7 @@ Scripts choose the methods and print what they gave.
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import shutil
@@ -62,6 +63,12 @@ class Bench:
     def __post_init__(self) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(self.base)
         self.model = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
+        read = [self.general, *self.domains]
+        for split in ("train", "test"):
+            texts = {name: tuple(d.text for d in self.documents(name, split)) for name in read}
+            for name, other in itertools.combinations(read, 2):
+                if texts[name] == texts[other]:
+                    raise SystemExit(f"{self.data}: {name} and {other} have the same {split} text; give each its own")
         self.test = {name: self._passages(name, "test") for name in [self.general, *self.domains]}
 
     def documents(self, name: str, split: str) -> list[text_data.Document]:

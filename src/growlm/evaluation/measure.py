@@ -145,6 +145,7 @@ def _evaluate(
         if name != NONE:
             store.module(name)
     corpora = {name: text_data.read(paths, **config.reading).documents for name, paths in data.items()}
+    _require_different(corpora)
     order = in_order(store)
     learned = [m.name for m in order if m.name in data]
     replayed = config.matrix and len(learned) > 1
@@ -184,6 +185,17 @@ def _evaluate(
             "tokens_per_second": speed,
         },
     )
+
+
+def _require_different(corpora: Mapping[str, Sequence[text_data.Document]]) -> None:
+    """No two domains have the same text: what is right of one would be wrong of the other."""
+    names: dict[tuple[str, ...], str] = {}
+    for name, documents in corpora.items():
+        first = names.setdefault(tuple(d.text for d in documents), name)
+        if first != name:
+            raise DataError(
+                f"{first} and {name} are given the same text, which cannot belong to both; give each its own"
+            )
 
 
 def _check_router(engine: Engine) -> None:

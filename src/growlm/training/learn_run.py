@@ -6,7 +6,9 @@ Reads the text and asks the store; changes nothing. Knows runs of `learn` by the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from growlm.training.config import AUTO, LearnConfig
 from growlm.training.corpus import Tokens, TrainingCorpus, bytes_to_keep, require_positions
 from growlm.training.router import require_samples
 from growlm.training.runs import folder_of, module_run
+
+_LOOKED_AT = 1000  # modules of a store
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,17 @@ class LearnRun:
     def folder(self) -> Path:
         """Where its checkpoints lie."""
         return folder_of(self.store, self.name, self.id)
+
+    def of_same_text(self) -> str | None:
+        """Another module that was learned from the same files, to the byte; of a large store only the first modules are
+        looked at."""
+        own = sorted(source.sha256 for source in self.body.text.sources)
+        for module in islice(self.store.modules.values(), _LOOKED_AT):
+            with suppress(StoreError):  # a damaged one says so when it is used
+                sources = module.manifest.training.get("sources") or []
+                if module.name != self.name and sorted(s["sha256"] for s in sources) == own:
+                    return module.name
+        return None
 
     def tokenized(self) -> tuple[Tokens, Any]:
         """The text in ids of the base's tokenizer, and the tokenizer.
