@@ -263,8 +263,47 @@ def test_rerouting_that_changes_nothing_is_the_plain_answer(top):
         assert again.changes == [(0, "letters")]
 
 
-def test_rerouting_needs_modules_above_the_base(engine, monkeypatch):
-    scripted(monkeypatch, ["letters", "digits"])
+@pytest.mark.parametrize(
+    "choices", [["digits", "letters", "digits", None, "signs"], ["digits"] * 5], ids=["five", "one"]
+)
+def test_a_rerouted_answer_of_any_modules_equals_whole_forward_passes(engine, monkeypatch, choices):
+    """Modules that change the base's own layers: the base reads the answer for the router."""
     engine._loop.writer.end_tokens = set()
-    with pytest.raises(ConfigError, match="digits changes the base from layer"):
-        engine.generate(PROMPT, reroute=2, max_new_tokens=6)
+    ids = engine.tokenizer.encode(PROMPT)
+    wanted, text = [], list(ids)
+    for name in choices:
+        modules = [] if name is None else [engine.store.load(name, engine.base)]
+        part = greedy(engine.base, modules, text, 4, end=-1)
+        wanted, text = wanted + part, text + part
+    for _ in range(2):  # the second time with what is kept of the first
+        shown = scripted(monkeypatch, choices)
+        answer = engine.generate(PROMPT, reroute=4, max_new_tokens=20)
+        assert answer.tokens == wanted
+        assert shown == [len(ids) + 4 * number for number in range(5)]
+        assert answer.changes == [(4 * n, c) for n, c in enumerate(choices) if n == 0 or choices[n - 1] != c]
+
+
+def test_rerouted_answers_side_by_side_are_those_alone_in_the_memory_of_one_module(stores, monkeypatch):
+    """Each gives its module back while the router chooses, and may meet it gone."""
+    store = stores["recalling"]
+
+    def route(self, hidden, visible=None, texts=None):
+        name = ["digits", "letters", "signs", None][len(texts[0]) // 3 % 4]
+        return [Route(name, {name or NONE: 1.0})]
+
+    monkeypatch.setattr(GaussianRouter, "route", route)
+    settings = {"reroute": 3, "max_new_tokens": 14, "temperature": 0.9}
+    with Engine(store) as engine:
+        engine._loop.writer.end_tokens = set()
+        alone = [engine.generate(PROMPT, seed=seed, **settings) for seed in range(3)]
+        weights = engine.fixed_bytes + max(m.bytes for m in store.modules.values())
+    budget = with_texts(store, weights, texts=3)
+    with Engine(store, memory=budget) as engine:
+        engine._loop.writer.end_tokens = set()
+        together = engine.choices(PROMPT, 3, seed=0, **settings)
+        assert [a.tokens for a in together] == [a.tokens for a in alone]
+        assert [a.changes for a in together] == [a.changes for a in alone]
+        assert len({name for _, name in together[0].changes}) == 4
+        assert max(a.resident_bytes for a in together) <= budget
+        *pieces, last = engine.stream(PROMPT, seed=1, **settings)
+        assert ("".join(pieces), last.tokens) == (alone[1].text, alone[1].tokens)

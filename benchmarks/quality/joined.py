@@ -10,35 +10,43 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from collections import defaultdict
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from benchmarks.lib.common import show
 from growlm import data as text_data
 from growlm.engine import Engine
 from growlm.engine.loop import WINDOW
-from growlm.engine.mixing import SHARE, mixture_losses
+from growlm.engine.mixing import SHARE, UNIFORM_PRIOR_SHARE, mixture_losses
 from growlm.evaluation.statistics import Bootstrap
-from growlm.layers.cross_entropy import token_losses
 from growlm.modules import ModuleSet
+from growlm.modules.scoring import passage_losses
 from growlm.router import NONE
 from growlm.store import Store
 
 
-@torch.no_grad()
-def losses_of(engine: Engine, name: str, texts: torch.Tensor) -> torch.Tensor:
-    """Log-loss of every token but the first, (texts, tokens - 1)."""
+def losses_of(engine: Engine, name: str, texts: Sequence[Sequence[int]]) -> Tensor:
+    """Log-loss of every token but the first of texts of one length, (texts, tokens - 1)."""
+    found: list[Tensor] = []
     with engine.modules.using([] if name == NONE else [name]) as held:
         modules = ModuleSet(engine.base, list(held.values()))
-        own = modules.rows.head
-        rows, ids = (None, None) if own is None else (own.rows, own.ids)
-        hidden = engine.base.norm(modules.hidden(texts[:, :-1]))
-        labels = texts[:, 1:].flatten()
-        found = token_losses(
-            hidden.flatten(0, 1), engine.base.head_weight, labels, rows=rows, ids=ids, softcap=engine.base.softcap
-        )
-    return found.view(len(texts), -1)
+        passage_losses(modules, texts, per_token=lambda _, losses: found.append(losses.cpu().double()))
+        del modules
+    return torch.cat(found).view(len(texts), -1)
+
+
+def rerouted(engine: Engine, states: Tensor, texts: Sequence[Sequence[int]], start: int, every: int) -> list[list[str]]:
+    """Of each stretch of `every` tokens after `start`, the module of each text, by the newest tokens before it."""
+    chosen, length = [], len(texts[0])
+    for at in range(start, length, every):
+        begin = max(0, at - WINDOW)
+        routes = engine.router.route(states[:, begin:at], None, [text[begin:at] for text in texts])
+        chosen.append([route.module or NONE for route in routes])
+    return chosen
 
 
 def main() -> None:
@@ -66,35 +74,39 @@ def main() -> None:
             texts.append([*halves[first][draw.integers(len(halves[first]))],
                           *halves[second][draw.integers(len(halves[second]))]])  # fmt: skip
             owners.append((first, second))
-        ids = torch.tensor(texts)
-        names = [NONE, *engine.router.names]
-        each = {name: losses_of(engine, name, ids).double() for name in names}
         states, _ = engine.router.states(engine.base, texts)
-        routes = engine.router.route(states[:, : a.half // 2])
-        labels = ids.shape[1] - 1
-        ways: dict[str, torch.Tensor] = {"base": each[NONE].sum(1)}
-        ways["routed_once"] = torch.stack([each[r.module or NONE][i].sum() for i, r in enumerate(routes)])
-        for every in a.reroute:
-            total = torch.zeros(len(texts), dtype=torch.float64)
-            at = a.half // 2  # the prompt, so to say
-            chosen = [r.module or NONE for r in routes]
-            total += torch.stack([each[c][i, : at - 1].sum() for i, c in enumerate(chosen)])
-            while at <= labels:
-                chosen = [r.module or NONE for r in engine.router.route(states[:, max(0, at - WINDOW) : at])]
-                total += torch.stack([each[c][i, at - 1 : at - 1 + every].sum() for i, c in enumerate(chosen)])
-                at += every
+        start = a.half // 2  # the prompt, so to say
+        routes = engine.router.route(states[:, :start], None, [text[:start] for text in texts])
+        later = {every: rerouted(engine, states, texts, start, every) for every in a.reroute}
+        wanted: dict[str, set[int]] = defaultdict(set)
+        for i, route in enumerate(routes):
+            mixed = list(route.scores)[: max(a.mix)]
+            for name in {NONE, *owners[i], *mixed, *(row[i] for rows in later.values() for row in rows)}:
+                wanted[name].add(i)
+        each: dict[tuple[str, int], Tensor] = {}
+        for name, places in wanted.items():
+            some = sorted(places)
+            each |= zip(((name, i) for i in some), losses_of(engine, name, [texts[i] for i in some]), strict=True)
+        labels, many = len(texts[0]) - 1, range(len(texts))
+        ways: dict[str, Tensor] = {"base": torch.stack([each[NONE, i].sum() for i in many])}
+        ways["routed_once"] = torch.stack([each[r.module or NONE, i].sum() for i, r in enumerate(routes)])
+        for every, stretches in later.items():
+            total = torch.stack([each[r.module or NONE, i][: start - 1].sum() for i, r in enumerate(routes)])
+            for number, chosen in enumerate(stretches):
+                at = start + number * every
+                total += torch.stack([each[c, i][at - 1 : at - 1 + every].sum() for i, c in enumerate(chosen)])
             ways[f"rerouted_every_{every}"] = total
         for count in a.mix:
             for share in (0.0, SHARE):
-                total = []
+                total_of = []
                 for i, route in enumerate(routes):
                     best = list(route.scores)[:count]
                     scores = torch.tensor([route.scores[n] for n in best])
-                    prior = 0.9 * scores / scores.sum() + 0.1 / len(best)
-                    total.append(mixture_losses(torch.stack([each[n][i] for n in best]), prior, share).sum())
-                ways[f"mix_{count}_{'bayes' if share == 0 else 'shared'}"] = torch.stack(total)
+                    prior = (1 - UNIFORM_PRIOR_SHARE) * scores / scores.sum() + UNIFORM_PRIOR_SHARE / len(best)
+                    total_of.append(mixture_losses(torch.stack([each[n, i] for n in best]), prior, share).sum())
+                ways[f"mix_{count}_{'bayes' if share == 0 else 'shared'}"] = torch.stack(total_of)
         half = a.half - 1
-        own = [each[first][i, :half].sum() + each[second][i, half:].sum() for i, (first, second) in enumerate(owners)]
+        own = [each[first, i][:half].sum() + each[second, i][half:].sum() for i, (first, second) in enumerate(owners)]
         ways["own_modules"] = torch.stack(own)
         draws = Bootstrap([len(texts)])
         numbers: dict[str, object] = {}

@@ -27,7 +27,7 @@ from growlm.engine.runner import Runner, Work, come_to
 from growlm.engine.scheduler import Part, Scheduler
 from growlm.engine.turns import Turns
 from growlm.engine.writing import Writer
-from growlm.errors import ClosedError, ConfigError, GrowlmError
+from growlm.errors import ClosedError, GrowlmError
 from growlm.modules import KnowledgeModule, ModuleSet
 from growlm.recall.suffixes import LONGEST
 from growlm.router import NONE, Route
@@ -293,14 +293,19 @@ class Loop:
 
     def _choose(self, request: Request, route: Route) -> None:
         request.names = () if route.module is None else (route.module,)
-        if request.reroute:
-            request.changes.append((len(request.answer.tokens), route.module))
+        request.routed_at = len(request.answer.tokens)
+        if request.reroute and (not request.changes or request.changes[-1][1] != route.module):
+            request.changes.append((request.routed_at, route.module))
 
     def _moves(self, request: Request) -> bool:
-        """Chooses the module of a request anew where it is time for that; returns whether another one goes on."""
+        """Chooses the module of a request anew where it is time for that; returns whether it does not go on at once."""
         written = len(request.answer.tokens)
-        if not request.reroute or not written or written % request.reroute or written == request.changes[-1][0]:
+        if not request.reroute or not written or written % request.reroute or written == request.routed_at:
             return False
+        if request.branches[0].modules.fork < self.base.num_layers:
+            self._ask_again(request)
+            return True
+        request.routed_at = written
         states = request.states_of(self.routing.layer)
         newest = max(states.shape[1] - WINDOW, 0)
         (route,) = self.routing.routes(states[:, newest:], request.ids(newest, states.shape[1] - newest))
@@ -312,6 +317,15 @@ class Loop:
         self._release(request)
         self.scheduler.park(request)
         return True
+
+    def _ask_again(self, request: Request) -> None:
+        """Has the base read the newest tokens of a request whose module has other states than it, for the router. What
+        both have read is kept with texts that begin alike, so that neither reads it again where there is room."""
+        self.reading.keep(request)
+        self._release(request)
+        request.names = None
+        self.scheduler.park(request)
+        self.scheduler.give_up([request])
 
     def _start(self, request: Request) -> None:
         """Lets the modules of a request read its text, from what the base has made of it below their fork."""
@@ -328,11 +342,6 @@ class Loop:
         if request.call is not None:
             self._end(request, request.call(sets[0]))
             return
-        if request.reroute and sets[0].fork < self.base.num_layers:
-            raise ConfigError(
-                f"{request.changes[-1][1]} changes the base from layer {sets[0].fork} on, and --reroute needs modules "
-                "above its last layer; learn it as blocks with --placement top --vocabulary head"
-            )
         fork = max(modules.fork for modules in sets)
         if not fork:
             request.give_up()

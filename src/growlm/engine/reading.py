@@ -27,7 +27,7 @@ class Reading:
         if request.call is not None:
             return Footprint(0, 0)
         if request.names is None:
-            return Footprint(len(request.tokens), self._routing.layer, states)
+            return Footprint(len(request.text), self._routing.layer, states)
         tokens, slots = len(request.tokens) + request.config.max_new_tokens, self._base.num_layers
         slots += max((self._modules.found(name).stored.shape()[1].new_layers for name in request.names), default=0)
         return Footprint(tokens, slots, states, max(request.mix, 1))
@@ -38,8 +38,6 @@ class Reading:
             return 0
         if request.names is None:
             return self._routing.layer
-        if request.reroute:  # what the next module takes over lies behind the last layer
-            return self._base.num_layers
         if request.mix > 1:
             return max(self.fork_of((name,) if name != NONE else ()) for name in request.together)
         return self.fork_of(request.names)
@@ -79,17 +77,19 @@ class Reading:
 
     def read_before(self, request: Request) -> int:
         """How many tokens of a prompt its modules need not read any more, of which keys and values are filled in."""
-        if len(request.branches) > 1 or request.reroute:
+        if len(request.branches) > 1:
             return 0
         (branch,) = request.branches
+        if request.reroute and branch.modules.fork == self._base.num_layers:  # the next module takes over its states
+            return 0
         slots = range(branch.modules.fork, branch.modules.cache_slots)
         if request.config.prompt_logprobs is not None or request.reader is not None:  # all of it is wanted
             return 0
         if branch.level < branch.modules.fork:  # what lies between was not read for it
             return 0
         if not slots:
-            return len(request.tokens) - 1
-        found = self._prefixes.find(branch.modules.digest, request.tokens, slots, salt=request.salt)
+            return len(request.text) - 1
+        found = self._prefixes.find(branch.modules.digest, request.text, slots, salt=request.salt)
         if found.tokens:
             branch.cache.reserve(found.tokens)
             found.fill(branch.cache, slots)
@@ -104,7 +104,7 @@ class Reading:
         if modules.fork:
             states = request.whole_states(request.read)
             self._prefixes.put(BASE, text, branch.cache, range(modules.fork), states, salt=request.salt)
-        if modules.fork < modules.cache_slots and not request.reroute:
+        if modules.fork < modules.cache_slots and not (request.reroute and modules.fork == self._base.num_layers):
             slots = range(modules.fork, modules.cache_slots)
             self._prefixes.put(modules.digest, text, branch.cache, slots, salt=request.salt)
 

@@ -86,6 +86,7 @@ class Request:
         stated: how many tokens, from the first, its branches take over from the base.
         branches: what runs, while RUNNING.
         mixture: how much each branch counts, where there are several.
+        routed_at: how many tokens were written when the router chose last.
         changes: with `reroute`, every change of module: tokens written before it, and the module.
         prompt_logprobs: of the prompt's tokens that were read, but the first, where they are asked for.
         resident: bytes of all weights in memory, at the most.
@@ -123,6 +124,7 @@ class Request:
     stated: int = 0
     branches: list[Branch] = field(default_factory=list)
     mixture: Posterior | None = None
+    routed_at: int = 0
     changes: list[tuple[int, str | None]] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     resident: int = 0
