@@ -26,7 +26,7 @@ _UNIT = 2048  # tokens that sizes are rounded to
 # Tokens that the verbs read beside their training steps.
 _DOCUMENT_TOKENS = 1400
 _EVIDENCE = (96 + 32) * 64 + 96 * 12  # of a domain, for the router: beginnings of passages, and questions
-_GENERAL = 29_000  # of general text, for the router, before the first domain
+_GENERAL = 52_000  # of general text, for the router, before the first domain: English, the sample and its frames
 _VALIDATIONS = 6  # times that a run is scored
 _LOADS = 1.5  # times the base is loaded or hashed in a verb,
 _WRITES = 4  # and as often as that takes, that it is written, with its optimiser, and read again

@@ -29,12 +29,13 @@ from growlm.layers.tables import free_bytes
 from growlm.modules import ModuleSet
 from growlm.modules.kinds import kind_of
 from growlm.modules.scoring import passage_losses
-from growlm.router import NONE
+from growlm.router import NONE, has_general
 from growlm.router.states import base_states
 from growlm.store import Store
 from growlm.training.config import FinetuneConfig, LearnConfig
 from growlm.training.corpus import TrainingCorpus, require_positions
 from growlm.training.finetune import finetune
+from growlm.training.general import describe_general
 from growlm.training.learn import learn
 from growlm.training.memory import kept_pages
 from growlm.training.module_training import ModuleTraining
@@ -68,6 +69,10 @@ class PublishedStages(Stages):
     def _learn(self, name: str) -> dict[str, Any]:
         store = Store.open(self.out / "brain")
         if name not in store.modules:
+            if not has_general(store):  # as `growlm new --general` does
+                base = store.load_base(device=self.device)
+                describe_general(store, base, store.load_tokenizer(), [self._train("english")])
+                del base
             config = LearnConfig(tokens=self.size.learn_tokens[name], device=self.device, precision=self.precision)
             try:
                 learn(store, name, [self._train(name)], config, progress=self.progress)
