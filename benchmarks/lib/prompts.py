@@ -96,6 +96,14 @@ QUESTIONS = {
         "What is the outlook for the U.S. economy this year?",
     ],
 }
+GREETINGS = [
+    "Hi there!",
+    "Hello, can you help me with something?",
+    "Good morning. I have a question.",
+    "Hey, it's me again.",
+    "Thanks, that was useful. One more thing.",
+    "Sorry to bother you so late.",
+]
 _MEDICINE = {"anatomy", "clinical_knowledge", "college_medicine", "medical_genetics", "professional_medicine"}
 _OTHER_SUBJECTS = {
     "astronomy", "high_school_world_history", "marketing", "nutrition", "philosophy", "sociology", "world_religions",
@@ -107,8 +115,8 @@ class Prompts:
     """Prompts of one form and origin.
 
     Attributes:
-        form: `passage`, `sentence` (it breaks off), `gap` (a sentence with a gap), `question`, `other`, `news`, or
-            one of these after `framed`: as tasks of benchmarks ask, "Question: ... Answer:".
+        form: `passage`, `sentence` (it breaks off), `gap` (a sentence with a gap), `question`, `other`, `news`,
+            one of these after `framed` (as tasks of benchmarks ask, "Question: ... Answer:"), or two turns of a user.
         origin: the domain or task that they are from.
         wanted: the domain whose module should answer; None: no module.
         texts: token ids of each.
@@ -174,9 +182,30 @@ def all_prompts(data: Path, tokenizer: Any, count: int, seed: int) -> Iterator[P
     yield of("framed question", "gsm8k", "math_gsm8k", framed(q["question"] for q in tasks("gsm8k", "test.jsonl")))
     yield of("framed other", "arc_easy", None, framed(q["question"] for q in tasks("arc_easy", "test.jsonl")))
     yield of("framed other", "piqa", None, framed(q["question"] for q in tasks("piqa", "valid.jsonl")))
+    # What a router sees of a conversation: the user's turns.
+    requests = [q["text"] for q in tasks("clinc150", "test.jsonl")]
+    of_domains = {
+        "medical_qa": asked_of_medicine,
+        "math_gsm8k": [q["question"] for q in tasks("gsm8k", "test.jsonl")],
+        "code_mbxp": [q["description"].strip() for q in tasks("mbpp", "mbpp.jsonl")],
+        "law_dc_code": QUESTIONS["law_dc_code"],
+        "finance_fed_speeches": QUESTIONS["finance_fed_speeches"],
+        "bible_en_kjv": QUESTIONS["bible_en_kjv"],
+    }
+    for domain, asked_of in of_domains.items():
+        yield of("greeting and question", domain, domain, _turns(GREETINGS, asked_of, seed))
+        yield of("two questions", domain, domain, _turns(asked_of, asked_of, seed))
+    yield of("greeting and other", "clinc150", None, _turns(GREETINGS, requests, seed))
+    yield of("two others", "clinc150", None, _turns(requests, requests, seed))
     news = tasks("ntrex_en_de_vi", "all.jsonl")
     for language in ("en", "de", "vi"):
         yield of("news", f"ntrex, {language}", None, [row[language] for row in news if len(row[language]) > _NEWS])
+
+
+def _turns(first: Sequence[str], second: Sequence[str], seed: int) -> list[str]:
+    """Of each second text a conversation, in which it comes after one of the first."""
+    draw = random.Random(seed)
+    return [f"{draw.choice(first)}\n{text}" for text in second]
 
 
 def passages(path: Path, tokenizer: Any, count: int, seed: int) -> list[list[int]]:
