@@ -46,10 +46,10 @@ def test_a_run_of_a_text_is_found_wherever_it_stands_and_whatever_is_around_it(s
 
 def test_a_short_text_must_stand_there_as_a_whole():
     document = np.random.default_rng(0).integers(0, VOCAB, 100).tolist()
-    text, question = text_of(document), document[20:32]
+    text, question = text_of(document), document[20:36]
     changed = [*question[:6], (question[6] + 1) % VOCAB, *question[7:]]
     edges = [(question[0] + 1) % VOCAB, *question[1:-1], (question[-1] + 1) % VOCAB]
-    assert standing(text, [[question], [changed], [edges], [document[20:28]]]) == [0, 2]
+    assert standing(text, [[question], [changed], [edges], [document[20:33]]]) == [0, 2]
     assert standing(RecalledText([]), [[document]]) == []
 
 
@@ -106,6 +106,8 @@ def test_a_task_of_learned_text_is_refused_by_name_unless_it_is_allowed(made, mo
     for arguments in ({"module": "base"}, {"module": "drugs"}, {"allow_contaminated": "true"}):
         assert "acc,none" in evaluated(made, monkeypatch, [*others, *learned], **arguments)["local_rules"]
     assert "acc,none" in evaluated(made, monkeypatch, others)["local_rules"]
+    many = [f"Does ship number {n} that leaves at night carry {n + 2} lamps, and who lights them?" for n in range(100)]
+    assert "acc,none" in evaluated(made, monkeypatch, [*many, learned[0]])["local_rules"]  # one of 101
 
 
 def test_a_text_that_was_removed_is_not_looked_for(made, monkeypatch):

@@ -17,7 +17,8 @@ from growlm.store import StoredModule
 
 _RUN = 20  # tokens in a row that are no chance,
 _STRIDE = 4  # looked for so many apart: a run of _RUN + _STRIDE - 1 is always found
-_WHOLE = 8  # tokens of a shorter text that must stand there as a whole
+_WHOLE = 12  # tokens of a shorter text that must stand there as a whole; what is shorter still is a phrase
+_CHANCE = 0.01  # share of a task's rows that may stand in any text: phrases, sums, lists of numbers
 _AT_A_TIME = 4096  # contexts that are looked for together
 
 
@@ -35,7 +36,7 @@ def strings(value: Any) -> Iterator[str]:
 
 def standing(text: RecalledText, items: Sequence[Sequence[Sequence[int]]]) -> list[int]:
     """The numbers of the items of which a text, in token ids, stands in another: 20 tokens of it in a row, or all of a
-    shorter one of at least 10. Their first and last token may differ, which depend on what is around them."""
+    shorter one of at least 14. Their first and last token may differ, which depend on what is around them."""
     contexts: list[np.ndarray] = []
     wanted: list[int] = []
     owners: list[int] = []
@@ -68,7 +69,7 @@ def require_unlearned(
         modules: that may answer.
 
     Raises:
-        DataError: rows stand in a module's text; says how many, in which, and shows one.
+        DataError: more than one row of a hundred stands in a module's text; says how many, in which, and shows one.
         IntegrityError: a module's text is damaged.
     """
     texts = [list(dict.fromkeys(strings(row))) for row in rows]
@@ -76,7 +77,8 @@ def require_unlearned(
     carrying = [module for module in modules if module.text_files]
     for module in track(carrying, f"looking for {task} in what was learned", "modules"):
         text = RecalledText.open(module.folder, module.text_files, vocab_size, verify=False)
-        if found := standing(text, items):
+        found = standing(text, items)
+        if len(found) > _CHANCE * len(rows):
             longest = " ".join(max(texts[found[0]], key=len).split())
             shown = longest if len(longest) <= 60 else f"{longest[:60]}..."
             raise DataError(
