@@ -14,8 +14,8 @@ from lm_eval.tasks import TaskManager
 
 import growlm.evaluation.harness  # noqa: F401  makes the model known
 from growlm import LearnConfig, Store, learn
-from growlm.errors import DataError
-from growlm.evaluation.contamination import standing, strings
+from growlm.errors import ConfigError, DataError
+from growlm.evaluation.contamination import Windows, strings
 from growlm.recall.text import RecalledText
 from stores import store_with_texts
 
@@ -33,7 +33,7 @@ def text_of(*documents: list[int]) -> RecalledText:
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.integers(0, 2**32 - 1), st.integers(23, 60), st.integers(0, 40))
+@given(st.integers(0, 2**32 - 1), st.integers(24, 60), st.integers(0, 40))
 def test_a_run_of_a_text_is_found_wherever_it_stands_and_whatever_is_around_it(seed, size, before):
     draw = np.random.default_rng(seed)
     document = draw.integers(0, VOCAB, 150).tolist()
@@ -41,7 +41,9 @@ def test_a_run_of_a_text_is_found_wherever_it_stands_and_whatever_is_around_it(s
     other = draw.integers(0, VOCAB, 90).tolist()
     item = [*other[:before], *run, *other[before:]]
     text = text_of(draw.integers(0, VOCAB, 100).tolist(), document)
-    assert standing(text, [[other], [other, item], []]) == [1]
+    assert Windows.of([other, item, []]).standing(text) == [1]
+    ends = document[-size:]  # at the very end of what was learned
+    assert Windows.of([[*other[:before], *ends, *other[before:]]]).standing(text) == [0]
 
 
 def test_a_short_text_must_stand_there_as_a_whole():
@@ -49,12 +51,17 @@ def test_a_short_text_must_stand_there_as_a_whole():
     text, question = text_of(document), document[20:36]
     changed = [*question[:6], (question[6] + 1) % VOCAB, *question[7:]]
     edges = [(question[0] + 1) % VOCAB, *question[1:-1], (question[-1] + 1) % VOCAB]
-    assert standing(text, [[question], [changed], [edges], [document[20:33]]]) == [0, 2]
-    assert standing(RecalledText([]), [[document]]) == []
+    assert Windows.of([question, changed, edges, document[20:33]]).standing(text) == [0, 2]
+    assert Windows.of([document]).standing(RecalledText([])) == []
+    assert Windows.of([]).standing(text) == []
 
 
 def test_every_text_of_a_row_is_looked_for():
-    assert list(strings({"q": "one", "choices": ["two", {"text": ["three"]}], "answer": 1})) == ["one", "two", "three"]
+    assert list(strings({"q": "one", "choices": ["two", {"text": ["three"]}], "answer": 1, "raw": b"four"})) == [
+        "one",
+        "two",
+        "three",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -93,11 +100,11 @@ def evaluated(home: Path, monkeypatch, rows: list[str], **arguments: str) -> dic
     return found["results"]
 
 
-def test_a_task_of_learned_text_is_refused_by_name_unless_it_is_allowed(made, monkeypatch):
+def test_a_task_of_learned_text_is_refused_by_name_unless_it_is_allowed(made, monkeypatch, caplog):
     others = ["Is it true that a ship which leaves the harbour at night must carry two lamps?"]
     learned = [f"It is a rule: {RULES[7]} True?", RULES[30]]
     told = (
-        r"^local_rules: 2 of 3 rows stand in the text that module 'rules' has learned, 'It is a rule: .*\.\.\.' "
+        r"^local_rules: 2 of 3 rows stand in the text that 'rules' has learned, 'It is a rule: .*\.\.\.' "
         r"for one: .* allow it with allow_contaminated=true$"
     )
     for module in ("auto", "rules"):
@@ -108,6 +115,9 @@ def test_a_task_of_learned_text_is_refused_by_name_unless_it_is_allowed(made, mo
     assert "acc,none" in evaluated(made, monkeypatch, others)["local_rules"]
     many = [f"Does ship number {n} that leaves at night carry {n + 2} lamps, and who lights them?" for n in range(100)]
     assert "acc,none" in evaluated(made, monkeypatch, [*many, learned[0]])["local_rules"]  # one of 101
+    assert "local_rules: 1 of 101 rows stand in the text that 'rules' has learned" in caplog.text
+    with pytest.raises(ConfigError, match="allow_contaminated is 'maybe'; give true or false"):
+        evaluated(made, monkeypatch, others, allow_contaminated="maybe")
 
 
 def test_a_text_that_was_removed_is_not_looked_for(made, monkeypatch):

@@ -114,10 +114,10 @@ def test_a_module_of_the_same_text_is_named(home, store, capsys):
         learn(store, name, [home / "leases.jsonl"], config(epochs=1, admit_anyway=True, **more), progress=True)
         return capsys.readouterr().err
 
-    assert "same text" not in said("law")
-    assert "module 'law' was learned from the same text: a router cannot tell them apart" in said("tenancy")
+    assert "same files" not in said("law")
+    assert "module 'law' was learned from the same files: a router can hardly tell them apart" in said("tenancy")
     edit(store.path / "modules" / "law" / "1" / "module.json", format=99)  # a damaged one is no reason to stop
-    assert "module 'tenancy' was learned from the same text" in said("rent")
+    assert "module 'tenancy' was learned from the same files" in said("rent")
 
 
 def test_the_result_and_the_manifest_say_the_same(home, store):

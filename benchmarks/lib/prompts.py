@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,12 @@ QUESTIONS = {
         "What is the outlook for the U.S. economy this year?",
     ],
 }
+# The first is one of those that a router is shown, the other two are not.
+FRAMES = {
+    "framed": "Question: {}\nAnswer:",
+    "otherwise framed": "Problem: {}\nSolution:",
+    "as a dialogue": "User: {}\nAssistant:",
+}
 GREETINGS = [
     "Hi there!",
     "Hello, can you help me with something?",
@@ -116,7 +122,7 @@ class Prompts:
 
     Attributes:
         form: `passage`, `sentence` (it breaks off), `gap` (a sentence with a gap), `question`, `other`, `news`,
-            one of these after `framed` (as tasks of benchmarks ask, "Question: ... Answer:"), or two turns of a user.
+            one of these in one of `FRAMES`, or two turns of a user.
         origin: the domain or task that they are from.
         wanted: the domain whose module should answer; None: no module.
         texts: token ids of each.
@@ -162,7 +168,8 @@ def all_prompts(data: Path, tokenizer: Any, count: int, seed: int) -> Iterator[P
     subjects = tasks("mmlu", "test.jsonl")
     medicine = [q["question"] for q in subjects if q["subject"] in _MEDICINE]
     yield of("question", "mmlu of medicine", "medical_qa", medicine)
-    yield of("question", "gsm8k", "math_gsm8k", [q["question"] for q in tasks("gsm8k", "test.jsonl")])
+    sums = [q["question"] for q in tasks("gsm8k", "test.jsonl")]
+    yield of("question", "gsm8k", "math_gsm8k", sums)
     yield of("question", "mbpp", "code_mbxp", [q["description"].strip() for q in tasks("mbpp", "mbpp.jsonl")])
     yield of("question", "xquad, vi", "vietnamese_wiki", [q["question"] for q in tasks("xquad", "vi.jsonl")])
     others = [q["question"] for q in subjects if q["subject"] in _OTHER_SUBJECTS]
@@ -174,19 +181,17 @@ def all_prompts(data: Path, tokenizer: Any, count: int, seed: int) -> Iterator[P
     yield of("other", "piqa", None, [q["question"] for q in tasks("piqa", "valid.jsonl")])
     yield of("other", "lambada", None, [q["text"] for q in tasks("lambada", "test.jsonl")])
 
-    def framed(texts: Iterable[str]) -> list[str]:
-        return [f"Question: {text}\nAnswer:" for text in texts]
-
-    yield of("framed question", "medical_qa", "medical_qa", framed(asked_of_medicine))
-    yield of("framed question", "mmlu of medicine", "medical_qa", framed(medicine))
-    yield of("framed question", "gsm8k", "math_gsm8k", framed(q["question"] for q in tasks("gsm8k", "test.jsonl")))
-    yield of("framed other", "arc_easy", None, framed(q["question"] for q in tasks("arc_easy", "test.jsonl")))
-    yield of("framed other", "piqa", None, framed(q["question"] for q in tasks("piqa", "valid.jsonl")))
+    for form, frame in FRAMES.items():
+        for origin, texts in (("medical_qa", asked_of_medicine), ("mmlu of medicine", medicine), ("gsm8k", sums)):
+            domain = "math_gsm8k" if origin == "gsm8k" else "medical_qa"
+            yield of(f"{form} question", origin, domain, [frame.format(text) for text in texts])
+        for origin, file in (("arc_easy", "test.jsonl"), ("piqa", "valid.jsonl")):
+            yield of(f"{form} other", origin, None, [frame.format(q["question"]) for q in tasks(origin, file)])
     # What a router sees of a conversation: the user's turns.
     requests = [q["text"] for q in tasks("clinc150", "test.jsonl")]
     of_domains = {
         "medical_qa": asked_of_medicine,
-        "math_gsm8k": [q["question"] for q in tasks("gsm8k", "test.jsonl")],
+        "math_gsm8k": sums,
         "code_mbxp": [q["description"].strip() for q in tasks("mbpp", "mbpp.jsonl")],
         "law_dc_code": QUESTIONS["law_dc_code"],
         "finance_fed_speeches": QUESTIONS["finance_fed_speeches"],

@@ -1,11 +1,12 @@
 """The router among very many domains: texts that are cut into languages, titles of statutes, speakers, chapters,
 speeches and articles, each a domain with a module of its own.
 
-Of each domain some passages are shown to the router, as `growlm learn` shows them, its words are counted, and others
-are asked about. A module here is the text itself (`recall`), which nothing needs to be trained for, with the gates that
-every such module begins with: so that beside the share that is chosen right stands the share of the right modules' gain
-that is kept. A wrong choice among chapters of one book keeps most of it. With `--encoder`, a sentence encoder chooses
-from the same passages, by the nearest centroid or the nearest neighbours. Each number of domains is a file in OUT.
+Of each domain some passages are shown to the router, without the questions about them that `growlm learn` shows
+besides, its words are counted, and other passages of the same documents are asked about. A module here is the text
+itself (`recall`), which nothing needs to be trained for, with the gates that every such module begins with: so that
+beside the share that is chosen right stands the share of the right modules' gain that is kept. A wrong choice among
+chapters of one book keeps most of it. With `--encoder`, a sentence encoder chooses from the same passages, by the
+nearest centroid or the nearest neighbours. Each number of domains is a file in OUT.
 
 python -m benchmarks.quality.many_domains --data DIR --base CHECKPOINT --out many/ --domains 4 30 128 1024
 """
@@ -20,6 +21,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from benchmarks.lib.common import interleaved, kept, machine, slug
 from benchmarks.lib.domains import DOMAINS
 from benchmarks.lib.published import OnPublished
 from benchmarks.lib.retrieval import Encoder
+from growlm.base.checkpoint import fingerprint
 from growlm.modules import KnowledgeModule, ModuleSet, kind_of
 from growlm.modules.scoring import num_labels, paired_losses
 from growlm.progress import reporting, track
@@ -92,7 +95,7 @@ class ManyDomains(OnPublished):
 
     def pieces(self, count: int) -> list[Piece]:
         """So many domains, of every source in turn, the largest first."""
-        shown = self.a.shown or next(n for most, n in SHOWN.items() if count <= most)
+        shown = self.a.shown or next((n for most, n in SHOWN.items() if count <= most), min(SHOWN.values()))
         needed = shown + max(shown // 3, 2) + self.a.asked
         by_source = []
         for source in track(self.a.sources, "cutting sources", "sources"):
@@ -286,7 +289,8 @@ def table(found: dict[int, dict[str, Any]]) -> list[str]:
         f"| domains | way | {lengths} | right source, 64 | none, 64 | retained gain | ms |",
         "|---:|---|" + "---:|" * (len(LENGTHS) + 4),
     ]
-    for count, result in found.items():
+    for result in found.values():
+        count = result["domains"]
         for way, told in result["ways"].items():
             right, last = told["right"], told["right"][str(LENGTHS[-1])]
             shares = " | ".join(f"{right[str(n)]['domain']:.1%}" for n in LENGTHS)
@@ -317,7 +321,9 @@ def main() -> None:
     with reporting("many domains", True):
         for count in a.domains:
             made = partial(measured, bench, count, encoder)
-            found[count] = kept(a.out, slug("domains", count, a.asked, a.seed), made)
+            settings = [a.asked, a.shown, a.sources, a.encoder is not None, fingerprint(a.base)]
+            name = sha256(json.dumps(settings).encode()).hexdigest()[:12]
+            found[count] = kept(a.out, slug("domains", count, a.seed, name), made)
     print("\n".join(table(found)))
     (a.out / "many_domains.json").write_text(json.dumps({"machine": machine(), "counts": found}, indent=1))
 

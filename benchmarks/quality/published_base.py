@@ -104,6 +104,8 @@ class Cells:
     def forced(self, seed: int, domains: list[str]) -> None:
         """What a module does to text of no domain where it is asked for by name: the router would choose none."""
         for domain in domains:
+            if self.rows.get(f"learn-{domain}-{seed}", {}).get("result") is None:
+                continue  # it was refused
             self.cell(
                 f"forced-{domain}-{seed}", "eval", self.store(seed),
                 "--data", f"{domain}={self.a.data / GENERAL / 'test.txt'}", "--separator", BLANK_LINE,
@@ -135,7 +137,7 @@ def table(rows: dict[str, Any]) -> list[str]:
                 lines.append(f"| {domain} | {row['base']:.2f} | {row['module']:.2f} | {row['routed']:.2f} |")
             routing = said["routing"]
             lines.append(f"router accuracy {routing['accuracy']:.1%}, retained gain {routing['retained_gain']:.1%}")
-    forced = {name: found["result"] for name, found in rows.items() if name.startswith("forced-")}
+    forced = {name: found["result"] for name, found in rows.items() if name.startswith("forced-") and found["result"]}
     if forced:
         lines += ["", f"| {GENERAL}, nats above the base | module forced on | routed |", "|---|---:|---:|"]
     for name, said in forced.items():

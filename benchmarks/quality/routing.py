@@ -15,6 +15,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,10 @@ class Routing(OnPublished):
         self.prompts = list(all_prompts(a.data, self.tokenizer, a.prompts, a.seed))
         self.shown: dict[str, list[list[int]]] = {}  # of domains and forms of general text, for an encoder
 
-    def states(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    def states(self, name: str, make: Callable[[], dict[str, Tensor]], of: object = None) -> dict[str, Tensor]:
+        """States that are made once of the same texts."""
+        if of is not None:
+            name += f", {sha256(json.dumps(of).encode()).hexdigest()[:8]}"
         path = self.a.out / "states" / f"{name.replace(', ', '-').replace(' ', '-')}.safetensors"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,14 +88,14 @@ class Routing(OnPublished):
             some = train[:_SHOWN], heldout[: _SHOWN // 3]
             self.shown[f"{NONE}, {name}"] = some[0]
             make = partial(gather_evidence, self.base, *some, layer=self.layer)
-            forms[name] = self.states(f"{NONE}, {name}", make)
+            forms[name] = self.states(f"{NONE}, {name}", make, of=some)
         return forms
 
     # Ways to choose
 
     def frames(self) -> dict[str, Tensor]:
         texts = framed_texts(self.base, self.tokenizer)
-        return self.states("frames", lambda: frames_of(self.base, texts, self.layer))
+        return self.states("frames", lambda: frames_of(self.base, texts, self.layer), of=texts)
 
     def gaussian(
         self, *, questions: bool = True, forms: Sequence[str] | None = None, words: bool = True, frames: bool = True
@@ -144,7 +148,7 @@ class Routing(OnPublished):
                         pools.append(mean_pool(hidden[:, :n]))
             return {str(n): torch.cat(pools) for n, pools in found.items()}
 
-        return self.states(prompts.name, make)[str(length)]
+        return self.states(prompts.name, make, of=prompts.texts)[str(length)]
 
     def encoded(self, encoder: Encoder, neighbours: int | None) -> Choose:
         """The class of the nearest mean, or of most of the nearest texts; forms of general text are classes."""
@@ -154,7 +158,7 @@ class Routing(OnPublished):
             def make() -> dict[str, Tensor]:
                 return {"vectors": encoder.encode([decode(text) for text in texts])}
 
-            return self.states(f"encoder, {name}", make)["vectors"]
+            return self.states(f"encoder, {name}", make, of=list(texts))["vectors"]
 
         names = list(self.shown)
         known = [of(name, [t[:LONGEST] for t in texts]) for name, texts in self.shown.items()]
@@ -229,8 +233,8 @@ def main() -> None:
             "gaussian": routing.gaussian(),
             "no frames": routing.gaussian(frames=False),
             "no words": routing.gaussian(words=False),
-            "no questions": routing.gaussian(questions=False),
-            "talk alone": routing.gaussian(forms=["talk"]),
+            "no words, no questions": routing.gaussian(questions=False, words=False),
+            "no words, talk alone": routing.gaussian(forms=["talk"], words=False),
             "none of these": routing.gaussian(questions=False, forms=["talk"], words=False, frames=False),
         }
         encoder = Encoder(a.encoder) if a.encoder else None

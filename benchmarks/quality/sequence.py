@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.lib.baselines import Baseline
-from benchmarks.lib.common import kept, machine, slug
+from benchmarks.lib.common import kept, machine, same_settings, slug
 from benchmarks.lib.domains import DOMAINS, GENERAL
 from benchmarks.quality.finetuned import Finetuned
 from growlm import data as text_data
-from growlm.base.checkpoint import save_model
+from growlm.base.checkpoint import fingerprint, save_model
 from growlm.disk.files import write_atomic
 from growlm.disk.tensors import read_tensors, write_tensors
 from growlm.evaluation.continual import ForgettingMatrix
@@ -70,7 +70,11 @@ class Sequence:
             print(f"{self.name}, {domain}: its text {own:.3f}, other text {general:.3f}", flush=True)
         if self.a.keep and not (folder := self.a.out / "models" / self.name).exists():
             model.model.load_state_dict(read_tensors(self._weights(len(domains) - 1)), strict=False)
-            save_model(model.merged(), folder)
+            half = folder.with_suffix(".part")
+            shutil.rmtree(half, ignore_errors=True)
+            save_model(model.merged(), half)
+            self.bench.adapters.tokenizer.save_pretrained(half)
+            half.rename(folder)
         matrix = ForgettingMatrix(domains, before["losses"], [s["losses"] for s in stages])
         return {
             "rate": self.a.rate,
@@ -125,7 +129,11 @@ def main() -> None:
     parser.add_argument("--test-tokens", type=parse_count, default=4_000)
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
-    a.out.mkdir(parents=True, exist_ok=True)
+    same_settings(
+        a.out,
+        {"base": fingerprint(a.base), **{k: getattr(a, k) for k in (
+            "domains", "adapter_rate", "general", "general_tokens", "text", "test_tokens")}},
+    )  # fmt: skip
     print(machine())
     bench = Sequence(a)
     found = bench.run()

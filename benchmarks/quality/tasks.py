@@ -2,11 +2,11 @@
 
 A way is a store with the module that answers (`auto`: the router chooses), or a checkpoint alone. Of every task the
 same items, drawn once, are answered by each way through the harness; a difference to the first way is paired by item,
-with its 95 % interval by bootstrap. Choices are judged by log-probability a byte (`acc_norm`) where they are texts of
-their own; of tasks that have one answer, its log-probability in nats is told. Zero shots, prompts of our own words.
+with its 95 % interval by bootstrap. Choices are judged by log-probability a character (`acc_norm`) where they are texts
+of their own; of tasks that have one answer, its log-probability in nats is told. Zero shots, prompts of our own words.
 
-A task whose rows stand in a text that a module of the store has learned is refused, unless --allow-contaminated.
-Results are files in OUT, so that a run that was stopped goes on.
+A task of which more than one row of a hundred stands in texts that the store's modules have learned is refused, unless
+--allow-contaminated. Results are files in OUT, known by what was asked of whom, so that a run that was stopped goes on.
 
 DIR holds a folder a task with JSON lines, as `growlm-lm-eval` reads them (docs/guides/eval.md), and for the others:
 winogrande (question with _, choices, answer), codah (question, choices, answer), lambada (text), xquad (de.jsonl,
@@ -24,6 +24,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +69,15 @@ def _one_answer(row: dict[str, Any], task: str) -> tuple[str, str]:
     return f"{row['context']}\n{question}: {row['question']}\n{answer}:", f" {first}"
 
 
-def config_of(task: str, data: Path, items: int, seed: int) -> dict[str, Any]:
-    """The harness's config of a task of so many items, drawn from its file."""
+def rows_of(task: str, data: Path, items: int, seed: int) -> list[dict[str, Any]]:
+    """So many items, drawn from a task's file."""
     rows = [json.loads(line) for line in (data / _FILES[task]).read_text().splitlines()]
     random.Random(seed).shuffle(rows)
-    rows = rows[:items]
+    return rows[:items]
+
+
+def config_of(task: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The harness's config of a task of these items."""
     config: dict[str, Any] = {
         "task": f"local_{task}",
         "test_split": "test",
@@ -114,6 +119,8 @@ class Way:
                 growlm.Store.create(store, base=checkpoint.resolve())
             path = str(store)
         self.path, self.a = path, a
+        versions = {m.name: m.manifest.created for m in growlm.Store.open(path).modules.values()}
+        self.where = [str(Path(path).resolve()), self.module, versions if self.module != "base" else {}]
         self._model: HarnessModel | None = None
 
     def answered(self, task: str) -> dict[str, Any]:
@@ -126,7 +133,7 @@ class Way:
                 )
             self._model._chosen.clear()
             found = lm_eval.simple_evaluate(
-                model=self._model, tasks=[config_of(task, self.a.data, self.a.items, self.a.seed)],
+                model=self._model, tasks=[config_of(task, rows_of(task, self.a.data, self.a.items, self.a.seed))],
                 task_manager=TaskManager(include_defaults=False), bootstrap_iters=0, log_samples=True,
                 verbosity="ERROR",
             )  # fmt: skip
@@ -136,7 +143,8 @@ class Way:
             modules = Counter(name or "none" for name in self._model._chosen.values())
             return {"right": right, "nats": nats, "modules": dict(modules)}
 
-        return kept(self.a.out, slug(self.name, task, self.a.items, self.a.seed), asked)
+        asked_of = (self.where, self.a.allow_contaminated, rows_of(task, self.a.data, self.a.items, self.a.seed))
+        return kept(self.a.out, slug(self.name, task, sha256(json.dumps(asked_of).encode()).hexdigest()[:12]), asked)
 
 
 def paired(before: list[float], after: list[float]) -> tuple[float, list[float]]:
@@ -189,7 +197,9 @@ def main() -> None:
         raise SystemExit(f"tasks: {str(error).replace('allow_contaminated=true', '--allow-contaminated')}") from error
     print("\n".join(table(found)))
     for task, told in found.items():
-        print(f"{task}: " + "; ".join(f"{name} answered by {way['modules']}" for name, way in told.items()))
+        routed = [f"{name} answered by {way['modules']}" for name, way in told.items() if way["modules"]]
+        if routed:
+            print(f"{task}: " + "; ".join(routed))
 
 
 if __name__ == "__main__":

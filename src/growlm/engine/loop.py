@@ -302,28 +302,32 @@ class Loop:
         written = len(request.answer.tokens)
         if not request.reroute or not written or written % request.reroute or written == request.routed_at:
             return False
-        if request.branches[0].modules.fork < self.base.num_layers:
-            self._ask_again(request)
+        layer, fork = self.routing.layer, request.branches[0].modules.fork
+        if layer > fork:  # the base has not read what was written
+            request.names = None
+            self._read_again(request)
             return True
         request.routed_at = written
-        states = request.states_of(self.routing.layer)
+        states = request.states_of(layer)
         newest = max(states.shape[1] - WINDOW, 0)
-        (route,) = self.routing.routes(states[:, newest:], request.ids(newest, states.shape[1] - newest))
-        if route.module == request.changes[-1][1]:
+        (request.route,) = self.routing.routes(states[:, newest:], request.ids(newest, states.shape[1] - newest))
+        if request.route.module == request.changes[-1][1]:
             return False
-        self._choose(request, route)
+        self._choose(request, request.route)
+        if fork < self.base.num_layers:
+            self._read_again(request)
+            return True
         request.cache = request.branches.pop().cache
         request.cache.cut(self.base.num_layers)
         self._release(request)
         self.scheduler.park(request)
         return True
 
-    def _ask_again(self, request: Request) -> None:
-        """Has the base read the newest tokens of a request whose module has other states than it, for the router. What
-        both have read is kept with texts that begin alike, so that neither reads it again where there is room."""
+    def _read_again(self, request: Request) -> None:
+        """Has a request that is being written wait to be read again: by the base for the router, or by another module.
+        What was read is kept with texts that begin alike, so that it is not read twice where there is room."""
         self.reading.keep(request)
         self._release(request)
-        request.names = None
         self.scheduler.park(request)
         self.scheduler.give_up([request])
 

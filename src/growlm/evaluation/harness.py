@@ -46,7 +46,8 @@ class HarnessModel(TemplateLM):
         memory: budget for all weights, as in `growlm generate`.
         module: "auto" (each context is routed), "base", or a module's name for everything.
         max_length: longest text in tokens; by default what the base's config says.
-        allow_contaminated: answer tasks too whose rows stand in a text that a module has learned.
+        allow_contaminated: answer tasks too of which more than one row of a hundred stands in a text that a module has
+            learned.
         batch_size: the harness's own; requests are batched by length, whatever it says.
         device: as in `growlm generate`.
 
@@ -54,7 +55,7 @@ class HarnessModel(TemplateLM):
         StoreError, BudgetError, UnknownModuleError: as `Engine` does.
         ConfigError: an argument that is not known, or a `max_length` that the base cannot read.
 
-    What it is asked raises `DataError` where rows of the task stand in a module's text.
+    What it is asked raises `DataError` where more than one row of a hundred of the task stands in modules' texts.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class HarnessModel(TemplateLM):
             )
         self._routed = min(_ROUTED, limit or _ROUTED)
         self._chosen: dict[tuple[int, ...], str | None] = {}  # by the tokens that were routed
-        self._allow_contaminated = str(allow_contaminated).lower() == "true"
+        self._allow_contaminated = _switch("allow_contaminated", allow_contaminated)
         self._unlearned: set[tuple[str, int]] = set()  # rows of tasks that were looked for
 
     # Tokens
@@ -193,13 +194,14 @@ class HarnessModel(TemplateLM):
         return answers
 
     def _require_unlearned(self, requests: Sequence[Instance], quiet: bool) -> None:
-        """No row stands in a text that a module which may answer has learned; every row is looked for once."""
+        """The tasks do not stand in texts that modules which may answer have learned; every row is looked for once."""
         if self._allow_contaminated or self._module is None:
             return
         rows = {(r.task_name or "the task", r.doc_id): r.doc for r in requests if r.doc_id is not None}
         new: dict[str, list[Any]] = defaultdict(list)
-        for task, number in rows.keys() - self._unlearned:
-            new[task].append(rows[task, number])
+        for (task, number), doc in rows.items():
+            if (task, number) not in self._unlearned:
+                new[task].append(doc)
         store = self.engine.store
         modules = list(store.modules.values()) if self._module == AUTO else [store.module(self._module)]
         with reporting(_SUBJECT, not quiet):
@@ -264,6 +266,12 @@ class HarnessModel(TemplateLM):
 
     def _gone(self, names: Iterable[str | None]) -> set[str]:
         return {name for name in set(names) if name is not None and self.engine.store.find(name) is None}
+
+
+def _switch(name: str, given: bool | str) -> bool:
+    if str(given).lower() not in ("true", "false"):
+        raise ConfigError(f"--model_args: {name} is {given!r}; give true or false")
+    return str(given).lower() == "true"
 
 
 def _sampling(settings: dict[str, Any]) -> tuple[tuple[str, ...], int, float, float]:

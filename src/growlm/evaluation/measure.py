@@ -188,13 +188,13 @@ def _evaluate(
 
 
 def _require_different(corpora: Mapping[str, Sequence[text_data.Document]]) -> None:
-    """No two domains have the same text: what is right of one would be wrong of the other."""
-    names: dict[tuple[str, ...], str] = {}
+    """No domain has the text that belongs to none: what is right of one would be wrong of the other. Two modules may
+    have one text, to be compared, whatever routing then counts."""
+    none = [d.text for d in corpora.get(NONE, ())]
     for name, documents in corpora.items():
-        first = names.setdefault(tuple(d.text for d in documents), name)
-        if first != name:
+        if name != NONE and none and none == [d.text for d in documents]:
             raise DataError(
-                f"{first} and {name} are given the same text, which cannot belong to both; give each its own"
+                f"{name} and {NONE} are given the same text, which cannot belong to both; give each its own"
             )
 
 

@@ -194,7 +194,7 @@ def write_general(
 @torch.no_grad()
 def frames_of(base: Base, texts: Sequence[Framed], layer: int | None) -> dict[str, Tensor]:
     """What frames do to texts, one at least: `frames`, differences of pooled states (n, d) int16, and `silent`, the
-    token ids that stand in all texts in a frame."""
+    token ids that stand in all texts in a frame, and not in all plain ones."""
     pools: list[Tensor] = []
     tokens: set[int] = set()
     for text in texts:
@@ -202,11 +202,20 @@ def frames_of(base: Base, texts: Sequence[Framed], layer: int | None) -> dict[st
         pooled = mean_pool(states, visible).cpu()
         pools.append(pooled[1:] - pooled[0])
     for one_frame in zip(*(text.framed for text in texts), strict=True):
-        tokens |= set.intersection(*map(set, one_frame))
+        tokens |= _shared(one_frame)
+    tokens -= _shared([text.plain for text in texts])
     return {
         "frames": (torch.cat(pools) * SCALE).round().clamp(-32768, 32767).to(torch.int16),
         "silent": torch.tensor(sorted(tokens), dtype=torch.int64),
     }
+
+
+def _shared(texts: Sequence[Sequence[int]]) -> set[int]:
+    """Tokens that stand in all of them."""
+    shared = set(texts[0])
+    for text in texts[1:]:
+        shared &= set(text)
+    return shared
 
 
 def read_general(store: Store) -> dict[str, Tensor]:

@@ -43,7 +43,7 @@ _KINDS = {
     },
 }
 _SHRINK = 0.003  # least share of the covariance between features that is taken away
-_FRAMED = 2  # times that a change by a frame counts, beside a text of its class
+_FRAMED = 0.2  # what changes by frames count, of all texts: the same share however many domains there are
 _FIT = 3  # raise it with every change of what `_fit` computes: a fit that was kept before is then made anew
 
 
@@ -213,7 +213,9 @@ def fit(evidence: Sequence[Callable[[], Mapping[str, Tensor]]], general: Mapping
     size = torch.tensor([*counts, *map(len, forms)], dtype=torch.float64)
     means = total / size[:, None]
     # Scatter within classes: every sample's square, less what the class means explain.
-    within = gram.double() - total.T @ means + _FRAMED * gram_of(general["frames"]).double()
+    within = gram.double() - total.T @ means
+    if len(frames := general["frames"]):
+        within += _FRAMED * size.sum() / len(frames) * gram_of(frames).double()
     covariance = within / max(float(size.sum()) - len(size), 1.0) / SCALE**2
     # Few samples for many features make a covariance that is sure of too much: keep more of its diagonal alone.
     shrink = min(max(_SHRINK, 0.05 * len(covariance) / float(size.sum())), 0.5)

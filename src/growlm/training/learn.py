@@ -184,9 +184,9 @@ def _learn(
     tokens, tokenizer = run.tokenized()
     for line in run.body.lines(tokens, tokenizer, config):
         say(line)
-    if (other := run.of_same_text()) is not None:
-        both = "a router cannot tell them apart and takes one of them"
-        say(f"module {other!r} was learned from the same text: {both}; name the other where you want it (--module)")
+    if (other := run.of_same_files()) is not None:
+        both = "a router can hardly tell them apart and takes one of them"
+        say(f"module {other!r} was learned from the same files: {both}; name the other where you want it (--module)")
     if chosen:
         say(f"kind {config.kind}, {'which suits this base' if run.old is None else 'as the version before'}")
     if config.shape.recall:

@@ -88,14 +88,14 @@ class LearnRun:
         """Where its checkpoints lie."""
         return folder_of(self.store, self.name, self.id)
 
-    def of_same_text(self) -> str | None:
+    def of_same_files(self) -> str | None:
         """Another module that was learned from the same files, to the byte; of a large store only the first modules are
         looked at."""
-        own = sorted(source.sha256 for source in self.body.text.sources)
+        own = {source.sha256 for source in self.body.text.sources}
         for module in islice(self.store.modules.values(), _LOOKED_AT):
             with suppress(StoreError):  # a damaged one says so when it is used
                 sources = module.manifest.training.get("sources") or []
-                if module.name != self.name and sorted(s["sha256"] for s in sources) == own:
+                if module.name != self.name and {s.get("sha256") for s in sources} == own:
                     return module.name
         return None
 
