@@ -532,10 +532,14 @@ def test_an_unknown_domain_is_an_error_before_anything_runs(store, data, monkeyp
         evaluate(store, {**data, "nobody": data["digits"]}, CONFIG)
     with pytest.raises(DataError, match="digits and none are given the same text, which cannot belong to both"):
         evaluate(store, {"digits": data["digits"], "none": data["digits"]}, CONFIG)
-    kinds = evaluate(store, {"digits": data["digits"], "signs": data["digits"]}, CONFIG).to_json()["perplexity"]
-    assert kinds["digits"]["base"] == kinds["signs"]["base"]  # two modules on one text are compared
     with pytest.raises(DataError, match="no evaluation data"):
         evaluate(store, {}, CONFIG)
+
+
+def test_two_modules_are_compared_on_one_text(store, data):
+    found = evaluate(store, {"digits": data["digits"], "signs": data["digits"]}, CONFIG).to_json()["perplexity"]
+    assert found["digits"]["base"] == found["signs"]["base"]
+    assert found["digits"]["module"] != found["signs"]["module"]
 
 
 def test_documents_of_one_token_are_left_out_or_refused(store, home):

@@ -279,7 +279,7 @@ def test_texts_begin_with_the_start_token_where_prompts_do(home, general, monkey
     assert result.loss_after < result.loss_before
     *forms, learned = shown
     texts = [text for some in shown for text in some]
-    assert len(forms) == (2 if general == "beside the base" else 7)
+    assert len(forms) == (2 if general == "beside the base" else 8)
     assert {text[0] for text in texts} == {start}
     assert start not in {text[1] for text in texts}
     assert max(len(text) for text in learned) == 16
