@@ -25,15 +25,23 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
 VOCAB = 50
-RULES = [f"Whoever sells bread of {n} grains below its weight pays {n * 7 % 90} crowns to the town." for n in range(60)]
+RULES = [
+    f"Whoever sells bread of {n} grains below its weight pays {n * 7 % 90} crowns to the town before market day."
+    for n in range(60)
+]
 
 
 def text_of(*documents: list[int]) -> RecalledText:
     return RecalledText.of([("a", np.array(ids, dtype=np.int32)) for ids in documents], VOCAB)
 
 
+def windows(*texts: list[int], width: int = 4) -> Windows:
+    """Of texts whose tokens have so many characters each."""
+    return Windows.of(texts, [width * len(text) for text in texts])
+
+
 @settings(deadline=None, max_examples=50)
-@given(st.integers(0, 2**32 - 1), st.integers(24, 60), st.integers(0, 40))
+@given(st.integers(0, 2**32 - 1), st.integers(26, 60), st.integers(0, 40))
 def test_a_run_of_a_text_is_found_wherever_it_stands_and_whatever_is_around_it(seed, size, before):
     draw = np.random.default_rng(seed)
     document = draw.integers(0, VOCAB, 150).tolist()
@@ -41,9 +49,19 @@ def test_a_run_of_a_text_is_found_wherever_it_stands_and_whatever_is_around_it(s
     other = draw.integers(0, VOCAB, 90).tolist()
     item = [*other[:before], *run, *other[before:]]
     text = text_of(draw.integers(0, VOCAB, 100).tolist(), document)
-    assert Windows.of([other, item, []]).standing(text) == [1]
+    assert windows(other, item, []).standing(text) == [1]
     ends = document[-size:]  # at the very end of what was learned
-    assert Windows.of([[*other[:before], *ends, *other[before:]]]).standing(text) == [0]
+    assert windows([*other[:before], *ends, *other[before:]]).standing(text) == [0]
+
+
+def test_a_run_is_as_long_as_its_characters_whatever_the_tokenizer_makes_of_them():
+    """A language that is written in a token a character, or in one a word."""
+    draw = np.random.default_rng(0)
+    document, other = draw.integers(0, VOCAB, 300).tolist(), draw.integers(0, VOCAB, 300).tolist()
+    text = text_of(document)
+    short, long = ([*other[:50], *document[40 : 40 + size], *other[50:]] for size in (40, 100))
+    assert windows(short, long, width=1).standing(text) == [1]
+    assert windows(short, long, width=4).standing(text) == [0, 1]
 
 
 def test_a_short_text_must_stand_there_as_a_whole():
@@ -51,9 +69,9 @@ def test_a_short_text_must_stand_there_as_a_whole():
     text, question = text_of(document), document[20:36]
     changed = [*question[:6], (question[6] + 1) % VOCAB, *question[7:]]
     edges = [(question[0] + 1) % VOCAB, *question[1:-1], (question[-1] + 1) % VOCAB]
-    assert Windows.of([question, changed, edges, document[20:33]]).standing(text) == [0, 2]
-    assert Windows.of([document]).standing(RecalledText([])) == []
-    assert Windows.of([]).standing(text) == []
+    assert windows(question, changed, edges, document[20:32]).standing(text) == [0, 2]
+    assert windows(document).standing(RecalledText([])) == []
+    assert windows().standing(text) == []
 
 
 def test_every_text_of_a_row_is_looked_for():

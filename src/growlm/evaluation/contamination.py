@@ -19,9 +19,10 @@ from growlm.recall.text import RecalledText
 from growlm.store import StoredModule
 
 _log = logging.getLogger(__name__)
-_RUN = 20  # tokens in a row that are no chance,
-_STRIDE = 2  # looked for so many apart
-_WHOLE = 12  # tokens of a shorter text that must stand there as a whole; what is shorter still is a phrase
+_RUN = 20  # tokens that are looked for together, which may be a few words or a sentence,
+_STRIDE = 2  # so many apart
+_CHARACTERS = 80  # that stand there one after another are no chance: a dozen words;
+_SHORT = 50  # or a whole text of so many
 _CHANCE = 0.01  # share of a task's rows that may stand in any text: phrases, sums, lists of numbers
 _AT_A_TIME = 4096  # windows that are looked for together
 
@@ -40,45 +41,62 @@ def strings(value: Any) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Windows:
-    """Pieces of texts that are looked for, the newest token first.
+    """Pieces of texts that are looked for, those of a text side by side in its order.
 
     Attributes:
-        contexts: (n, run) token ids, -1 where a piece is shorter.
+        contexts: (n, run) token ids, the newest first, -1 where a piece is shorter.
         sizes: (n,) tokens of each.
+        ends: (n,) how many of the text's tokens come before its end.
         owners: (n,) the number of the text that each is of.
+        widths: by text, characters of a token.
+        whole: by text, how many tokens are looked for in all.
     """
 
     contexts: np.ndarray
     sizes: np.ndarray
+    ends: np.ndarray
     owners: np.ndarray
+    widths: dict[int, float]
+    whole: dict[int, int]
 
     @classmethod
-    def of(cls, texts: Sequence[Sequence[int]]) -> Windows:
-        """Of texts in token ids, without their first and last token, which depend on what is around them: runs of 20,
-        or all of a text that has fewer, and a dozen at the least."""
-        contexts, sizes, owners = [], [], []
-        for number, text in enumerate(texts):
+    def of(cls, texts: Sequence[Sequence[int]], characters: Sequence[int]) -> Windows:
+        """Of texts in token ids, which have so many characters; without their first and last token, which depend on
+        what is around them."""
+        contexts, sizes, ends, owners = [np.empty((0, _RUN), dtype=np.int64)], [], [], []
+        widths, whole = {}, {}
+        for number, (text, count) in enumerate(zip(texts, characters, strict=True)):
             ids = np.asarray(text[1:-1], dtype=np.int64)
-            size = min(len(ids), _RUN)
-            if size < _WHOLE:
+            if count < _SHORT or not len(ids):
                 continue
-            ends = sorted({*range(size, len(ids) + 1, _STRIDE), len(ids)})
-            rows = np.full((len(ends), _RUN), -1, dtype=np.int64)
-            rows[:, :size] = ids[np.array(ends)[:, None] - 1 - np.arange(size)]
+            size = min(len(ids), _RUN)
+            last = sorted({*range(size, len(ids) + 1, _STRIDE), len(ids)})
+            rows = np.full((len(last), _RUN), -1, dtype=np.int64)
+            rows[:, :size] = ids[np.array(last)[:, None] - 1 - np.arange(size)]
             contexts.append(rows)
-            sizes.append(np.full(len(ends), size))
-            owners.append(np.full(len(ends), number))
-        if not contexts:
-            return cls(np.empty((0, _RUN), dtype=np.int64), np.empty(0), np.empty(0, dtype=np.int64))
-        return cls(np.concatenate(contexts), np.concatenate(sizes), np.concatenate(owners))
+            sizes += [size] * len(last)
+            ends += last
+            owners += [number] * len(last)
+            widths[number], whole[number] = count / len(text), len(ids)
+        found = [np.array(values, dtype=np.int64) for values in (sizes, ends, owners)]
+        return cls(np.concatenate(contexts), found[0], found[1], found[2], widths, whole)
 
     def standing(self, text: RecalledText) -> list[int]:
-        """The numbers of the texts of which a piece stands in another, but for that one's very end."""
-        found: set[int] = set()
-        for at in range(0, len(self.contexts), _AT_A_TIME):
+        """The numbers of the texts that stand in another, as a whole or so many characters of them in a row, but for
+        that one's very end."""
+        hits = np.zeros(len(self.contexts), dtype=bool)
+        for at in range(0, len(hits), _AT_A_TIME):
             some = slice(at, at + _AT_A_TIME)
-            lengths = text.find(self.contexts[some], 1).lengths[:, 0]
-            found |= set(self.owners[some][lengths >= self.sizes[some]].tolist())
+            hits[some] = text.find(self.contexts[some], 1).lengths[:, 0] >= self.sizes[some]
+        found: set[int] = set()
+        first = -1  # of the windows in a row that were found
+        for at in np.flatnonzero(hits).tolist():
+            if first < 0 or not hits[at - 1] or self.owners[at - 1] != self.owners[at]:
+                first = at
+            owner = int(self.owners[at])
+            tokens = int(self.ends[at] - self.ends[first] + self.sizes[first])
+            if tokens == self.whole[owner] or tokens * self.widths[owner] >= _CHARACTERS:
+                found.add(owner)
         return sorted(found)
 
 
@@ -95,7 +113,8 @@ def require_unlearned(
         DataError: more than one row of a hundred stands in modules' texts; says how many, in which, and shows one.
     """
     texts = [(number, text) for number, row in enumerate(rows) for text in dict.fromkeys(strings(row))]
-    windows = Windows.of(text_data.encode_texts(tokenizer, [text for _, text in texts]))
+    said = [text for _, text in texts]
+    windows = Windows.of(text_data.encode_texts(tokenizer, said), list(map(len, said)))
     standing: dict[int, tuple[str, str]] = {}  # by row: the module, and the text
     carrying = list(modules)
     for module in track(carrying, f"looking for {task} in what was learned", "modules"):
