@@ -128,13 +128,15 @@ def test_a_prompts_words_count_in_a_store(made):
             assert engine.route(text).scores == pytest.approx(with_words, rel=1e-4)
 
 
-def test_it_is_kept_and_made_anew_when_modules_change(made, tmp_path):
+def test_it_is_kept_and_made_anew_when_modules_change(made, tmp_path, monkeypatch):
     store = copy(made, tmp_path)
     first = scores(store, "vintage cellar")
     file = store.router_files("lexicon")
     kept = file.digest()
     assert kept is not None
-    assert scores(store, "vintage cellar") == first
+    with monkeypatch.context() as patch:
+        patch.setattr(lexicon, "_made", lambda *_: pytest.fail("words were counted again"))
+        assert scores(store, "vintage cellar") == first
     assert file.digest() == kept
     store.remove("ships")
     assert file.digest() is None  # nothing of its words is left

@@ -20,14 +20,12 @@ from typing import Any
 
 from benchmarks.lib.baselines import Baseline
 from benchmarks.lib.common import kept, machine, same_settings, slug
-from benchmarks.lib.domains import DOMAINS, GENERAL
-from benchmarks.quality.finetuned import Finetuned
+from benchmarks.quality.finetuned import Finetuned, add_arguments
 from growlm import data as text_data
 from growlm.base.checkpoint import fingerprint, save_model
 from growlm.disk.files import write_atomic
 from growlm.disk.tensors import read_tensors, write_tensors
 from growlm.evaluation.continual import ForgettingMatrix
-from growlm.training.config import AUTO
 from growlm.units import parse_count
 
 
@@ -114,20 +112,10 @@ def table(domains: list[str], found: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="a folder a domain, with train, valid and test.txt")
-    parser.add_argument("--base", type=Path, required=True, help="a checkpoint, as growlm convert makes one")
-    parser.add_argument("--adapters", type=Path, required=True, help="what benchmarks.quality.recall left: the rows")
-    parser.add_argument("--out", type=Path, required=True, help="where results are kept")
-    parser.add_argument("--domains", nargs="+", default=DOMAINS, help="in the order of learning")
+    add_arguments(parser)
     parser.add_argument("--lora", type=parse_count, help="an adapter of so many parameters; by default all of the base")
     parser.add_argument("--rate", type=float, required=True)
-    parser.add_argument("--keep", action="store_true", help="the last model, for benchmarks.quality.tasks")
-    parser.add_argument("--adapter-rate", default=AUTO, help="of the adapters, as they were trained")
-    parser.add_argument("--general", default=GENERAL, help="folder of text of another kind")
-    parser.add_argument("--general-tokens", type=parse_count, default=5_000)
-    parser.add_argument("--text", type=parse_count, default=400_000, help="as the adapters had")
     parser.add_argument("--test-tokens", type=parse_count, default=4_000)
-    parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
     same_settings(
         a.out,

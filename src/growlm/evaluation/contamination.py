@@ -116,10 +116,11 @@ def require_unlearned(
     said = [text for _, text in texts]
     windows = Windows.of(text_data.encode_texts(tokenizer, said), list(map(len, said)))
     standing: dict[int, tuple[str, str]] = {}  # by row: the module, and the text
-    carrying = list(modules)
-    for module in track(carrying, f"looking for {task} in what was learned", "modules"):
+    for module in track(list(modules), f"looking for {task} in what was learned", "modules"):
         try:
-            learned = RecalledText.open(module.folder, module.text_files, vocab_size, verify=False)
+            if not (files := module.text_files):
+                continue
+            learned = RecalledText.open(module.folder, files, vocab_size, verify=False)
         except (OSError, StoreError):
             continue
         for number in windows.standing(learned):

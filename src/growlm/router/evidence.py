@@ -206,7 +206,7 @@ def frames_of(base: Base, texts: Sequence[Framed], layer: int | None) -> dict[st
     tokens -= _shared([text.plain for text in texts])
     return {
         "frames": (torch.cat(pools) * SCALE).round().clamp(-32768, 32767).to(torch.int16),
-        "silent": torch.tensor(sorted(tokens), dtype=torch.int64),
+        "silent": torch.tensor(sorted(tokens) or [-1], dtype=torch.int64),  # a file holds no empty tensor
     }
 
 

@@ -82,7 +82,7 @@ class Lexicon:
         """
         vocab = len(general)
         speaks = np.ones(vocab, dtype=bool)
-        speaks[[token for token in silent if token < vocab]] = False
+        speaks[[token for token in silent if 0 <= token < vocab]] = False
         general = general * speaks
         any_text = _SHOWN * general / general.sum() + (1 - _SHOWN) / vocab
         tokens, owners, values, absent = [], [], [], []
@@ -110,7 +110,7 @@ class Lexicon:
                 "owners": torch.from_numpy(np.concatenate(owners)[order]),
                 "values": torch.from_numpy(np.concatenate(values)[order]),
                 "absent": torch.tensor(absent, dtype=torch.float32),
-                "silent": torch.tensor(silent, dtype=torch.int64),
+                "silent": torch.tensor([*silent] or [-1], dtype=torch.int64),  # a file holds no empty tensor
             }
         )
 
