@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from growlm import Engine, LearnConfig, Store, learn
-from growlm.disk.tensors import write_tensors
+from growlm.disk.tensors import require_kinds, write_tensors
 from growlm.router import lexicon, load_router
 from growlm.router.lexicon import Lexicon
 from growlm.router.samples import GENERAL_SAMPLES, pack_samples
@@ -77,6 +77,13 @@ def test_tokens_of_frames_say_nothing_wherever_they_stand():
     without = Lexicon.of([LAW, DRUGS, None], GENERAL)
     found = with_frames.evidence([[9, 3, 9, 4], [9], [7]])
     assert torch.equal(found, without.evidence([[3, 4], [], [7]]))
+
+
+def test_it_can_be_kept_where_no_token_is_silent():
+    """What is kept holds no empty tensor: it would be read as damaged, and made anew at every opening."""
+    found = Lexicon.of([LAW], GENERAL)
+    require_kinds(Path("lexicon"), found.tensors | {"members": torch.ones(1, dtype=torch.uint8)}, lexicon._KINDS)
+    assert found.evidence([[VOCAB - 1, 3]])[0, 0] != found.evidence([[3]])[0, 0]  # the last token is not silent
 
 
 def test_of_modules_without_words_there_is_no_lexicon():

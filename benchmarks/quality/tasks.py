@@ -35,6 +35,7 @@ from lm_eval.tasks import TaskManager
 
 import growlm
 from benchmarks.lib.common import kept, machine, slug
+from growlm.base.checkpoint import fingerprint
 from growlm.errors import GrowlmError
 from growlm.evaluation.harness import HarnessModel
 from growlm.evaluation.statistics import Bootstrap
@@ -114,7 +115,8 @@ class Way:
         self.name, _, where = given.partition("=")
         path, _, self.module = where.partition(":")
         if not self.module:
-            self.module, checkpoint, store = "base", Path(path), a.out / "stores" / self.name
+            self.module, checkpoint = "base", Path(path)
+            store = a.out / "stores" / slug(self.name, fingerprint(checkpoint)[:12])
             if not store.exists():
                 growlm.Store.create(store, base=checkpoint.resolve())
             path = str(store)
