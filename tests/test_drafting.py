@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from growlm.engine import Engine
 from growlm.engine.drafting import MOST, Drafter
+from growlm.recall.contexts import Contexts
 from growlm.recall.memory import Memory
 from growlm.recall.suffixes import LONGEST
 from growlm.recall.text import RecalledText
@@ -72,8 +73,8 @@ def test_an_answer_is_what_it_is_without_drafts(made, name, sampling, counted, m
 def test_a_text_that_is_recalled_takes_fewer_passes(made, counted, monkeypatch):
     """By a module that says nothing but what its text does."""
 
-    def says_it(memory: Memory, logits: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor:
-        found = memory.text.find(contexts.numpy(), 1).tokens[:, 0]
+    def says_it(memory: Memory, logits: torch.Tensor, contexts: Contexts) -> torch.Tensor:
+        found = memory.text.find(contexts.tokens.numpy(), 1).tokens[:, 0]
         return torch.nn.functional.one_hot(torch.from_numpy(found).clamp(min=0), logits.shape[-1]).float()
 
     monkeypatch.setattr(Memory, "mix", says_it)

@@ -191,6 +191,18 @@ def test_state_round_trip(base, kind):
 
 
 @every_kind
+@torch.no_grad()
+def test_gates_of_before_there_were_so_many_features_are_read_as_they_were(base, kind):
+    module = learned(base, kind, 6)
+    module.memory.gates.data[:, 8:] = 0
+    tensors = {**module.state_dict(), "memory.gates": module.memory.gates[:, :8].clone()}
+    restored = type(module).restore(base, module.config, tensors, "law/1")
+    restored.memory.text = module.memory.text
+    ids = torch.tensor([book(6)[0]])
+    assert torch.equal(ModuleSet(base, [restored]).logits(ids), ModuleSet(base, [module]).logits(ids))
+
+
+@every_kind
 def test_only_a_module_that_recalls_nothing_can_be_attached(kind):
     model = make_model()
     base = Base(model)

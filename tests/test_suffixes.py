@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from disk import flip
 from growlm.disk.tensors import write_tensors
 from growlm.errors import IntegrityError
+from growlm.recall.contexts import Contexts
 from growlm.recall.suffixes import LONGEST, neighbours, separated, sorted_places
-from growlm.recall.text import Found, Part, RecalledText, contexts_of
+from growlm.recall.text import Found, Part, RecalledText
 
 VOCABULARIES = [3, 255, 300, 65_535, 65_536, 65_537, 150_000]  # of both widths of a token, and of both orders of bytes
 Documents = list[np.ndarray]
@@ -342,9 +343,26 @@ def test_a_file_that_is_no_text_of_this_base_is_named(tmp_path, damage):
 )
 def test_contexts_are_the_tokens_up_to_each_place(rows, more, count):
     seen = torch.tensor([[*range(10, 10 + more), *row] for row in rows])
-    found = contexts_of(seen, count)
-    assert found.shape == (len(rows), count, LONGEST)
+    found = Contexts.of(seen, count)
+    assert found.tokens.shape == (len(rows), count, LONGEST)
+    assert found.repeated.shape == (len(rows), count)
     for row, ids in enumerate(seen.tolist()):
         for at in range(count):
             before = ids[: len(ids) - count + at + 1][::-1][:LONGEST]
-            assert found[row, at].tolist() == before + [-1] * (LONGEST - len(before))
+            assert found[row, at].tokens.tolist() == before + [-1] * (LONGEST - len(before))
+            assert int(found.repeated[row, at]) == longest_repeat(ids[: len(ids) - count + at + 1])
+
+
+def longest_repeat(ids: list[int]) -> int:
+    """How many of the last tokens, without one that is none, stand earlier as well."""
+    for length in range(min(LONGEST, len(ids) - 1), 0, -1):
+        last = ids[-length:]
+        if min(last) >= 0 and any(ids[at : at + length] == last for at in range(len(ids) - length)):
+            return length
+    return 0
+
+
+@pytest.mark.parametrize("times", [1, 2, 40])
+def test_a_context_that_repeats_itself_is_as_long_as_what_is_looked_at(times):
+    ids = [3, 1, 4] * times
+    assert int(Contexts.of(torch.tensor([ids]), 1).repeated[0, 0]) == min(max(len(ids) - 3, 0), LONGEST)

@@ -1,6 +1,6 @@
 """Gates that suit a text nobody has tried yet: fitted on texts of many domains and sizes at once.
 
-A module that recalls has 32 numbers that say how much its text counts. A small body of text has too few held-out tokens
+A module that recalls has 40 numbers that say how much its text counts. A small body of text has too few held-out tokens
 to fit them, so they begin as other texts want them, and stay there as far as nothing speaks against it. Told are, for
 each domain and size of text, nats a token of its `valid.txt` without the text, with gates fitted on all other domains,
 and as `learn` fits them, on parts that are left out in turn; the same of quotes from the text itself, of which the fit

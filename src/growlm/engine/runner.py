@@ -22,6 +22,7 @@ from growlm.layers.around import Shares, together
 from growlm.layers.slabs import Slabs
 from growlm.layers.thin import thin_products
 from growlm.modules import ModuleSet
+from growlm.recall.contexts import Contexts
 
 # n new tokens of a text, t those of all texts that are on a stage, d hidden size, v vocabulary
 
@@ -147,7 +148,7 @@ class Runner:
         self._joined = {key: layer for key, layer in self._joined.items() if key in used}
 
     @torch.inference_mode()
-    def logits(self, rows: Sequence[tuple[ModuleSet, Tensor, Tensor | None]]) -> list[Tensor]:
+    def logits(self, rows: Sequence[tuple[ModuleSet, Tensor, Contexts | None]]) -> list[Tensor]:
         """Logits (n, v) of texts, each with its module set, states (n, d) behind its last layer, and what
         `ModuleSet.project` needs of the tokens before them. The base's norm and head run once for all."""
         if not rows:

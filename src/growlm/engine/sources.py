@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from growlm.modules import ModuleSet
+from growlm.recall.contexts import Contexts
 from growlm.recall.memory import Origin
 
 _AT_A_TIME = 128  # tokens whose logits are held
@@ -77,7 +78,7 @@ def quotes(
     return [_quote(modules, tokenizer, answer, run, [o for at in run if (o := found[at])]) for run in runs]
 
 
-def _origins(modules: ModuleSet, hidden: Tensor, contexts: Tensor, tokens: Tensor) -> list[tuple[str, Origin] | None]:
+def _origins(modules: ModuleSet, hidden: Tensor, contexts: Contexts, tokens: Tensor) -> list[tuple[str, Origin] | None]:
     """Of each token the module and its text's place; where several have one, that with the largest share."""
     best: list[tuple[str, Origin] | None] = [None] * len(tokens)
     logits = modules.rows.logits(modules.base, modules.base.norm(hidden))

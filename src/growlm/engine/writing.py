@@ -15,8 +15,7 @@ from growlm.engine.request import Branch, Request
 from growlm.engine.runner import Runner, Work, come_to
 from growlm.engine.sampling import token_logprobs
 from growlm.modules.scoring import label_losses
-from growlm.recall.suffixes import LONGEST
-from growlm.recall.text import contexts_of
+from growlm.recall.contexts import Contexts
 
 # k branches, n tokens, v vocabulary
 
@@ -43,7 +42,7 @@ class Writer:
         for own in by_set.values():
             modules, contexts = own[0][0].modules, None
             if modules.memories:
-                contexts = torch.cat([self._contexts(request) for _, request in own])
+                contexts = Contexts.joined([self._contexts(request) for _, request in own])
             states = [branch.newest for branch, _ in own if branch.newest is not None]
             rows.append((modules, torch.cat(states), contexts))
         found: dict[Branch, Tensor] = {}
@@ -52,12 +51,11 @@ class Writer:
             found.update(zip((branch for branch, _ in own), logits.split(sizes), strict=True))
         return found
 
-    def _contexts(self, request: Request) -> Tensor:
-        """(n, l) the tokens up to the newest one, and up to each draft."""
+    def _contexts(self, request: Request) -> Contexts:
+        """(n,) up to the newest token, and up to each draft."""
         drafts = len(request.drafts)
-        start = max(request.read - drafts - LONGEST, 0)
-        ids = [*request.ids(start, request.read - drafts - start), *request.drafts]
-        return contexts_of(torch.tensor([ids], device=self._base.device), 1 + drafts)[0]
+        ids = [*request.ids(0, request.read - drafts), *request.drafts]
+        return Contexts.of(torch.tensor([ids], device=self._base.device), 1 + drafts)[0]
 
     def read_prompt(self, request: Request, works: Sequence[Work], start: int) -> None:
         """Takes in how well each branch predicted the tokens of the prompt that it has just read: into the mixture's
@@ -80,7 +78,9 @@ class Writer:
             for column in torch.stack(losses).T:
                 request.mixture.update(-column)
 
-    def _score(self, request: Request, branch: Branch, hidden: Tensor, labels: Tensor, contexts: Tensor | None) -> None:
+    def _score(
+        self, request: Request, branch: Branch, hidden: Tensor, labels: Tensor, contexts: Contexts | None
+    ) -> None:
         assert request.config.prompt_logprobs is not None
         for at in range(0, len(labels), _AT_A_TIME):
             part = slice(at, at + _AT_A_TIME)

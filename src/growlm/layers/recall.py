@@ -2,9 +2,10 @@
 
 A context has up to w neighbours: places of the text whose tokens before agree with it, and what follows there. Several
 estimates of the next token are made of them, each from the longest contexts that have so many neighbours, and mixed
-with the model's own by gates that see how long the agreement is, how many agree, how much they say the same, and how
-sure the model is: a mixture as of cache and nearest-neighbour language models (Khandelwal et al. 2020), with the
-infinity-gram model's estimates (Liu et al. 2024). The gates are a few dozen numbers.
+with the model's own by gates that see how long the agreement is, how many agree, how much they say the same, how sure
+the model is, and how much of the context stands earlier in the prompt, which a model copies: a mixture as of cache and
+nearest-neighbour language models (Khandelwal et al. 2020), with the infinity-gram model's estimates (Liu et al. 2024).
+The gates are a few dozen numbers.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 # n tokens, v vocabulary, w neighbours of a context, j levels, f features
 
 LEVELS = (1, 4, 16, 64)  # neighbours that the contexts of a level have at the least
-FEATURES = 8
+FEATURES = 10
 NOTHING = -math.inf  # the first gate of a level that counts for nothing
 _LEAST = -12.0  # log-probabilities that the gates tell apart, at the least
 
@@ -50,17 +51,19 @@ class Recalled:
         return scores.log_softmax(-1)
 
 
-def recalled(log_probabilities: Tensor, lengths: Tensor, tokens: Tensor) -> Recalled:
+def recalled(log_probabilities: Tensor, lengths: Tensor, tokens: Tensor, repeated: Tensor) -> Recalled:
     """
     Args:
         log_probabilities: the model's, (n, v) float32.
         lengths: (n, w) tokens of the context that agree, falling; 0 where there is no neighbour.
         tokens: (n, w) what follows; anything where there is none.
+        repeated: (n,) tokens of the context that stand earlier in the prompt as well.
     """
     there = lengths > 0
     tokens = torch.where(there, tokens, 0)
     own = log_probabilities.gather(1, tokens).clamp(min=_LEAST)  # the model's, of each neighbour's token
     same = (tokens[:, :, None] == tokens[:, None]).float()
+    again = repeated.float().log1p()
     surest = log_probabilities.amax(-1)
     entropy = torch.special.entr(log_probabilities.exp()).sum(-1)
     masses, features = [], []
@@ -83,6 +86,8 @@ def recalled(log_probabilities: Tensor, lengths: Tensor, tokens: Tensor) -> Reca
             (own * mass).sum(-1) / 4,
             surest,
             entropy / 4,
+            again,
+            (again - length.float().log1p()).clamp(min=0),
         ]
         features.append(torch.stack(seen, dim=-1) * (count > 0)[:, None])
     return Recalled(tokens, torch.stack(masses, dim=1), torch.stack(features, dim=1))

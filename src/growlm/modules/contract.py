@@ -19,7 +19,7 @@ from growlm.base import Base, LayerToRun, tensor_bytes
 from growlm.errors import ConfigError, IntegrityError, settings_written
 from growlm.modules.shapes import ModuleConfig
 from growlm.modules.vocabulary import VocabularyRows
-from growlm.recall.memory import Memory
+from growlm.recall.memory import Memory, widened
 
 _made = itertools.count()  # modules in the order in which this process made them
 
@@ -84,6 +84,8 @@ class KnowledgeModule(nn.Module, ABC):
             raise IntegrityError(
                 f"{where}: its config does not fit the base: {error}; learn the module again"
             ) from None
+        if (gates := tensors.get("memory.gates")) is not None:
+            tensors = {**tensors, "memory.gates": widened(gates)}
         assign(module, tensors, where)
         return module.eval()
 

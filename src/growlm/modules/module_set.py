@@ -14,8 +14,8 @@ from growlm.errors import BaseModelError, ConfigError
 from growlm.modules.contract import KnowledgeModule, base_shape
 from growlm.modules.kinds import check_together
 from growlm.modules.vocabulary import VocabularyRows
+from growlm.recall.contexts import Contexts
 from growlm.recall.memory import Memory
-from growlm.recall.text import contexts_of
 
 
 class Stage(NamedTuple):
@@ -67,17 +67,16 @@ class ModuleSet:
     def embed(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
         return self.rows.embed(self.base, hidden, input_ids)
 
-    def project(self, hidden: Tensor, contexts: Tensor | None = None) -> Tensor:
+    def project(self, hidden: Tensor, contexts: Contexts | None = None) -> Tensor:
         """Logits (..., v) from the last layer's output (..., d).
 
         Args:
-            contexts: (..., l) the tokens up to each of them, the newest first, below 0 where there is none; asked for
-                where `memories` are active (`contexts_of`).
+            contexts: (...) the tokens up to each of them; asked for where `memories` are active.
         """
         normed = self.base.norm(hidden)
         return self.finish(self.base.head(normed), normed, contexts)
 
-    def finish(self, plain: Tensor, normed: Tensor, contexts: Tensor | None = None) -> Tensor:
+    def finish(self, plain: Tensor, normed: Tensor, contexts: Contexts | None = None) -> Tensor:
         """As `project` where the base's norm and head have made `normed` (..., d) and `plain` (..., v) already."""
         logits = self.rows.finish(self.base, plain, normed)
         for memory in self.memories:
@@ -85,10 +84,10 @@ class ModuleSet:
             logits = memory.mix(logits, contexts)
         return logits
 
-    def contexts(self, seen: Tensor, count: int) -> Tensor | None:
+    def contexts(self, seen: Tensor, count: int) -> Contexts | None:
         """What `project` is to be given for the newest `count` tokens of rows (b, s), which are below 0 where a row has
-        none: (b, count, l), if anything."""
-        return contexts_of(seen, count) if self.memories else None
+        none: (b, count), if anything."""
+        return Contexts.of(seen, count) if self.memories else None
 
     def hidden(self, input_ids: Tensor, *, visible: Tensor | None = None) -> Tensor:
         """The last layer's output (b, t, d), before the final norm, without a cache."""

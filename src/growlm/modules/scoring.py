@@ -10,6 +10,7 @@ from growlm.base.padding import pad_right
 from growlm.layers.cross_entropy import token_losses
 from growlm.modules.module_set import ModuleSet
 from growlm.progress import track
+from growlm.recall.contexts import Contexts
 
 _BATCH_TOKENS = 4096
 _PROJECTED = 512  # tokens whose logits are held at a time
@@ -74,10 +75,10 @@ def paired_losses(
 
 @torch.no_grad()
 def label_losses(
-    modules: ModuleSet, hidden: torch.Tensor, labels: torch.Tensor, contexts: torch.Tensor | None
+    modules: ModuleSet, hidden: torch.Tensor, labels: torch.Tensor, contexts: Contexts | None
 ) -> torch.Tensor:
     """Log-losses of labels (n,) in nats, (n,) float32, from the last layer's output (n, d) and, where the modules ask
-    for them, contexts (n, l)."""
+    for them, contexts (n,)."""
     if contexts is not None:
         losses = [labels.new_empty(0, dtype=torch.float32)]
         for at in range(0, len(labels), _PROJECTED):

@@ -13,10 +13,16 @@ from torch import Tensor, nn
 
 from growlm.errors import ConfigError, IntegrityError
 from growlm.layers.recall import FEATURES, LEVELS, NOTHING, Recalled, mixed, recalled
+from growlm.recall.contexts import Contexts
 from growlm.recall.text import Found, Place, RecalledText
 
 _AT_A_TIME = 512  # contexts that are looked up together
 _LARGEST = 1e4  # that a gate may be: those that are fitted are a thousand times smaller
+
+
+def widened(gates: Tensor) -> Tensor:
+    """Gates of a module that was learned when there were fewer features: the others count for nothing."""
+    return torch.nn.functional.pad(gates, (0, max(FEATURES - gates.shape[-1], 0)))
 
 
 @dataclass(frozen=True)
@@ -65,17 +71,17 @@ class Memory(nn.Module):
         if not bool((self.gates.isfinite() & (self.gates.abs() <= _LARGEST) | closed).all()):
             raise IntegrityError(f"{where}: its gates are no numbers; restore the file or learn the module again")
 
-    def recalled(self, log_probabilities: Tensor, contexts: Tensor) -> Recalled:
-        """What the text says of the next tokens, where the model says (n, v), after contexts (n, l)."""
-        return _weighed(log_probabilities, self._find(contexts))
+    def recalled(self, log_probabilities: Tensor, contexts: Contexts) -> Recalled:
+        """What the text says of the next tokens, where the model says (n, v), after contexts (n,)."""
+        return _weighed(log_probabilities, self._find(contexts), contexts)
 
-    def mix(self, logits: Tensor, contexts: Tensor) -> Tensor:
+    def mix(self, logits: Tensor, contexts: Contexts) -> Tensor:
         """Log-probabilities (..., v) in float32 of model and text, from the model's logits (..., v).
 
         Args:
-            contexts: (..., l) the tokens before each of them, the newest first; below 0 where there is none.
+            contexts: (...) the tokens before each of them.
         """
-        flat, before = logits.flatten(0, -2), contexts.flatten(0, -2)
+        flat, before = logits.flatten(0, -2), contexts.flat()
         out = torch.empty(flat.shape, dtype=torch.float32, device=flat.device)
         for at in range(0, len(flat), _AT_A_TIME):
             own = flat[at : at + _AT_A_TIME].float().log_softmax(-1)
@@ -83,11 +89,11 @@ class Memory(nn.Module):
             out[at : at + _AT_A_TIME] = mixed(own, found, self.gates)
         return out.view(logits.shape)
 
-    def origins(self, logits: Tensor, contexts: Tensor, tokens: Tensor) -> list[Origin | None]:
-        """Where tokens (n,) may come from that were written after contexts (n, l), where the model alone had logits
+    def origins(self, logits: Tensor, contexts: Contexts, tokens: Tensor) -> list[Origin | None]:
+        """Where tokens (n,) may come from that were written after contexts (n,), where the model alone had logits
         (n, v); None for one that stands nowhere after such a context."""
         own, found = logits.float().log_softmax(-1), self._find(contexts)
-        said = _weighed(own, found)
+        said = _weighed(own, found, contexts)
         gates = said.gates(self.gates.float()).exp()
         theirs = (gates[:, 1:] * said.probability(tokens)).sum(-1)
         shares = theirs / (theirs + gates[:, 0] * own.gather(1, tokens[:, None])[:, 0].exp())
@@ -107,12 +113,12 @@ class Memory(nn.Module):
             origins.append(Origin(share, int(found.lengths[row, where[best]]), self.text.place(part, at)))
         return origins
 
-    def _find(self, contexts: Tensor) -> Found:
+    def _find(self, contexts: Contexts) -> Found:
         if self.text is None:
             raise ConfigError("a module that recalls has no text; load it from a store")
-        return self.text.find(contexts.cpu().numpy())
+        return self.text.find(contexts.tokens.cpu().numpy())
 
 
-def _weighed(log_probabilities: Tensor, found: Found) -> Recalled:
-    arrays = (torch.from_numpy(array).to(log_probabilities.device) for array in (found.lengths, found.tokens))
-    return recalled(log_probabilities, *arrays)
+def _weighed(log_probabilities: Tensor, found: Found, contexts: Contexts) -> Recalled:
+    lengths, tokens = (torch.from_numpy(array).to(log_probabilities.device) for array in (found.lengths, found.tokens))
+    return recalled(log_probabilities, lengths, tokens, contexts.repeated)

@@ -20,7 +20,7 @@ from growlm.disk.tensors import map_tensors, require_kinds
 from growlm.errors import IntegrityError
 from growlm.progress import phase
 from growlm.recall import FILE
-from growlm.recall.suffixes import LONGEST, Neighbours, neighbours, separated, sorted_places
+from growlm.recall.suffixes import Neighbours, neighbours, separated, sorted_places
 
 WIDTH = 64  # places that a context finds
 _LOOKED_AT = 1 << 20  # numbers that are checked together
@@ -277,19 +277,6 @@ def _read_ahead(path: Path) -> None:
     if hasattr(os, "posix_fadvise"):
         with suppress(OSError), open(path, "rb", buffering=0) as f:
             os.posix_fadvise(f.fileno(), 0, _READ_AHEAD, os.POSIX_FADV_WILLNEED)
-
-
-def contexts_of(seen: Tensor, count: int) -> Tensor:
-    """The tokens before each of the newest `count` places of rows (b, s), and at it: (b, count, l), the newest first.
-
-    Args:
-        seen: token ids, below 0 where a row has none.
-    """
-    if not count:
-        return seen.new_empty(len(seen), 0, LONGEST)
-    start = max(seen.shape[1] - count - LONGEST + 1, 0)
-    padded = torch.nn.functional.pad(seen[:, start:], (LONGEST - 1, 0), value=-1)
-    return padded.unfold(1, LONGEST, 1).flip(-1)[:, seen.shape[1] - start - count :]
 
 
 def _sorted(documents: Sequence[tuple[str, np.ndarray]], vocab_size: int) -> Part:

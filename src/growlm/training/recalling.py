@@ -20,8 +20,9 @@ from growlm.base.padding import pad_right
 from growlm.layers.recall import mixture_losses
 from growlm.modules import KnowledgeModule, ModuleSet
 from growlm.progress import phase, say, track
+from growlm.recall.contexts import Contexts
 from growlm.recall.memory import Memory
-from growlm.recall.text import RecalledText, contexts_of
+from growlm.recall.text import RecalledText
 from growlm.training.config import FITTED
 from growlm.training.corpus import Tokens, beginnings
 
@@ -33,10 +34,10 @@ _FEW = 1024
 # Of nine domains, each with texts of 3,000, 20,000 and 400,000 tokens, and of quotes from these
 # (benchmarks.quality.typical_gates).
 _TYPICAL = (
-    (-4.62, 2.25, -0.29, 0.90, -0.47, 1.22, 0.32, 1.00),
-    (-5.16, 0.69, 0.44, 3.84, -0.67, 1.31, 0.66, 2.24),
-    (-1.84, 0.58, 0.10, 0.25, 0.12, 1.79, -0.40, 0.37),
-    (-1.98, 1.10, 0.07, 0.01, -0.07, 1.65, -0.15, 0.87),
+    (-4.43, 2.34, -0.14, 1.15, -0.50, 1.23, 0.28, 0.66, -1.11, -0.09),
+    (-4.78, 0.88, 0.49, 3.71, -0.64, 1.20, 0.61, 1.78, -1.29, -0.45),
+    (-1.83, 0.57, 0.18, 0.39, 0.11, 2.00, -0.47, 0.33, -0.31, -0.03),
+    (-1.96, 1.13, 0.15, 0.04, -0.12, 1.53, -0.05, 0.78, -0.90, -0.09),
 )
 _FOLDS = 4
 _BATCH = 8  # passages that are read at a time
@@ -171,7 +172,7 @@ class Sample:
             scored = scored & pad_right([[int(c) for c in m] for m in masks], modules.base.device)[0].bool()
         scored, labels = scored[:, 1:], ids[:, 1:]
         hidden = modules.hidden(ids[:, :-1])[scored]
-        contexts, labels = contexts_of(ids[:, :-1], ids.shape[1] - 1)[scored], labels[scored]
+        contexts, labels = Contexts.of(ids[:, :-1], ids.shape[1] - 1)[scored], labels[scored]
         rows = torch.arange(number, number + len(passages), device=ids.device)[:, None].expand_as(scored)[scored]
         parts = []
         for at in range(0, len(labels), 512):
