@@ -59,7 +59,7 @@ def by_a_loop(
             sum(believed[token] for token in said) / len(said) / 4,
             max(own),
             entropy / 4,
-            math.log(1 + repeated),
+            float(repeated >= length),
             max(math.log(1 + repeated) - math.log(1 + length), 0),
         ]
         weights.append(math.exp(sum(g * f for g, f in zip(gate, seen, strict=True))))

@@ -3,9 +3,9 @@
 A context has up to w neighbours: places of the text whose tokens before agree with it, and what follows there. Several
 estimates of the next token are made of them, each from the longest contexts that have so many neighbours, and mixed
 with the model's own by gates that see how long the agreement is, how many agree, how much they say the same, how sure
-the model is, and how much of the context stands earlier in the prompt, which a model copies: a mixture as of cache and
-nearest-neighbour language models (Khandelwal et al. 2020), with the infinity-gram model's estimates (Liu et al. 2024).
-The gates are a few dozen numbers.
+the model is, and whether the prompt has said as much of the context before, since a model copies its prompt: a mixture
+as of cache and nearest-neighbour language models (Khandelwal et al. 2020), with the infinity-gram model's estimates
+(Liu et al. 2024). The gates are a few dozen numbers.
 """
 
 from __future__ import annotations
@@ -63,7 +63,6 @@ def recalled(log_probabilities: Tensor, lengths: Tensor, tokens: Tensor, repeate
     tokens = torch.where(there, tokens, 0)
     own = log_probabilities.gather(1, tokens).clamp(min=_LEAST)  # the model's, of each neighbour's token
     same = (tokens[:, :, None] == tokens[:, None]).float()
-    again = repeated.float().log1p()
     surest = log_probabilities.amax(-1)
     entropy = torch.special.entr(log_probabilities.exp()).sum(-1)
     masses, features = [], []
@@ -86,8 +85,8 @@ def recalled(log_probabilities: Tensor, lengths: Tensor, tokens: Tensor, repeate
             (own * mass).sum(-1) / 4,
             surest,
             entropy / 4,
-            again,
-            (again - length.float().log1p()).clamp(min=0),
+            (repeated >= length).float(),
+            (repeated.float().log1p() - length.float().log1p()).clamp(min=0),
         ]
         features.append(torch.stack(seen, dim=-1) * (count > 0)[:, None])
     return Recalled(tokens, torch.stack(masses, dim=1), torch.stack(features, dim=1))
