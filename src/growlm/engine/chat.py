@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,10 +10,32 @@ from growlm.base.settings import foreign
 from growlm.data import Template, Turn, has_template
 from growlm.engine.answers import Generation
 from growlm.engine.engine import Engine
+from growlm.engine.prompts import Prompt
 from growlm.engine.sampling import SamplingConfig
 from growlm.engine.selection import AUTO, Wanted, select
 
 _STOP = "\nUser:"
+
+
+def conversation_prompt(engine: Engine, turns: Sequence[Turn]) -> tuple[Prompt, tuple[str, ...]]:
+    """A conversation as the engine reads it, for the assistant to go on with, and the texts that end its turn: in the
+    base's chat template, or else in plain `User:` and `Assistant:` lines.
+
+    Raises:
+        BaseModelError: the template refuses it.
+    """
+    if has_template(engine.tokenizer):
+        # Token ids: a template writes its own start of text.
+        with foreign(engine.base.where, "its chat template cannot write this conversation: "):
+            return Template(engine.tokenizer).prompt(turns), ()
+    lines = [f"{turn.role.capitalize()}: {turn.content.strip()}" for turn in turns]
+    return "\n".join([*lines, "Assistant:"]), (_STOP,)
+
+
+def routed_text(turns: Sequence[Turn]) -> str:
+    """What the router sees of a conversation: what the user has said so far, the newest last, and nothing of the
+    answers. The choice is the same whether or not keys and values of earlier turns are still in memory."""
+    return "\n".join(turn.content for turn in turns if turn.role == "user")
 
 
 class Chat:
@@ -40,29 +62,16 @@ class Chat:
         self.messages = []
 
     def say(self, text: str, *, seed: int = 0) -> Iterator[str | Generation]:
-        """A user's turn; yields the answer as `Engine.stream` does. A turn that fails or is left is forgotten.
-
-        The router sees what the user has said so far, the newest last, and nothing of the answers: the choice is the
-        same whether or not keys and values of earlier turns are still in memory.
-        """
+        """A user's turn; yields the answer as `Engine.stream` does. A turn that fails or is left is forgotten."""
         said = [*self.messages, {"role": "user", "content": text}]
+        turns = [Turn(m["role"], m["content"]) for m in said]
         module, scores = self._module, {}
         if module == AUTO:
-            route = self._engine.route("\n".join(m["content"] for m in said if m["role"] == "user"))
+            route = self._engine.route(routed_text(turns))
             module, scores = route.module, route.scores
-        templated = has_template(self._engine.tokenizer)
-        stop = () if templated else (_STOP,)
-        prompt = self._prompt(said, templated)
+        prompt, stop = conversation_prompt(self._engine, turns)
         for piece in self._engine.stream(prompt, module=module, seed=seed, stop=stop, **self._sampling):
             if isinstance(piece, Generation):
                 self.messages = [*said, {"role": "assistant", "content": piece.text}]
                 piece = replace(piece, scores=scores)
             yield piece
-
-    def _prompt(self, messages: list[dict[str, str]], templated: bool) -> str | list[int]:
-        if templated:
-            # Token ids: a template writes its own start of text.
-            with foreign(self._engine.base.where, "its chat template cannot write this conversation: "):
-                return Template(self._engine.tokenizer).prompt([Turn(m["role"], m["content"]) for m in messages])
-        turns = [f"{m['role'].capitalize()}: {m['content'].strip()}" for m in messages]
-        return "\n".join([*turns, "Assistant:"])

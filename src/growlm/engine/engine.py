@@ -340,7 +340,33 @@ class Engine:
         Raises:
             As `generate`, as far as it is known before anything runs.
         """
-        request = self._asked(prompt, module, salt, mix, reroute, stream, sampling)
+        return self.submit_several(
+            prompt, 1, module=module, stream=stream, salt=salt, mix=mix, reroute=reroute, **sampling
+        )[0]
+
+    def submit_several(
+        self,
+        prompt: Prompt,
+        n: int,
+        *,
+        module: Wanted = AUTO,
+        stream: bool = False,
+        salt: str = "",
+        mix: int = 1,
+        reroute: int = 0,
+        **sampling: Any,
+    ) -> list[Request]:
+        """As `submit` for several answers to one prompt, as `choices` gives them."""
+        first = self._asked(prompt, module, salt, mix, reroute, stream, sampling)
+        requests = self._several(first, n)
+        self._loop.add([first])
+        return requests
+
+    def submit_route(self, prompt: Prompt) -> Request:
+        """As `submit` for `route`: the request's `route` is what the router says."""
+        self._loop.require_open()
+        tokens = self._prompts.encode(prompt)
+        request = Request(tokens, None, _ONE_TOKEN, Answer(self.tokenizer, ()), only_routes=True)
         self._loop.add([request])
         return request
 
@@ -364,9 +390,8 @@ class Engine:
         Raises:
             As `generate` of its prompt.
         """
-        self._loop.require_open()
-        request = Request(self._prompts.encode(prompt), None, _ONE_TOKEN, Answer(self.tokenizer, ()), only_routes=True)
-        self._run(request)
+        request = self.submit_route(prompt)
+        self._await(request)
         return request.route
 
     def sources(self, prompt: Prompt, answer: Generation) -> list[Quote]:
@@ -444,6 +469,7 @@ class Engine:
         if not isinstance(n, int) or not 1 <= n <= _MOST_CHOICES:
             raise ConfigError(f"{setting('n')} is {n!r}; it must be a whole number from 1 to {_MOST_CHOICES}")
         asked: dict[str, Any] = {name: getattr(first, name) for name in ("salt", "mix", "reroute")}
+        asked["streams"] = first.answer.streams
         for number in range(1, n):
             config = replace(first.config, seed=(first.config.seed + number) % 2**64)
             first.followers.append(self._request(first.tokens, first.names, config, **asked))
@@ -481,6 +507,13 @@ class Engine:
             What it ended with.
         """
         self._loop.add([request])
+        return self._await(request)
+
+    def _await(self, request: Request) -> Any:
+        """
+        Raises:
+            What it ended with.
+        """
         try:
             self._loop.drive(lambda: request.state is State.FINISHED)
         finally:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from growlm.engine.fetching import Fetcher
-from growlm.errors import BudgetError, GrowlmError
+from growlm.errors import BudgetError, GrowlmError, setting
 from growlm.modules import KnowledgeModule
 from growlm.units import format_size
 
@@ -145,7 +145,7 @@ class ModuleCache:
                 listed = ", ".join([*(f"{n} {format_size(b)}" for n, b in sizes.items()), *[text] * bool(beside)])
                 what = "does not fit" if len(sizes) + bool(beside) == 1 else "do not fit together"
                 stay = f", less what is pinned ({', '.join(pinned)})" if pinned else ""
-                shorter = ", or ask for fewer tokens with --max-new-tokens" if beside else ""
+                shorter = f", or ask for fewer tokens with {setting('max_new_tokens')}" if beside else ""
                 raise BudgetError(
                     f"{listed} {what}: {format_size(self._budget)} are left for modules, keys and values"
                     f"{self._reserved}{stay}; raise --memory by at least {format_size(sum(sizes.values()) - room)}"

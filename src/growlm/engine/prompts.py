@@ -14,7 +14,7 @@ from torch import Tensor
 
 from growlm.base import Base
 from growlm.data import encode_texts, start_tokens
-from growlm.errors import ConfigError, DataError, GrowlmWarning
+from growlm.errors import ConfigError, DataError, GrowlmWarning, setting
 
 Prompt = str | Sequence[int]  # text, or token ids as they are
 
@@ -90,7 +90,7 @@ class Prompts:
     def _require_positions(self, tokens: int, new_tokens: int, depth: int = 1) -> None:
         asked, hint = f"{tokens} prompt tokens", "shorten the prompt"
         if new_tokens:
-            asked, hint = f"{asked} and {new_tokens} new ones", f"{hint} or lower --max-new-tokens"
+            asked, hint = f"{asked} and {new_tokens} new ones", f"{hint} or lower {setting('max_new_tokens')}"
         limit = self._base.max_positions
         if limit is not None and tokens + new_tokens > limit:
             raise ConfigError(f"{asked} exceed the base's {limit} positions; {hint}")
