@@ -87,6 +87,19 @@ def remarks() -> list[str]:
     return [line for one in found if (line := one.remark())]
 
 
+def require_extra(extra: str, *modules: str) -> None:
+    """
+    Args:
+        modules: of the packages that the extra brings, as they are imported.
+
+    Raises:
+        ConfigError: one is not installed.
+    """
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f'{" and ".join(missing)} not installed: pip install "growlm[{extra}]"')
+
+
 def range_of(name: str) -> str:
     """The releases of a package that growlm is tested with, e.g. ">=5.17,<5.25"."""
     return next((one.range for one in all_requirements() if one.name == name), "of its pyproject.toml")

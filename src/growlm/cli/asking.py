@@ -24,6 +24,7 @@ def open_engine(
     row_cache: str | None = None,
     strict: bool = False,
     wanted: Sequence[str | None] = (),
+    max_batch: int = 32,
 ) -> Engine:
     """The engine of a store; its weights are read with progress under the store's name.
 
@@ -37,7 +38,15 @@ def open_engine(
                 parse_size(size, name)
         from growlm.engine import Engine
 
-        return Engine(opened, memory=memory, device=device, experts_on=experts_on, row_cache=row_cache, strict=strict)
+        return Engine(
+            opened,
+            memory=memory,
+            device=device,
+            experts_on=experts_on,
+            row_cache=row_cache,
+            strict=strict,
+            max_batch=max_batch,
+        )
 
 
 def open_store(path: Path | str, *names: str, data: Iterable[str] = (), **reading: Any) -> Store:

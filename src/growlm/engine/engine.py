@@ -362,11 +362,18 @@ class Engine:
         self._loop.add([first])
         return requests
 
+    def tokens_of(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt, as it would be read.
+
+        Raises:
+            As `generate` of its prompt.
+        """
+        return self._prompts.encode(prompt)
+
     def submit_route(self, prompt: Prompt) -> Request:
         """As `submit` for `route`: the request's `route` is what the router says."""
         self._loop.require_open()
-        tokens = self._prompts.encode(prompt)
-        request = Request(tokens, None, _ONE_TOKEN, Answer(self.tokenizer, ()), only_routes=True)
+        request = Request(self.tokens_of(prompt), None, _ONE_TOKEN, Answer(self.tokenizer, ()), only_routes=True)
         self._loop.add([request])
         return request
 

@@ -1,0 +1,110 @@
+"""growlm serve."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from growlm.cli.app import app
+from growlm.cli.asking import open_engine
+from growlm.cli.options import Device, ExpertsOn, Memory, RowCache, StorePath
+from growlm.cli.output import note
+from growlm.errors import ConfigError
+from growlm.requirements import require_extra
+from growlm.units import format_size, parse_size
+
+
+@app.command()
+def serve(
+    store: StorePath,
+    host: Annotated[str, typer.Option("--host", help="Address to listen at; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help="0 takes any that is free.")] = 8000,
+    memory: Memory = None,
+    device: Device = "auto",
+    experts_on: ExpertsOn = "memory",
+    row_cache: RowCache = None,
+    max_batch: Annotated[int, typer.Option("--max-batch", help="Answers that are written together.")] = 32,
+    max_queued: Annotated[
+        int, typer.Option("--max-queued", help="Requests that may wait besides; more are refused with 503.")
+    ] = 128,
+    timeout: Annotated[
+        float | None, typer.Option("--timeout", metavar="SECONDS", help="That an answer may take; no bound by default.")
+    ] = None,
+    drain: Annotated[
+        int, typer.Option("--drain", metavar="SECONDS", help="For answers to end once the server is told to stop.")
+    ] = 30,
+    api_key_file: Annotated[
+        Path | None, typer.Option("--api-key-file", metavar="FILE", help="Keys that may ask, one a line.")
+    ] = None,
+    admin_key_file: Annotated[
+        Path | None, typer.Option("--admin-key-file", metavar="FILE", help="Keys that may read /metrics, one a line.")
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option("--allow-origin", metavar="ORIGIN", help="Pages elsewhere that may ask; * for all; repeatable."),
+    ] = None,
+    max_body: Annotated[str, typer.Option("--max-body", metavar="SIZE", help="Of a request.")] = "4MB",
+    access_log: Annotated[
+        bool, typer.Option("--access-log/--no-access-log", help="A line of JSON on stderr for each request.")
+    ] = True,
+) -> None:
+    """Serve a store over HTTP, as clients of OpenAI's interface speak it.
+
+    `model` is auto (the router chooses), base, or a module's name.
+
+    Examples:
+
+        growlm serve brain --memory 2GB
+
+        growlm serve brain --host 0.0.0.0 --port 80 --api-key-file keys.txt --admin-key-file admin.txt
+
+        curl localhost:8000/v1/completions --json '{"prompt": "Article 1.", "model": "law"}'
+    """
+    require_extra("serve", "uvicorn", "fastapi", "prometheus_client")
+    import uvicorn
+
+    from growlm.server.app import create_app
+    from growlm.server.keys import Keys
+    from growlm.server.service import Service
+
+    keys, admin_keys, most = Keys.read(api_key_file), Keys.read(admin_key_file), parse_size(max_body, "max_body")
+    for name, value, least in (("--max-queued", max_queued, 0), ("--drain", drain, 0), ("--timeout", timeout or 1, 0)):
+        if value < least:
+            raise ConfigError(f"{name} is {value}; it must be at least {least}")
+    listening = _listen(host, port)
+    try:
+        engine = open_engine(store, memory, device, experts_on, row_cache, max_batch=max_batch)
+    except BaseException:
+        listening.close()
+        raise
+    service = Service(engine, max_queued=max_queued, timeout=timeout)
+    web = create_app(
+        service, keys=keys, admin_keys=admin_keys, max_body=most, origins=allow_origin or (),
+        **({} if access_log else {"log": None}),
+    )  # fmt: skip
+    shown = f"[{host}]" if ":" in host else host
+    note(
+        f"serving {store} at http://{shown}:{listening.getsockname()[1]}/v1: {len(engine.store.modules)} modules, "
+        f"{format_size(engine.resident_bytes)} of weights in memory; Ctrl-C ends it"
+    )
+    config = uvicorn.Config(web, log_level="warning", access_log=False, timeout_graceful_shutdown=drain)
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """
+    Raises:
+        ConfigError: the address cannot be listened at.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind, protocol)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"cannot listen at {host}:{port}: {reason}; choose another with --host and --port") from None
+    return listening

@@ -1,0 +1,36 @@
+"""Answering: what all forms of requests for text share, from the service that answers to how an answer is told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from growlm.engine import Generation
+from growlm.server.names import Names
+from growlm.server.service import Asked, Service
+
+
+class Answering:
+    """A service, and the names of who answers in it."""
+
+    def __init__(self, service: Service) -> None:
+        self.service, self.names = service, Names(service.engine)
+
+    def token_texts(self, tokens: Sequence[int]) -> list[str]:
+        """Of each token alone."""
+        decode = self.service.engine.tokenizer.decode
+        return [decode([token]) for token in tokens]
+
+
+def usage_of(read: int, written: int) -> dict[str, int]:
+    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+
+
+def about(answer: Generation, scores: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """What is told of an answer beside it: who wrote it, how sure the router was, and what was read from the disk."""
+    return {"module": answer.module, "scores": dict(scores or answer.scores), "loaded": answer.loaded}
+
+
+def headers_of(asked: Asked) -> dict[str, str]:
+    """Who writes each answer; `base` where no module does."""
+    return {"X-Growlm-Module": ", ".join(dict.fromkeys(name or "base" for name in asked.modules))}

@@ -1,0 +1,197 @@
+"""App: the paths of the server, and what each does."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Protocol, TextIO
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from growlm import __version__
+from growlm.data import Turn
+from growlm.engine import Generation
+from growlm.engine.chat import conversation_prompt
+from growlm.errors import GrowlmError, shortened
+from growlm.server.answering import Answering, headers_of
+from growlm.server.chat import ChatCompletion, turns_of
+from growlm.server.completions import Completion
+from growlm.server.door import Door
+from growlm.server.events import CLIENT_GONE, ClientGone, error_response, event_stream, unless_gone
+from growlm.server.fields import Body, ChatBody, CompletionBody, Message
+from growlm.server.keys import Keys
+from growlm.server.refusals import Refusal
+from growlm.server.service import Asked, Service
+
+MAX_BODY = 4 << 20  # bytes
+
+
+class Form(Protocol):
+    """One request for text, in the form of one path."""
+
+    async def ask(self) -> Asked: ...
+
+    def whole(self, answers: Sequence[Generation], asked: Asked) -> dict[str, Any]: ...
+
+    def chunks(self, asked: Asked) -> AsyncGenerator[dict[str, Any], None]: ...
+
+
+class TokenizeBody(BaseModel):
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool = True
+
+
+class DetokenizeBody(BaseModel):
+    tokens: list[int]
+
+
+def create_app(
+    service: Service,
+    *,
+    keys: Keys | None = None,
+    admin_keys: Keys | None = None,
+    max_body: int = MAX_BODY,
+    origins: Sequence[str] = (),
+    log: TextIO | None = sys.stderr,
+) -> FastAPI:
+    """The server of one service, which it starts and closes.
+
+    Args:
+        keys, admin_keys, max_body, log: as `Door` has them.
+        origins: of pages elsewhere that may ask from a browser; none by default.
+    """
+    answering = Answering(service)
+    engine, names = service.engine, answering.names
+
+    @asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        yield
+        service.close()
+
+    app = FastAPI(title="growlm", version=__version__, lifespan=life)
+    app.add_middleware(Door, keys=keys or Keys(), admin_keys=admin_keys or Keys(), max_body=max_body, log=log)
+    if origins:  # outside of the door: a browser asks whether it may before it sends a key
+        app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])
+    _handle_errors(app)
+
+    async def answered(request: Request, body: Body, form: Form) -> Response:
+        body.require()
+        ignored = body.ignored()
+        more = {"X-Growlm-Ignored": ", ".join(ignored)} if ignored else {}
+        if body.stream:
+            asked = await unless_gone(request, form.ask())
+            return await event_stream(form.chunks(asked), lambda: {**headers_of(asked), **more}, asked.leave)
+
+        async def whole() -> tuple[dict[str, Any], dict[str, str]]:
+            asked = await form.ask()
+            answers = await asked.whole()
+            return form.whole(answers, asked), headers_of(asked)
+
+        content, headers = await unless_gone(request, whole())
+        return JSONResponse(content, headers={**headers, **more})
+
+    @app.post("/v1/completions")
+    async def completions(request: Request, body: CompletionBody) -> Response:
+        return await answered(request, body, Completion(answering, body))
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request, body: ChatBody) -> Response:
+        return await answered(request, body, ChatCompletion(answering, body))
+
+    @app.get("/v1/models")
+    def models() -> dict[str, Any]:
+        return {"object": "list", "data": names.cards()}
+
+    @app.get("/v1/models/{model:path}")
+    def model_card(model: str) -> dict[str, Any]:
+        return names.card(model)
+
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeBody) -> dict[str, Any]:
+        if (body.prompt is None) == (body.messages is None):
+            raise Refusal(400, "give either prompt or messages", "invalid_value", "prompt")
+        if body.messages is not None:
+            turns: list[Turn] = turns_of(body.messages)
+            prompt, _ = await service.prepare(conversation_prompt, engine, turns)
+            ids = await service.prepare(engine.tokens_of, prompt)
+        else:
+            ids = await service.prepare(
+                engine.tokenizer.encode, body.prompt, add_special_tokens=body.add_special_tokens
+            )
+        length = engine.base.trained_positions or engine.base.max_positions
+        return {"count": len(ids), "max_model_len": length, "tokens": list(ids)}
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeBody) -> dict[str, Any]:
+        engine.base.require_rows(body.tokens, "tokens", engine.tokenizer)
+        return {"prompt": engine.tokenizer.decode(body.tokens)}
+
+    @app.get("/tokenizer_info")
+    def tokenizer_info() -> dict[str, Any]:
+        tokenizer = engine.tokenizer
+        tokens = {name: getattr(tokenizer, f"{name}_token") for name in ("bos", "eos", "pad", "unk")}
+        return {
+            "tokenizer_class": type(tokenizer).__name__,
+            "chat_template": tokenizer.chat_template,
+            **{f"{name}_token": token for name, token in tokens.items()},
+            **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in tokens},
+        }
+
+    @app.get("/health")
+    @app.get("/ready")
+    def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/version")
+    def version() -> dict[str, str]:
+        return {"version": __version__}
+
+    @app.get("/metrics")
+    def metrics() -> Response:
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return app
+
+
+def _handle_errors(app: FastAPI) -> None:
+    async def told(request: Request, error: Exception) -> Response:
+        return error_response(error)
+
+    async def invalid(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return error_response(_invalid(error))
+
+    async def by_path(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        what = {404: "no such path", 405: "this path takes another method"}.get(error.status_code, error.detail)
+        return error_response(Refusal(error.status_code, f"{request.method} {request.url.path}: {what}"), error.headers)
+
+    async def gone(request: Request, error: Exception) -> Response:
+        return Response(status_code=CLIENT_GONE)
+
+    for kind, handle in (
+        (Refusal, told), (GrowlmError, told), (RequestValidationError, invalid), (HTTPException, by_path),
+        (ClientGone, gone), (Exception, told),
+    ):  # fmt: skip
+        app.add_exception_handler(kind, handle)
+
+
+def _invalid(error: RequestValidationError) -> Refusal:
+    """The first thing that was refused, by its field."""
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"][1:]]
+    if first["type"] == "json_invalid":
+        return Refusal(400, f"the body is no JSON: {first['ctx']['error']}", "invalid_json")
+    if not place:
+        return Refusal(400, "the body is missing, or no JSON object; send one as application/json", "invalid_json")
+    message = first["msg"].removeprefix("Value error, ")
+    value = "" if first["type"] == "missing" else f" is {shortened(first['input'])}"
+    return Refusal(400, f"{'.'.join(place)}{value}: {message}", "invalid_value", place[0])

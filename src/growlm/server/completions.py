@@ -1,0 +1,139 @@
+"""Completions: `/v1/completions`, prompts that are gone on with."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+from growlm.engine import Generation
+from growlm.engine.prompts import Prompt
+from growlm.engine.sampling import TokenLogprob
+from growlm.server.answering import Answering, about, usage_of
+from growlm.server.fields import CompletionBody, called_as_fields
+from growlm.server.refusals import Refusal
+from growlm.server.service import Asked
+
+_MOST = 16  # tokens of an answer where none are asked for, as OpenAI's
+
+
+class Completion:
+    """One request, from its body to what is sent."""
+
+    def __init__(self, answering: Answering, body: CompletionBody) -> None:
+        self._answering, self._body = answering, body
+        self._id, self._created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
+        self._prompts = _prompts(body)
+
+    async def ask(self) -> Asked:
+        body = self._body
+        wanted = self._answering.names.wanted(body.model)
+        most = _MOST if body.max_tokens is None else body.max_tokens
+        if not most and not body.echo:
+            raise Refusal(400, "max_tokens is 0; it may be that where echo is set", "invalid_value", "max_tokens")
+        settings = {**body.sampling(), "max_new_tokens": max(most, 1)}
+        if body.logprobs is not None:
+            settings["logprobs"] = body.logprobs
+            if body.echo:
+                settings["prompt_logprobs"] = body.logprobs
+        with called_as_fields():
+            return await self._answering.service.ask(self._prompts, body.number, module=wanted, **settings)
+
+    def whole(self, answers: Sequence[Generation], asked: Asked) -> dict[str, Any]:
+        choices = [self._choice(number, answer, asked) for number, answer in enumerate(answers)]
+        written = 0 if self._body.max_tokens == 0 else sum(len(answer.tokens) for answer in answers)
+        return {
+            **self._head(),
+            "choices": choices,
+            "usage": usage_of(self._read(answers), written),
+            "growlm": about(answers[0]),
+        }
+
+    async def chunks(self, asked: Asked) -> AsyncGenerator[dict[str, Any], None]:
+        body, answers = self._body, []
+        offsets: dict[int, int] = {}
+        async for number, item in asked.items():
+            if number not in offsets:
+                offsets[number] = 0
+                if body.echo:
+                    text = self._prompt_text(asked, number)
+                    offsets[number] = len(text)
+                    yield self._chunk(number, text)
+            if isinstance(item, Generation):
+                answers.append(item)
+                yield {**self._chunk(number, "", item.finish_reason), "growlm": about(item)}
+            elif body.max_tokens != 0:
+                said = None
+                if body.logprobs is not None:
+                    said = self._logprobs(item.logprobs, offsets[number])
+                offsets[number] += len(item.text)
+                yield self._chunk(number, item.text, logprobs=said)
+        if body.stream_options is not None and body.stream_options.include_usage:
+            written = 0 if body.max_tokens == 0 else sum(len(answer.tokens) for answer in answers)
+            yield {**self._head(), "choices": [], "usage": usage_of(self._read(answers), written)}
+
+    def _head(self) -> dict[str, Any]:
+        model = self._body.model or self._answering.names.store
+        return {"id": self._id, "object": "text_completion", "created": self._created, "model": model}
+
+    def _chunk(self, number: int, text: str, reason: str | None = None, logprobs: Any = None) -> dict[str, Any]:
+        choice = {"index": number, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        return {**self._head(), "choices": [choice]}
+
+    def _read(self, answers: Sequence[Generation]) -> int:
+        """Tokens of prompts: each counts once, however many answers it has."""
+        return sum(answer.prompt_tokens for answer in answers) // self._body.number
+
+    def _choice(self, number: int, answer: Generation, asked: Asked) -> dict[str, Any]:
+        body, text = self._body, answer.text
+        written = list(answer.logprobs or ())
+        if body.max_tokens == 0:
+            text, written = "", []
+        before = self._prompt_text(asked, number) if body.echo else ""
+        said = None
+        if body.logprobs is not None and body.echo:
+            first = TokenLogprob(asked.requests[number].tokens[0], 0.0)
+            said = self._logprobs([first, *(answer.prompt_logprobs or ()), *written], 0)
+            said["token_logprobs"][0] = said["top_logprobs"][0] = None
+        elif body.logprobs is not None:
+            said = self._logprobs(written, 0)
+        reason = "length" if body.max_tokens == 0 else answer.finish_reason
+        return {"index": number, "text": before + text, "logprobs": said, "finish_reason": reason}
+
+    def _prompt_text(self, asked: Asked, number: int) -> str:
+        prompt = self._prompts[number // self._body.number]
+        if isinstance(prompt, str):
+            return prompt
+        text: str = self._answering.service.engine.tokenizer.decode(asked.requests[number].tokens)
+        return text
+
+    def _logprobs(self, each: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
+        texts = self._answering.token_texts([one.token for one in each])
+        offsets = []
+        for text in texts:
+            offsets.append(offset)
+            offset += len(text)
+        return {
+            "tokens": texts,
+            "token_logprobs": [one.logprob for one in each],
+            "top_logprobs": [self._top(one, text) for one, text in zip(each, texts, strict=True)],
+            "text_offset": offsets,
+        }
+
+    def _top(self, one: TokenLogprob, text: str) -> dict[str, float]:
+        others = self._answering.token_texts([token for token, _ in one.top])
+        return {**dict(zip(others, (value for _, value in one.top), strict=True)), text: one.logprob}
+
+
+def _prompts(body: CompletionBody) -> list[Prompt]:
+    """
+    Raises:
+        Refusal: there is none.
+    """
+    prompt: Any = body.prompt
+    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
+        return [prompt]
+    if not prompt:
+        raise Refusal(400, "prompt is empty; give a text, or token ids", "invalid_value", "prompt")
+    return list(prompt)

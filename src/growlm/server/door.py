@@ -1,0 +1,123 @@
+"""Door: what every request passes: its id, its key, how large it may be, and a line in the log."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import uuid
+from collections.abc import MutableMapping
+from typing import Any, TextIO
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from growlm.server.events import error_response
+from growlm.server.keys import Keys
+from growlm.server.refusals import Refusal
+from growlm.units import format_size
+
+_OPEN = ("/", "/health", "/ready", "/version")
+_ID = "X-Request-Id"
+_LONGEST_ID = 128
+
+
+class Door:
+    """ASGI middleware.
+
+    Args:
+        keys: for all but the paths that tell no more than that the server is there.
+        admin_keys: for `/metrics`, which names modules; where `keys` are asked for and these are not given, for nobody.
+        max_body: bytes of a request at the most.
+        log: where a line of JSON is written for every request; None for nowhere.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, keys: Keys, admin_keys: Keys, max_body: int, log: TextIO | None = sys.stderr
+    ) -> None:
+        self._app, self._keys, self._admin_keys = app, keys, admin_keys
+        self._max_body, self._log = max_body, log
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        headers, began, told = Headers(scope=scope), time.monotonic(), dict[str, Any]()
+        given = headers.get(_ID, "")
+        name = given if given.isprintable() and 0 < len(given) <= _LONGEST_ID else uuid.uuid4().hex
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                own = MutableHeaders(scope=message)
+                own[_ID] = name
+                told.update(status=message["status"], module=own.get("X-Growlm-Module"))
+            await send(message)
+
+        try:
+            try:
+                self._require_key(scope["path"], headers)
+                await self._app(scope, self._bounded(headers, receive), answer)
+            except Refusal as refusal:
+                if "status" in told:  # it was found too large after all
+                    raise
+                await error_response(refusal)(scope, receive, answer)
+        finally:
+            self._note(scope, name, told, time.monotonic() - began)
+        return None
+
+    def _require_key(self, path: str, headers: Headers) -> None:
+        """
+        Raises:
+            Refusal: no key, or a wrong one.
+        """
+        if path in _OPEN:
+            return
+        scheme, _, bearer = headers.get("authorization", "").partition(" ")
+        key = bearer.strip() if scheme.lower() == "bearer" else headers.get("x-api-key")
+        if path == "/metrics":
+            right = self._admin_keys.lets_in(key) if self._admin_keys else not self._keys
+        else:
+            right = self._keys.lets_in(key)
+        if not right:
+            kind = "the admin key" if path == "/metrics" else "an API key of this server"
+            told = f"{'a wrong key' if key else 'no key'}: send {kind} as Authorization: Bearer ..."
+            raise Refusal(401, told, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+    def _bounded(self, headers: Headers, receive: Receive) -> Receive:
+        """What comes of a body, up to the bound.
+
+        Raises:
+            Refusal: the body says that it is larger, or, from what is returned, it is.
+        """
+        told = headers.get("content-length", "")
+        if told.isdecimal() and int(told) > self._max_body:
+            raise self._too_large()
+        left = self._max_body
+
+        async def bounded() -> Message:
+            nonlocal left
+            message = await receive()
+            left -= len(message.get("body", b""))
+            if left < 0:
+                raise self._too_large()
+            return message
+
+        return bounded
+
+    def _too_large(self) -> Refusal:
+        return Refusal(413, f"the request is larger than {format_size(self._max_body)}", "too_large")
+
+    def _note(self, scope: Scope, name: str, told: MutableMapping[str, Any], seconds: float) -> None:
+        if self._log is None:
+            return
+        client = scope.get("client")
+        line = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "client": client[0] if client else None,
+            "method": scope["method"],
+            "path": scope["path"],
+            "status": told.get("status"),
+            "seconds": round(seconds, 4),
+            "id": name,
+            "module": told.get("module"),
+        }
+        print(json.dumps(line), file=self._log, flush=True)

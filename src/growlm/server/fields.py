@@ -1,0 +1,170 @@
+"""Fields of requests: what clients may send, as pydantic checks it, and what the engine is asked for because of it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from growlm.errors import ConfigError, settings_written
+from growlm.server.refusals import Refusal
+
+_CALLED = {"max_new_tokens": "max_tokens", "json_schema": "response_format"}
+_NO_BOUND = -1  # vLLM's word for a top_k that keeps all
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool = False
+
+
+class Body(BaseModel):
+    """What requests for text have in common. `null` is what a field is by default, as clients send it."""
+
+    model_config = ConfigDict(extra="allow")
+    # Fields that would change the answer, and that nothing here can honour.
+    unsupported: ClassVar[dict[str, str]] = {}
+
+    model: str | None = None
+    n: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    response_format: dict[str, Any] | None = None
+    regex: str | None = None
+    grammar: str | None = None
+    cache_salt: str | None = None
+
+    def ignored(self) -> list[str]:
+        """Fields that are not known and change nothing.
+
+        Raises:
+            Refusal: one that is not known and would.
+        """
+        extra = {name: value for name, value in (self.model_extra or {}).items() if value not in (None, [], {}, False)}
+        for name, told in self.unsupported.items():
+            if name in extra:
+                raise Refusal(400, f"{name}: {told}", "unsupported", name)
+        return sorted(extra)
+
+    def require(self) -> None:
+        """
+        Raises:
+            Refusal: fields that contradict each other.
+        """
+        if self.stream_options is not None and not self.stream:
+            told = "stream_options is for streams; set stream, or leave it out"
+            raise Refusal(400, told, "invalid_value", "stream_options")
+
+    def sampling(self, stop: tuple[str, ...] = ()) -> dict[str, Any]:
+        """Settings of `SamplingConfig`. The temperature is 1 by default, as OpenAI's, and the seed another each time.
+
+        Args:
+            stop: further texts that end an answer.
+        """
+        given = {
+            name: getattr(self, name)
+            for name in ("top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias")
+        }
+        given["top_k"] = None if self.top_k == _NO_BOUND else self.top_k
+        given["regex"], given["grammar"] = self.regex, self.grammar
+        given["json_schema"] = self._json_schema()
+        given["temperature"] = 1.0 if self.temperature is None else self.temperature
+        given["seed"] = random.getrandbits(63) if self.seed is None else self.seed % 2**64
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        given["stop"] = (*stops, *stop)
+        if self.cache_salt is not None:
+            given["salt"] = self.cache_salt
+        return {name: value for name, value in given.items() if value is not None}
+
+    def _json_schema(self) -> dict[str, Any] | None:
+        form = self.response_format
+        if form is None or form.get("type") == "text":
+            return None
+        if form.get("type") == "json_object":
+            return {"type": "object"}
+        schema = form.get("json_schema")
+        if form.get("type") == "json_schema" and isinstance(schema, dict) and isinstance(schema.get("schema"), dict):
+            return dict(schema["schema"])
+        told = 'expected type text, json_object, or json_schema with {"json_schema": {"schema": ...}}'
+        raise Refusal(400, f"response_format: {told}", "invalid_value", "response_format")
+
+    @property
+    def number(self) -> int:
+        return 1 if self.n is None else self.n
+
+
+class CompletionBody(Body):
+    unsupported = {
+        "suffix": "text is only written behind a prompt; leave it out",
+        "best_of": "answers are not ranked; use n",
+    }
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: int | None = Field(default=None, ge=0)
+    echo: bool | None = None
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+
+
+class ContentPart(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    text: str | None = None
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    role: str
+    content: str | list[ContentPart] | None = None
+
+
+class ChatBody(Body):
+    unsupported = {
+        "tools": "this server calls no tools; leave it out",
+        "functions": "this server calls no functions; leave it out",
+        "audio": "answers are text",
+    }
+
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+
+    def require(self) -> None:
+        super().require()
+        if self.top_logprobs and not self.logprobs:
+            raise Refusal(400, "top_logprobs needs logprobs: true", "invalid_value", "top_logprobs")
+
+
+@contextmanager
+def called_as_fields() -> Iterator[None]:
+    """Inside, messages call settings as the fields of requests are called."""
+    with settings_written(lambda name: _CALLED.get(name, name)):
+        yield
+
+
+def room_for_answer(length: int | None, prompt_tokens: int, most: int) -> int:
+    """Tokens that an answer may have where none are asked for: up to the end of what the base can read.
+
+    Raises:
+        ConfigError: the prompt leaves no room.
+    """
+    if length is None:
+        return most
+    if prompt_tokens >= length:
+        raise ConfigError(f"the prompt has {prompt_tokens} tokens, and the model reads {length}; shorten it")
+    return min(length - prompt_tokens, most)

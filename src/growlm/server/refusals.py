@@ -1,0 +1,61 @@
+"""Refusals: what goes wrong, as a client reads it: an HTTP status and OpenAI's error body."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from growlm.errors import BudgetError, ClosedError, ConfigError, DataError, GrowlmError, UnknownModuleError
+
+_log = logging.getLogger("growlm.server")
+
+# Clients of OpenAI's try again at 408, 409, 429 and 5xx, unless they are told that it is of no use.
+NO_RETRY = {"x-should-retry": "false"}
+
+
+@dataclass(eq=False)
+class Refusal(Exception):
+    """
+    Attributes:
+        param: the field that is refused.
+        code: for programs.
+    """
+
+    status: int
+    message: str
+    code: str | None = None
+    param: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.message
+
+    @property
+    def type(self) -> str:
+        if self.status in (401, 403):
+            return "authentication_error"
+        return "invalid_request_error" if self.status < 500 else "server_error"
+
+    def body(self) -> dict[str, Any]:
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+def refusal_of(error: BaseException) -> Refusal:
+    """What a client is told of an error. One that is no word to users is written to the log, and not told."""
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, UnknownModuleError):
+        return Refusal(404, str(error), "model_not_found", "model")
+    if isinstance(error, BudgetError):
+        return Refusal(422, str(error), "memory_budget", headers=NO_RETRY)
+    if isinstance(error, ConfigError | DataError):
+        return Refusal(400, str(error), "invalid_value")
+    if isinstance(error, ClosedError):
+        return Refusal(503, "the server is being shut down; ask another one", "shutting_down")
+    if isinstance(error, GrowlmError):  # of the store, its modules or its base: the same again at the next try
+        _log.error("%s", error)
+        return Refusal(500, str(error), "store", headers=NO_RETRY)
+    _log.error("a request failed", exc_info=error)
+    return Refusal(500, "an error inside the server, which is in its log", "internal_error")
