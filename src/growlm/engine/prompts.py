@@ -98,7 +98,7 @@ class Prompts:
         if made_for is not None and tokens + new_tokens > made_for:
             message = f"{asked} exceed the {made_for} positions that the base was made for"
             if self._strict:
-                raise ConfigError(f"{message}; {hint}, or leave out --strict")
+                raise ConfigError(f"{message}; {hint}")
             told = f"{message}: what it says of so long a text is poor; {hint}"
             warnings.warn(told, GrowlmWarning, stacklevel=3 + depth)
 

@@ -171,6 +171,8 @@ def _handle_errors(app: FastAPI) -> None:
 
     async def by_path(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
+        if isinstance(error.__cause__, Refusal):  # while the body was read
+            return error_response(error.__cause__)
         what = {404: "no such path", 405: "this path takes another method"}.get(error.status_code, error.detail)
         return error_response(Refusal(error.status_code, f"{request.method} {request.url.path}: {what}"), error.headers)
 

@@ -122,8 +122,11 @@ class Completion:
         }
 
     def _top(self, one: TokenLogprob, text: str) -> dict[str, float]:
-        others = self._answering.token_texts([token for token, _ in one.top])
-        return {**dict(zip(others, (value for _, value in one.top), strict=True)), text: one.logprob}
+        found: dict[str, float] = {}
+        for other, (_, value) in zip(self._answering.token_texts([t for t, _ in one.top]), one.top, strict=True):
+            found.setdefault(other, value)  # of several that read the same, such as parts of a character, the likeliest
+        found.setdefault(text, one.logprob)
+        return found
 
 
 def _prompts(body: CompletionBody) -> list[Prompt]:

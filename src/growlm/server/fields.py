@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from growlm.errors import ConfigError, settings_written
+from growlm.errors import settings_written
 from growlm.server.refusals import Refusal
 
 _CALLED = {"max_new_tokens": "max_tokens", "json_schema": "response_format"}
@@ -158,13 +158,6 @@ def called_as_fields() -> Iterator[None]:
 
 
 def room_for_answer(length: int | None, prompt_tokens: int, most: int) -> int:
-    """Tokens that an answer may have where none are asked for: up to the end of what the base can read.
-
-    Raises:
-        ConfigError: the prompt leaves no room.
-    """
-    if length is None:
-        return most
-    if prompt_tokens >= length:
-        raise ConfigError(f"the prompt has {prompt_tokens} tokens, and the model reads {length}; shorten it")
-    return min(length - prompt_tokens, most)
+    """Tokens that an answer may have where none are asked for: up to the end of what the base reads, of which a prompt
+    that leaves no room hears from the engine."""
+    return most if length is None else max(min(length - prompt_tokens, most), 1)

@@ -76,7 +76,7 @@ def serve(
             raise ConfigError(f"{name} is {value}; it must be at least {least}")
     listening = _listen(host, port)
     try:
-        engine = open_engine(store, memory, device, experts_on, row_cache, max_batch=max_batch)
+        engine = open_engine(store, memory, device, experts_on, row_cache, strict=True, max_batch=max_batch)
     except BaseException:
         listening.close()
         raise

@@ -1,0 +1,518 @@
+"""The server: clients of OpenAI's interface are told what the engine alone answers, and nothing is left behind."""
+
+from __future__ import annotations
+
+import io
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import uvicorn
+
+from growlm.engine import Engine
+from growlm.engine.chat import Chat
+from growlm.errors import ConfigError
+from growlm.server.app import create_app
+from growlm.server.keys import Keys
+from growlm.server.service import Service
+from growlm.store import Store
+from stores import domain_text, make_store
+
+SHAPES = {
+    "letters": {"kind": "lora", "r": 4},
+    "digits": {"placement": "interleaved", "vocabulary": "both"},
+    "signs": {"kind": "lora+recall", "r": 4},
+}
+DIGITS = domain_text("digits", 7)
+GREEDY = {"temperature": 0, "max_tokens": 8}
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Served:
+    """A server at a free port, in a thread of its own."""
+
+    def __init__(self, store: Path, *, engine: dict[str, Any], service: dict[str, Any], app: dict[str, Any]) -> None:
+        self.engine = Engine(Store.open(store), **{"strict": True, **engine})
+        self.service, self.log = Service(self.engine, **service), io.StringIO()
+        app.setdefault("log", self.log)
+        config = uvicorn.Config(create_app(self.service, **app), log_level="error", access_log=False)
+        self._server, self._socket = uvicorn.Server(config), socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]})
+        self._thread.start()
+        wait_for(lambda: self._server.started)
+        self.http = httpx.Client(base_url=self.url, timeout=30)
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+        self._thread.join()
+        self.http.close()
+
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        return self.http.post(path, json=body)
+
+    def events(self, path: str, **body: Any) -> list[Any]:
+        """Chunks of a stream, which ends as it should."""
+        with self.http.stream("POST", path, json={**body, "stream": True}) as response:
+            assert response.status_code == 200, response.read()
+            assert response.headers["content-type"].startswith("text/event-stream")
+            lines = [line for line in response.iter_lines() if line]
+        assert all(line.startswith("data: ") for line in lines)
+        assert lines[-1] == "data: [DONE]"
+        return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+    def idle(self) -> bool:
+        return self.service.running_and_waiting() == (0, 0) and self.engine._loop.scheduler.idle
+
+
+def wait_for(there: Any) -> None:
+    end = time.monotonic() + 20
+    while not there():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@contextmanager
+def serving(store: Path, *, engine: Any = None, service: Any = None, **app: Any) -> Iterator[Served]:
+    served = Served(store, engine=engine or {}, service=service or {}, app=app)
+    try:
+        yield served
+    finally:
+        served.stop()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    home = tmp_path_factory.mktemp("made")
+    make_store(home, "llama", SHAPES)
+    return home / "store"
+
+
+@pytest.fixture(scope="module")
+def served(made) -> Iterator[Served]:
+    with serving(made) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def alone(made) -> Iterator[Engine]:
+    """The same store, asked directly."""
+    with Engine(Store.open(made)) as engine:
+        yield engine
+
+
+# Completions
+
+
+@pytest.mark.parametrize(
+    ("model", "module"),
+    [
+        ("digits", "digits"),
+        ("store:signs", "signs"),
+        ("base", None),
+        ("auto", "auto"),
+        ("store", "auto"),
+        (None, "auto"),
+    ],
+)
+def test_a_completion_is_what_the_engine_writes_under_the_module_that_is_named(served, alone, model, module):
+    wanted = alone.generate(DIGITS, module=module, max_new_tokens=8)
+    response = served.post("/v1/completions", prompt=DIGITS, **GREEDY, **({"model": model} if model else {}))
+    found = response.json()
+    (choice,) = found["choices"]
+    assert choice == {"index": 0, "text": wanted.text, "logprobs": None, "finish_reason": wanted.finish_reason}
+    assert found["usage"] == {
+        "prompt_tokens": wanted.prompt_tokens, "completion_tokens": len(wanted.tokens),
+        "total_tokens": wanted.prompt_tokens + len(wanted.tokens),
+    }  # fmt: skip
+    assert found["growlm"]["module"] == wanted.module
+    assert found["growlm"]["scores"] == pytest.approx(wanted.scores)
+    assert response.headers["x-growlm-module"] == (wanted.module or "base")
+
+
+def test_prompts_are_texts_or_ids_one_or_several(served, alone):
+    texts = [DIGITS, domain_text("letters", 3)]
+    ids = [alone.tokens_of(text) for text in texts]
+    wanted = [alone.generate(text, module="signs", max_new_tokens=8).text for text in texts]
+    for prompt in (texts, ids):
+        found = served.post("/v1/completions", prompt=prompt, model="signs", **GREEDY).json()
+        assert [choice["text"] for choice in found["choices"]] == wanted
+        assert [choice["index"] for choice in found["choices"]] == [0, 1]
+    for prompt in (texts[0], ids[0]):
+        found = served.post("/v1/completions", prompt=prompt, model="signs", **GREEDY).json()
+        assert [choice["text"] for choice in found["choices"]] == wanted[:1]
+
+
+def test_several_answers_are_drawn_with_the_seeds_that_follow(served, alone):
+    drawn = {"temperature": 1.5, "seed": 5}
+    wanted = [answer.text for answer in alone.choices(DIGITS, 3, module="digits", max_new_tokens=8, **drawn)]
+    body = {"prompt": [DIGITS, "abc"], "model": "digits", "n": 3, "max_tokens": 8, **drawn}
+    found = served.post("/v1/completions", **body).json()
+    assert [choice["text"] for choice in found["choices"]][:3] == wanted
+    assert len(found["choices"]) == 6
+    assert found["usage"]["prompt_tokens"] == len(alone.tokens_of(DIGITS)) + len(alone.tokens_of("abc"))
+    texts = [""] * 6
+    for chunk in served.events("/v1/completions", **body):
+        for choice in chunk["choices"]:
+            texts[choice["index"]] += choice["text"]
+    assert texts == [choice["text"] for choice in found["choices"]]
+
+
+def test_log_probabilities_are_the_engines(served, alone):
+    wanted = alone.generate(DIGITS, module="digits", max_new_tokens=4, logprobs=2, prompt_logprobs=2)
+    body = {"prompt": DIGITS, "model": "digits", "temperature": 0, "max_tokens": 4, "logprobs": 2}
+    said = served.post("/v1/completions", **body).json()["choices"][0]["logprobs"]
+    assert said["token_logprobs"] == pytest.approx([one.logprob for one in wanted.logprobs], abs=1e-4)
+    for top, token, one in zip(said["top_logprobs"], said["tokens"], wanted.logprobs, strict=True):
+        assert max(top.values()) == pytest.approx(one.top[0][1], abs=1e-4)
+        assert token in top
+    echoed = served.post("/v1/completions", **body, echo=True).json()["choices"][0]
+    assert echoed["text"].startswith(DIGITS)
+    assert echoed["logprobs"]["token_logprobs"][0] is None
+    both = [*wanted.prompt_logprobs, *wanted.logprobs]
+    assert echoed["logprobs"]["token_logprobs"][1:] == pytest.approx([one.logprob for one in both], abs=1e-4)
+    nothing = served.post("/v1/completions", **{**body, "max_tokens": 0}, echo=True).json()
+    assert nothing["choices"][0]["text"] == DIGITS
+    assert nothing["usage"]["completion_tokens"] == 0
+    assert len(nothing["choices"][0]["logprobs"]["tokens"]) == nothing["usage"]["prompt_tokens"]
+    # In a stream they come piece by piece.
+    chunks = served.events("/v1/completions", **body)
+    streamed = [c["choices"][0]["logprobs"] for c in chunks if c["choices"][0]["logprobs"]]
+    assert [p for one in streamed for p in one["token_logprobs"]] == pytest.approx(said["token_logprobs"], abs=1e-4)
+
+
+# Chat
+
+
+def test_a_turn_is_answered_as_in_a_chat_with_the_engine(served, alone):
+    talk = Chat(alone, max_new_tokens=8)
+    for text in (DIGITS, domain_text("digits", 8)):
+        *_, wanted = talk.say(text)
+        told = talk.messages[:-1]
+        found = served.post("/v1/chat/completions", messages=told, **GREEDY).json()
+        assert found["choices"][0]["message"]["content"] == wanted.text
+        assert found["choices"][0]["finish_reason"] == wanted.finish_reason
+        assert found["growlm"]["module"] == wanted.module == "digits"
+        assert found["growlm"]["scores"] == pytest.approx(wanted.scores)
+
+
+def test_content_may_come_in_parts(served):
+    parts = [{"type": "text", "text": DIGITS}]
+    one, other = (
+        served.post("/v1/chat/completions", messages=[{"role": "user", "content": content}], **GREEDY).json()
+        for content in (DIGITS, parts)
+    )
+    assert one["choices"] == other["choices"]
+
+
+@pytest.mark.parametrize("usage", [False, True])
+def test_a_stream_has_one_reason_at_its_end_and_usage_where_it_is_asked_for(served, usage):
+    body = {"messages": [{"role": "user", "content": DIGITS}], **GREEDY}
+    whole = served.post("/v1/chat/completions", **body).json()
+    chunks = served.events(
+        "/v1/chat/completions", **body, **({"stream_options": {"include_usage": True}} if usage else {})
+    )
+    if usage:
+        *chunks, last = chunks
+        assert (last["choices"], last["usage"]) == ([], whole["usage"])
+    assert all(len(chunk["choices"]) == 1 and "usage" not in chunk for chunk in chunks)
+    assert {chunk["id"] for chunk in chunks} == {chunks[0]["id"]}
+    choices = [chunk["choices"][0] for chunk in chunks]
+    assert choices[0]["delta"] == {"role": "assistant", "content": ""}
+    assert [choice["finish_reason"] for choice in choices] == [None] * (len(choices) - 1) + ["length"]
+    text = "".join(choice["delta"].get("content", "") for choice in choices)
+    assert text == whole["choices"][0]["message"]["content"]
+    assert chunks[-1]["growlm"] == {**whole["growlm"], "loaded": []}
+
+
+def test_a_stop_text_is_never_half_sent(served, alone):
+    text = alone.generate(DIGITS, module="digits", max_new_tokens=12).text
+    stop = text[4:8]
+    chunks = served.events(
+        "/v1/completions", prompt=DIGITS, model="digits", temperature=0, max_tokens=12, stop=["nowhere", stop]
+    )
+    pieces = [chunk["choices"][0]["text"] for chunk in chunks]
+    assert "".join(pieces) == text[: text.index(stop)]
+    assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+# Clients
+
+
+def test_openais_own_client_finds_what_it_expects(served, alone):
+    client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+    assert {model.id for model in client.models.list()} == {"auto", "base", *SHAPES}
+    assert client.models.retrieve("digits").id == "digits"
+    messages: Any = [{"role": "user", "content": DIGITS}]
+    whole = client.chat.completions.create(model="auto", messages=messages, **GREEDY)
+    stream = client.chat.completions.create(model="auto", messages=messages, stream=True, **GREEDY)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+    assert text == whole.choices[0].message.content
+    wanted = alone.generate("abc", module="letters", max_new_tokens=8).text
+    assert client.completions.create(model="letters", prompt="abc", **GREEDY).choices[0].text == wanted
+    with pytest.raises(openai.NotFoundError, match="no model 'nobody'; there are auto, base, digits, letters, signs"):
+        client.chat.completions.create(model="nobody", messages=messages)
+    with pytest.raises(openai.BadRequestError, match="temperature is -1"):
+        client.chat.completions.create(model="auto", messages=messages, temperature=-1)
+
+
+# Bad input
+
+
+ASK = {"prompt": "abc", "max_tokens": 2}
+SAY = {"messages": [{"role": "user", "content": "abc"}], "max_tokens": 2}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "message", "param"),
+    [
+        ("completions", {**ASK, "model": "nobody"}, 404, "no model 'nobody'", "model"),
+        ("completions", {"max_tokens": 2}, 400, "prompt: Field required", "prompt"),
+        ("completions", {**ASK, "prompt": []}, 400, "prompt is empty", "prompt"),
+        ("completions", {**ASK, "prompt": ""}, 400, "empty", None),
+        ("completions", {**ASK, "prompt": [1 << 40]}, 400, "", None),
+        ("completions", {**ASK, "temperature": "hot"}, 400, "temperature is 'hot'", "temperature"),
+        ("completions", {**ASK, "top_p": 7}, 400, "top_p is 7", None),
+        ("completions", {**ASK, "n": 0}, 400, "n is 0", None),
+        ("completions", {**ASK, "logprobs": 21}, 400, "logprobs is 21", "logprobs"),
+        ("completions", {**ASK, "max_tokens": 0}, 400, "max_tokens is 0", "max_tokens"),
+        ("completions", {**ASK, "max_tokens": 10**6}, 400, "3 prompt tokens and 1000000 new ones exceed the 256 positions", None),
+        ("completions", {**ASK, "suffix": "x"}, 400, "suffix: ", "suffix"),
+        ("completions", {**ASK, "response_format": {"type": "x"}}, 400, "response_format: expected", "response_format"),
+        ("completions", {**ASK, "prompt": ["a"] * 500}, 400, "500 answers in one request", None),
+        ("chat/completions", {"messages": []}, 400, "messages is []", "messages"),
+        ("chat/completions", {"messages": [{"role": "judge", "content": "a"}]}, 400, "role is 'judge'", "messages"),
+        ("chat/completions", {"messages": [{"role": "user"}]}, 400, "content is missing", "messages"),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            400, "type 'image_url'", "messages",
+        ),
+        ("chat/completions", {**SAY, "tools": [{"type": "function"}]}, 400, "tools: ", "tools"),
+        ("chat/completions", {**SAY, "top_logprobs": 2}, 400, "top_logprobs needs", "top_logprobs"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "abc " * 400}]}, 400, "1600 prompt tokens exceed the 256 positions", None),
+        ("nothing", {}, 404, "no such path", None),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_refused_is_told_in_one_line_by_field(served, path, body, status, message, param, stream):
+    response = served.post(f"/v1/{path}", **body, stream=stream)
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert message in error["message"]
+    assert "\n" not in error["message"]
+    assert error["type"] == "invalid_request_error"
+    if param is not None:
+        assert error["param"] == param
+    wait_for(served.idle)
+
+
+def test_stream_options_are_for_streams(served):
+    response = served.post("/v1/completions", **ASK, stream_options={"include_usage": True})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "stream_options")
+
+
+def test_a_body_that_is_no_json_and_a_wrong_method_are_told(served):
+    headers = {"content-type": "application/json"}
+    response = served.http.post("/v1/completions", content=b"{", headers=headers)
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "invalid_json")
+    response = served.http.post("/v1/completions", content=b"[1]", headers=headers)
+    assert response.status_code == 400
+    response = served.http.get("/v1/completions")
+    assert (response.status_code, response.headers["allow"]) == (405, "POST")
+
+
+def test_fields_that_change_nothing_are_named_and_ignored(served):
+    response = served.post("/v1/completions", **ASK, user="me", store=None, metadata={"a": "b"})
+    assert response.status_code == 200
+    assert response.headers["x-growlm-ignored"] == "metadata, user"
+
+
+# Bounds
+
+
+def test_more_than_the_queue_holds_is_refused_and_the_rest_is_answered(made):
+    with serving(made, engine={"max_batch": 1}, service={"max_queued": 1}) as served, served.engine._loop.stepping:
+        found: list[httpx.Response] = []
+        threads = [
+            threading.Thread(target=lambda: found.append(served.post("/v1/completions", **ASK))) for _ in range(5)
+        ]
+        for thread in threads:
+            thread.start()
+        wait_for(lambda: len(found) == 3)
+        assert {response.status_code for response in found} == {503}
+        assert found[0].headers["retry-after"] == "1"
+        served.engine._loop.stepping.give_back()
+        try:
+            for thread in threads:
+                thread.join()
+        finally:
+            served.engine._loop.stepping.__enter__()
+        assert sorted(response.status_code for response in found) == [200, 200, 503, 503, 503]
+
+
+def test_an_answer_that_takes_too_long_is_ended(made):
+    with serving(made, service={"timeout": 0.2}) as served:
+        with served.engine._loop.stepping:
+            response = served.post("/v1/completions", **ASK)
+        assert response.status_code == 504
+        assert response.headers["x-should-retry"] == "false"
+        wait_for(served.idle)
+        assert served.post("/v1/completions", **ASK).status_code == 200
+
+
+def test_a_budget_in_which_a_module_cannot_fit_is_told_and_not_tried_again(made):
+    with Engine(Store.open(made), memory="1GB") as engine:
+        least = engine.fixed_bytes + engine.workspace_bytes
+    with serving(made, engine={"memory": least + 30_000}) as served:
+        response = served.post("/v1/completions", **ASK, model="digits")
+        assert response.status_code == 422, response.text
+        assert response.headers["x-should-retry"] == "false"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_a_client_leaves_is_written_no_further(served, stream):
+    body = {"prompt": DIGITS, "model": "digits", "temperature": 0, "max_tokens": 200, "stream": stream}
+    before = served.service.metrics.text()
+    for _ in range(8):
+        with served.http.stream("POST", "/v1/completions", json=body) if stream else leaving(served, body) as response:
+            if stream:
+                next(response.iter_lines())
+    wait_for(served.idle)
+    assert served.engine._loop.rooms.num_bytes() == 0
+    if stream:
+        assert b"growlm_request_success" in before
+    assert served.post("/v1/completions", **ASK).status_code == 200
+
+
+@contextmanager
+def leaving(served: Served, body: Any) -> Iterator[None]:
+    """A client that asks, and goes before the answer is there."""
+    with socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2]))) as client:
+        content = json.dumps(body).encode()
+        head = ["POST /v1/completions HTTP/1.1", "Host: x", "Content-Type: application/json"]
+        head += [f"Content-Length: {len(content)}", "", ""]
+        client.sendall("\r\n".join(head).encode() + content)
+        time.sleep(0.02)
+        yield
+
+
+def test_an_error_in_mid_stream_is_an_event(served, monkeypatch):
+    def broken(request: Any, logits: Any) -> None:
+        if len(request.answer.tokens) >= 3:
+            raise ConfigError("it broke")
+        return write(request, logits)
+
+    write = served.engine._loop.writer.write
+    monkeypatch.setattr(served.engine._loop.writer, "write", broken)
+    chunks = served.events("/v1/completions", prompt=DIGITS, model="digits", **GREEDY)
+    assert chunks[-1]["error"]["message"] == "it broke"
+    assert all(choice["finish_reason"] is None for chunk in chunks[:-1] for choice in chunk["choices"])
+
+
+# The door
+
+
+def test_keys_open_what_they_are_for(made, tmp_path):
+    (tmp_path / "keys").write_text("# those of the team\nopen-sesame\n\nother\n")
+    (tmp_path / "admin").write_text("root\n")
+    keys, admin = Keys.read(tmp_path / "keys"), Keys.read(tmp_path / "admin")
+    with serving(made, keys=keys, admin_keys=admin, max_body=2000) as served:
+
+        def status(path: str, **headers: str) -> int:
+            return served.http.get(path, headers=headers).status_code
+
+        assert [status(path) for path in ("/health", "/ready", "/version")] == [200, 200, 200]
+        for path in ("/v1/models", "/tokenizer_info", "/metrics", "/openapi.json"):
+            assert status(path) == 401
+            assert status(path, Authorization="Bearer wrong") == 401
+        for key in ("open-sesame", "other"):
+            assert status("/v1/models", Authorization=f"Bearer {key}") == 200
+            assert status("/v1/models", **{"x-api-key": key}) == 200
+            assert status("/metrics", Authorization=f"Bearer {key}") == 401
+        assert status("/metrics", Authorization="Bearer root") == 200
+        error = served.http.get("/v1/models").json()["error"]
+        assert (error["type"], error["code"]) == ("authentication_error", "invalid_api_key")
+        # How large a body may be.
+        headers = {"Authorization": "Bearer other"}
+        long = {"prompt": "a" * 3000}
+        assert served.http.post("/v1/completions", json=long, headers=headers).status_code == 413
+        pieces = iter([b'{"prompt": "', *[b"a" * 500] * 6, b'"}'])
+        assert served.http.post("/v1/completions", content=pieces, headers=headers).status_code == 413
+    lines = [json.loads(line) for line in served.log.getvalue().splitlines()]
+    assert {(line["path"], line["status"]) for line in lines} >= {("/metrics", 401), ("/metrics", 200)}
+    assert "sesame" not in served.log.getvalue()
+
+
+def test_a_request_keeps_its_id_and_has_a_line_in_the_log(served):
+    response = served.http.post("/v1/completions", json=ASK, headers={"X-Request-Id": "mine-1"})
+    assert response.headers["x-request-id"] == "mine-1"
+    found: list[Any] = []
+    wait_for(lambda: found or found.extend(one for one in lines_of(served) if one["id"] == "mine-1"))
+    assert (found[0]["method"], found[0]["path"], found[0]["status"]) == ("POST", "/v1/completions", 200)
+    assert found[0]["module"] == response.headers["x-growlm-module"]
+    assert len(served.http.get("/health").headers["x-request-id"]) == 32
+
+
+def lines_of(served: Served) -> list[Any]:
+    return [json.loads(line) for line in served.log.getvalue().splitlines()]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"# no key\n", b"\xff\n"])
+def test_a_file_without_keys_is_refused(tmp_path, content):
+    path = tmp_path / "keys"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=str(path)):
+        Keys.read(path)
+
+
+def test_what_is_measured_is_told(served):
+    served.post("/v1/completions", **ASK, model="digits")
+    text = served.http.get("/metrics").text
+    assert 'growlm_request_success_total{finished_reason="length"}' in text
+    assert 'growlm_module_requests_total{module="digits"}' in text
+    assert "growlm_time_to_first_token_seconds_count" in text
+    assert f"growlm_resident_bytes {float(served.engine.resident_bytes)}" in text
+
+
+def test_tokens_of_a_text_and_back(served, alone):
+    ids = alone.tokenizer.encode(DIGITS)
+    found = served.post("/tokenize", prompt=DIGITS).json()
+    assert (found["tokens"], found["count"]) == (ids, len(ids))
+    assert served.post("/detokenize", tokens=ids).json() == {"prompt": DIGITS}
+    assert served.post("/tokenize", messages=SAY["messages"]).json()["count"] > 3
+    assert served.post("/tokenize").status_code == 400
+    assert served.post("/detokenize", tokens=[10**9]).status_code == 400
+    assert served.http.get("/tokenizer_info").json()["eos_token"] == alone.tokenizer.eos_token
+
+
+def test_a_page_elsewhere_may_ask_where_it_is_allowed_to(made, served):
+    asks = {"Origin": "https://page.test", "Access-Control-Request-Method": "POST"}
+    assert "access-control-allow-origin" not in served.http.options("/v1/completions", headers=asks).headers
+    with serving(made, origins=["https://page.test"], keys=Keys(["key"])) as other:
+        response = other.http.options("/v1/completions", headers=asks)
+        assert response.headers["access-control-allow-origin"] == "https://page.test"
+
+
+def test_a_server_that_stops_ends_what_is_asked(made):
+    with serving(made) as served:
+        asked: list[Any] = []
+        thread = threading.Thread(
+            target=lambda: asked.append(served.events("/v1/completions", prompt=DIGITS, temperature=0, max_tokens=100))
+        )
+        thread.start()
+        wait_for(lambda: served.service.running_and_waiting() != (0, 0))
+    thread.join()
+    assert asked[0][-1]["choices"][0]["finish_reason"] in ("length", "stop")  # it was drained
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{served.url}/health")
