@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +21,7 @@ import openai
 import pytest
 import uvicorn
 
+from growlm.cli import main
 from growlm.engine import Engine
 from growlm.engine.chat import Chat
 from growlm.errors import ConfigError
@@ -285,7 +290,7 @@ SAY = {"messages": [{"role": "user", "content": "abc"}], "max_tokens": 2}
         ("completions", {**ASK, "n": 0}, 400, "n is 0", None),
         ("completions", {**ASK, "logprobs": 21}, 400, "logprobs is 21", "logprobs"),
         ("completions", {**ASK, "max_tokens": 0}, 400, "max_tokens is 0", "max_tokens"),
-        ("completions", {**ASK, "max_tokens": 10**6}, 400, "3 prompt tokens and 1000000 new ones exceed the 256 positions", None),
+        ("completions", {**ASK, "max_tokens": 10**6}, 400, "and 1000000 new ones exceed the 256 ", None),
         ("completions", {**ASK, "suffix": "x"}, 400, "suffix: ", "suffix"),
         ("completions", {**ASK, "response_format": {"type": "x"}}, 400, "response_format: expected", "response_format"),
         ("completions", {**ASK, "prompt": ["a"] * 500}, 400, "500 answers in one request", None),
@@ -299,7 +304,7 @@ SAY = {"messages": [{"role": "user", "content": "abc"}], "max_tokens": 2}
         ),
         ("chat/completions", {**SAY, "tools": [{"type": "function"}]}, 400, "tools: ", "tools"),
         ("chat/completions", {**SAY, "top_logprobs": 2}, 400, "top_logprobs needs", "top_logprobs"),
-        ("chat/completions", {"messages": [{"role": "user", "content": "abc " * 400}]}, 400, "1600 prompt tokens exceed the 256 positions", None),
+        ("chat/completions", {"messages": [{"role": "user", "content": "abc " * 400}]}, 400, "exceed the 256 ", None),
         ("nothing", {}, 404, "no such path", None),
     ],
 )  # fmt: skip
@@ -516,3 +521,49 @@ def test_a_server_that_stops_ends_what_is_asked(made):
     assert asked[0][-1]["choices"][0]["finish_reason"] in ("length", "stop")  # it was drained
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{served.url}/health")
+
+
+# The command
+
+
+def serve(made: Path, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "growlm", "serve", str(made), *options]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def test_the_command_serves_until_it_is_told_to_stop(made):
+    with serve(made, "--port", "0", "--memory", "1GB") as process:
+        assert process.stderr is not None
+        told = next(line for line in process.stderr if line.startswith("serving"))
+        found = re.search(r"http://127\.0\.0\.1:(\d+)/v1: 3 modules", told)
+        assert found is not None, told
+        answer = httpx.post(f"http://127.0.0.1:{found[1]}/v1/completions", json=ASK, timeout=30)
+        assert answer.status_code == 200
+        with serve(made, "--port", found[1]) as other:
+            assert other.communicate(timeout=60)[1].count("cannot listen at 127.0.0.1") == 1
+        assert other.returncode == 1
+        process.terminate()
+        assert process.wait(timeout=30) in (0, -signal.SIGTERM)
+        (line,) = process.stderr.read().splitlines()
+        assert json.loads(line)["status"] == 200
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--port", "99999"], "--port is 99999"),
+        (["--host", "no.such.host.invalid"], "cannot listen at no.such.host.invalid"),
+        (["--max-queued", "-1"], "--max-queued is -1"),
+        (["--timeout", "-2"], "--timeout is -2"),
+        (["--api-key-file", "nowhere"], "nowhere: No such file"),
+        (["--max-body", "much"], "--max-body"),
+        (["--max-batch", "0"], "max_batch is 0"),
+    ],
+)
+def test_options_that_cannot_be_are_told_before_anything_is_served(made, options, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["serve", str(made), "--port", "0", *options])
+    assert caught.value.code == 1
+    told = capsys.readouterr().err.strip()
+    assert message in told
+    assert told.count("\n") == 0

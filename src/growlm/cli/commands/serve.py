@@ -51,7 +51,7 @@ def serve(
         bool, typer.Option("--access-log/--no-access-log", help="A line of JSON on stderr for each request.")
     ] = True,
 ) -> None:
-    """Serve a store over HTTP, as clients of OpenAI's interface speak it.
+    """Serve a store over HTTP to clients of OpenAI's interface.
 
     `model` is auto (the router chooses), base, or a module's name.
 
@@ -71,6 +71,8 @@ def serve(
     from growlm.server.service import Service
 
     keys, admin_keys, most = Keys.read(api_key_file), Keys.read(admin_key_file), parse_size(max_body, "max_body")
+    if not 0 <= port < 1 << 16:
+        raise ConfigError(f"--port is {port}; it must be from 0 to 65535")
     for name, value, least in (("--max-queued", max_queued, 0), ("--drain", drain, 0), ("--timeout", timeout or 1, 0)):
         if value < least:
             raise ConfigError(f"{name} is {value}; it must be at least {least}")
@@ -104,7 +106,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listening = socket.socket(family, kind, protocol)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+    except OSError as error:
+        reason = error.strerror or str(error)
         raise ConfigError(f"cannot listen at {host}:{port}: {reason}; choose another with --host and --port") from None
     return listening
