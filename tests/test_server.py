@@ -567,3 +567,29 @@ def test_options_that_cannot_be_are_told_before_anything_is_served(made, options
     told = capsys.readouterr().err.strip()
     assert message in told
     assert told.count("\n") == 0
+
+
+# The harness
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+@pytest.mark.parametrize("model", ["digits", "signs", "base"])
+def test_the_harness_scores_over_http_what_it_scores_directly(served, made, model):
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    from growlm.evaluation.harness import HarnessModel
+
+    there = LocalCompletionsAPI(
+        base_url=f"{served.url}/v1/completions",
+        model=model,
+        tokenizer=str(made.parent / "base"),
+        batch_size=2,
+        max_length=200,
+    )
+    here = HarnessModel(str(made), module=model, max_length=200)
+    pairs = [(domain_text(d, 990), " " + domain_text(d, n, words=2)) for d in ("digits", "signs") for n in range(3)]
+    asked = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]
+    found, wanted = (each.loglikelihood(asked, disable_tqdm=True) for each in (there, here))
+    assert [score for score, _ in found] == pytest.approx([score for score, _ in wanted], rel=1e-4, abs=1e-3)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted]
