@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from disk import flip
-from growlm.base import Base
+from drills import WholePasses, nothing_is_left
 from growlm.engine import AUTO, Engine, Generation, fetching
 from growlm.engine.answers import Answer
 from growlm.engine.request import State
@@ -30,7 +30,6 @@ SHAPES = {
     "signs": {"kind": "lora+recall", "r": 4},
 }
 PROMPTS = ["abc de", domain_text("digits", 7), "x", domain_text("letters", 3, words=30), "<= >> def add("]
-NEAR = 1e-4  # guarantee 12: as close as this, the best two tokens may change places
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -67,15 +66,6 @@ class Gate:
             return load(store, wanted, *arguments, **options)
 
         monkeypatch.setattr(Store, "load", held_up)
-
-
-def nothing_is_left(engine: Engine) -> None:
-    assert engine._loop.scheduler.idle
-    assert not any(engine.modules._pins.values())
-    assert not engine._loop.runner._joined
-    assert not engine._loop.sets
-    assert engine._loop.rooms.num_bytes() == 0
-    assert not engine._account._held
 
 
 # Loading
@@ -407,29 +397,6 @@ def test_logits_and_routes_are_there_while_a_stream_is_read(engine):
 
 
 # The drill
-
-
-class WholePasses:
-    """What one module set, or the base, makes of texts without any cache."""
-
-    def __init__(self, base: Base, modules: list[KnowledgeModule]) -> None:
-        self.modules = ModuleSet(base, modules)
-        self.seen: dict[tuple[int, ...], tuple[int, int, float]] = {}  # the best two tokens, and how far apart they are
-
-    def apart(self, prompt: list[int], tokens: list[int]) -> float | None:
-        """How far the best two tokens lie apart where a greedy answer leaves that of whole passes: 0 if it never does,
-        None where they are too far for it to be one."""
-        ids = tuple(prompt)
-        for token in tokens:
-            if ids not in self.seen:
-                with torch.no_grad():
-                    values, best = self.modules.logits(torch.tensor([ids]))[0, -1].topk(2)
-                self.seen[ids] = int(best[0]), int(best[1]), float(values[0] - values[1])
-            first, second, apart = self.seen[ids]
-            if token != first:
-                return apart if token == second and apart <= NEAR else None
-            ids = (*ids, token)
-        return 0
 
 
 def test_whatever_comes_goes_or_changes_every_answer_is_that_of_a_request_alone(home, monkeypatch):

@@ -57,8 +57,9 @@ class ChatCompletion:
         for number, answer in enumerate(answers):
             message = {"role": "assistant", "content": answer.text, "refusal": None}
             said = self._logprobs(answer.logprobs or ()) if self._body.logprobs else None
+            ids = self._body.ids_of(asked.requests[number], answer)
             choices.append(
-                {"index": number, "message": message, "logprobs": said, "finish_reason": answer.finish_reason}
+                {"index": number, "message": message, "logprobs": said, "finish_reason": answer.finish_reason, **ids}
             )
         return {
             **self._head("chat.completion"),
@@ -76,7 +77,9 @@ class ChatCompletion:
                 yield self._chunk(number, {"role": "assistant", "content": ""})
             if isinstance(item, Generation):
                 answers.append(item)
-                yield {**self._chunk(number, {}, item.finish_reason), "growlm": about(item, self._scores)}
+                chunk = self._chunk(number, {}, item.finish_reason)
+                chunk["choices"][0] |= self._body.ids_of(asked.requests[number], item)
+                yield {**chunk, "growlm": about(item, self._scores)}
             else:
                 said = self._logprobs(item.logprobs) if self._body.logprobs else None
                 yield self._chunk(number, {"content": item.text}, logprobs=said)

@@ -62,7 +62,9 @@ class Completion:
                     yield self._chunk(number, text)
             if isinstance(item, Generation):
                 answers.append(item)
-                yield {**self._chunk(number, "", item.finish_reason), "growlm": about(item)}
+                chunk = self._chunk(number, "", item.finish_reason)
+                chunk["choices"][0] |= body.ids_of(asked.requests[number], item)
+                yield {**chunk, "growlm": about(item)}
             elif body.max_tokens != 0:
                 said = None
                 if body.logprobs is not None:
@@ -99,7 +101,8 @@ class Completion:
         elif body.logprobs is not None:
             said = self._logprobs(written, 0)
         reason = "length" if body.max_tokens == 0 else answer.finish_reason
-        return {"index": number, "text": before + text, "logprobs": said, "finish_reason": reason}
+        ids = body.ids_of(asked.requests[number], answer)
+        return {"index": number, "text": before + text, "logprobs": said, "finish_reason": reason, **ids}
 
     def _prompt_text(self, asked: Asked, number: int) -> str:
         prompt = self._prompts[number // self._body.number]

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from growlm.engine import Generation
+from growlm.engine.request import Request
 from growlm.errors import settings_written
 from growlm.server.refusals import Refusal
 
@@ -45,6 +47,7 @@ class Body(BaseModel):
     regex: str | None = None
     grammar: str | None = None
     cache_salt: str | None = None
+    return_token_ids: bool | None = None
 
     def ignored(self) -> list[str]:
         """Fields that are not known and change nothing.
@@ -99,6 +102,10 @@ class Body(BaseModel):
             return dict(schema["schema"])
         told = 'expected type text, json_object, or json_schema with {"json_schema": {"schema": ...}}'
         raise Refusal(400, f"response_format: {told}", "invalid_value", "response_format")
+
+    def ids_of(self, request: Request, answer: Generation) -> dict[str, list[int]]:
+        """Token ids of a prompt and its answer, where they are asked for."""
+        return {"prompt_token_ids": request.tokens, "token_ids": answer.tokens} if self.return_token_ids else {}
 
     @property
     def number(self) -> int:

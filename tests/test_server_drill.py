@@ -1,0 +1,134 @@
+"""Whoever asks over HTTP, leaves, or is served while modules change: every answer is that of the request alone."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from drills import WholePasses, nothing_is_left
+from growlm.engine import Engine
+from growlm.store import Store
+from servers import Served, leaving, serving, wait_for
+from stores import add_module, domain_text, make_store, with_texts
+
+SHAPES = {
+    "letters": {"kind": "lora", "r": 4},
+    "digits": {"placement": "interleaved", "vocabulary": "both"},
+    "signs": {"kind": "lora+recall", "r": 4},
+}
+PROMPTS = ["abc de", domain_text("digits", 7), "x", domain_text("letters", 3, words=30), "<= >> def add("]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def made(tmp_path) -> Path:
+    make_store(tmp_path, "llama", SHAPES)
+    return tmp_path / "store"
+
+
+def test_clients_that_leave_and_modules_that_change_leave_every_answer_as_it_is_alone(made):
+    requests = int(os.environ.get("GROWLM_DRILL", "120"))
+    store = Store.open(made)
+    base, draws = store.load_base(), random.Random(0)
+    versions: dict[str, list[Any]] = {name: [store.load(name, base)] for name in SHAPES}
+    sizes = [stored.bytes for stored in store.modules.values()]
+    with Engine(store) as engine:
+        weights = engine.fixed_bytes + max(sizes) + sorted(sizes)[-2]
+    memory = with_texts(store, weights, texts=3, tokens=256)
+    answers: list[tuple[list[int], list[int], str | None]] = []
+    statuses: list[int] = []
+    over = threading.Event()
+    settings = {"engine": {"memory": memory, "max_batch": 6}, "service": {"max_queued": 8}}
+    with serving(made, **settings) as served:
+
+        def ask(number: int) -> None:
+            draw = random.Random(number)
+            body: dict[str, Any] = {"temperature": 0, "max_tokens": draw.randint(1, 12), "return_token_ids": True}
+            body["model"] = draw.choice([*SHAPES, "base", "auto"])
+            chat = draw.random() < 0.3
+            prompt = draw.choice(PROMPTS)
+            path, field = "completions", {"prompt": prompt}
+            if chat:
+                path, field = "chat/completions", {"messages": [{"role": "user", "content": prompt}]}
+            way = draw.random()
+            if way < 0.2:
+                with leaving(served, f"/v1/{path}", {**body, **field}, draw.random() * 0.05):
+                    return
+            if way < 0.5:
+                streamed(served, f"/v1/{path}", {**body, **field, "stream": True}, draw.randint(0, 4))
+                return
+            response = served.http.post(f"/v1/{path}", json={**body, **field})
+            statuses.append(response.status_code)
+            if response.status_code == 200:
+                found = response.json()
+                (choice,) = found["choices"]
+                answers.append((choice["prompt_token_ids"], choice["token_ids"], found["growlm"]["module"]))
+
+        def change() -> None:
+            seed = 100
+            while not over.wait(0.05 * max(requests / 300, 1)):  # about as many versions in a long drill
+                seed += 1
+                name = draws.choice(["letters", "digits"])
+                add_module(store, base, name, seed, **SHAPES[name])
+                versions[name].append(store.load(name, base))
+                served.engine.modules.drop(name)
+                if draws.random() < 0.3:
+                    store.remove("signs")
+                    add_module(store, base, "signs", seed, **SHAPES["signs"])
+                    versions["signs"].append(store.load("signs", base))
+
+        changing = threading.Thread(target=change)
+        changing.start()
+        try:
+            with ThreadPoolExecutor(8) as pool:
+                for done in [pool.submit(ask, number) for number in range(requests)]:
+                    done.result(300)
+        finally:
+            over.set()
+            changing.join()
+        wait_for(served.idle)
+        assert served.service._taken == 0
+        assert not served.service._live
+        nothing_is_left(served.engine)
+        assert served.post("/v1/completions", prompt="abc", max_tokens=1).status_code == 200
+        tokenizer = served.engine.tokenizer
+    assert set(statuses) <= {200, 404, 503}
+    assert len(answers) > requests // 6
+    passes = {name: [WholePasses(base, [module]) for module in each] for name, each in versions.items()}
+    ties, alone = 0, [WholePasses(base, [])]
+    ends = base.end_tokens(tokenizer)
+    for prompt, tokens, module in answers:
+        assert not ends & set(tokens)
+        found = [one.apart(prompt, tokens) for one in (alone if module is None else passes[module])]
+        assert any(one is not None for one in found), (prompt, tokens, module)
+        ties += 0 not in found
+    print(f"{len(answers)} answers, {ties} that differ at a tie, statuses {sorted(set(statuses))}")
+    assert ties <= max(len(answers) // 50, 1)
+
+
+def streamed(served: Served, path: str, body: dict[str, Any], lines: int) -> None:
+    """Reads so many lines of a stream, and goes."""
+    with served.http.stream("POST", path, json=body) as response:
+        found = response.iter_lines()
+        for _ in range(lines):
+            next(found, None)
+
+
+@pytest.mark.parametrize("moment", [0.0, 0.002, 0.02])
+def test_clients_that_go_at_any_moment_take_no_place(made, moment):
+    with serving(made, engine={"max_batch": 2}, service={"max_queued": 2}) as served:
+        for _ in range(20):
+            with leaving(served, "/v1/completions", {"prompt": PROMPTS[1], "max_tokens": 100}, moment):
+                pass
+        wait_for(served.idle)
+        assert served.service._taken == 0
+        nothing_is_left(served.engine)
+        assert httpx.post(f"{served.url}/v1/completions", json={"prompt": "abc"}, timeout=30).status_code == 200
