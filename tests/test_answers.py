@@ -92,7 +92,7 @@ def test_an_answer_ends_before_the_first_stop_text(text, stop, streams):
             break
     found = answer.generation(SamplingConfig(), [], scores={}, resident_bytes=0, loaded=[], prompt_tokens=1)
     if any(s in text for s in stop):
-        assert answer.stopped
+        assert answer.stopped_by is not None
         assert text.startswith(found.text)
         assert not any(s in found.text for s in stop)
         assert any(text[len(found.text) :].startswith(s) for s in stop)

@@ -25,6 +25,7 @@ class Generation:
         modules: the modules that were active together, in the names' order: none for the base; with `mix` the heaviest,
             with `reroute` the last.
         finish_reason: "stop" (an end of text or a stop text) or "length".
+        stop: the stop text that ended it, if one did.
         logprobs: of the answer's tokens, where they were asked for.
         prompt_logprobs: of the prompt's tokens but the first, where they were asked for.
     """
@@ -37,6 +38,7 @@ class Generation:
     tokens: list[int] = field(repr=False)
     prompt_tokens: int
     finish_reason: str
+    stop: str | None = None
     mixture: dict[str, float] = field(default_factory=dict)
     changes: list[tuple[int, str | None]] = field(default_factory=list)
     modules: list[str] = field(default_factory=list)
@@ -63,7 +65,7 @@ class Answer:
         self._tokenizer, self._stop, self.streams = tokenizer, stop, streams
         self.tokens: list[int] = []
         self.pieces: deque[str] = deque()
-        self.stopped = False
+        self.stopped_by: str | None = None
         self._detokenizer = Detokenizer(tokenizer)
         self._given: list[str] = []
         self._held = ""  # what may become a stop text
@@ -73,33 +75,34 @@ class Answer:
         self.tokens.append(token)
         if self._stop or self.streams:
             self._take(self._detokenizer.add(token))
-        return not self.stopped
+        return self.stopped_by is None
 
     def generation(self, config: SamplingConfig, modules: list[str], **known: Any) -> Generation:
-        full = len(self.tokens) == config.max_new_tokens and not self.stopped
+        full = len(self.tokens) == config.max_new_tokens and self.stopped_by is None
         return Generation(
             text=self._whole(),
             module="+".join(modules) or None,
             modules=modules,
             tokens=self.tokens,
             finish_reason="length" if full else "stop",
+            stop=self.stopped_by,
             **known,
         )
 
     def _whole(self) -> str:
         if not self._stop and not self.streams:
             return self._tokenizer.decode(self.tokens, skip_special_tokens=True)
-        if not self.stopped:
+        if self.stopped_by is None:
             self._take(self._detokenizer.rest())
             self._give(len(self._held))
         return "".join(self._given)
 
     def _take(self, text: str) -> None:
         self._held += text
-        places = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        places = [(at, stop) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if places:
-            self.stopped = True
-            self._give(min(places))
+            first, self.stopped_by = min(places)
+            self._give(first)
             return
         # The longest end that a stop text begins with.
         longest = max((len(stop) - 1 for stop in self._stop), default=0)

@@ -15,18 +15,19 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from growlm import __version__
-from growlm.data import Turn
 from growlm.engine import Generation
-from growlm.engine.chat import conversation_prompt
 from growlm.errors import GrowlmError, shortened
 from growlm.server.answering import Answering, headers_of
-from growlm.server.chat import ChatCompletion, turns_of
+from growlm.server.chat import ChatCompletion
 from growlm.server.completions import Completion
+from growlm.server.conversation import Conversation, turns_of
 from growlm.server.door import Door
 from growlm.server.events import CLIENT_GONE, ClientGone, error_response, event_stream, unless_gone
 from growlm.server.fields import Body, ChatBody, CompletionBody, Message
 from growlm.server.keys import Keys
-from growlm.server.refusals import Refusal
+from growlm.server.messages import CountBody, Messages, MessagesBody
+from growlm.server.refusals import ANTHROPIC, Refusal
+from growlm.server.responses import Responses, ResponsesBody
 from growlm.server.service import Asked, Service
 
 MAX_BODY = 4 << 20  # bytes
@@ -106,6 +107,19 @@ def create_app(
     async def chat_completions(request: Request, body: ChatBody) -> Response:
         return await answered(request, body, ChatCompletion(answering, body))
 
+    @app.post("/v1/responses")
+    async def responses(request: Request, body: ResponsesBody) -> Response:
+        return await answered(request, body, Responses(answering, body))
+
+    @app.post(ANTHROPIC)
+    async def messages(request: Request, body: MessagesBody) -> Response:
+        return await answered(request, body, Messages(answering, body))
+
+    @app.post(f"{ANTHROPIC}/count_tokens")
+    async def count_tokens(body: CountBody) -> dict[str, int]:
+        prompt = await Conversation(answering, body.model, body.turns(), "messages").prompt()
+        return {"input_tokens": len(await service.prepare(engine.tokens_of, prompt))}
+
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
         return {"object": "list", "data": names.cards()}
@@ -119,15 +133,13 @@ def create_app(
         if (body.prompt is None) == (body.messages is None):
             raise Refusal(400, "give either prompt or messages", "invalid_value", "prompt")
         if body.messages is not None:
-            turns: list[Turn] = turns_of(body.messages)
-            prompt, _ = await service.prepare(conversation_prompt, engine, turns)
+            prompt = await Conversation(answering, None, turns_of(body.messages), "messages").prompt()
             ids = await service.prepare(engine.tokens_of, prompt)
         else:
             ids = await service.prepare(
                 engine.tokenizer.encode, body.prompt, add_special_tokens=body.add_special_tokens
             )
-        length = engine.base.trained_positions or engine.base.max_positions
-        return {"count": len(ids), "max_model_len": length, "tokens": list(ids)}
+        return {"count": len(ids), "max_model_len": names.length, "tokens": list(ids)}
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeBody) -> dict[str, Any]:
@@ -163,18 +175,19 @@ def create_app(
 
 def _handle_errors(app: FastAPI) -> None:
     async def told(request: Request, error: Exception) -> Response:
-        return error_response(error)
+        return error_response(error, request.url.path)
 
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return error_response(_invalid(error))
+        return error_response(_invalid(error), request.url.path)
 
     async def by_path(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         if isinstance(error.__cause__, Refusal):  # while the body was read
-            return error_response(error.__cause__)
+            return error_response(error.__cause__, request.url.path)
         what = {404: "no such path", 405: "this path takes another method"}.get(error.status_code, error.detail)
-        return error_response(Refusal(error.status_code, f"{request.method} {request.url.path}: {what}"), error.headers)
+        refusal = Refusal(error.status_code, f"{request.method} {request.url.path}: {what}")
+        return error_response(refusal, request.url.path, error.headers)
 
     async def gone(request: Request, error: Exception) -> Response:
         return Response(status_code=CLIENT_GONE)

@@ -59,7 +59,7 @@ class Door:
             except Refusal as refusal:
                 if "status" in told:  # it was found too large after all
                     raise
-                await error_response(refusal)(scope, receive, answer)
+                await error_response(refusal, scope["path"])(scope, receive, answer)
         finally:
             self._note(scope, name, told, time.monotonic() - began)
         return None

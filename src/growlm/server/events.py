@@ -19,9 +19,13 @@ PING = 5.0  # seconds after which a stream that has nothing to say says so: some
 CLIENT_GONE = 499  # as proxies log it
 
 
-def error_response(error: BaseException, headers: Mapping[str, str] | None = None) -> Response:
+def error_response(error: BaseException, path: str, headers: Mapping[str, str] | None = None) -> Response:
+    """
+    Args:
+        path: that was asked for: each interface has an error body of its own.
+    """
     refusal = refusal_of(error)
-    return JSONResponse(refusal.body(), refusal.status, headers={**(headers or {}), **refusal.headers})
+    return JSONResponse(refusal.body(path), refusal.status, headers={**(headers or {}), **refusal.headers})
 
 
 async def unless_gone(request: Request, answer: Awaitable[T]) -> T:
@@ -50,8 +54,9 @@ async def event_stream(
     headers: Callable[[], Mapping[str, str]],
     ended: Callable[[], None],
 ) -> Response:
-    """A response of server-sent events, one of each chunk and `[DONE]`. It begins with the first of them, so that what
-    goes wrong before is an error with a status of its own; or with a ping, where that takes long.
+    """A response of server-sent events, one of each chunk. A chunk that has a type is an event of that name; behind the
+    last of completions, which have none, comes `[DONE]`. It begins with the first chunk, so that what goes wrong before
+    is an error with a status of its own; or with a ping, where that takes long.
 
     Args:
         headers: of the response, once it begins.
@@ -91,6 +96,7 @@ class _EventStream(Response):
         async def say(text: str, more: bool = True) -> None:
             await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
 
+        named = not scope["path"].endswith("completions")
         gone: asyncio.Future[Any] = asyncio.ensure_future(_gone(receive))
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
@@ -106,11 +112,11 @@ class _EventStream(Response):
                 except StopAsyncIteration:
                     break
                 except Exception as error:
-                    await say(_event(refusal_of(error).body()))
+                    await say(_event(refusal_of(error).body(scope["path"])))
                     break
                 await say(_event(chunk))
                 self._next = asyncio.ensure_future(anext(self._chunks))
-            await say("data: [DONE]\n\n", more=False)
+            await say("" if named else "data: [DONE]\n\n", more=False)
         except OSError:  # it has gone in the middle of a word
             pass
         finally:
@@ -120,7 +126,8 @@ class _EventStream(Response):
 
 
 def _event(content: Mapping[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+    name = f"event: {content['type']}\n" if "type" in content else ""
+    return f"{name}data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 
 async def _gone(receive: Receive) -> None:

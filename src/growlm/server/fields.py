@@ -70,12 +70,8 @@ class Body(BaseModel):
             told = "stream_options is for streams; set stream, or leave it out"
             raise Refusal(400, told, "invalid_value", "stream_options")
 
-    def sampling(self, stop: tuple[str, ...] = ()) -> dict[str, Any]:
-        """Settings of `SamplingConfig`. The temperature is 1 by default, as OpenAI's, and the seed another each time.
-
-        Args:
-            stop: further texts that end an answer.
-        """
+    def sampling(self) -> dict[str, Any]:
+        """Settings of `SamplingConfig`. By default the temperature is 1, as OpenAI's, and the seed new each time."""
         given = {
             name: getattr(self, name)
             for name in ("top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias")
@@ -85,8 +81,7 @@ class Body(BaseModel):
         given["json_schema"] = self._json_schema()
         given["temperature"] = 1.0 if self.temperature is None else self.temperature
         given["seed"] = random.getrandbits(63) if self.seed is None else self.seed % 2**64
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        given["stop"] = (*stops, *stop)
+        given["stop"] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         if self.cache_salt is not None:
             given["salt"] = self.cache_salt
         return {name: value for name, value in given.items() if value is not None}

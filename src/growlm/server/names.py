@@ -17,6 +17,7 @@ class Names:
     def __init__(self, engine: Engine) -> None:
         self._engine, self._store = engine, engine.store
         self.store = engine.store.path.resolve().name
+        self.length = engine.base.trained_positions or engine.base.max_positions
 
     def wanted(self, model: str | None) -> Wanted:
         """What the engine understands.
@@ -37,12 +38,10 @@ class Names:
 
     def cards(self) -> list[dict[str, Any]]:
         """Of all models, as `/v1/models` lists them."""
-        base = self._engine.base
-        length = base.trained_positions or base.max_positions
         resident = set(self._engine.modules.resident)
 
         def card(name: str, **more: Any) -> dict[str, Any]:
-            own = {"id": name, "object": "model", "created": 0, "owned_by": "growlm", "max_model_len": length}
+            own = {"id": name, "object": "model", "created": 0, "owned_by": "growlm", "max_model_len": self.length}
             return {**own, "root": self.store, "parent": None, **more}
 
         cards = [card(AUTO, kind="router"), card(BASE, kind="base", bytes=self._engine.base_bytes, resident=True)]

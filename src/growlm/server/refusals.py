@@ -1,4 +1,4 @@
-"""Refusals: what goes wrong, as a client reads it: an HTTP status and OpenAI's error body."""
+"""Refusals: what goes wrong, as a client reads it: an HTTP status, and the error body of the interface it speaks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,14 @@ from typing import Any
 from growlm.errors import BudgetError, ClosedError, ConfigError, DataError, GrowlmError, UnknownModuleError
 
 _log = logging.getLogger("growlm.server")
+
+ANTHROPIC = "/v1/messages"  # where its paths begin
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    503: "overloaded_error",
+}
 
 # Clients of OpenAI's try again at 408, 409, 429 and 5xx, unless they are told that it is of no use.
 NO_RETRY = {"x-should-retry": "false"}
@@ -38,7 +46,11 @@ class Refusal(Exception):
             return "authentication_error"
         return "invalid_request_error" if self.status < 500 else "server_error"
 
-    def body(self) -> dict[str, Any]:
+    def body(self, path: str) -> dict[str, Any]:
+        """Of what is asked for at a path: OpenAI's, or Anthropic's."""
+        if path.startswith(ANTHROPIC):
+            kind = _ANTHROPIC_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
+            return {"type": "error", "error": {"type": kind, "message": self.message}}
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
 
