@@ -222,6 +222,7 @@ SAY = {"messages": [{"role": "user", "content": "abc"}], "max_tokens": 2}
     ("path", "body", "status", "message", "param"),
     [
         ("completions", {**ASK, "model": "nobody"}, 404, "no model 'nobody'", "model"),
+        ("completions", {**ASK, "model": "no/../such \x7f"}, 404, "no model 'no/../such", "model"),
         ("completions", {"max_tokens": 2}, 400, "prompt: Field required", "prompt"),
         ("completions", {**ASK, "prompt": []}, 400, "prompt is empty", "prompt"),
         ("completions", {**ASK, "prompt": ""}, 400, "empty", None),
@@ -281,6 +282,10 @@ def test_fields_that_change_nothing_are_named_and_ignored(served):
     response = served.post("/v1/completions", **ASK, user="me", store=None, metadata={"a": "b"})
     assert response.status_code == 200
     assert response.headers["x-growlm-ignored"] == "metadata, user"
+    response = served.post("/v1/completions", **ASK, **{"a\r\nX-Evil: 1": 1, "Ω": 1, "n" * 5000: 1})
+    assert response.status_code == 200
+    assert response.headers["x-growlm-ignored"].startswith("a??X-Evil: 1, nnn")
+    assert "x-evil" not in response.headers
 
 
 # Bounds
@@ -431,6 +436,7 @@ def test_tokens_of_a_text_and_back(served, alone):
     assert served.post("/tokenize", messages=SAY["messages"]).json()["count"] > 3
     assert served.post("/tokenize").status_code == 400
     assert served.post("/detokenize", tokens=[10**9]).status_code == 400
+    assert served.post("/detokenize", tokens=[]).json() == {"prompt": ""}
     assert served.http.get("/tokenizer_info").json()["eos_token"] == alone.tokenizer.eos_token
 
 

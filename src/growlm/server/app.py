@@ -10,7 +10,7 @@ from typing import Any, Protocol, TextIO
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
@@ -31,6 +31,7 @@ from growlm.server.responses import Responses, ResponsesBody
 from growlm.server.service import Asked, Service
 
 MAX_BODY = 4 << 20  # bytes
+_LONGEST_HEADER = 500
 
 
 class Form(Protocol):
@@ -41,6 +42,34 @@ class Form(Protocol):
     def whole(self, answers: Sequence[Generation], asked: Asked) -> dict[str, Any]: ...
 
     def chunks(self, asked: Asked) -> AsyncGenerator[dict[str, Any], None]: ...
+
+
+class Error(BaseModel):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(BaseModel):
+    """What is told where a request is not answered."""
+
+    error: Error
+
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": told}
+    for status, told in {
+        400: "A field, or the body, that cannot be.",
+        401: "No key, or a wrong one.",
+        404: "No such model.",
+        413: "The request is too large.",
+        422: "The module does not fit the memory budget.",
+        500: "The store is damaged, or the server made a mistake; its log says more.",
+        503: "No place; try again in a moment.",
+        504: "The answer took too long.",
+    }.items()
+}
 
 
 class TokenizeBody(BaseModel):
@@ -77,7 +106,7 @@ def create_app(
         yield
         service.close()
 
-    app = FastAPI(title="growlm", version=__version__, lifespan=life)
+    app = FastAPI(title="growlm", version=__version__, lifespan=life, responses=_ERRORS)
     app.add_middleware(Door, keys=keys or Keys(), admin_keys=admin_keys or Keys(), max_body=max_body, log=log)
     if origins:  # outside of the door: a browser asks whether it may before it sends a key
         app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])
@@ -86,7 +115,7 @@ def create_app(
     async def answered(request: Request, body: Body, form: Form) -> Response:
         body.require()
         ignored = body.ignored()
-        more = {"X-Growlm-Ignored": ", ".join(ignored)} if ignored else {}
+        more = {"X-Growlm-Ignored": _in_a_header(", ".join(ignored))} if ignored else {}
         if body.stream:
             asked = await unless_gone(request, form.ask())
             return await event_stream(form.chunks(asked), lambda: {**headers_of(asked), **more}, asked.leave)
@@ -143,7 +172,8 @@ def create_app(
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeBody) -> dict[str, Any]:
-        engine.base.require_rows(body.tokens, "tokens", engine.tokenizer)
+        if body.tokens:
+            engine.base.require_rows(body.tokens, "tokens", engine.tokenizer)
         return {"prompt": engine.tokenizer.decode(body.tokens)}
 
     @app.get("/tokenizer_info")
@@ -166,11 +196,17 @@ def create_app(
     def version() -> dict[str, str]:
         return {"version": __version__}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return app
+
+
+def _in_a_header(text: str) -> str:
+    """What a header can say of it: it takes a line of ASCII."""
+    plain = "".join(sign if sign.isascii() and sign.isprintable() else "?" for sign in text)
+    return plain if len(plain) <= _LONGEST_HEADER else f"{plain[:_LONGEST_HEADER]}..."
 
 
 def _handle_errors(app: FastAPI) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from growlm.engine import AUTO, Engine, Wanted
-from growlm.errors import UnknownModuleError
+from growlm.errors import UnknownModuleError, shortened
+from growlm.store.stored_module import is_name
 
 BASE = "base"
 
@@ -31,9 +32,9 @@ class Names:
         name = name.removeprefix(f"{self.store}:")
         if name in (AUTO, BASE):
             return AUTO if name == AUTO else None
-        if self._store.find(name) is None:
+        if not is_name(name) or self._store.find(name) is None:
             known = [AUTO, BASE, *self._store.modules]
-            raise UnknownModuleError(f"no model {model!r}; there are {', '.join(known)}")
+            raise UnknownModuleError(f"no model {shortened(model)}; there are {', '.join(known)}")
         return name
 
     def cards(self) -> list[dict[str, Any]]:
