@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,18 @@ def test_log_probabilities_are_the_engines(served, alone):
     assert nothing["choices"][0]["text"] == DIGITS
     assert nothing["usage"]["completion_tokens"] == 0
     assert len(nothing["choices"][0]["logprobs"]["tokens"]) == nothing["usage"]["prompt_tokens"]
+    chunks = served.events("/v1/completions", **{**body, "max_tokens": 0}, echo=True, return_token_ids=True)
+    last = chunks[-1]["choices"][0]
+    assert (last["finish_reason"], last["token_ids"]) == ("length", [])
+    chunks = served.events("/v1/completions", **body, echo=True)
+    streamed = [c["choices"][0]["logprobs"] for c in chunks if c["choices"][0]["logprobs"]]
+    assert [p for one in streamed for p in one["token_logprobs"]][1:] == pytest.approx(
+        echoed["logprobs"]["token_logprobs"][1:], abs=1e-4
+    )
+    stopped = {**body, "max_tokens": 12, "stop": alone.generate(DIGITS, module="digits", max_new_tokens=12).text[4:8]}
+    whole = served.post("/v1/completions", **stopped).json()["choices"][0]["logprobs"]["tokens"]
+    chunks = served.events("/v1/completions", **stopped)
+    assert [t for c in chunks for t in (c["choices"][0]["logprobs"] or {"tokens": []})["tokens"]] == whole
     # In a stream they come piece by piece.
     chunks = served.events("/v1/completions", **body)
     streamed = [c["choices"][0]["logprobs"] for c in chunks if c["choices"][0]["logprobs"]]
@@ -229,7 +242,13 @@ SAY = {"messages": [{"role": "user", "content": "abc"}], "max_tokens": 2}
         ("completions", {**ASK, "prompt": [1 << 40]}, 400, "", None),
         ("completions", {**ASK, "temperature": "hot"}, 400, "temperature is 'hot'", "temperature"),
         ("completions", {**ASK, "top_p": 7}, 400, "top_p is 7", None),
-        ("completions", {**ASK, "n": 0}, 400, "n is 0", None),
+        ("completions", {**ASK, "n": 0}, 400, "n is 0", "n"),
+        ("completions", {**ASK, "n": -1000}, 400, "n is -1000", "n"),
+        ("completions", {**ASK, "stop": ["a"] * 17}, 400, "stop: at most 16", "stop"),
+        ("completions", {**ASK, "stop": "a" * 257}, 400, "stop: at most 16", "stop"),
+        ("completions", {**ASK, "regex": "a" * 70000}, 400, "regex is", "regex"),
+        ("responses", {"input": "a", "text": {"format": "x"}}, 400, "text: its format", "text"),
+        ("responses", {"input": "a", "n": 2}, 400, "n: this form has one answer", "n"),
         ("completions", {**ASK, "logprobs": 21}, 400, "logprobs is 21", "logprobs"),
         ("completions", {**ASK, "max_tokens": 0}, 400, "max_tokens is 0", "max_tokens"),
         ("completions", {**ASK, "max_tokens": 10**6}, 400, "and 1000000 new ones exceed the 256 ", None),
@@ -330,23 +349,91 @@ def test_a_budget_in_which_a_module_cannot_fit_is_told_and_not_tried_again(made)
         assert response.headers["x-should-retry"] == "false"
 
 
+@pytest.mark.parametrize("timeout", [None, 60])
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_a_client_leaves_is_written_no_further(served, stream):
+def test_what_a_client_leaves_is_written_no_further(made, stream, timeout):
     body = {"prompt": DIGITS, "model": "digits", "temperature": 0, "max_tokens": 200, "stream": stream}
-    before = served.service.metrics.text()
-    for _ in range(8):
-        with (
-            served.http.stream("POST", "/v1/completions", json=body)
-            if stream
-            else leaving(served, "/v1/completions", body, 0.02) as response
-        ):
-            if stream:
-                next(response.iter_lines())
+    with serving(made, service={"timeout": timeout}) as served:
+        served.engine._loop.writer.end_tokens = set()
+        for number in range(30):
+            seconds = 0.03 + 0.001 * number
+            with served.http.stream("POST", "/v1/completions", json=body) if stream else nullcontext() as response:
+                if response is not None:
+                    next(response.iter_lines())
+            with nullcontext() if stream else leaving(served, "/v1/completions", body, seconds):
+                pass
+        wait_for(served.idle)
+        assert served.engine._loop.rooms.num_bytes() == 0
+        assert "growlm_generation_tokens_total 0.0" in served.http.get("/metrics").text
+        assert served.post("/v1/completions", **ASK).status_code == 200
+
+
+class Broken(BaseException):
+    """As an error of another language: no Exception."""
+
+
+def test_a_step_that_fails_ends_its_own_requests_alone(made, monkeypatch, caplog):
+    with serving(made) as served:
+        writer = served.engine._loop.writer
+        write = writer.write
+
+        def broken(request: Any, logits: Any) -> bool:
+            if "poison" in request.config.stop:
+                raise Broken("poisoned")
+            return write(request, logits)
+
+        monkeypatch.setattr(writer, "write", broken)
+        assert served.post("/v1/completions", **ASK, stop="poison").status_code == 500
+        assert served.post("/v1/completions", **ASK).status_code == 200
+        assert served.http.get("/health").status_code == 200
+        assert "poisoned" in caplog.text
+
+
+def test_an_engine_that_cannot_go_on_is_told_and_nobody_waits(made, monkeypatch):
+    with serving(made) as served:
+
+        def broken() -> bool:
+            raise RuntimeError("no more")
+
+        monkeypatch.setattr(served.engine, "step", broken)
+        response = served.post("/v1/completions", **ASK)
+        assert (response.status_code, response.json()["error"]["code"]) == (500, "internal_error")
+        assert served.http.get("/health").status_code == 500
+        assert served.post("/v1/completions", **ASK).status_code == 500
+        assert served.service._taken == 0
+
+
+def test_an_error_inside_has_an_id_and_a_line_in_the_log(served, monkeypatch):
+    def broken() -> list[Any]:
+        raise ZeroDivisionError("oops")
+
+    monkeypatch.setattr("growlm.server.names.Names.cards", lambda self: broken())
+    response = served.http.get("/v1/models", headers={"X-Request-Id": "odd-1"})
+    assert (response.status_code, response.headers["x-request-id"]) == (500, "odd-1")
+    assert "oops" not in response.text
+    wait_for(lambda: any(line["id"] == "odd-1" and line["status"] == 500 for line in lines_of(served)))
+
+
+def test_the_header_names_who_is_known_to_write(served):
+    body = {"prompt": [DIGITS, domain_text("letters", 3)], "max_tokens": 2}
+    assert served.post("/v1/completions", **body).headers["x-growlm-module"] == "digits, letters"
+    with served.http.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
+        assert "base" not in response.headers.get("x-growlm-module", "")
+
+
+def test_a_salt_holds_for_the_router_too(served, monkeypatch):
+    salts: list[str] = []
+    put = served.engine._prefixes.put
+
+    def noting(*arguments: Any, salt: str, **named: Any) -> Any:
+        salts.append(salt)
+        return put(*arguments, salt=salt, **named)
+
+    monkeypatch.setattr(served.engine._prefixes, "put", noting)
+    text = domain_text("digits", 77, words=40)
+    served.post("/v1/chat/completions", messages=[{"role": "user", "content": text}], max_tokens=2, cache_salt="mine")
     wait_for(served.idle)
-    assert served.engine._loop.rooms.num_bytes() == 0
-    if stream:
-        assert b"growlm_request_success" in before
-    assert served.post("/v1/completions", **ASK).status_code == 200
+    assert set(salts) == {"mine"}
 
 
 def test_an_error_in_mid_stream_is_an_event(served, monkeypatch):

@@ -370,10 +370,11 @@ class Engine:
         """
         return self._prompts.encode(prompt)
 
-    def submit_route(self, prompt: Prompt) -> Request:
+    def submit_route(self, prompt: Prompt, *, salt: str = "") -> Request:
         """As `submit` for `route`: the request's `route` is what the router says."""
         self._loop.require_open()
-        request = Request(self.tokens_of(prompt), None, _ONE_TOKEN, Answer(self.tokenizer, ()), only_routes=True)
+        answer = Answer(self.tokenizer, ())
+        request = Request(self.tokens_of(prompt), None, _ONE_TOKEN, answer, salt=salt, only_routes=True)
         self._loop.add([request])
         return request
 
@@ -391,13 +392,16 @@ class Engine:
         ended."""
         self._loop.cancel([request])
 
-    def route(self, prompt: Prompt) -> Route:
+    def route(self, prompt: Prompt, *, salt: str = "") -> Route:
         """Which module the router would choose, and how sure it is of each.
+
+        Args:
+            salt: as in `generate`.
 
         Raises:
             As `generate` of its prompt.
         """
-        request = self.submit_route(prompt)
+        request = self.submit_route(prompt, salt=salt)
         self._await(request)
         return request.route
 

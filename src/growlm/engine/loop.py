@@ -457,7 +457,8 @@ class Loop:
         self.scheduler.remove(request)
         self._release(request)
         request.drop()
-        request.state, request.result, request.error = State.FINISHED, result, error
+        request.result, request.error = result, error
+        request.state = State.FINISHED  # last: other threads look at it
         if error is None:
             self._let_follow(request)
         while request.followers:

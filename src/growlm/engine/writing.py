@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,7 +56,7 @@ class Writer:
         """(n,) up to the newest token, and up to each draft."""
         drafts = len(request.drafts)
         ids = [*request.ids(0, request.read - drafts), *request.drafts]
-        return Contexts.of(torch.tensor([ids], device=self._base.device), 1 + drafts)[0]
+        return Contexts.of(torch.from_numpy(np.array([ids])), 1 + drafts)[0]
 
     def read_prompt(self, request: Request, works: Sequence[Work], start: int) -> None:
         """Takes in how well each branch predicted the tokens of the prompt that it has just read: into the mixture's

@@ -17,12 +17,13 @@ from growlm.recall.contexts import Contexts
 from growlm.recall.text import Found, Place, RecalledText
 
 _AT_A_TIME = 512  # contexts that are looked up together
+_FORMER = 8  # features that there were
 _LARGEST = 1e4  # that a gate may be: those that are fitted are a thousand times smaller
 
 
 def widened(gates: Tensor) -> Tensor:
     """Gates of a module that was learned when there were fewer features: the others count for nothing."""
-    return torch.nn.functional.pad(gates, (0, max(FEATURES - gates.shape[-1], 0)))
+    return torch.nn.functional.pad(gates, (0, FEATURES - _FORMER)) if gates.shape == (len(LEVELS), _FORMER) else gates
 
 
 @dataclass(frozen=True)
@@ -121,4 +122,4 @@ class Memory(nn.Module):
 
 def _weighed(log_probabilities: Tensor, found: Found, contexts: Contexts) -> Recalled:
     lengths, tokens = (torch.from_numpy(array).to(log_probabilities.device) for array in (found.lengths, found.tokens))
-    return recalled(log_probabilities, lengths, tokens, contexts.repeated)
+    return recalled(log_probabilities, lengths, tokens, contexts.repeated.to(log_probabilities.device))

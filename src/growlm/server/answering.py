@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from growlm.engine import Generation
-from growlm.server.names import Names
+from growlm.server.names import BASE, Names
 from growlm.server.service import Asked, Service
 
 
@@ -32,5 +32,6 @@ def about(answer: Generation, scores: Mapping[str, float] | None = None) -> dict
 
 
 def headers_of(asked: Asked) -> dict[str, str]:
-    """Who writes each answer; `base` where no module does."""
-    return {"X-Growlm-Module": ", ".join(dict.fromkeys(name or "base" for name in asked.modules))}
+    """Who writes, `base` where no module does; nothing where it is not yet known."""
+    names = dict.fromkeys(name or BASE for name in asked.modules)
+    return {"X-Growlm-Module": ", ".join(names)} if names else {}

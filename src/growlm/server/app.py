@@ -15,7 +15,8 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from growlm import __version__
-from growlm.engine import Generation
+from growlm.data import encode_texts
+from growlm.engine import Engine, Generation
 from growlm.errors import GrowlmError, shortened
 from growlm.server.answering import Answering, headers_of
 from growlm.server.chat import ChatCompletion
@@ -165,9 +166,7 @@ def create_app(
             prompt = await Conversation(answering, None, turns_of(body.messages), "messages").prompt()
             ids = await service.prepare(engine.tokens_of, prompt)
         else:
-            ids = await service.prepare(
-                engine.tokenizer.encode, body.prompt, add_special_tokens=body.add_special_tokens
-            )
+            ids = await service.prepare(_ids_of, engine, body.prompt or "", body.add_special_tokens)
         return {"count": len(ids), "max_model_len": names.length, "tokens": list(ids)}
 
     @app.post("/detokenize")
@@ -190,6 +189,7 @@ def create_app(
     @app.get("/health")
     @app.get("/ready")
     def health() -> dict[str, str]:
+        service.require_whole()
         return {"status": "ok"}
 
     @app.get("/version")
@@ -201,6 +201,15 @@ def create_app(
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return app
+
+
+def _ids_of(engine: Engine, text: str, start: bool) -> list[int]:
+    """Of a text as the engine reads it, with the tokens that a text begins with or without: what it spells like a
+    special token is letters."""
+    if start and text.strip():
+        return engine.tokens_of(text)
+    (ids,) = encode_texts(engine.tokenizer, [text])
+    return list(ids)
 
 
 def _in_a_header(text: str) -> str:
@@ -230,7 +239,7 @@ def _handle_errors(app: FastAPI) -> None:
 
     for kind, handle in (
         (Refusal, told), (GrowlmError, told), (RequestValidationError, invalid), (HTTPException, by_path),
-        (ClientGone, gone), (Exception, told),
+        (ClientGone, gone),
     ):  # fmt: skip
         app.add_exception_handler(kind, handle)
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from growlm.engine import Generation
 from growlm.engine.prompts import Prompt
+from growlm.engine.request import Request
 from growlm.engine.sampling import TokenLogprob
 from growlm.server.answering import Answering, about, usage_of
 from growlm.server.fields import CompletionBody, called_as_fields
@@ -41,12 +43,11 @@ class Completion:
             return await self._answering.service.ask(self._prompts, body.number, module=wanted, **settings)
 
     def whole(self, answers: Sequence[Generation], asked: Asked) -> dict[str, Any]:
-        choices = [self._choice(number, answer, asked) for number, answer in enumerate(answers)]
-        written = 0 if self._body.max_tokens == 0 else sum(len(answer.tokens) for answer in answers)
+        answers = [self._told(answer) for answer in answers]
         return {
             **self._head(),
-            "choices": choices,
-            "usage": usage_of(self._read(answers), written),
+            "choices": [self._choice(number, answer, asked) for number, answer in enumerate(answers)],
+            "usage": self._usage(answers),
             "growlm": about(answers[0]),
         }
 
@@ -59,21 +60,25 @@ class Completion:
                 if body.echo:
                     text = self._prompt_text(asked, number)
                     offsets[number] = len(text)
-                    yield self._chunk(number, text)
+                    said = None if body.logprobs is None else self._of_prompt(asked.requests[number], [])
+                    yield self._chunk(number, text, logprobs=said)
             if isinstance(item, Generation):
-                answers.append(item)
-                chunk = self._chunk(number, "", item.finish_reason)
-                chunk["choices"][0] |= body.ids_of(asked.requests[number], item)
+                answers.append(self._told(item))
+                chunk = self._chunk(number, "", answers[-1].finish_reason)
+                chunk["choices"][0] |= body.ids_of(asked.requests[number], answers[-1])
                 yield {**chunk, "growlm": about(item)}
             elif body.max_tokens != 0:
-                said = None
-                if body.logprobs is not None:
-                    said = self._logprobs(item.logprobs, offsets[number])
+                said = None if body.logprobs is None else self._logprobs(item.logprobs, offsets[number])
                 offsets[number] += len(item.text)
                 yield self._chunk(number, item.text, logprobs=said)
         if body.stream_options is not None and body.stream_options.include_usage:
-            written = 0 if body.max_tokens == 0 else sum(len(answer.tokens) for answer in answers)
-            yield {**self._head(), "choices": [], "usage": usage_of(self._read(answers), written)}
+            yield {**self._head(), "choices": [], "usage": self._usage(answers)}
+
+    def _told(self, answer: Generation) -> Generation:
+        """Without the token that is written where none is asked for."""
+        if self._body.max_tokens != 0:
+            return answer
+        return replace(answer, text="", tokens=[], logprobs=[], finish_reason="length")
 
     def _head(self) -> dict[str, Any]:
         model = self._body.model or self._answering.names.store
@@ -83,26 +88,30 @@ class Completion:
         choice = {"index": number, "text": text, "logprobs": logprobs, "finish_reason": reason}
         return {**self._head(), "choices": [choice]}
 
-    def _read(self, answers: Sequence[Generation]) -> int:
-        """Tokens of prompts: each counts once, however many answers it has."""
-        return sum(answer.prompt_tokens for answer in answers) // self._body.number
+    def _usage(self, answers: Sequence[Generation]) -> dict[str, int]:
+        """A prompt counts once, however many answers it has."""
+        read = sum(answer.prompt_tokens for answer in answers) // self._body.number
+        return usage_of(read, sum(len(answer.tokens) for answer in answers))
 
     def _choice(self, number: int, answer: Generation, asked: Asked) -> dict[str, Any]:
-        body, text = self._body, answer.text
-        written = list(answer.logprobs or ())
-        if body.max_tokens == 0:
-            text, written = "", []
+        body, said, written = self._body, None, answer.logprobs or []
+        if body.logprobs is not None:
+            said = self._of_prompt(asked.requests[number], written) if body.echo else self._logprobs(written, 0)
         before = self._prompt_text(asked, number) if body.echo else ""
-        said = None
-        if body.logprobs is not None and body.echo:
-            first = TokenLogprob(asked.requests[number].tokens[0], 0.0)
-            said = self._logprobs([first, *(answer.prompt_logprobs or ()), *written], 0)
-            said["token_logprobs"][0] = said["top_logprobs"][0] = None
-        elif body.logprobs is not None:
-            said = self._logprobs(written, 0)
-        reason = "length" if body.max_tokens == 0 else answer.finish_reason
         ids = body.ids_of(asked.requests[number], answer)
-        return {"index": number, "text": before + text, "logprobs": said, "finish_reason": reason, **ids}
+        choice = {
+            "index": number,
+            "text": before + answer.text,
+            "logprobs": said,
+            "finish_reason": answer.finish_reason,
+        }
+        return {**choice, **ids}
+
+    def _of_prompt(self, request: Request, written: Sequence[TokenLogprob]) -> dict[str, Any]:
+        """Of a prompt, whose first token has nothing before it that it could be likely after, and of what follows."""
+        said = self._logprobs([TokenLogprob(request.tokens[0], 0.0), *request.prompt_logprobs, *written], 0)
+        said["token_logprobs"][0] = said["top_logprobs"][0] = None
+        return said
 
     def _prompt_text(self, asked: Asked, number: int) -> str:
         prompt = self._prompts[number // self._body.number]

@@ -51,7 +51,7 @@ class Conversation:
         with called_as_fields():
             prompt = await self.prompt()
             if wanted == AUTO:
-                route = await service.route(routed_text(self._turns))
+                route = await service.route(routed_text(self._turns), salt=settings.get("salt", ""))
                 wanted, self.scores = route.module, route.scores
             if most is None:
                 tokens = len(await service.prepare(service.engine.tokens_of, prompt))

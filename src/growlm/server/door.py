@@ -56,10 +56,10 @@ class Door:
             try:
                 self._require_key(scope["path"], headers)
                 await self._app(scope, self._bounded(headers, receive), answer)
-            except Refusal as refusal:
-                if "status" in told:  # it was found too large after all
+            except Exception as error:
+                if "status" in told:  # it has begun to answer
                     raise
-                await error_response(refusal, scope["path"])(scope, receive, answer)
+                await error_response(error, scope["path"])(scope, receive, answer)
         finally:
             self._note(scope, name, told, time.monotonic() - began)
         return None

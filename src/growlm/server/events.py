@@ -70,12 +70,12 @@ async def event_stream(
         await asyncio.wait({first}, timeout=PING)
         if first.done():
             first.result()
+        return _EventStream(chunks, first, headers(), ended)
     except BaseException:
         await _stop(first)
         await chunks.aclose()
         ended()
         raise
-    return _EventStream(chunks, first, headers(), ended)
 
 
 class _EventStream(Response):

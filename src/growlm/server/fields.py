@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -15,6 +16,8 @@ from growlm.errors import settings_written
 from growlm.server.refusals import Refusal
 
 _CALLED = {"max_new_tokens": "max_tokens", "json_schema": "response_format"}
+_LONGEST_GRAMMAR = 1 << 16  # characters: longer ones take seconds to compile
+_MOST_STOPS, _LONGEST_STOP = 16, 256
 _NO_BOUND = -1  # vLLM's word for a top_k that keeps all
 
 
@@ -28,9 +31,10 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="allow")
     # Fields that would change the answer, and that nothing here can honour.
     unsupported: ClassVar[dict[str, str]] = {}
+    several: ClassVar[bool] = True  # whether its form has room for more than one answer
 
     model: str | None = None
-    n: int | None = None
+    n: int | None = Field(default=None, ge=1, le=128)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: float | None = None
@@ -42,10 +46,10 @@ class Body(BaseModel):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[str, float] | None = Field(default=None, max_length=1024)
     response_format: dict[str, Any] | None = None
-    regex: str | None = None
-    grammar: str | None = None
+    regex: str | None = Field(default=None, max_length=_LONGEST_GRAMMAR)
+    grammar: str | None = Field(default=None, max_length=_LONGEST_GRAMMAR)
     cache_salt: str | None = None
     return_token_ids: bool | None = None
 
@@ -69,6 +73,8 @@ class Body(BaseModel):
         if self.stream_options is not None and not self.stream:
             told = "stream_options is for streams; set stream, or leave it out"
             raise Refusal(400, told, "invalid_value", "stream_options")
+        if self.number > 1 and not self.several:
+            raise Refusal(400, "n: this form has one answer; ask several times", "unsupported", "n")
 
     def sampling(self) -> dict[str, Any]:
         """Settings of `SamplingConfig`. By default the temperature is 1, as OpenAI's, and the seed new each time."""
@@ -81,7 +87,7 @@ class Body(BaseModel):
         given["json_schema"] = self._json_schema()
         given["temperature"] = 1.0 if self.temperature is None else self.temperature
         given["seed"] = random.getrandbits(63) if self.seed is None else self.seed % 2**64
-        given["stop"] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        given["stop"] = stop_texts((self.stop,) if isinstance(self.stop, str) else self.stop or (), "stop")
         if self.cache_salt is not None:
             given["salt"] = self.cache_salt
         return {name: value for name, value in given.items() if value is not None}
@@ -94,7 +100,10 @@ class Body(BaseModel):
             return {"type": "object"}
         schema = form.get("json_schema")
         if form.get("type") == "json_schema" and isinstance(schema, dict) and isinstance(schema.get("schema"), dict):
-            return dict(schema["schema"])
+            if len(json.dumps(schema["schema"])) <= _LONGEST_GRAMMAR:
+                return dict(schema["schema"])
+            told = f"the schema is longer than {_LONGEST_GRAMMAR} characters"
+            raise Refusal(400, f"response_format: {told}", "invalid_value", "response_format")
         told = 'expected type text, json_object, or json_schema with {"json_schema": {"schema": ...}}'
         raise Refusal(400, f"response_format: {told}", "invalid_value", "response_format")
 
@@ -105,6 +114,18 @@ class Body(BaseModel):
     @property
     def number(self) -> int:
         return 1 if self.n is None else self.n
+
+
+def stop_texts(texts: Sequence[str], field: str) -> tuple[str, ...]:
+    """Texts that end an answer: as many, and as long, as can be looked for after every token.
+
+    Raises:
+        Refusal: more, or longer ones.
+    """
+    if len(texts) > _MOST_STOPS or any(len(text) > _LONGEST_STOP for text in texts):
+        told = f"{field}: at most {_MOST_STOPS} texts of at most {_LONGEST_STOP} characters"
+        raise Refusal(400, told, "invalid_value", field)
+    return tuple(texts)
 
 
 class CompletionBody(Body):

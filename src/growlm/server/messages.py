@@ -12,12 +12,13 @@ from growlm.data import Turn
 from growlm.engine import Generation
 from growlm.server.answering import Answering, about
 from growlm.server.conversation import Conversation, text_of, turns_of
-from growlm.server.fields import Body, ContentPart, Message
+from growlm.server.fields import Body, ContentPart, Message, stop_texts
 from growlm.server.refusals import Refusal
 from growlm.server.service import Asked, Piece
 
 
 class CountBody(Body):
+    several = False
     unsupported: ClassVar[dict[str, str]] = {
         "tools": "this server calls no tools; leave it out",
         "mcp_servers": "this server asks no others; leave it out",
@@ -43,7 +44,7 @@ class MessagesBody(CountBody):
     stop_sequences: list[str] | None = None
 
     def sampling(self) -> dict[str, Any]:
-        return {**super().sampling(), "stop": tuple(self.stop_sequences or ())}
+        return {**super().sampling(), "stop": stop_texts(self.stop_sequences or (), "stop_sequences")}
 
 
 class Messages:

@@ -15,10 +15,12 @@ from growlm.engine import Generation
 from growlm.server.answering import Answering, about
 from growlm.server.conversation import Conversation, turns_of
 from growlm.server.fields import Body, Message
+from growlm.server.refusals import Refusal
 from growlm.server.service import Asked, Piece
 
 
 class ResponsesBody(Body):
+    several = False
     unsupported: ClassVar[dict[str, str]] = {
         "previous_response_id": "no answer is kept here; send the whole conversation as input",
         "conversation": "no conversation is kept here; send all of it as input",
@@ -43,7 +45,9 @@ class ResponsesBody(Body):
 
     def sampling(self) -> dict[str, Any]:
         form = (self.text or {}).get("format")
-        if isinstance(form, dict) and form.get("type") == "json_schema":  # of which the keys lie one level higher here
+        if form is not None and not isinstance(form, dict):
+            raise Refusal(400, "text: its format must be an object with a type", "invalid_value", "text")
+        if form is not None and form.get("type") == "json_schema":  # of which the keys lie one level higher here
             form = {"type": "json_schema", "json_schema": {"schema": form.get("schema")}}
         self.response_format = form
         return super().sampling()

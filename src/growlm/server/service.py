@@ -6,10 +6,12 @@ Bounds what waits and for how long. Knows engines and requests; nothing of HTTP.
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from contextvars import copy_context
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -25,6 +27,9 @@ from growlm.server.refusals import NO_RETRY, Refusal
 
 T = TypeVar("T")
 
+_log = logging.getLogger("growlm.server")
+
+_STEPS_THAT_FAIL = 10  # one after another, after which no more are made
 _RETRY_AFTER = "1"  # seconds: within them some answer ends, and makes room
 
 
@@ -53,8 +58,9 @@ class Service:
         self.metrics = Metrics(engine, self.running_and_waiting)
         self._live: dict[Request, asyncio.Event] = {}
         self._taken = 0  # places of requests that have not ended, those whose prompts are still read included
-        self._wanted, self._closed = threading.Event(), False
-        # One thread: a tokenizer is not made to be used by several at once.
+        self._wanted, self._closed, self._broken = threading.Event(), False, False
+        self._prepared = 0  # calls that wait for their turn or have it
+        # One thread: what is prepared takes the processor from the engine's.
         self._preparing = ThreadPoolExecutor(1, "growlm-prompts")
         self._thread = threading.Thread(target=self._work, name="growlm-engine", daemon=True)
 
@@ -71,6 +77,11 @@ class Service:
         self._preparing.shutdown()
         self._look()
 
+    @property
+    def broken(self) -> bool:
+        """Whether the engine's thread has ended with an error that it cannot go on after."""
+        return self._broken
+
     def running_and_waiting(self) -> tuple[int, int]:
         running = sum(request.state is State.RUNNING for request in list(self._live))
         return running, self._taken - running
@@ -78,15 +89,36 @@ class Service:
     # Asking
 
     async def prepare(self, call: Callable[..., T], *arguments: Any, **named: Any) -> T:
-        """What a call returns that takes a while, such as to write a conversation in token ids."""
-        context = copy_context()
-        return await asyncio.get_running_loop().run_in_executor(
-            self._preparing, lambda: context.run(call, *arguments, **named)
-        )
+        """What a call returns that takes a while, such as to write a conversation in token ids.
 
-    async def route(self, prompt: Prompt) -> Route:
+        Raises:
+            Refusal: too many wait already.
+        """
+        return await asyncio.wrap_future(self._prepare(lambda: call(*arguments, **named)))
+
+    def _prepare(self, call: Callable[[], T]) -> Future[T]:
+        if self._prepared >= self.engine.max_batch + self.max_queued:
+            raise self._full()
+        self._prepared += 1
+        preparing = self._preparing.submit(copy_context().run, call)
+        preparing.add_done_callback(self._was_prepared)
+        return preparing
+
+    def _was_prepared(self, preparing: Future[Any]) -> None:
+        with suppress(RuntimeError):  # the event loop has ended
+            self._loop.call_soon_threadsafe(self._count_prepared)
+
+    def _count_prepared(self) -> None:
+        self._prepared -= 1
+
+    def _full(self) -> Refusal:
+        self.metrics.refused.inc()
+        told = f"{max(self._taken, self._prepared)} requests are being answered or wait; try again in a moment"
+        return Refusal(503, told, "queue_full", headers={"Retry-After": _RETRY_AFTER})
+
+    async def route(self, prompt: Prompt, *, salt: str = "") -> Route:
         """As `Engine.route`."""
-        asked = await self._ask([lambda: [self.engine.submit_route(prompt)]], 1)
+        asked = await self._ask([lambda: [self.engine.submit_route(prompt, salt=salt)]], 1)
         async for _ in asked.items():
             pass
         return asked.requests[0].route
@@ -108,13 +140,12 @@ class Service:
     async def _ask(self, calls: Sequence[Callable[[], list[Request]]], places: int) -> Asked:
         if self._closed:
             raise ClosedError("the server is closed")
+        self.require_whole()
         room = self.engine.max_batch + self.max_queued
         if places > room:
             raise Refusal(400, f"{places} answers in one request; the server takes {room} at the most", "too_many")
         if self._taken + places > room:
-            self.metrics.refused.inc()
-            told = f"{self._taken} requests are being answered or wait; try again in a moment"
-            raise Refusal(503, told, "queue_full", headers={"Retry-After": _RETRY_AFTER})
+            raise self._full()
         asked = Asked(self, places)
         self._taken += places
         try:
@@ -130,15 +161,16 @@ class Service:
         return asked
 
     async def _submitted(self, call: Callable[[], list[Request]]) -> list[Request]:
-        submitting = asyncio.ensure_future(self.prepare(call))
+        submitting = self._prepare(call)
         try:
-            return await asyncio.shield(submitting)
-        except asyncio.CancelledError:  # who asked has gone; the call goes on, and what it has asked for is not wanted
-            submitting.add_done_callback(self._forget)
+            return await asyncio.shield(asyncio.wrap_future(submitting))
+        except asyncio.CancelledError:  # who asked has gone
+            if not submitting.cancel():  # the call goes on, and what it has asked for is not wanted
+                submitting.add_done_callback(self._forget)
             raise
 
-    def _forget(self, submitting: asyncio.Future[list[Request]]) -> None:
-        if not submitting.cancelled() and submitting.exception() is None:
+    def _forget(self, submitting: Future[list[Request]]) -> None:
+        if submitting.exception() is None:
             for request in submitting.result():
                 self.engine.cancel(request)
 
@@ -151,21 +183,38 @@ class Service:
     # The engine's thread
 
     def _work(self) -> None:
+        failed = 0  # steps one after another
         while not self._closed:
             self._wanted.wait()
             self._wanted.clear()
             going = True
             while going:
                 try:
-                    going = self.engine.step()
+                    going, failed = self.engine.step(), 0
                 except ClosedError:
                     return
+                except BaseException:  # what it was the fault of has ended with it; the others go on
+                    _log.exception("a step of the engine failed")
+                    failed += 1
+                    if failed >= _STEPS_THAT_FAIL:
+                        self._broken, going = True, False
                 self._loop.call_soon_threadsafe(self._look)
+            if self._broken:
+                return
+
+    def require_whole(self) -> None:
+        """
+        Raises:
+            Refusal: nothing is answered any more.
+        """
+        if self._broken:
+            told = "the engine has stopped after an error, which is in the server's log; start it again"
+            raise Refusal(500, told, "internal_error", headers=NO_RETRY)
 
     def _look(self) -> None:
         """Wakes those whose requests have come further."""
         for request, changed in self._live.items():
-            if request.answer.pieces or request.state is State.FINISHED:
+            if request.answer.pieces or request.state is State.FINISHED or self._broken:
                 changed.set()
 
 
@@ -184,9 +233,9 @@ class Asked:
         self._service, self._began, self._left = service, time.monotonic(), False
 
     @property
-    def modules(self) -> list[str | None]:
-        """Who writes each answer, as far as it is known: None is the base."""
-        return ["+".join(request.names) if request.names else None for request in self.requests]
+    def modules(self) -> list[str]:
+        """Who writes, of those answers of which it is known by now; the base has no name."""
+        return ["+".join(request.names) for request in self.requests if request.names is not None]
 
     async def items(self) -> AsyncIterator[tuple[int, Piece | Generation]]:
         """What comes of each answer, by its number: pieces of its text, and at the end the whole.
@@ -200,6 +249,7 @@ class Asked:
         try:
             while pending:
                 await self._something()
+                self._service.require_whole()
                 for number, request in list(pending.items()):
                     ended = request.state is State.FINISHED  # before the last pieces are taken: none comes after it
                     while request.answer.pieces:
@@ -213,6 +263,8 @@ class Asked:
                         del pending[number]
                         if request.error is not None:
                             raise request.error
+                        if rest := _logprobs(request)[told[number] : len(request.answer.tokens)]:
+                            yield number, Piece("", rest)
                         if isinstance(request.result, Generation):
                             metrics.ended(request.result, time.monotonic() - self._began)
                             yield number, request.result
@@ -223,7 +275,8 @@ class Asked:
         timeout = self._service.timeout
         left = None if timeout is None else max(self._began + timeout - time.monotonic(), 0)
         try:
-            await asyncio.wait_for(self.changed.wait(), left)
+            async with asyncio.timeout(left):  # wait_for would let a client's leaving pass
+                await self.changed.wait()
         except TimeoutError:
             told = f"the answer took longer than the server's {timeout:g} seconds; ask for fewer tokens"
             raise Refusal(504, told, "timeout", headers=NO_RETRY) from None

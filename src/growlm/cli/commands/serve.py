@@ -16,6 +16,8 @@ from growlm.errors import ConfigError
 from growlm.requirements import require_extra
 from growlm.units import format_size, parse_size
 
+_BACKLOG = 1024  # connections that wait to be taken
+
 
 @app.command()
 def serve(
@@ -104,8 +106,13 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind, protocol)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
+        try:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(address)
+            listening.listen(_BACKLOG)
+        except OSError:
+            listening.close()
+            raise
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConfigError(f"cannot listen at {host}:{port}: {reason}; choose another with --host and --port") from None
