@@ -17,7 +17,7 @@ from growlm import __version__
 from growlm.requirements import all_requirements
 
 _DRIVER = Path("/proc/driver/nvidia/version")
-_EXTRAS = ("bench", "eval")  # those whose packages are of use to more than growlm's own developers
+_EXTRAS = ("bench", "eval", "serve")  # those whose packages are of use to more than growlm's own developers
 
 
 def examine(folder: Path | None = None) -> dict[str, Any]:
