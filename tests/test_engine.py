@@ -444,7 +444,7 @@ def test_a_module_that_does_not_fit_is_refused_with_the_numbers(home):
         r"digits \S+ kB, keys and values of this text \S+ kB do not fit together: \S+ kB are left.*--memory by at "
     )
     with Engine(store, memory=with_texts(store, budget) - 1) as engine:
-        with pytest.raises(BudgetError, match=together + r"least 1 B.*--max-new-tokens"):
+        with pytest.raises(BudgetError, match=together + r"least 1 B.*max_new_tokens"):
             engine.generate("abc", module="digits", max_new_tokens=2)
         with pytest.raises(BudgetError, match=together):
             engine.generate_many(["abc"], modules=["digits"], max_new_tokens=2)
@@ -464,7 +464,7 @@ def test_a_text_that_does_not_fit_is_refused_with_the_numbers_and_others_go_on(h
     store, budget = room_for_one(home)
     with Engine(store, memory=with_texts(store, budget)) as engine:
         for name in (None, "letters", AUTO):
-            with pytest.raises(BudgetError, match=r"keys and values of this text \S+ [kM]B do(es)? not fit.*--max-new"):
+            with pytest.raises(BudgetError, match=r"keys and values of this text \S+ [kM]B do(es)? not fit.*max_new"):
                 engine.generate("abc", module=name, max_new_tokens=4000)
         long = engine.submit("@" * 4000, module="letters", max_new_tokens=2)
         assert engine.generate("abc", module="letters", max_new_tokens=2).module == "letters"
