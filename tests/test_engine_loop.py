@@ -71,6 +71,26 @@ class Gate:
 # Loading
 
 
+@pytest.mark.parametrize("comes_back", [False, True])
+def test_a_module_that_is_removed_while_it_is_read_is_unknown_and_not_damaged(home, monkeypatch, comes_back):
+    store = Store.open(home / "store")
+
+    def removed(*arguments: object, **named: object) -> None:
+        store.remove("signs")
+        if comes_back:
+            add_module(store, base, "signs", 9, **SHAPES["signs"])
+        raise IntegrityError("a file is missing")
+
+    base = store.load_base()
+    with Engine(store) as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "load", removed)
+            with pytest.raises(UnknownModuleError, match="'signs' was removed while it was read"):
+                engine.generate("abc", module="signs", max_new_tokens=1)
+        if comes_back:
+            assert engine.generate("abc", module="signs", max_new_tokens=1).module == "signs"
+
+
 def test_a_module_that_is_read_holds_up_nobody(engine, monkeypatch):
     wanted = {name: expected(engine, name, PROMPTS[0], 20) for name in ("letters", "digits")}
     engine.generate("x", module="letters", max_new_tokens=1)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from growlm.base import Base
 from growlm.engine.module_cache import Found
-from growlm.errors import IntegrityError
+from growlm.errors import IntegrityError, UnknownModuleError
 from growlm.layers.thin import allow_thin_products
 from growlm.modules import KnowledgeModule
 from growlm.store import MANIFEST, WEIGHTS, Store, StoredModule
@@ -27,7 +27,22 @@ class Loader:
     def find(self, name: str) -> Found:
         """The current version of a module."""
         stored = self._store.module(name)
-        return Found(stored, stored.bytes_with(self._row_cache), lambda: self._load(stored))
+        mark = _mark(stored.folder / MANIFEST)
+        return Found(stored, stored.bytes_with(self._row_cache), lambda: self._unless_gone(stored, mark))
+
+    def _unless_gone(self, stored: StoredModule, mark: tuple[str, int, int, int]) -> KnowledgeModule:
+        """
+        Raises:
+            UnknownModuleError: it was removed since it was found.
+            IntegrityError: a file is damaged or missing, and nobody has removed it.
+        """
+        try:
+            return self._load(stored)
+        except IntegrityError:
+            if _mark(stored.folder / MANIFEST) == mark:
+                raise
+            told = f"{self._store.path}: module {stored.name!r} was removed while it was read; ask again"
+            raise UnknownModuleError(told) from None
 
     def _load(self, stored: StoredModule) -> KnowledgeModule:
         """Reads one version of a module; its hash is compared once for a file that does not change."""
