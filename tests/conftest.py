@@ -86,3 +86,12 @@ def store(home):
     from growlm.store import Store
 
     return Store.open(home / "store")
+
+
+@pytest.fixture(scope="module")
+def served(made) -> Iterator[object]:
+    """A server of the store that a module of tests has made."""
+    from servers import serving
+
+    with serving(made) as server:
+        yield server

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import random
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 
 from growlm.base import Base
 from growlm.engine import Engine
 from growlm.modules import KnowledgeModule, ModuleSet
+from growlm.store import Store
+from stores import add_module
 
 NEAR = 1e-4  # guarantee 12: as close as this, the best two tokens may change places
 
@@ -41,3 +49,34 @@ def nothing_is_left(engine: Engine) -> None:
     assert not engine._loop.sets
     assert engine._loop.rooms.num_bytes() == 0
     assert not engine._account._held
+
+
+@contextmanager
+def changing(
+    store: Store, base: Base, engine: Engine, shapes: Mapping[str, Any], requests: int
+) -> Iterator[dict[str, list[KnowledgeModule]]]:
+    """Meanwhile an update, then a removal and the module's return, over and over: about as many for any number of
+    requests. Yields all versions that there were of each module."""
+    draws, over = random.Random(0), threading.Event()
+    versions = {name: [store.load(name, base)] for name in shapes}
+
+    def change() -> None:
+        seed = 100
+        while not over.wait(0.05 * max(requests / 300, 1)):
+            seed += 1
+            name = draws.choice(["letters", "digits"])
+            add_module(store, base, name, seed, **shapes[name])
+            versions[name].append(store.load(name, base))
+            engine.modules.drop(name)
+            if draws.random() < 0.3:
+                store.remove("signs")
+                add_module(store, base, "signs", seed, **shapes["signs"])
+                versions["signs"].append(store.load("signs", base))
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        yield versions
+    finally:
+        over.set()
+        thread.join()

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from disk import flip
-from drills import WholePasses, nothing_is_left
+from drills import WholePasses, changing, nothing_is_left
 from growlm.engine import AUTO, Engine, Generation, fetching
 from growlm.engine.answers import Answer
 from growlm.engine.request import State
@@ -423,15 +423,13 @@ def test_whatever_comes_goes_or_changes_every_answer_is_that_of_a_request_alone(
     """Requests of four threads, some of which leave early, while modules are updated and removed."""
     requests = int(os.environ.get("GROWLM_DRILL", "150"))
     store = Store.open(home / "store")
-    base, draws = store.load_base(), random.Random(0)
-    versions: dict[str, list] = {name: [store.load(name, base)] for name in SHAPES}
+    base = store.load_base()
     sizes = [stored.bytes for stored in store.modules.values()]
     with Engine(store) as engine:
         weights = engine.fixed_bytes + max(sizes) + sorted(sizes)[-2]
     memory = with_texts(store, weights, texts=3, tokens=256)
     answers: list[tuple[str, Generation]] = []
     refused: list[GrowlmError] = []
-    over = threading.Event()
     with Engine(store, memory=memory, max_batch=6) as engine:
         engine._loop.writer.end_tokens = set()
         watch, most = Watch(monkeypatch), 0
@@ -451,30 +449,10 @@ def test_whatever_comes_goes_or_changes_every_answer_is_that_of_a_request_alone(
             except (UnknownModuleError, IntegrityError) as error:
                 refused.append(error)
 
-        def change() -> None:
-            """An update, then a removal and the module's return, over and over."""
-            seed = 100
-            while not over.wait(0.05 * max(requests / 300, 1)):  # about as many versions in a long drill
-                seed += 1
-                name = draws.choice(["letters", "digits"])
-                add_module(store, base, name, seed, **SHAPES[name])
-                versions[name].append(store.load(name, base))
-                engine.modules.drop(name)
-                if draws.random() < 0.3:
-                    store.remove("signs")
-                    add_module(store, base, "signs", seed, **SHAPES["signs"])
-                    versions["signs"].append(store.load("signs", base))
-
-        changing = threading.Thread(target=change)
-        changing.start()
-        try:
-            with ThreadPoolExecutor(4) as pool:
-                for done in [pool.submit(ask, number) for number in range(requests)]:
-                    done.result(300)
-                    most = max(most, engine.used_bytes)
-        finally:
-            over.set()
-            changing.join()
+        with changing(store, base, engine, SHAPES, requests) as versions, ThreadPoolExecutor(4) as pool:
+            for done in [pool.submit(ask, number) for number in range(requests)]:
+                done.result(300)
+                most = max(most, engine.used_bytes)
         nothing_is_left(engine)
         assert most <= memory
         assert watch.loads

@@ -45,12 +45,6 @@ def made(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def served(made) -> Iterator[Served]:
-    with serving(made) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def alone(made) -> Iterator[Engine]:
     """The same store, asked directly."""
     with Engine(Store.open(made)) as engine:

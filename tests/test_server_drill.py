@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,11 @@ from typing import Any
 import httpx
 import pytest
 
-from drills import WholePasses, nothing_is_left
+from drills import WholePasses, changing, nothing_is_left
 from growlm.engine import Engine
 from growlm.store import Store
 from servers import Served, leaving, serving, wait_for
-from stores import add_module, domain_text, make_store, with_texts
+from stores import domain_text, make_store, with_texts
 
 SHAPES = {
     "letters": {"kind": "lora", "r": 4},
@@ -37,15 +36,13 @@ def made(tmp_path) -> Path:
 def test_clients_that_leave_and_modules_that_change_leave_every_answer_as_it_is_alone(made):
     requests = int(os.environ.get("GROWLM_DRILL", "120"))
     store = Store.open(made)
-    base, draws = store.load_base(), random.Random(0)
-    versions: dict[str, list[Any]] = {name: [store.load(name, base)] for name in SHAPES}
+    base = store.load_base()
     sizes = [stored.bytes for stored in store.modules.values()]
     with Engine(store) as engine:
         weights = engine.fixed_bytes + max(sizes) + sorted(sizes)[-2]
     memory = with_texts(store, weights, texts=3, tokens=256)
     answers: list[tuple[list[int], list[int], str | None]] = []
     statuses: list[int] = []
-    over = threading.Event()
     settings = {"engine": {"memory": memory, "max_batch": 6}, "service": {"max_queued": 8}}
     with serving(made, **settings) as served:
 
@@ -72,28 +69,9 @@ def test_clients_that_leave_and_modules_that_change_leave_every_answer_as_it_is_
                 (choice,) = found["choices"]
                 answers.append((choice["prompt_token_ids"], choice["token_ids"], found["growlm"]["module"]))
 
-        def change() -> None:
-            seed = 100
-            while not over.wait(0.05 * max(requests / 300, 1)):  # about as many versions in a long drill
-                seed += 1
-                name = draws.choice(["letters", "digits"])
-                add_module(store, base, name, seed, **SHAPES[name])
-                versions[name].append(store.load(name, base))
-                served.engine.modules.drop(name)
-                if draws.random() < 0.3:
-                    store.remove("signs")
-                    add_module(store, base, "signs", seed, **SHAPES["signs"])
-                    versions["signs"].append(store.load("signs", base))
-
-        changing = threading.Thread(target=change)
-        changing.start()
-        try:
-            with ThreadPoolExecutor(8) as pool:
-                for done in [pool.submit(ask, number) for number in range(requests)]:
-                    done.result(300)
-        finally:
-            over.set()
-            changing.join()
+        with changing(store, base, served.engine, SHAPES, requests) as versions, ThreadPoolExecutor(8) as pool:
+            for done in [pool.submit(ask, number) for number in range(requests)]:
+                done.result(300)
         wait_for(served.idle)
         assert served.service._taken == 0
         assert not served.service._live

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from growlm.engine import Engine
 from growlm.engine.chat import Chat
 from growlm.server.keys import Keys
 from growlm.store import Store
-from servers import Served, serving
+from servers import serving
 from stores import domain_text, make_store
 
 SHAPES = {"letters": {"kind": "lora", "r": 4}, "digits": {"placement": "interleaved", "vocabulary": "both"}}
@@ -32,12 +31,6 @@ def made(tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("made")
     make_store(home, "llama", SHAPES)
     return home / "store"
-
-
-@pytest.fixture(scope="module")
-def served(made) -> Iterator[Served]:
-    with serving(made) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
