@@ -6,6 +6,8 @@ from __future__ import annotations
 import argparse
 from functools import cached_property
 
+import numpy as np
+
 from growlm import data as text_data
 from growlm.base import Base
 from growlm.base.checkpoint import load_model, load_tokenizer
@@ -15,7 +17,7 @@ LENGTH, BATCH = 256, 4
 
 
 class OnPublished:
-    """Takes the arguments `data` and `base`, folders both."""
+    """Takes the arguments `data` and `base`, folders both; `rows` takes `text` and `tokens` too."""
 
     def __init__(self, a: argparse.Namespace) -> None:
         self.a = a
@@ -27,6 +29,12 @@ class OnPublished:
 
     def documents(self, domain: str, split: str) -> list[text_data.Document]:
         return text_data.read([self.a.data / domain / f"{split}.txt"], separator="\n\n").documents
+
+    def rows(self, domain: str, seed: int) -> tuple[np.ndarray, text_data.PackedTokens]:
+        """The rows to train on, `tokens` in all, drawn by the seed from a domain's first `text` tokens; and which."""
+        packed = text_data.pack(self.documents(domain, "train"), self.tokenizer, LENGTH, max_tokens=self.a.text)
+        drawn = np.random.default_rng(seed).permutation(len(packed))[: self.a.tokens // LENGTH]
+        return drawn, text_data.PackedTokens(packed.tokens[drawn])
 
     def passages(self, domain: str, split: str, tokens: int) -> list[text_data.Passage]:
         """So many tokens of a split, in beginnings of passages."""

@@ -106,12 +106,8 @@ class Finetuned:
         return self.a.out / "runs" / slug(name, self.a.seed, rate)
 
     def rows(self, domain: str) -> np.ndarray:
-        """The rows (n, LENGTH + 1) that the domain's adapter was trained on."""
-        adapters, a = self.adapters, self.a
-        folder = a.adapters / "adapters" / slug(domain, a.seed, a.adapter_rate)
-        drawn = json.loads((folder / "training.json").read_text())["rows"]
-        packed = text_data.pack(adapters.documents(domain, "train"), adapters.tokenizer, LENGTH, max_tokens=a.text)
-        return packed.tokens[drawn]
+        """The rows (n, LENGTH + 1) that the domain's adapter is trained on."""
+        return self.adapters.rows(domain, self.a.seed)[1].tokens
 
     def loss(self, model: Baseline, domain: str, split: str) -> float:
         tokens = getattr(self.a, f"{split}_tokens")
@@ -161,23 +157,26 @@ def joint_table(cell: dict[str, Any], rows: dict[str, dict[str, Any]], general: 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `Finetuned` reads: the text, the base, and the rows of its adapters."""
+    """What `Finetuned` reads: the text, the base, and how many rows of it."""
     parser.add_argument("--data", type=Path, required=True, help="a folder a domain, with train, valid and test.txt")
     parser.add_argument("--base", type=Path, required=True, help="a checkpoint, as growlm convert makes one")
-    parser.add_argument("--adapters", type=Path, required=True, help="what benchmarks.quality.recall left: the rows")
     parser.add_argument("--out", type=Path, required=True, help="where results are kept")
     parser.add_argument("--domains", nargs="+", default=DOMAINS, help="in the order of learning")
     parser.add_argument("--keep", action="store_true", help="the models too, for other benchmarks")
-    parser.add_argument("--adapter-rate", default=AUTO, help="of the adapters, as they were trained")
     parser.add_argument("--general", default=GENERAL, help="folder of text of another kind")
     parser.add_argument("--general-tokens", type=parse_count, default=5_000)
-    parser.add_argument("--text", type=parse_count, default=400_000, help="as the adapters had")
+    parser.add_argument("--text", type=parse_count, default=400_000, help="that rows are drawn from, as the adapters'")
+    parser.add_argument("--tokens", type=parse_count, default=40_000, help="of the rows, as the adapters'")
     parser.add_argument("--seed", type=int, default=0)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
+    parser.add_argument(
+        "--adapters", type=Path, required=True, help="what benchmarks.quality.recall left, to stand beside"
+    )
+    parser.add_argument("--adapter-rate", default=AUTO, help="of the adapters, as they were trained")
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-4, 2e-4, 4e-4])
     parser.add_argument("--joint", action="store_true", help="one model of all these domains instead")
     parser.add_argument("--joint-tokens", type=parse_count, help="of each domain, at most; by default all its rows")

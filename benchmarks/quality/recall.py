@@ -65,9 +65,7 @@ class Adapters(OnPublished):
             precision="float32",
             device="cpu",
         )
-        packed = text_data.pack(self.documents(domain, "train"), self.tokenizer, LENGTH, max_tokens=self.a.text)
-        drawn = np.random.default_rng(seed).permutation(len(packed))[: self.a.tokens // LENGTH]
-        rows = text_data.PackedTokens(packed.tokens[drawn])
+        drawn, rows = self.rows(domain, seed)
         work = self.a.out / "runs" / slug(domain, seed, rate)
         start = time.monotonic()
         with reporting(domain):

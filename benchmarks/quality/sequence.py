@@ -4,9 +4,8 @@ All of the base, or one LoRA adapter on it, trains on the rows of one domain (th
 every row once), then on those of the next. After each, the loss on every domain's test text and on text of another
 kind is measured: the forgetting matrix. A stage is a file in OUT, so that a run that was stopped goes on.
 
-python -m benchmarks.quality.sequence --data DIR --base CHECKPOINT --adapters recall/ --out sequence/ --rate 2e-4
-python -m benchmarks.quality.sequence --data DIR --base CHECKPOINT --adapters recall/ --out sequence/ --lora 4.9M \\
-    --rate 2e-3
+python -m benchmarks.quality.sequence --data DIR --base CHECKPOINT --out sequence/ --rate 2e-4
+python -m benchmarks.quality.sequence --data DIR --base CHECKPOINT --out sequence/ --lora 4.9M --rate 2e-3
 """
 
 from __future__ import annotations
@@ -120,7 +119,7 @@ def main() -> None:
     same_settings(
         a.out,
         {"base": fingerprint(a.base), **{k: getattr(a, k) for k in (
-            "domains", "adapter_rate", "general", "general_tokens", "text", "test_tokens")}},
+            "domains", "general", "general_tokens", "text", "tokens", "test_tokens")}},
     )  # fmt: skip
     print(machine())
     bench = Sequence(a)
