@@ -44,7 +44,8 @@ class WholePasses:
 
 def nothing_is_left(engine: Engine) -> None:
     assert engine._loop.scheduler.idle
-    assert not any(engine.modules._pins.values())
+    assert not any(one.pins for one in engine.modules._resident.values())
+    assert not engine.modules._retired
     assert not engine._loop.runner._joined
     assert not engine._loop.sets
     assert engine._loop.rooms.num_bytes() == 0
@@ -67,7 +68,10 @@ def changing(
             name = draws.choice(["letters", "digits"])
             add_module(store, base, name, seed, **shapes[name])
             versions[name].append(store.load(name, base))
-            engine.modules.drop(name)
+            if draws.random() < 0.5:
+                engine.reload()
+            else:
+                engine.modules.drop(name)
             if draws.random() < 0.3:
                 store.remove("signs")
                 add_module(store, base, "signs", seed, **shapes["signs"])

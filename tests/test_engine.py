@@ -596,8 +596,12 @@ def begun(cache: ModuleCache, name: str) -> bool:
     """Whether it is read now, or has been: by whom is not interested in it any more."""
     found = cache.begin([name])
     if found is not None:
-        cache.release([name])
+        cache.release(found[0].values())
     return found is not None
+
+
+def read(held: dict[str, Any]) -> dict[str, Any]:
+    return {name: resident.module() for name, resident in held.items()}
 
 
 def test_a_module_that_is_kept_stays_until_it_is_let_go():
@@ -606,8 +610,7 @@ def test_a_module_that_is_kept_stays_until_it_is_let_go():
         cache.keep("a")
     assert cache.kept == ["a"]
     for name in ("b", "b"):
-        cache.acquire([name])
-        cache.release([name])
+        cache.release(cache.acquire([name]).values())
     for ask in (lambda: cache.acquire(["c"]), lambda: cache.keep("c")):
         with pytest.raises(BudgetError, match=r"c 5 B does not fit: 10 B are left .* less what is pinned \(a\)"):
             ask()
@@ -624,14 +627,13 @@ def test_modules_that_nobody_uses_go_after_their_time(monkeypatch):
     monkeypatch.setattr("growlm.engine.module_cache.time.monotonic", lambda: now[0])
     cache = ModuleCache(10, lambda name: Found(None, 3, lambda: name), idle=60)  # type: ignore[arg-type]
     cache.keep("b")
-    for name in ("a", "c"):
-        cache.acquire([name])
-    cache.release(["a"])
+    held = {name: cache.acquire([name])[name] for name in ("a", "c")}
+    cache.release([held["a"]])
     for passed, resident in ((59, ["b", "a", "c"]), (1, ["b", "c"]), (600, ["b", "c"])):
         now[0] += passed
         cache.tend()
         assert cache.resident == resident
-    cache.release(["c"])
+    cache.release([held["c"]])
     cache.let_go("b")
     now[0] += 60
     cache.tend()
@@ -641,18 +643,19 @@ def test_modules_that_nobody_uses_go_after_their_time(monkeypatch):
 
 def test_pinned_modules_stay_and_what_does_not_fit_beside_them_is_refused():
     cache = cache_of(10, {"a": 6, "b": 4, "c": 5})
-    assert cache.acquire(["a", "b"]) == {"a": "a", "b": "b"}
+    held = cache.acquire(["a", "b"])
+    assert read(held) == {"a": "a", "b": "b"}
     with pytest.raises(BudgetError, match=r"in use are: (a, b|b, a)"):
         cache.acquire(["c"])
     assert not begun(cache, "c")
     cache.drop("a")
     assert cache.resident == ["a", "b"]
-    cache.release(["b"])
+    cache.release([held["b"]])
     with pytest.raises(BudgetError):
         cache.acquire(["c"])
     assert "a" in cache.resident
-    cache.release(["a"])
-    assert cache.acquire(["c"]) == {"c": "c"}
+    cache.release([held["a"]])
+    assert read(cache.acquire(["c"])) == {"c": "c"}
     assert cache.resident_bytes <= 10
     cache.close()
 
@@ -674,8 +677,7 @@ def test_room_is_made_before_a_module_is_read(verb, monkeypatch):
         if verb == "begin":
             assert begun(cache, name)
         else:
-            cache.acquire([name])
-            cache.release([name])
+            cache.release(cache.acquire([name]).values())
     assert seen == [6, 7, 6, 7]
 
 
@@ -723,13 +725,40 @@ def test_beginning_waits_for_no_version_that_is_to_go_and_is_still_being_read():
         return Found(None, sizes[name], lambda: gate.wait(60) and name)  # type: ignore[arg-type, return-value]
 
     cache = ModuleCache(10, find)
-    cache.begin(["a"])
-    cache.release(["a"])
+    assert begun(cache, "a")
     sizes["a"] = 5
     assert cache.begin(["a", "b"]) is None
     gate.set()
     assert set(cache.acquire(["a", "b"])) == {"a", "b"}
     assert cache.resident_bytes == 9
+    cache.close()
+
+
+def test_who_holds_a_version_that_is_retired_goes_on_with_it_and_who_comes_reads_the_next():
+    sizes, loads = {"a": 4, "b": 7}, list[str]()
+    cache = cache_of(10, sizes, loads)
+    old = cache.acquire(["a"])
+    sizes["a"] = 5
+    cache.retire("a")
+    assert (cache.resident, cache.resident_bytes) == ([], 4)
+    new = cache.acquire(["a"])
+    assert (new["a"] is not old["a"], loads, cache.resident_bytes) == (True, ["a", "a"], 9)
+    assert not begun(cache, "b")  # both are in use
+    cache.release(old.values())
+    assert (cache.resident, cache.resident_bytes) == (["a"], 5)
+    cache.release(new.values())
+    cache.retire("a")  # nobody holds it
+    assert (cache.resident, cache.resident_bytes) == ([], 0)
+    assert begun(cache, "a")
+    cache.retire("a")  # it may still be being read
+    cache.keep("a")
+    assert cache.resident_bytes == 5
+    cache.retire("a")
+    assert (cache.kept, cache.resident) == (["a"], [])
+    with cache.using(["a"]):  # and from now on it stays again
+        pass
+    with pytest.raises(BudgetError):
+        cache.acquire(["b"])
     cache.close()
 
 
@@ -762,7 +791,7 @@ def test_room_is_made_of_what_cannot_be_read_while_another_waits_for_its_turn():
     assert begun(cache, "b")
     assert reads.wait(60)
     found: list[Any] = []
-    waiting = threading.Thread(target=lambda: found.append(cache.acquire(["c"])), daemon=True)
+    waiting = threading.Thread(target=lambda: found.append(read(cache.acquire(["c"]))), daemon=True)
     waiting.start()
     time.sleep(0.05)
     go.set()
@@ -777,9 +806,10 @@ def test_modules_that_are_begun_to_be_read_are_read_once_and_counted_at_once():
     cache = cache_of(10, {"a": 6, "b": 6}, loads)
     assert begun(cache, "a")
     assert cache.resident_bytes == 6
-    assert cache.acquire(["a"]) == {"a": "a"}
+    held = cache.acquire(["a"])
+    assert read(held) == {"a": "a"}
     assert loads == ["a"]
-    cache.release(["a"])
+    cache.release(held.values())
     assert begun(cache, "b")
     assert cache.resident == ["b"]
     assert cache.resident_bytes == 6
@@ -789,7 +819,7 @@ def test_modules_that_are_begun_to_be_read_are_read_once_and_counted_at_once():
 @given(
     st.dictionaries(st.sampled_from("abcdef"), st.integers(1, 9), min_size=1),
     st.integers(9, 20),
-    st.lists(st.tuples(st.sampled_from(["acquire", "begin", "drop"]), st.sampled_from("abcdef"))),
+    st.lists(st.tuples(st.sampled_from(["acquire", "begin", "drop", "retire"]), st.sampled_from("abcdef"))),
 )
 @settings(deadline=None, max_examples=60)
 def test_no_order_of_requests_passes_the_budget(sizes, budget, requests):
@@ -799,15 +829,17 @@ def test_no_order_of_requests_passes_the_budget(sizes, budget, requests):
         if name not in sizes:
             continue
         if verb == "acquire":
-            cache.acquire([name])
+            held = cache.acquire([name])
             assert name in cache.resident
-            cache.release([name])
+            cache.release(held.values())
         elif verb == "begin":
             begun(cache, name)
+        elif verb == "retire":
+            cache.retire(name)
         else:
             cache.drop(name)
         alive = {n: sizes[n] for n in cache.resident}
-        assert sum(alive.values()) == cache.resident_bytes <= budget
+        assert sum(alive.values()) <= cache.resident_bytes <= budget
     cache.close()
 
 

@@ -59,7 +59,7 @@ class Desk:
 
     def end(self, request: Request) -> None:
         for load in (request.loads or {}).values():
-            load.result()
+            load.module()
         self.scheduler.remove(request)
         self.modules.release(request.let_go())
 
@@ -87,7 +87,7 @@ def test_all_are_admitted_once_within_the_budget_and_the_places(wanted, budget, 
             desk.end(request)
     assert sorted(served, key=lambda r: r.arrival) == requests
     assert not desk.failed
-    assert all(not pins for pins in desk.modules._pins.values())
+    assert not any(one.pins for one in desk.modules._resident.values())
     desk.modules.close()
 
 
@@ -215,7 +215,7 @@ def test_nothing_is_tried_again_before_something_has_changed(monkeypatch):
     monkeypatch.setattr(ModuleCache, "begin", lambda *a: tried.append(a[1]) or begin(*a))
     desk.admit()
     assert tried == [("a",), ("e",)]  # longer ones need as much room at least
-    requests[0].loads["a"].result()
+    requests[0].loads["a"].module()
     desk.admit()
     tried.clear()
     for _ in range(5):

@@ -425,6 +425,8 @@ def test_a_salt_holds_for_the_router_too(served, monkeypatch):
 
     monkeypatch.setattr(served.engine._prefixes, "put", noting)
     text = domain_text("digits", 77, words=40)
+    wait_for(served.idle)
+    salts.clear()
     served.post("/v1/chat/completions", messages=[{"role": "user", "content": text}], max_tokens=2, cache_salt="mine")
     wait_for(served.idle)
     assert set(salts) == {"mine"}

@@ -6,7 +6,7 @@ never touches a tensor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from growlm.base.rooms import Rooms, room_size
@@ -72,6 +72,11 @@ class Account:
         if self.bounded and footprint != before:
             self._bytes = self.bytes_of(*self._held.values())
         return before
+
+    def recount(self, footprint: Callable[[Request], Footprint]) -> None:
+        """Counts anew what requests come to, of which something may have changed."""
+        for request in list(self._held):
+            self.hold(request, footprint(request))
 
     def left(self, others: int) -> int | None:
         """Bytes that are left beside what requests may come to and `others`; None where there is no bound."""

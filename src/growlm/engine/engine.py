@@ -6,8 +6,7 @@ Python is here, how it is answered in `loop.py`. Knows a module's fork, never it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +15,8 @@ from torch import Tensor
 from growlm.base.placement import find_device
 from growlm.engine.account import Account
 from growlm.engine.answers import Answer, Generation
+from growlm.engine.asking import Asking, sampling_of
+from growlm.engine.budget import Budget
 from growlm.engine.drafting import MOST as MOST_DRAFTS
 from growlm.engine.grammar import Grammars
 from growlm.engine.kv import PrefixCache
@@ -24,15 +25,16 @@ from growlm.engine.loop import Loop
 from growlm.engine.module_cache import ModuleCache
 from growlm.engine.parts import Parts
 from growlm.engine.prompts import Prompt, Prompts
-from growlm.engine.request import Names, Request, State
+from growlm.engine.reloading import Changes, Reloading
+from growlm.engine.request import Request, State
 from growlm.engine.routing import Routing
 from growlm.engine.runner import slot_bytes
-from growlm.engine.sampling import Sampler, SamplingConfig
+from growlm.engine.sampling import SamplingConfig
 from growlm.engine.scheduler import MOST_TOKENS
-from growlm.engine.selection import AUTO, Wanted, require_one_way, select
+from growlm.engine.selection import AUTO, Wanted
 from growlm.engine.sources import Quote, quotes
 from growlm.engine.workspace import row_bytes, workspace_bytes
-from growlm.errors import BudgetError, ConfigError, setting
+from growlm.errors import ConfigError, setting
 from growlm.layers.slabs import Slabs
 from growlm.layers.thin import allow_thin_products
 from growlm.modules import ModuleSet
@@ -42,7 +44,6 @@ from growlm.store import Store
 from growlm.units import format_size, parse_size
 
 _ROW_CACHE = "64MB"
-_MOST_CHOICES = 128
 _ONE_TOKEN = SamplingConfig(max_new_tokens=1)  # of what is read and not answered
 
 
@@ -106,21 +107,22 @@ class Engine:
         self.memory = None if memory is None else parse_size(memory, "memory")
         self.max_batch = max_batch
         unbound = load_router(store, kind=router)
-        self._check_budget(store.base_bytes(), unbound.num_bytes())
+        self._budget = Budget(self.memory, store.base_bytes())
+        self._budget.require(unbound.num_bytes())
         self.base = store.load_base(device=found)
-        self._routing = Routing(store, self.base, unbound)
+        self._routing = Routing(store, self.base, router)
+        self._routing.exchange({None: self._routing.bound(unbound)})
         allow_thin_products(self.base.model)
-        self.base_bytes = self.base.num_bytes()
-        self._check_budget(self.base_bytes, self.router.num_bytes())
+        self._budget.base = self.base_bytes = self.base.num_bytes()
+        self._budget.require(self._routing.num_bytes())
         self.tokenizer = store.load_tokenizer()
         self._prompts = Prompts(self.base, self.tokenizer, strict=strict)
         ends = self.base.end_tokens(self.tokenizer)
-        self._grammars = Grammars(self.tokenizer, self.base.vocab_size, ends)
-        self.workspace_bytes = 0
+        grammars = Grammars(self.tokenizer, self.base.vocab_size, ends)
         if self.memory is not None:
-            self.workspace_bytes = workspace_bytes(self.base, MOST_TOKENS, max_batch + MOST_DRAFTS)
-            self._check_budget(self.base_bytes, self.router.num_bytes(), self.workspace_bytes)
-        left = None if self.memory is None else self.memory - self.fixed_bytes - self.workspace_bytes
+            self._budget.workspace = workspace_bytes(self.base, MOST_TOKENS, max_batch + MOST_DRAFTS)
+            self._budget.require(self._routing.num_bytes())
+        left = self._budget.left(self._routing.num_bytes())
         token = [] if left is None else slot_bytes(self.base)
         self._account = Account(left, token, self.base.hidden_size * self.base.dtype.itemsize, row_bytes(self.base))
         self._prefixes, self._prefix_bytes = PrefixCache(self._room_for_prefixes), parse_size(prefix_bytes)
@@ -128,15 +130,15 @@ class Engine:
         self.modules = ModuleCache(
             left,
             Loader(store, self.base, self._row_cache).find,
-            reserved=f" of {format_size(self.memory or 0)} after base {format_size(self.base_bytes)}, router "
-            f"{format_size(self.router.num_bytes())} and workspace {format_size(self.workspace_bytes)}",
+            reserved=self._budget.spoken_for(self._routing.num_bytes()),
             hint="" if self._row_cache is None else f", or lower --row-cache, {format_size(self._row_cache)}",
             idle=idle,
             held=lambda: self._account.held_bytes,
             make_way=self._make_way,
         )
+        parts = Parts(self.base, self.modules, self._routing, self._prefixes, self._account, self._slabs)
         self._loop = Loop(
-            Parts(self.base, self.modules, self._routing, self._prefixes, self._account, self._slabs),
+            parts,
             max_batch=max_batch,
             drafts=drafts,
             make_way=self._make_way,
@@ -144,18 +146,27 @@ class Engine:
             end_tokens=ends,
             where=str(store.path),
         )
+        self._reloading = Reloading(store, parts, self._loop, self._budget, self._make_way)
+        self._asking = Asking(
+            store, self.base, self.tokenizer, self._prompts, grammars, self.modules, self._routing, self._reloading
+        )
 
     # What is in memory
 
     @property
     def router(self) -> Router:
-        """What chooses, among modules that are there."""
+        """What chooses, among all modules that are there."""
         return self._routing.router
 
     @property
+    def workspace_bytes(self) -> int:
+        """Bytes that a pass takes at the most; 0 where there is no bound."""
+        return self._budget.workspace
+
+    @property
     def fixed_bytes(self) -> int:
-        """Bytes of base and router, which stay."""
-        return self.base_bytes + self.router.num_bytes()
+        """Bytes of base and routers, which stay."""
+        return self.base_bytes + self._routing.num_bytes()
 
     @property
     def resident_bytes(self) -> int:
@@ -198,6 +209,24 @@ class Engine:
         """A module that was pinned may be evicted again; one that was not stays as it is."""
         self.modules.let_go(module)
 
+    def reload(self) -> Changes:
+        """Serves the store as it is on the disk by now: the router knows modules that were learned since, and answers
+        that begin from now on have the versions that are current. Those that have begun end on what they began with.
+        While the new router is read, the old one is in memory too.
+
+        Raises:
+            BudgetError: the router has grown too large for what is pinned; all stays as it was.
+            IntegrityError: a file of the router is damaged; all stays as it was.
+            ClosedError: the engine was closed.
+        """
+        self._loop.require_open()
+        return self._reloading.reload()
+
+    @property
+    def outdated(self) -> bool:
+        """Whether modules have come, changed or gone on the disk since the engine was made, or last reloaded."""
+        return self._reloading.due()
+
     def close(self) -> None:
         """Ends the engine, once what is being answered has ended: a stream does at its next piece, with an error. What
         is asked later raises `ClosedError`. To close twice is no mistake."""
@@ -218,6 +247,7 @@ class Engine:
         *,
         module: Wanted = AUTO,
         salt: str = "",
+        among: Collection[str] | None = None,
         mix: int = 1,
         reroute: int = 0,
         **sampling: Any,
@@ -228,6 +258,8 @@ class Engine:
             module: a module's name, or several names of modules that are active together; None for the base alone,
                 or "auto" to let the router choose. The order of several names does not matter.
             salt: keys and values that are kept of this text serve texts with the same one alone.
+            among: with "auto", modules that the router chooses among, as if the store held no others; a router of them
+                is kept in memory. By default all.
             mix: let the best so many of the router's choices write together, weighted by how well each predicted the
                 text so far. All of them must fit the budget at once.
             reroute: choose the module anew after every so many tokens; 0 chooses once.
@@ -241,7 +273,7 @@ class Engine:
                 `reroute` and `module` at odds, or a prompt that is too long for the base.
             ClosedError: the engine was closed.
         """
-        request = self._asked(prompt, module, salt, mix, reroute, False, sampling)
+        request = self._ask(prompt, module, sampling, salt=salt, among=among, mix=mix, reroute=reroute)
         return next(self._answers([request]))
 
     def stream(
@@ -250,6 +282,7 @@ class Engine:
         *,
         module: Wanted = AUTO,
         salt: str = "",
+        among: Collection[str] | None = None,
         mix: int = 1,
         reroute: int = 0,
         **sampling: Any,
@@ -259,7 +292,9 @@ class Engine:
         Raises:
             As `generate`; and `ClosedError` from the iterator where the engine is closed before the answer has ended.
         """
-        return self._pieces(self._asked(prompt, module, salt, mix, reroute, True, sampling))
+        return self._pieces(
+            self._ask(prompt, module, sampling, streams=True, salt=salt, among=among, mix=mix, reroute=reroute)
+        )
 
     def _pieces(self, request: Request) -> Iterator[str | Generation]:
         self._loop.add([request])
@@ -284,6 +319,7 @@ class Engine:
         *,
         module: Wanted = AUTO,
         salt: str = "",
+        among: Collection[str] | None = None,
         mix: int = 1,
         reroute: int = 0,
         **sampling: Any,
@@ -293,8 +329,8 @@ class Engine:
         Args:
             n: how many; others as in `generate`.
         """
-        first = self._asked(prompt, module, salt, mix, reroute, False, sampling)
-        return list(self._answers(self._several(first, n)))
+        first = self._ask(prompt, module, sampling, salt=salt, among=among, mix=mix, reroute=reroute)
+        return list(self._answers(self._asking.several(first, n)))
 
     def generate_many(
         self, prompts: Sequence[Prompt], *, modules: Sequence[Wanted] | str | None = AUTO, **sampling: Any
@@ -305,14 +341,14 @@ class Engine:
             modules: one for all, or a list with one entry a prompt; each as `module` of `generate`.
         """
         self._loop.require_open()
-        config = _sampling(sampling)
+        config = sampling_of(sampling)
         one = modules is None or isinstance(modules, str) or not isinstance(modules, Iterable)
         wanted: list[Any] = [modules for _ in prompts] if one else list(modules or ())
         if len(wanted) != len(prompts):
             raise ConfigError(f"{len(prompts)} prompts but {len(wanted)} modules; give one for all, or one a prompt")
         tokens = self._prompts.encode_all(prompts, config.max_new_tokens)
-        choices = [self._select(w) for w in wanted]
-        requests = [self._request(ids, names, config) for ids, names in zip(tokens, choices, strict=True)]
+        choices = [self._asking.names(w) for w in wanted]
+        requests = [self._asking.of_tokens(ids, names, config) for ids, names in zip(tokens, choices, strict=True)]
         with phase("answering", len(requests), "prompts") as answering:
             found = []
             for generation in self._answers(requests):
@@ -327,6 +363,7 @@ class Engine:
         module: Wanted = AUTO,
         stream: bool = False,
         salt: str = "",
+        among: Collection[str] | None = None,
         mix: int = 1,
         reroute: int = 0,
         **sampling: Any,
@@ -341,7 +378,7 @@ class Engine:
             As `generate`, as far as it is known before anything runs.
         """
         return self.submit_several(
-            prompt, 1, module=module, stream=stream, salt=salt, mix=mix, reroute=reroute, **sampling
+            prompt, 1, module=module, stream=stream, salt=salt, among=among, mix=mix, reroute=reroute, **sampling
         )[0]
 
     def submit_several(
@@ -352,13 +389,14 @@ class Engine:
         module: Wanted = AUTO,
         stream: bool = False,
         salt: str = "",
+        among: Collection[str] | None = None,
         mix: int = 1,
         reroute: int = 0,
         **sampling: Any,
     ) -> list[Request]:
         """As `submit` for several answers to one prompt, as `choices` gives them."""
-        first = self._asked(prompt, module, salt, mix, reroute, stream, sampling)
-        requests = self._several(first, n)
+        first = self._ask(prompt, module, sampling, streams=stream, salt=salt, among=among, mix=mix, reroute=reroute)
+        requests = self._asking.several(first, n)
         self._loop.add([first])
         return requests
 
@@ -370,11 +408,11 @@ class Engine:
         """
         return self._prompts.encode(prompt)
 
-    def submit_route(self, prompt: Prompt, *, salt: str = "") -> Request:
+    def submit_route(self, prompt: Prompt, *, salt: str = "", among: Collection[str] | None = None) -> Request:
         """As `submit` for `route`: the request's `route` is what the router says."""
         self._loop.require_open()
-        answer = Answer(self.tokenizer, ())
-        request = Request(self.tokens_of(prompt), None, _ONE_TOKEN, answer, salt=salt, only_routes=True)
+        tokens, answer, among = self.tokens_of(prompt), Answer(self.tokenizer, ()), self._asking.among(among)
+        request = Request(tokens, None, _ONE_TOKEN, answer, salt=salt, among=among, only_routes=True)
         self._loop.add([request])
         return request
 
@@ -392,16 +430,16 @@ class Engine:
         ended."""
         self._loop.cancel([request])
 
-    def route(self, prompt: Prompt, *, salt: str = "") -> Route:
+    def route(self, prompt: Prompt, *, salt: str = "", among: Collection[str] | None = None) -> Route:
         """Which module the router would choose, and how sure it is of each.
 
         Args:
-            salt: as in `generate`.
+            salt, among: as in `generate`.
 
         Raises:
             As `generate` of its prompt.
         """
-        request = self.submit_route(prompt, salt=salt)
+        request = self.submit_route(prompt, salt=salt, among=among)
         self._await(request)
         return request.route
 
@@ -443,7 +481,7 @@ class Engine:
         """
         self._loop.require_open()
         input_ids = self._prompts.batch(input_ids)
-        names = self._select(module)
+        names = self._asking.names(module)
         if names is None:
             raise ConfigError("logits are of modules that are named; ask route() for the router's choice")
 
@@ -455,51 +493,9 @@ class Engine:
 
     # Inside
 
-    def _asked(
-        self,
-        prompt: Prompt,
-        module: Wanted,
-        salt: str,
-        mix: int,
-        reroute: int,
-        streams: bool,
-        sampling: dict[str, Any],
-    ) -> Request:
+    def _ask(self, prompt: Prompt, module: Wanted, sampling: dict[str, Any], **asked: Any) -> Request:
         self._loop.require_open()
-        config = _sampling(sampling)
-        tokens = self._prompts.encode(prompt, config.max_new_tokens, depth=2)
-        require_one_way(module, mix, reroute, len(self.router.names), self.router.num_listed)
-        if not isinstance(salt, str):
-            raise ConfigError(f"{setting('salt')} is {salt!r}; give a text")
-        if mix > 1 and config.prompt_logprobs is not None:
-            raise ConfigError("--mix weighs the prompt itself; leave out prompt_logprobs")
-        return self._request(tokens, self._select(module), config, streams=streams, salt=salt, mix=mix, reroute=reroute)
-
-    def _several(self, first: Request, n: int) -> list[Request]:
-        """A request and others of its prompt, each with the next seed, which follow it."""
-        if not isinstance(n, int) or not 1 <= n <= _MOST_CHOICES:
-            raise ConfigError(f"{setting('n')} is {n!r}; it must be a whole number from 1 to {_MOST_CHOICES}")
-        asked: dict[str, Any] = {name: getattr(first, name) for name in ("salt", "mix", "reroute")}
-        asked["streams"] = first.answer.streams
-        for number in range(1, n):
-            config = replace(first.config, seed=(first.config.seed + number) % 2**64)
-            first.followers.append(self._request(first.tokens, first.names, config, **asked))
-        return [first, *first.followers]
-
-    def _request(
-        self, tokens: list[int], names: Names | None, config: SamplingConfig, *, streams: bool = False, **asked: Any
-    ) -> Request:
-        """
-        Raises:
-            ConfigError: a grammar that is refused.
-            DataError: biases of tokens that the base does not have.
-        """
-        if config.logit_bias:
-            self.base.require_rows(list(config.logit_bias), "logit_bias", self.tokenizer)
-        sampler = Sampler(config, tokens, self.base.device, self._grammars.matcher(config))
-        return Request(
-            tokens, names, config, Answer(self.tokenizer, config.stop, streams=streams), **asked, sampler=sampler
-        )
+        return self._asking.request(prompt, module, sampling, depth=2, **asked)
 
     def _answers(self, requests: Sequence[Request]) -> Iterator[Generation]:
         """Asks for all of them and gives their answers in this order, each once it is there."""
@@ -531,20 +527,6 @@ class Engine:
             self._loop.cancel([request])
         return _result(request)
 
-    def _select(self, wanted: Wanted) -> Names | None:
-        """The modules that are meant; None where the router is to choose."""
-        names = select(self.store, wanted, self.modules.resident_version)
-        return None if isinstance(names, str) else names
-
-    def _check_budget(self, base_bytes: int, router_bytes: int, workspace: int = 0) -> None:
-        needed = base_bytes + router_bytes + workspace
-        if self.memory is not None and needed > self.memory:
-            passes = f", and a pass {format_size(workspace)}," if workspace else ""
-            raise BudgetError(
-                f"--memory {format_size(self.memory)} is too small: base {format_size(base_bytes)} and router "
-                f"{format_size(router_bytes)}{passes} need {format_size(needed)} before any module"
-            )
-
 
 def _result(request: Request) -> Any:
     """
@@ -554,13 +536,3 @@ def _result(request: Request) -> Any:
     if request.error is not None:
         raise request.error
     return request.result
-
-
-def _sampling(options: dict[str, Any]) -> SamplingConfig:
-    known = set(SamplingConfig.__dataclass_fields__)
-    for name in options:
-        if name not in known:
-            raise ConfigError(f"unknown option {name!r}; options are {', '.join(sorted(known))}")
-    if isinstance(options.get("stop"), str):
-        options["stop"] = (options["stop"],)
-    return SamplingConfig(**options)

@@ -28,7 +28,7 @@ class Loader:
         """The current version of a module."""
         stored = self._store.module(name)
         mark = _mark(stored.folder / MANIFEST)
-        return Found(stored, stored.bytes_with(self._row_cache), lambda: self._unless_gone(stored, mark))
+        return Found(stored, stored.bytes_with(self._row_cache), lambda: self._unless_gone(stored, mark), mark)
 
     def _unless_gone(self, stored: StoredModule, mark: tuple[str, int, int, int]) -> KnowledgeModule:
         """

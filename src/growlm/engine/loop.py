@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from traceback import clear_frames
 from typing import Any
@@ -35,6 +36,13 @@ from growlm.router import NONE, Route
 WINDOW = 128  # newest tokens that a choice is made anew from: a text may have passed into another domain
 _LEFT = 5.0  # seconds that a loop that closes waits for modules that its answers go on with
 _PAUSE = 0.01  # seconds between two looks at what is being read, where nothing else is to be done
+
+
+@dataclass(eq=False)
+class _Attempt:
+    act: Callable[[bool], bool]
+    done: bool = False
+    error: BaseException | None = None
 
 
 class Loop:
@@ -74,6 +82,7 @@ class Loop:
         self._base_alone = ModuleSet(self.base)
         self._arriving: deque[Request] = deque()
         self._leaving: deque[Request] = deque()
+        self._attempts: list[_Attempt] = []
 
     def require_open(self) -> None:
         """
@@ -157,7 +166,31 @@ class Loop:
             finally:
                 self.stepping.give_back()
 
+    def between_steps(self, act: Callable[[bool], bool]) -> None:
+        """Has something done while no step is made. As long as it cannot be, nothing new is begun.
+
+        Args:
+            act: says whether it was done. It is told whether nothing is being answered, so that nothing will change.
+
+        Raises:
+            What `act` raises.
+        """
+        attempt = _Attempt(act)
+        self._attempts.append(attempt)
+        self.drive(lambda: attempt.done)
+        if attempt.error is not None:
+            raise attempt.error
+
     # A step
+
+    def _make_attempts(self) -> None:
+        for attempt in list(self._attempts):
+            try:
+                attempt.done = attempt.act(not self.scheduler.active)
+            except BaseException as error:
+                attempt.error, attempt.done = error, True
+            if attempt.done:
+                self._attempts.remove(attempt)
 
     def _take_in(self) -> None:
         """Those that have come, and without those that leave."""
@@ -174,7 +207,10 @@ class Loop:
         self._take_in()
         self.modules.tend()
         self._set_aside()
-        admitted = self.scheduler.admit(lambda request, error: self._end(request, error=error))
+        self._make_attempts()
+        admitted = []
+        if not self._attempts:
+            admitted = self.scheduler.admit(lambda request, error: self._end(request, error=error))
         if admitted:
             self._make_way()
         for request in admitted:
@@ -280,7 +316,7 @@ class Loop:
         read = states[self.routing.layer]
         newest = WINDOW if request.reroute else read.shape[1]
         text = request.text[: read.shape[1]]
-        (request.route,) = self.routing.routes(read[:, -newest:], text[-newest:])
+        (request.route,) = self.routing.routes(read[:, -newest:], text[-newest:], request.among)
         if request.only_routes:
             self._end(request)
             return
@@ -310,7 +346,8 @@ class Loop:
         request.routed_at = written
         states = request.states_of(layer)
         newest = max(states.shape[1] - WINDOW, 0)
-        (request.route,) = self.routing.routes(states[:, newest:], request.ids(newest, states.shape[1] - newest))
+        ids = request.ids(newest, states.shape[1] - newest)
+        (request.route,) = self.routing.routes(states[:, newest:], ids, request.among)
         if request.route.module == request.changes[-1][1]:
             return False
         self._choose(request, request.route)
@@ -334,7 +371,7 @@ class Loop:
     def _start(self, request: Request) -> None:
         """Lets the modules of a request read its text, from what the base has made of it below their fork."""
         assert request.loads is not None
-        held = {name: load.result() for name, load in request.loads.items()}
+        held = {name: load.module() for name, load in request.loads.items()}
         several = request.mix > 1
         if several:
             each = [[] if name == NONE else [held[name]] for name in request.together]

@@ -2,23 +2,23 @@
 
 Counts bytes before they are read: a swap first evicts, then loads. What others hold of the budget, as keys and values,
 is as good as gone. Modules in use are pinned and stay. A module in memory counts as it is there, whatever version the
-disk has by now. Knows names, versions, sizes and a function that loads; never runs a module and never opens a file
-itself.
+disk has by now, until it is retired: then who holds it goes on with it, and who comes is given what the disk has. Knows
+names, versions, sizes and a function that loads; never runs a module and never opens a file itself.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from growlm.engine.fetching import Fetcher
-from growlm.errors import BudgetError, GrowlmError, setting
+from growlm.errors import BudgetError, GrowlmError, UnknownModuleError, setting
 from growlm.modules import KnowledgeModule
 from growlm.units import format_size
 
@@ -37,11 +37,45 @@ class Found:
         stored: which.
         bytes: what it takes once loaded.
         load: reads exactly this one.
+        mark: tells it from any other.
     """
 
     stored: StoredModule
     bytes: int
     load: Callable[[], KnowledgeModule]
+    mark: Any = None
+
+
+@dataclass(eq=False)
+class Resident:
+    """One version of a module in memory, or on its way there.
+
+    Attributes:
+        found: which.
+        future: the module, once it has been read.
+        pins: how often it is held.
+        used: when it was let go of last; None for never.
+        retired: whether the disk has another version by now: it goes as soon as nobody holds it.
+    """
+
+    found: Found
+    future: Future[KnowledgeModule]
+    pins: int = 0
+    used: float | None = None
+    retired: bool = False
+
+    @property
+    def read(self) -> bool:
+        """Whether it is there, or could not be read."""
+        return self.future.done()
+
+    def module(self) -> KnowledgeModule:
+        """The module, which must have been read.
+
+        Raises:
+            What it could not be read for.
+        """
+        return self.future.result()
 
 
 @dataclass
@@ -79,13 +113,11 @@ class ModuleCache:
     ) -> None:
         self._budget, self._held, self._make_way = budget, held, make_way
         self._idle = idle
-        self._used: dict[str, float] = {}  # when a module was let go of last
         self._kept: set[str] = set()
         self._find = find
         self._reserved, self._hint = reserved, hint
-        self._resident: OrderedDict[str, Future[KnowledgeModule]] = OrderedDict()
-        self._found: dict[str, Found] = {}  # of those that are resident
-        self._pins: Counter[str] = Counter()
+        self._resident: OrderedDict[str, Resident] = OrderedDict()
+        self._retired: list[Resident] = []  # held by those who began with them
         self._lock = threading.Condition()
         self._fetcher = Fetcher()
         self.counts = CacheCounts()
@@ -106,12 +138,12 @@ class ModuleCache:
     def resident_version(self, name: str) -> StoredModule | None:
         """The version in memory, None if there is none."""
         with self._lock:
-            return self._found[name].stored if name in self._found else None
+            return self._resident[name].found.stored if name in self._resident else None
 
     def found(self, name: str) -> Found:
         """The version in memory, or else the current one."""
         with self._lock:
-            return self._found.get(name) or self._find(name)
+            return self._resident[name].found if name in self._resident else self._find(name)
 
     def make_fit(self, names: Collection[str], beside: int = 0, *, waits: bool = True) -> bool:
         """Sees to it that modules fit the budget together if every other module were evicted. Where a version in memory
@@ -130,8 +162,8 @@ class ModuleCache:
         if self._budget is None:
             return True
         with self._lock:
-            pinned = sorted(name for name in self._kept - set(names) if name in self._found)
-            room = self._budget - beside - sum(self._found[name].bytes for name in pinned)
+            pinned = sorted(name for name in self._kept - set(names) if name in self._resident)
+            room = self._budget - beside - sum(self._resident[name].found.bytes for name in pinned)
             sizes = {name: self.found(name).bytes for name in names}
             smaller = self._smaller_on_disk(sizes) if sum(sizes.values()) > room else {}
             replaced: list[str] = []
@@ -153,13 +185,13 @@ class ModuleCache:
                 )
             if waits:
                 self._settle(replaced)
-            elif not all(self._resident[name].done() for name in replaced):
+            elif not all(self._resident[name].read for name in replaced):
                 return False
             for name in replaced:
                 self.drop(name)
             return True
 
-    def acquire(self, names: Sequence[str]) -> dict[str, KnowledgeModule]:
+    def acquire(self, names: Sequence[str]) -> dict[str, Resident]:
         """Brings modules into memory, by name, and pins them until `release`.
 
         Raises:
@@ -167,34 +199,38 @@ class ModuleCache:
         """
         names = list(dict.fromkeys(names))
         self.make_fit(names)
-        futures: dict[str, Future[KnowledgeModule]] = {}
+        held: dict[str, Resident] = {}
         try:
             for name in names:
                 with self._lock:
-                    futures[name] = self._there(name, set(names))
-                    self._pins[name] += 1
-            return {name: self._read(future) for name, future in futures.items()}
+                    held[name] = self._there(name, set(names))
+                    held[name].pins += 1
+            for resident in held.values():
+                self._await(resident)
+            return held
         except BaseException:
-            self.release(list(futures))
+            self.release(held.values())
             raise
 
-    def _read(self, future: Future[KnowledgeModule]) -> KnowledgeModule:
-        """Waits for a module, and for no other that hangs."""
-        while not wait([future], _TENDED).done:
-            self._fetcher.tend()
-        return future.result()
+    def _await(self, resident: Resident) -> None:
+        """Waits for a module, and for no other that hangs.
 
-    def begin(
-        self, names: Sequence[str], beside: int = 0
-    ) -> tuple[dict[str, Future[KnowledgeModule]], list[str]] | None:
+        Raises:
+            What it could not be read for.
+        """
+        while not wait([resident.future], _TENDED).done:
+            self._fetcher.tend()
+        resident.module()
+
+    def begin(self, names: Sequence[str], beside: int = 0) -> tuple[dict[str, Resident], list[str]] | None:
         """Pins modules until `release` and begins to read those that are not in memory, without waiting for anything.
 
         Args:
             beside: bytes that who uses them takes as well, and that others hold already (`held`).
 
         Returns:
-            Each of them, once it has been read, and the names of those that were not in memory; None, and nothing has
-            changed, where there is no room for them beside what is in use or being read.
+            Each of them, which may still be being read, and the names of those that were not in memory; None, and
+            nothing has changed, where there is no room for them beside what is in use or being read.
 
         Raises:
             BudgetError: they would not fit if every other module were evicted.
@@ -208,14 +244,14 @@ class ModuleCache:
             current = {name: self._find(name) for name in missing}
             if self._budget is not None:
                 needed = sum(found.bytes for found in current.values())
-                spare = sum(self._found[name].bytes for name in self._evictable(set(names)))
+                spare = sum(self._resident[name].found.bytes for name in self._evictable(set(names)))
                 if self._free() + spare < needed:
                     return None
                 self._make_room(needed, set(names))
-            futures = {name: self._there(name, set(names), current.get(name)) for name in names}
-            for name in names:
-                self._pins[name] += 1
-            return futures, missing
+            held = {name: self._there(name, set(names), current.get(name)) for name in names}
+            for resident in held.values():
+                resident.pins += 1
+            return held, missing
 
     def hanging(self) -> set[str]:
         """Names of modules that have been read for so long that nobody should keep a place for them."""
@@ -223,7 +259,7 @@ class ModuleCache:
         if not late:
             return set()
         with self._lock:
-            return {name for name, future in self._resident.items() if future in late}
+            return {name for name, resident in self._resident.items() if resident.future in late}
 
     def wait(self, seconds: float) -> None:
         """Until something was read or released, at the longest so many seconds."""
@@ -234,20 +270,68 @@ class ModuleCache:
     def using(self, names: Sequence[str]) -> Iterator[dict[str, KnowledgeModule]]:
         """`acquire` and `release` around a block. Keep no reference beyond it: what is evicted must be gone."""
         held = self.acquire(names)
+        modules = {name: resident.module() for name, resident in held.items()}
         try:
-            yield held
+            yield modules
         finally:
-            held.clear()
-            self.release(names)
+            modules.clear()
+            self.release(held.values())
 
-    def release(self, names: Sequence[str]) -> None:
+    def release(self, held: Iterable[Resident]) -> None:
         with self._lock:
-            for name in names:
-                self._pins[name] -= 1
-                assert self._pins[name] >= 0
-                self._used[name] = time.monotonic()
+            for resident in held:
+                resident.pins -= 1
+                assert resident.pins >= 0
+                resident.used = time.monotonic()
+                if resident.retired and not resident.pins:
+                    self._retired.remove(resident)
+                    self.counts.evictions += 1
             self.changes += 1
             self._lock.notify_all()
+
+    def retire_outdated(self) -> None:
+        """Retires modules of which the disk has another version than memory, or none. One that is damaged on the disk
+        stays."""
+        with self._lock:
+            for name, resident in list(self._resident.items()):
+                try:
+                    outdated = self._find(name).mark != resident.found.mark
+                except UnknownModuleError:
+                    outdated = True
+                except GrowlmError:
+                    outdated = False
+                if outdated:
+                    self.retire(name)
+
+    def set_budget(self, budget: int | None, reserved: str) -> None:
+        """Another budget from now on, and what the rest is for; what is over it and not in use goes."""
+        with self._lock:
+            self._budget, self._reserved = budget, reserved
+            for name in self._evictable(set()):
+                if budget is None or self._free() >= 0:
+                    break
+                self._evict(name)
+            self.changes += 1
+
+    @property
+    def busy_bytes(self) -> int:
+        """Bytes of modules that cannot go now."""
+        with self._lock:
+            return self._taken() - sum(self._resident[name].found.bytes for name in self._evictable(set()))
+
+    def retire(self, name: str) -> None:
+        """A module's version in memory is the disk's no more: who holds it goes on with it, and who asks for it from
+        now on is given what the disk has."""
+        with self._lock:
+            resident = self._resident.get(name)
+            if resident is None:
+                return
+            if not resident.pins and resident.read:
+                self._evict(name)
+                return
+            resident.retired = True
+            self._retired.append(self._resident.pop(name))
+            self.changes += 1
 
     def keep(self, name: str) -> None:
         """Brings a module into memory, if it is not there, and keeps it there until `let_go`, whatever comes. A version
@@ -257,21 +341,18 @@ class ModuleCache:
             BudgetError: it cannot fit beside what is pinned.
             What `find` raises.
         """
+        held = self.acquire([name])
         with self._lock:
-            if name in self._kept:
-                return
-        self.acquire([name])
-        with self._lock:
-            if name in self._kept:  # by another thread, meanwhile
-                self._pins[name] -= 1
             self._kept.add(name)
+            self.release(held.values())
 
     def let_go(self, name: str) -> None:
         """A module that was kept may be evicted again."""
         with self._lock:
             if name in self._kept:
                 self._kept.discard(name)
-                self.release([name])
+                self.changes += 1
+                self._lock.notify_all()
 
     @property
     def kept(self) -> list[str]:
@@ -288,57 +369,59 @@ class ModuleCache:
         with self._lock:
             now = time.monotonic()
             for name in self._evictable(set()):
-                if now - self._used.setdefault(name, now) >= self._idle:
+                resident = self._resident[name]
+                resident.used = now if resident.used is None else resident.used
+                if now - resident.used >= self._idle:
                     self._evict(name)
 
     def drop(self, name: str) -> None:
-        """Forgets a module that is not pinned."""
+        """Forgets a module that is neither in use nor kept."""
         with self._lock:
-            if name in self._resident and not self._pins[name]:
+            if name in self._unused():
                 self._evict(name)
 
     def close(self) -> None:
         self._fetcher.close()
         with self._lock:
             self._resident.clear()
-            self._found.clear()
+            self._retired.clear()
 
-    def _there(self, name: str, keep: set[str], current: Found | None = None) -> Future[KnowledgeModule]:
+    def _there(self, name: str, keep: set[str], current: Found | None = None) -> Resident:
         """A module in memory, which was used now, or one that is begun to be read: the version `current`, where it was
         looked up before."""
-        future = self._resident.get(name)
-        if future is None:
+        resident = self._resident.get(name)
+        if resident is None:
             return self._start(name, keep, current or self._find(name))
         self.counts.hits += 1
         self._resident.move_to_end(name)
-        return future
+        return resident
 
-    def _start(self, name: str, keep: set[str], found: Found) -> Future[KnowledgeModule]:
+    def _start(self, name: str, keep: set[str], found: Found) -> Resident:
         """Makes room for a module and begins to read it: the version that was counted, not a later one."""
         self._make_room(found.bytes, keep)
         if name in self._resident:  # another thread began to, while this one waited for room
             return self._resident[name]
-        self._found[name] = found
-        self._make_way()
-        self.counts.loads += 1
+        resident = self._resident[name] = Resident(found, Future())  # counted from now on
         try:
-            future = self._resident[name] = self._fetcher.submit(found.load)
+            self._make_way()
+            self.counts.loads += 1
+            resident.future = self._fetcher.submit(found.load)
         except BaseException:  # no thread to be had, say
-            del self._found[name]
+            del self._resident[name]
             raise
-        future.add_done_callback(lambda done: self._is_read(name, done))
-        return future
+        resident.future.add_done_callback(lambda done: self._is_read(name, done))
+        return resident
 
     def _smaller_on_disk(self, sizes: dict[str, int]) -> dict[str, int]:
         """Bytes of the current versions of those modules in memory that take fewer than `sizes`, and are not in use."""
         smaller: dict[str, int] = {}
-        for name in [n for n in sizes if n in self._found and not self._pins[n]]:
+        for name in [n for n in self._unused() if n in sizes]:
             with suppress(GrowlmError):  # a damaged version on the disk is no reason to lose the one in memory
                 smaller[name] = self._find(name).bytes
         return {name: size for name, size in smaller.items() if size < sizes[name]}
 
     def _taken(self) -> int:
-        return sum(found.bytes for found in self._found.values())
+        return sum(resident.found.bytes for resident in (*self._resident.values(), *self._retired))
 
     def _free(self) -> int:
         assert self._budget is not None
@@ -349,13 +432,13 @@ class ModuleCache:
             return
         free = self._free()
         candidates = self._evictable(keep)
-        spare = sum(self._found[n].bytes for n in candidates)
+        spare = sum(self._resident[n].found.bytes for n in candidates)
         if free + spare < needed:
             # A module that is only being read can go once it is there; nobody knows when one that hangs will be.
             late = keep | self.hanging()
-            waiting = [n for n, f in self._resident.items() if not self._pins[n] and n not in late and not f.done()]
+            waiting = [n for n in self._unused() if n not in late and not self._resident[n].read]
             if not waiting:
-                pinned = ", ".join(n for n in self._resident if self._pins[n]) or "none"
+                pinned = ", ".join(sorted(set(self._resident) - set(self._unused()))) or "none"
                 raise BudgetError(
                     f"{format_size(needed)} more do not fit: {format_size(self._budget)} are left for modules, keys "
                     f"and values{self._reserved}, in use are: {pinned}, and {format_size(self._held())} of keys and "
@@ -367,30 +450,34 @@ class ModuleCache:
         for name in candidates:
             if free >= needed:
                 return
-            free += self._found[name].bytes
+            free += self._resident[name].found.bytes
             self._evict(name)
 
     def _evictable(self, keep: set[str]) -> list[str]:
         """Modules that can go now, the least recently used first."""
-        return [n for n, f in self._resident.items() if not self._pins[n] and n not in keep and f.done()]
+        return [name for name in self._unused() if name not in keep and self._resident[name].read]
+
+    def _unused(self) -> list[str]:
+        """Modules that nobody holds and that need not stay, the least recently used first."""
+        return [name for name, one in self._resident.items() if not one.pins and name not in self._kept]
 
     def _evict(self, name: str) -> None:
         del self._resident[name]
-        del self._found[name]
-        self._used.pop(name, None)
         self.counts.evictions += 1
         self.changes += 1
 
     def _settle(self, names: Sequence[str]) -> None:
         """Waits until modules have been read, or could not be. Without the lock, which the reader takes after each."""
-        futures = [self._resident[name] for name in names if name in self._resident]
-        self._lock.wait_for(lambda: all(future.done() for future in futures))
+        residents = [self._resident[name] for name in names if name in self._resident]
+        self._lock.wait_for(lambda: all(resident.read for resident in residents))
 
     def _is_read(self, name: str, future: Future[KnowledgeModule]) -> None:
         """What was not read takes no room, and is read again when it is asked for again."""
         failed = future.cancelled() or future.exception() is not None
         with self._lock:
-            if failed and self._resident.get(name) is future:
-                del self._resident[name], self._found[name]
+            resident = self._resident.get(name)
+            if failed and resident is not None and resident.future is future:
+                del self._resident[name]
+            self._retired = [one for one in self._retired if one.future is not future or one.pins]
             self.changes += 1
             self._lock.notify_all()

@@ -5,6 +5,8 @@ Knows requests and what is kept of texts; runs nothing and chooses no module.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from growlm.engine.account import Footprint
@@ -12,6 +14,9 @@ from growlm.engine.kv import BASE
 from growlm.engine.parts import Parts
 from growlm.engine.request import Names, Request
 from growlm.router import NONE
+
+if TYPE_CHECKING:
+    from growlm.store import StoredModule
 
 
 class Reading:
@@ -29,7 +34,8 @@ class Reading:
         if request.names is None:
             return Footprint(len(request.text), self._routing.layer, states)
         tokens, slots = len(request.tokens) + request.config.max_new_tokens, self._base.num_layers
-        slots += max((self._modules.found(name).stored.shape()[1].new_layers for name in request.names), default=0)
+        found = self._stored(request, request.names)
+        slots += max((stored.shape()[1].new_layers for stored in found), default=0)
         return Footprint(tokens, slots, states, max(request.mix, 1))
 
     def goal_of(self, request: Request) -> int:
@@ -39,12 +45,12 @@ class Reading:
         if request.names is None:
             return self._routing.layer
         if request.mix > 1:
-            return max(self.fork_of((name,) if name != NONE else ()) for name in request.together)
-        return self.fork_of(request.names)
+            return max(self._fork_of(request, (name,) if name != NONE else ()) for name in request.together)
+        return self._fork_of(request, request.names)
 
     def kept(self, goal: int) -> set[int]:
         """Layers, up to one, of which inputs are kept: where the router reads and where modules branch off."""
-        return {at for at in (*self._routing.router.fork_layers, self._routing.layer, goal) if 0 < at <= goal}
+        return {at for at in (*self._routing.fork_layers, self._routing.layer, goal) if 0 < at <= goal}
 
     def begin(self, request: Request) -> None:
         """Has the base read a prompt as far as the router needs, or up to where its modules branch off, while they are
@@ -108,7 +114,12 @@ class Reading:
             slots = range(modules.fork, modules.cache_slots)
             self._prefixes.put(modules.digest, text, branch.cache, slots, salt=request.salt)
 
-    def fork_of(self, names: Names) -> int:
+    def _fork_of(self, request: Request, names: Names) -> int:
         """The layer up to which the base reads for these modules."""
-        forks = (self._modules.found(name).stored.fork_on(self._base.num_layers) for name in names)
+        forks = (stored.fork_on(self._base.num_layers) for stored in self._stored(request, names))
         return min(forks, default=self._base.num_layers)
+
+    def _stored(self, request: Request, names: Names) -> list[StoredModule]:
+        """The versions that a request holds, or else is going to be given."""
+        held = request.loads or {}
+        return [(held[name].found if name in held else self._modules.found(name)).stored for name in names]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 import itertools
 from collections.abc import Callable
-from concurrent.futures import Future
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,8 @@ from growlm.engine.sampling import Sampler, SamplingConfig, TokenLogprob
 from growlm.router import Route
 
 if TYPE_CHECKING:
-    from growlm.modules import KnowledgeModule, ModuleSet
+    from growlm.engine.module_cache import Resident
+    from growlm.modules import ModuleSet
 
 Names = tuple[str, ...]  # the modules that are active for a request, in their order; none for the base
 
@@ -62,6 +62,7 @@ class Request:
         salt: keys and values of its text serve texts with the same one alone.
         mix: how many of the router's choices write together.
         reroute: after how many tokens each the router chooses anew; 0: never.
+        among: the modules that the router chooses among; None for all.
         context: of the caller: how settings are written in messages is part of it.
         reader: in place of an answer: is given the module set that reads the prompt and the states (n, d) behind its
             last layer; what it returns is the result.
@@ -101,6 +102,7 @@ class Request:
     salt: str = ""
     mix: int = 1
     reroute: int = 0
+    among: frozenset[str] | None = None
     context: Context = field(default_factory=copy_context)
     reader: Callable[[ModuleSet, Tensor], Any] | None = None
     call: Callable[[ModuleSet], Any] | None = None
@@ -113,7 +115,7 @@ class Request:
     state: State = State.WAITING
     route: Route = field(default_factory=lambda: Route(None, {}))
     together: list[str] = field(default_factory=list)
-    loads: dict[str, Future[KnowledgeModule]] | None = None
+    loads: dict[str, Resident] | None = None
     loaded: list[str] = field(default_factory=list)
     overtaken: int = 0
     cache: TextCache | None = None
@@ -155,7 +157,7 @@ class Request:
             self.state is State.LOADING
             and self.goal is None
             and self.loads is not None
-            and all(load.done() for load in self.loads.values())
+            and all(load.read for load in self.loads.values())
         )
 
     def take_back(self, tokens: int) -> None:
@@ -201,15 +203,15 @@ class Request:
         self.cache, self.level, self.goal = None, 0, None
         self.states.clear()
 
-    def let_go(self) -> list[str]:
-        """Gives up its modules and all that was made with them; returns the names of those that it held."""
-        held = list(self.loads or ())
+    def let_go(self) -> list[Resident]:
+        """Gives up its modules and all that was made with them; returns those that it held."""
+        held = list((self.loads or {}).values())
         for branch in self.branches:
             branch.cache.free()
         self.branches, self.loads = [], None
         return held
 
-    def drop(self) -> list[str]:
+    def drop(self) -> list[Resident]:
         """Gives up all that takes memory, as `let_go` does."""
         self.give_up()
         self.mixture = self.reader = self.call = None

@@ -5,16 +5,11 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from growlm.engine.account import Account, Footprint
-from growlm.engine.module_cache import ModuleCache
+from growlm.engine.module_cache import ModuleCache, Resident
 from growlm.engine.request import Names, Request, State
-
-if TYPE_CHECKING:
-    from growlm.modules import KnowledgeModule
 
 PATIENCE = 64  # later requests that may be admitted while one waits for room
 MOST_TOKENS = 512  # of a prompt in a pass, where nobody else waits for it
@@ -160,7 +155,7 @@ class Scheduler:
                 parked, first = self._parked, self._held_up(hanging)
         return admitted
 
-    def _begin(self, request: Request) -> tuple[dict[str, Future[KnowledgeModule]], list[str]] | None:
+    def _begin(self, request: Request) -> tuple[dict[str, Resident], list[str]] | None:
         """As `ModuleCache.begin`, beside what the request itself comes to."""
         footprint = self._footprint(request)
         before = self._account.hold(request, footprint)
@@ -210,13 +205,14 @@ class Scheduler:
         self.active.append(request)
 
 
-def _read_before(request: Request) -> list[str]:
+def _read_before(request: Request) -> list[Resident]:
     """The modules that a request which was set aside holds.
 
     Raises:
         What one of them could not be read for.
     """
-    for load in (request.loads or {}).values():
-        if load.done():
-            load.result()
-    return list(request.loads or ())
+    held = list((request.loads or {}).values())
+    for load in held:
+        if load.read:
+            load.module()
+    return held
