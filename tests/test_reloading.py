@@ -220,6 +220,9 @@ def test_a_router_chooses_among_modules_as_if_there_were_no_others(store):
         store.remove("signs")
         engine.reload()  # those of modules that are gone as well
         assert set(engine.route(text, among=["letters"]).scores) == {"letters", NONE}
+        assert len(engine._routing.among) == 6
+        engine.reload()
+        assert len(engine._routing.among) == 2  # those that nobody has asked for in between are let go of
         for wrong, error, told in (
             (["nosuch"], UnknownModuleError, "no module 'nosuch'"),
             ("letters", ConfigError, "give a list of modules"),

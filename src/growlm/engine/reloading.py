@@ -46,6 +46,7 @@ class Reloading:
         self._store, self._loop, self._budget, self._make_way = store, loop, budget, make_way
         self._modules, self._routing, self._account = parts.modules, parts.routing, parts.account
         self._one = Lock()
+        self._asked: set[Among] = set()  # since it was reloaded last
         self._served = _seen(store)
 
     def due(self) -> bool:
@@ -60,9 +61,9 @@ class Reloading:
         """
         with self._one:
             now, before = _seen(self._store), self._served
-            routers = {among: self._routing.loaded(among) for among in self._routing.among}
-            self._exchange(routers)
-            self._served = now
+            wanted = {None, *self._asked, *(request.among for request in self._loop.scheduler.all())}
+            self._exchange({among: self._routing.loaded(among) for among in self._routing.among if among in wanted})
+            self._served, self._asked = now, set()
         both = before.modules.keys() & now.modules.keys()
         return Changes(
             sorted(now.modules.keys() - before.modules.keys()),
@@ -79,6 +80,7 @@ class Reloading:
         """
         with self._one:
             known = self._routing.among
+            self._asked.add(among)
             if among in known:
                 return
             if len(known) > _MOST_ROUTERS:

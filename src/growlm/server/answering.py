@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from growlm.engine import Generation
+from growlm.engine import AUTO, Generation, Wanted
+from growlm.engine.prompts import Prompt
+from growlm.router import Route
+from growlm.server.keys import caller
 from growlm.server.names import BASE, Names
 from growlm.server.service import Asked, Service
 
@@ -15,6 +18,18 @@ class Answering:
 
     def __init__(self, service: Service) -> None:
         self.service, self.names = service, Names(service.engine)
+
+    async def ask(
+        self, prompts: Sequence[Prompt], n: int = 1, *, module: Wanted, salt: str = "", **sampling: Any
+    ) -> Asked:
+        """As `Service.ask`, for who asks."""
+        among = caller().among(self.service.engine.store) if module == AUTO else None
+        return await self.service.ask(prompts, n, module=module, salt=caller().salted(salt), among=among, **sampling)
+
+    async def route(self, prompt: Prompt, *, salt: str = "") -> Route:
+        """As `Service.route`, for who asks."""
+        among = caller().among(self.service.engine.store)
+        return await self.service.route(prompt, salt=caller().salted(salt), among=among)
 
     def token_texts(self, tokens: Sequence[int]) -> list[str]:
         """Of each token alone."""

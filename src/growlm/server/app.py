@@ -18,6 +18,7 @@ from growlm import __version__
 from growlm.data import encode_texts
 from growlm.engine import Engine, Generation
 from growlm.errors import GrowlmError, shortened
+from growlm.server.admin import admin_paths
 from growlm.server.answering import Answering, headers_of
 from growlm.server.chat import ChatCompletion
 from growlm.server.completions import Completion
@@ -63,6 +64,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     for status, told in {
         400: "A field, or the body, that cannot be.",
         401: "No key, or a wrong one.",
+        403: "The server has no admin key.",
         404: "No such model.",
         413: "The request is too large.",
         422: "The module does not fit the memory budget.",
@@ -200,6 +202,7 @@ def create_app(
     def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    app.include_router(admin_paths(service))
     return app
 
 

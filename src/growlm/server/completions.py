@@ -40,7 +40,7 @@ class Completion:
             if body.echo:
                 settings["prompt_logprobs"] = body.logprobs
         with called_as_fields():
-            return await self._answering.service.ask(self._prompts, body.number, module=wanted, **settings)
+            return await self._answering.ask(self._prompts, body.number, module=wanted, **settings)
 
     def whole(self, answers: Sequence[Generation], asked: Asked) -> dict[str, Any]:
         answers = [self._told(answer) for answer in answers]

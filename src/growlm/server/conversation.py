@@ -51,13 +51,15 @@ class Conversation:
         with called_as_fields():
             prompt = await self.prompt()
             if wanted == AUTO:
-                route = await service.route(routed_text(self._turns), salt=settings.get("salt", ""))
+                route = await self._answering.route(routed_text(self._turns), salt=settings.get("salt", ""))
                 wanted, self.scores = route.module, route.scores
             if most is None:
                 tokens = len(await service.prepare(service.engine.tokens_of, prompt))
                 most = room_for_answer(self._answering.names.length, tokens, _MOST)
             stop = (*settings.pop("stop", ()), *self.ends)
-            return await service.ask([prompt], number, module=wanted, **settings, stop=stop, max_new_tokens=most)
+            return await self._answering.ask(
+                [prompt], number, module=wanted, **settings, stop=stop, max_new_tokens=most
+            )
 
     async def prompt(self) -> str | Sequence[int]:
         """What the engine is given."""

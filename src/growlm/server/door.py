@@ -13,11 +13,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from growlm.server.events import error_response
-from growlm.server.keys import Keys
+from growlm.server.keys import Caller, Keys, asks
 from growlm.server.refusals import Refusal
 from growlm.units import format_size
 
-_OPEN = ("/", "/health", "/ready", "/version")
+_OPEN = ("/", "/page.css", "/page.js", "/health", "/ready", "/version")
+_ADMIN = "/admin"  # where the paths begin that are for the admin key alone
 _ID = "X-Request-Id"
 _LONGEST_ID = 128
 
@@ -27,7 +28,8 @@ class Door:
 
     Args:
         keys: for all but the paths that tell no more than that the server is there.
-        admin_keys: for `/metrics`, which names modules; where `keys` are asked for and these are not given, for nobody.
+        admin_keys: for all, with `/admin` and with `/metrics`, which names modules. Without them `/admin` is for
+            nobody, and `/metrics` for everybody unless `keys` are asked for.
         max_body: bytes of a request at the most.
         log: where a line of JSON is written for every request; None for nowhere.
     """
@@ -54,7 +56,8 @@ class Door:
 
         try:
             try:
-                self._require_key(scope["path"], headers)
+                asks(found := self._caller(scope["path"], headers))
+                told["key"] = found.id or None
                 await self._app(scope, self._bounded(headers, receive), answer)
             except Exception as error:
                 if "status" in told:  # it has begun to answer
@@ -64,23 +67,28 @@ class Door:
             self._note(scope, name, told, time.monotonic() - began)
         return None
 
-    def _require_key(self, path: str, headers: Headers) -> None:
+    def _caller(self, path: str, headers: Headers) -> Caller:
         """
         Raises:
             Refusal: no key, or a wrong one.
         """
         if path in _OPEN:
-            return
+            return Caller()
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
         key = bearer.strip() if scheme.lower() == "bearer" else headers.get("x-api-key")
-        if path == "/metrics":
-            right = self._admin_keys.lets_in(key) if self._admin_keys else not self._keys
+        admin = self._admin_keys.caller(key) if self._admin_keys else None
+        if path.startswith(_ADMIN):
+            found, kind = admin, "the admin key"
+            if not self._admin_keys:
+                raise Refusal(403, f"{path}: this server has no admin key; start it with one", "no_admin_key")
+        elif path == "/metrics":
+            found, kind = admin if self._admin_keys or self._keys else Caller(), "the admin key"
         else:
-            right = self._keys.lets_in(key)
-        if not right:
-            kind = "the admin key" if path == "/metrics" else "an API key of this server"
+            found, kind = admin or self._keys.caller(key), "an API key of this server"
+        if found is None:
             told = f"{'a wrong key' if key else 'no key'}: send {kind} as Authorization: Bearer ..."
             raise Refusal(401, told, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        return found
 
     def _bounded(self, headers: Headers, receive: Receive) -> Receive:
         """What comes of a body, up to the bound.
@@ -118,6 +126,7 @@ class Door:
             "status": told.get("status"),
             "seconds": round(seconds, 4),
             "id": name,
+            "key": told.get("key"),
             "module": told.get("module"),
         }
         print(json.dumps(line), file=self._log, flush=True)

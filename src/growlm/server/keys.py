@@ -1,20 +1,74 @@
-"""Keys: who may ask."""
+"""Keys: who may ask, and for which modules."""
 
 from __future__ import annotations
 
 import hmac
 from collections.abc import Iterable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from hashlib import sha256
 from pathlib import Path
 
 from growlm.errors import ConfigError
+from growlm.store import Store
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks.
+
+    Attributes:
+        id: tells one key from another, and tells nobody the key; empty where none is asked for.
+        patterns: that the names of modules which there are for this caller match; None for all modules.
+    """
+
+    id: str = ""
+    patterns: tuple[str, ...] | None = None
+
+    @property
+    def limited(self) -> bool:
+        return self.patterns is not None
+
+    def sees(self, name: str) -> bool:
+        return self.patterns is None or any(fnmatchcase(name, pattern) for pattern in self.patterns)
+
+    def among(self, store: Store) -> frozenset[str] | None:
+        """The modules that the router chooses among; None for all."""
+        return None if self.patterns is None else frozenset(filter(self.sees, store.modules))
+
+    def salted(self, salt: str) -> str:
+        """What a salt becomes, so that nothing that is kept of one limited caller's texts serves another's."""
+        return f"{self.id}\0{salt}" if self.limited else salt
+
+
+_EVERYBODY = Caller()
+_asking: ContextVar[Caller] = ContextVar("asking", default=_EVERYBODY)
+
+
+def asks(caller: Caller) -> None:
+    """From here on, what is done is for this one."""
+    _asking.set(caller)
+
+
+def caller() -> Caller:
+    """Who asks."""
+    return _asking.get()
 
 
 class Keys:
     """Those that are let in; none at all lets everybody in. Kept as digests, and compared in constant time."""
 
     def __init__(self, keys: Iterable[str] = ()) -> None:
-        self._digests = [sha256(key.encode()).digest() for key in keys]
+        """
+        Args:
+            keys: each with the modules that it is for behind it, as patterns like `law_*`; none for all.
+        """
+        self._callers: dict[bytes, Caller] = {}
+        for line in keys:
+            key, *patterns = line.split()
+            digest = sha256(key.encode())
+            self._callers[digest.digest()] = Caller(digest.hexdigest()[:12], tuple(patterns) or None)
 
     @classmethod
     def read(cls, path: Path | None) -> Keys:
@@ -36,11 +90,13 @@ class Keys:
         return cls(keys)
 
     def __bool__(self) -> bool:
-        return bool(self._digests)
+        return bool(self._callers)
 
-    def lets_in(self, key: str | None) -> bool:
-        if not self._digests:
-            return True
+    def caller(self, key: str | None) -> Caller | None:
+        """Who has this key; None for nobody."""
+        if not self._callers:
+            return _EVERYBODY
         digest = sha256((key or "").encode()).digest()
-        # Of all of them, whichever it is.
-        return sum(hmac.compare_digest(digest, own) for own in self._digests) > 0
+        # All of them are looked at, whichever it is.
+        found = [one for own, one in self._callers.items() if hmac.compare_digest(digest, own)]
+        return found[0] if found else None

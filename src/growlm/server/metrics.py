@@ -20,6 +20,7 @@ class Metrics:
 
     def __init__(self, engine: Engine, running_and_waiting: Callable[[], tuple[int, int]]) -> None:
         self._registry = registry = CollectorRegistry()
+        self._written = 0
 
         def gauge(name: str, told: str, value: Callable[[], float]) -> None:
             Gauge(f"growlm_{name}", told, registry=registry).set_function(value)
@@ -53,11 +54,17 @@ class Metrics:
         """An answer was written whole."""
         self._prompt.inc(answer.prompt_tokens)
         self._generated.inc(len(answer.tokens))
+        self._written += len(answer.tokens)
         self._success.labels(answer.finish_reason).inc()
         self._by_module.labels(answer.module or "base").inc()
         for name in answer.loaded:
             self._loads.labels(name).inc()
         self._whole.observe(seconds)
+
+    @property
+    def generated_tokens(self) -> int:
+        """Tokens that were written since the start."""
+        return self._written
 
     def text(self) -> bytes:
         return generate_latest(self._registry)

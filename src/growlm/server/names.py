@@ -1,11 +1,13 @@
-"""Names: what the field `model` means, and which models there are."""
+"""Names: what the field `model` means, and which models there are for who asks."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from growlm.engine import AUTO, Engine, Wanted
-from growlm.errors import UnknownModuleError, shortened
+from growlm.errors import shortened
+from growlm.server.keys import caller
+from growlm.server.refusals import Refusal
 from growlm.store.stored_module import is_name
 
 BASE = "base"
@@ -24,7 +26,7 @@ class Names:
         """What the engine understands.
 
         Raises:
-            UnknownModuleError: no such model; the message names those that there are.
+            Refusal: no such model; the message names those that there are for who asks.
         """
         name = model or AUTO
         if name in (AUTO, self.store):
@@ -32,14 +34,15 @@ class Names:
         name = name.removeprefix(f"{self.store}:")
         if name in (AUTO, BASE):
             return AUTO if name == AUTO else None
-        if not is_name(name) or self._store.find(name) is None:
-            known = [AUTO, BASE, *self._store.modules]
-            raise UnknownModuleError(f"no model {shortened(model)}; there are {', '.join(known)}")
+        if not is_name(name) or not caller().sees(name) or self._store.find(name) is None:
+            known = [AUTO, BASE, *filter(caller().sees, self._store.modules)]
+            told = f"no model {shortened(model)}; there are {', '.join(known)}"
+            raise Refusal(404, told, "model_not_found", "model")
         return name
 
     def cards(self) -> list[dict[str, Any]]:
-        """Of all models, as `/v1/models` lists them."""
-        resident = set(self._engine.modules.resident)
+        """Of all models that there are for who asks, as `/v1/models` lists them."""
+        resident, pinned = set(self._engine.modules.resident), set(self._engine.modules.kept)
 
         def card(name: str, **more: Any) -> dict[str, Any]:
             own = {"id": name, "object": "model", "created": 0, "owned_by": "growlm", "max_model_len": self.length}
@@ -47,14 +50,16 @@ class Names:
 
         cards = [card(AUTO, kind="router"), card(BASE, kind="base", bytes=self._engine.base_bytes, resident=True)]
         for name, stored in self._store.modules.items():
-            about = {"kind": stored.kind, "version": stored.manifest.version, "bytes": stored.bytes}
-            cards.append(card(name, parent=BASE, **about, resident=name in resident))
+            if caller().sees(name):
+                about = {"kind": stored.kind, "version": stored.manifest.version, "bytes": stored.bytes}
+                there = {"resident": name in resident, "pinned": name in pinned}
+                cards.append(card(name, parent=BASE, **about, **there))
         return cards
 
     def card(self, model: str) -> dict[str, Any]:
         """
         Raises:
-            UnknownModuleError: no such model.
+            Refusal: no such model.
         """
         wanted = self.wanted(model)
         name = AUTO if wanted == AUTO else wanted or BASE

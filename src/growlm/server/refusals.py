@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from growlm.errors import BudgetError, ClosedError, ConfigError, DataError, GrowlmError, UnknownModuleError
+from growlm.server.keys import caller
 
 _log = logging.getLogger("growlm.server")
 
@@ -58,16 +59,20 @@ def refusal_of(error: BaseException) -> Refusal:
     """What a client is told of an error. One that is no word to users is written to the log, and not told."""
     if isinstance(error, Refusal):
         return error
+    limited = caller().limited  # and is told neither what modules of others there are, nor where the store is
     if isinstance(error, UnknownModuleError):
-        return Refusal(404, str(error), "model_not_found", "model")
+        told = "the model is there no more; ask /v1/models" if limited else str(error)
+        return Refusal(404, told, "model_not_found", "model")
     if isinstance(error, BudgetError):
-        return Refusal(422, str(error), "memory_budget", headers=NO_RETRY)
+        told = "the model and this text do not fit the server's memory; ask for fewer tokens" if limited else str(error)
+        return Refusal(422, told, "memory_budget", headers=NO_RETRY)
     if isinstance(error, ConfigError | DataError):
         return Refusal(400, str(error), "invalid_value")
     if isinstance(error, ClosedError):
         return Refusal(503, "the server is being shut down; ask another one", "shutting_down")
     if isinstance(error, GrowlmError):  # of the store, its modules or its base: the same again at the next try
         _log.error("%s", error)
-        return Refusal(500, str(error), "store", headers=NO_RETRY)
+        told = "the store cannot be read; the server's log says more" if limited else str(error)
+        return Refusal(500, told, "store", headers=NO_RETRY)
     _log.error("a request failed", exc_info=error)
     return Refusal(500, "an error inside the server, which is in its log", "internal_error")

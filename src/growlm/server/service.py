@@ -9,18 +9,19 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from contextvars import copy_context
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from growlm.engine import Engine, Generation, Wanted
 from growlm.engine.prompts import Prompt
+from growlm.engine.reloading import Changes
 from growlm.engine.request import Request, State
 from growlm.engine.sampling import TokenLogprob
-from growlm.errors import ClosedError
+from growlm.errors import ClosedError, GrowlmError
 from growlm.router import Route
 from growlm.server.metrics import Metrics
 from growlm.server.refusals import NO_RETRY, Refusal
@@ -51,10 +52,15 @@ class Service:
     Args:
         max_queued: requests that may wait beside the engine's `max_batch`; more are refused.
         timeout: seconds that an answer may take, from when it is asked for; None for no bound.
+        watch: seconds between two looks at whether the store has changed on the disk; None for none.
     """
 
-    def __init__(self, engine: Engine, *, max_queued: int = 128, timeout: float | None = None) -> None:
+    def __init__(
+        self, engine: Engine, *, max_queued: int = 128, timeout: float | None = None, watch: float | None = None
+    ) -> None:
         self.engine, self.max_queued, self.timeout = engine, max_queued, timeout
+        self._watch = watch
+        self._watching: asyncio.Task[None] | None = None
         self.metrics = Metrics(engine, self.running_and_waiting)
         self._live: dict[Request, asyncio.Event] = {}
         self._taken = 0  # places of requests that have not ended, those whose prompts are still read included
@@ -67,15 +73,40 @@ class Service:
     def start(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
+        if self._watch is not None:
+            self._watching = self._loop.create_task(self._look_at_the_store(self._watch))
 
     def close(self) -> None:
         """Ends what is asked with `ClosedError`, and the engine."""
         self._closed = True
+        if self._watching is not None:
+            self._watching.cancel()
         self._wanted.set()
         self.engine.close()
         self._thread.join()
         self._preparing.shutdown()
         self._look()
+
+    async def reload(self) -> Changes:
+        """As `Engine.reload`."""
+        changes = await asyncio.to_thread(self.engine.reload)
+        if changes:
+            told = [f"{what} {', '.join(names)}" for what, names in asdict(changes).items() if names]
+            _log.warning("the store has changed: %s", "; ".join(told))
+        return changes
+
+    async def _look_at_the_store(self, seconds: float) -> None:
+        told = ""
+        while True:
+            await asyncio.sleep(seconds)
+            try:
+                if await asyncio.to_thread(lambda: self.engine.outdated):
+                    await self.reload()
+                told = ""
+            except (GrowlmError, OSError) as error:  # the next look may find it whole
+                if str(error) != told:
+                    _log.error("the store has changed, and is served as it was: %s", error)
+                told = str(error)
 
     @property
     def broken(self) -> bool:
@@ -116,9 +147,9 @@ class Service:
         told = f"{max(self._taken, self._prepared)} requests are being answered or wait; try again in a moment"
         return Refusal(503, told, "queue_full", headers={"Retry-After": _RETRY_AFTER})
 
-    async def route(self, prompt: Prompt, *, salt: str = "") -> Route:
+    async def route(self, prompt: Prompt, *, salt: str = "", among: Collection[str] | None = None) -> Route:
         """As `Engine.route`."""
-        asked = await self._ask([lambda: [self.engine.submit_route(prompt, salt=salt)]], 1)
+        asked = await self._ask([lambda: [self.engine.submit_route(prompt, salt=salt, among=among)]], 1)
         async for _ in asked.items():
             pass
         return asked.requests[0].route

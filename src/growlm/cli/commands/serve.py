@@ -39,11 +39,23 @@ def serve(
         int, typer.Option("--drain", metavar="SECONDS", help="For answers to end once the server is told to stop.")
     ] = 30,
     api_key_file: Annotated[
-        Path | None, typer.Option("--api-key-file", metavar="FILE", help="Keys that may ask, one a line.")
+        Path | None,
+        typer.Option(
+            "--api-key-file",
+            metavar="FILE",
+            help="Keys that may ask, one a line; behind it the modules that it is for, as patterns.",
+        ),
     ] = None,
     admin_key_file: Annotated[
-        Path | None, typer.Option("--admin-key-file", metavar="FILE", help="Keys that may read /metrics, one a line.")
+        Path | None,
+        typer.Option("--admin-key-file", metavar="FILE", help="Keys for /admin and /metrics as well, one a line."),
     ] = None,
+    watch: Annotated[
+        float,
+        typer.Option(
+            "--watch", metavar="SECONDS", help="Between two looks at whether the store has changed; 0 for none."
+        ),
+    ] = 2.0,
     allow_origin: Annotated[
         list[str] | None,
         typer.Option("--allow-origin", metavar="ORIGIN", help="Pages elsewhere that may ask; * for all; repeatable."),
@@ -75,7 +87,12 @@ def serve(
     keys, admin_keys, most = Keys.read(api_key_file), Keys.read(admin_key_file), parse_size(max_body, "max_body")
     if not 0 <= port < 1 << 16:
         raise ConfigError(f"--port is {port}; it must be from 0 to 65535")
-    for name, value, least in (("--max-queued", max_queued, 0), ("--drain", drain, 0), ("--timeout", timeout or 1, 0)):
+    for name, value, least in (
+        ("--max-queued", max_queued, 0),
+        ("--drain", drain, 0),
+        ("--timeout", timeout or 1, 0),
+        ("--watch", watch, 0),
+    ):
         if value < least:
             raise ConfigError(f"{name} is {value}; it must be at least {least}")
     listening = _listen(host, port)
@@ -84,7 +101,7 @@ def serve(
     except BaseException:
         listening.close()
         raise
-    service = Service(engine, max_queued=max_queued, timeout=timeout)
+    service = Service(engine, max_queued=max_queued, timeout=timeout, watch=watch or None)
     web = create_app(
         service, keys=keys, admin_keys=admin_keys, max_body=most, origins=allow_origin or (),
         **({} if access_log else {"log": None}),

@@ -1,0 +1,66 @@
+"""Admin: what the operator asks of a server that runs. For the admin key alone."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import asdict
+from typing import Any
+
+from fastapi import APIRouter
+
+from growlm.server.names import Names
+from growlm.server.service import Service
+
+
+def admin_paths(service: Service) -> APIRouter:
+    """`/admin`: what is in memory, and what should be."""
+    engine, names = service.engine, Names(service.engine)
+    paths = APIRouter(prefix="/admin", tags=["admin"])
+
+    @paths.get("/status")
+    def status() -> dict[str, Any]:
+        running, waiting = service.running_and_waiting()
+        memory = {
+            "budget": engine.memory,
+            "used": engine.used_bytes,
+            "base": engine.base_bytes,
+            "router": engine.fixed_bytes - engine.base_bytes,
+            "modules": engine.modules.resident_bytes,
+            "workspace": engine.workspace_bytes,
+        }
+        return {
+            "store": names.store,
+            "memory": memory,
+            "running": running,
+            "waiting": waiting,
+            "generated_tokens": service.metrics.generated_tokens,
+            "modules": [card for card in names.cards() if card["parent"] is not None],
+        }
+
+    @paths.post("/reload")
+    async def reload() -> dict[str, list[str]]:
+        """Serves the store as it is on the disk by now."""
+        return asdict(await service.reload())
+
+    @paths.post("/modules/{name}/pin")
+    async def pin(name: str) -> dict[str, Any]:
+        """Brings a module into memory and keeps it there."""
+        names.wanted(name)
+        await asyncio.to_thread(engine.pin, name)
+        return names.card(name)
+
+    @paths.post("/modules/{name}/unpin")
+    async def unpin(name: str) -> dict[str, Any]:
+        """Lets a module be evicted again."""
+        names.wanted(name)
+        engine.unpin(name)
+        return names.card(name)
+
+    @paths.post("/modules/{name}/evict")
+    async def evict(name: str) -> dict[str, Any]:
+        """Lets go of a module that is neither in use nor pinned."""
+        names.wanted(name)
+        engine.modules.drop(name)
+        return names.card(name)
+
+    return paths
