@@ -28,6 +28,7 @@ class Served:
         self.engine = Engine(Store.open(store), **{"strict": True, **engine})
         self.service, self.log = Service(self.engine, **service), io.StringIO()
         app.setdefault("log", self.log)
+        self.jobs, self.files = app.get("jobs"), app.get("files")
         config = uvicorn.Config(create_app(self.service, **app), log_level="error", access_log=False)
         self._server, self._socket = uvicorn.Server(config), socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
@@ -58,8 +59,8 @@ class Served:
         return self.service.running_and_waiting() == (0, 0) and self.engine._loop.scheduler.idle
 
 
-def wait_for(there: Any) -> None:
-    end = time.monotonic() + 20
+def wait_for(there: Any, seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
     while not there():
         assert time.monotonic() < end
         time.sleep(0.01)

@@ -559,6 +559,11 @@ def test_the_command_serves_until_it_is_told_to_stop(made):
         told = next(line for line in process.stderr if line.startswith("serving"))
         found = re.search(r"http://127\.0\.0\.1:(\d+)/v1: 3 modules", told)
         assert found is not None, told
+        link = re.match(r"page: (http://127\.0\.0\.1:\d+)/#key=(\S+), ", process.stderr.readline())
+        assert link is not None
+        headers = {"Authorization": f"Bearer {link[2]}"}
+        assert httpx.get(f"{link[1]}/admin/jobs", headers=headers).json() == {"data": []}
+        assert httpx.get(f"{link[1]}/admin/jobs").status_code == 401
         answer = httpx.post(f"http://127.0.0.1:{found[1]}/v1/completions", json=ASK, timeout=30)
         assert answer.status_code == 200
         with serve(made, "--port", found[1]) as other:
@@ -566,8 +571,8 @@ def test_the_command_serves_until_it_is_told_to_stop(made):
         assert other.returncode == 1
         process.terminate()
         assert process.wait(timeout=30) in (0, -signal.SIGTERM)
-        (line,) = process.stderr.read().splitlines()
-        assert json.loads(line)["status"] == 200
+        lines = [json.loads(line) for line in process.stderr.read().splitlines()]
+        assert [line["status"] for line in lines] == [200, 401, 200]
 
 
 @pytest.mark.parametrize(
@@ -580,6 +585,9 @@ def test_the_command_serves_until_it_is_told_to_stop(made):
         (["--api-key-file", "nowhere"], "nowhere: No such file"),
         (["--max-body", "much"], "--max-body"),
         (["--max-batch", "0"], "max_batch is 0"),
+        (["--watch", "-1"], "--watch is -1"),
+        (["--learn-from", "nowhere"], "--learn-from nowhere: is no folder"),
+        (["--job-memory", "much"], "--job-memory"),
     ],
 )
 def test_options_that_cannot_be_are_told_before_anything_is_served(made, options, message, capsys):

@@ -34,7 +34,7 @@ from growlm.units import format_seconds, format_size
 if TYPE_CHECKING:
     from rich.table import Table
 
-_LOG_SECONDS = 10.0  # between two lines in a log
+_LOG_SECONDS = float(os.environ.get("GROWLM_LOG_SECONDS", "10"))  # between two lines in a log
 _FIRST_SECONDS = 1.0  # before the first one of a verb that takes long
 _LEAST_SECONDS = 1.0  # that a phase lasts of which a log says something
 _BAR_SECONDS = 0.5  # between two drawings of bars; what is over sooner has none, which would only flicker

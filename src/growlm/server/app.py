@@ -26,11 +26,14 @@ from growlm.server.conversation import Conversation, turns_of
 from growlm.server.door import Door
 from growlm.server.events import CLIENT_GONE, ClientGone, error_response, event_stream, unless_gone
 from growlm.server.fields import Body, ChatBody, CompletionBody, Message
+from growlm.server.files import Files
+from growlm.server.jobs import Jobs
 from growlm.server.keys import Keys
 from growlm.server.messages import CountBody, Messages, MessagesBody
 from growlm.server.refusals import ANTHROPIC, Refusal
 from growlm.server.responses import Responses, ResponsesBody
 from growlm.server.service import Asked, Service
+from growlm.server.teaching import teaching_paths
 
 MAX_BODY = 4 << 20  # bytes
 _LONGEST_HEADER = 500
@@ -90,6 +93,9 @@ def create_app(
     *,
     keys: Keys | None = None,
     admin_keys: Keys | None = None,
+    own_keys: Keys | None = None,
+    jobs: Jobs | None = None,
+    files: Files | None = None,
     max_body: int = MAX_BODY,
     origins: Sequence[str] = (),
     log: TextIO | None = sys.stderr,
@@ -97,20 +103,29 @@ def create_app(
     """The server of one service, which it starts and closes.
 
     Args:
-        keys, admin_keys, max_body, log: as `Door` has them.
+        keys, admin_keys, own_keys, max_body, log: as `Door` has them.
+        jobs, files: how and from what the store is taught; by default without a bound of memory, from what is sent.
         origins: of pages elsewhere that may ask from a browser; none by default.
     """
     answering = Answering(service)
     engine, names = service.engine, answering.names
+    teaching = jobs or Jobs(str(engine.store.path), ended=service.reload)
+    given = files or Files()
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         service.start()
+        teaching.start()
         yield
+        await teaching.close()
         service.close()
+        given.close()
 
     app = FastAPI(title="growlm", version=__version__, lifespan=life, responses=_ERRORS)
-    app.add_middleware(Door, keys=keys or Keys(), admin_keys=admin_keys or Keys(), max_body=max_body, log=log)
+    app.add_middleware(
+        Door, keys=keys or Keys(), admin_keys=admin_keys or Keys(), own_keys=own_keys or Keys(),
+        max_body=max_body, max_upload=given.most_bytes, log=log,
+    )  # fmt: skip
     if origins:  # outside of the door: a browser asks whether it may before it sends a key
         app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])
     _handle_errors(app)
@@ -203,6 +218,7 @@ def create_app(
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     app.include_router(admin_paths(service))
+    app.include_router(teaching_paths(teaching, given))
     return app
 
 

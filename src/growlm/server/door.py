@@ -18,6 +18,7 @@ from growlm.server.refusals import Refusal
 from growlm.units import format_size
 
 _OPEN = ("/", "/page.css", "/page.js", "/health", "/ready", "/version")
+_UPLOADS = "/admin/files/"
 _ADMIN = "/admin"  # where the paths begin that are for the admin key alone
 _ID = "X-Request-Id"
 _LONGEST_ID = 128
@@ -30,15 +31,24 @@ class Door:
         keys: for all but the paths that tell no more than that the server is there.
         admin_keys: for all, with `/admin` and with `/metrics`, which names modules. Without them `/admin` is for
             nobody, and `/metrics` for everybody unless `keys` are asked for.
-        max_body: bytes of a request at the most.
+        own_keys: for all too; of whoever has started the server.
+        max_body, max_upload: bytes of a request at the most, and of a file that is sent.
         log: where a line of JSON is written for every request; None for nowhere.
     """
 
     def __init__(
-        self, app: ASGIApp, *, keys: Keys, admin_keys: Keys, max_body: int, log: TextIO | None = sys.stderr
+        self,
+        app: ASGIApp,
+        *,
+        keys: Keys,
+        admin_keys: Keys,
+        own_keys: Keys,
+        max_body: int,
+        max_upload: int,
+        log: TextIO | None = sys.stderr,
     ) -> None:
-        self._app, self._keys, self._admin_keys = app, keys, admin_keys
-        self._max_body, self._log = max_body, log
+        self._app, self._keys, self._admin_keys, self._own_keys = app, keys, admin_keys, own_keys
+        self._max_body, self._max_upload, self._log = max_body, max_upload, log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -58,7 +68,7 @@ class Door:
             try:
                 asks(found := self._caller(scope["path"], headers))
                 told["key"] = found.id or None
-                await self._app(scope, self._bounded(headers, receive), answer)
+                await self._app(scope, self._bounded(scope["path"], headers, receive), answer)
             except Exception as error:
                 if "status" in told:  # it has begun to answer
                     raise
@@ -76,10 +86,12 @@ class Door:
             return Caller()
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
         key = bearer.strip() if scheme.lower() == "bearer" else headers.get("x-api-key")
-        admin = self._admin_keys.caller(key) if self._admin_keys else None
+        admin = next(
+            (keys.caller(key) for keys in (self._admin_keys, self._own_keys) if keys and keys.caller(key)), None
+        )
         if path.startswith(_ADMIN):
             found, kind = admin, "the admin key"
-            if not self._admin_keys:
+            if not (self._admin_keys or self._own_keys):
                 raise Refusal(403, f"{path}: this server has no admin key; start it with one", "no_admin_key")
         elif path == "/metrics":
             found, kind = admin if self._admin_keys or self._keys else Caller(), "the admin key"
@@ -90,29 +102,27 @@ class Door:
             raise Refusal(401, told, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         return found
 
-    def _bounded(self, headers: Headers, receive: Receive) -> Receive:
+    def _bounded(self, path: str, headers: Headers, receive: Receive) -> Receive:
         """What comes of a body, up to the bound.
 
         Raises:
             Refusal: the body says that it is larger, or, from what is returned, it is.
         """
+        most = self._max_upload if path.startswith(_UPLOADS) else self._max_body
         told = headers.get("content-length", "")
-        if told.isdecimal() and int(told) > self._max_body:
-            raise self._too_large()
-        left = self._max_body
+        if told.isdecimal() and int(told) > most:
+            raise _too_large(most)
+        left = most
 
         async def bounded() -> Message:
             nonlocal left
             message = await receive()
             left -= len(message.get("body", b""))
             if left < 0:
-                raise self._too_large()
+                raise _too_large(most)
             return message
 
         return bounded
-
-    def _too_large(self) -> Refusal:
-        return Refusal(413, f"the request is larger than {format_size(self._max_body)}", "too_large")
 
     def _note(self, scope: Scope, name: str, told: MutableMapping[str, Any], seconds: float) -> None:
         if self._log is None:
@@ -130,3 +140,7 @@ class Door:
             "module": told.get("module"),
         }
         print(json.dumps(line), file=self._log, flush=True)
+
+
+def _too_large(most: int) -> Refusal:
+    return Refusal(413, f"the request is larger than {format_size(most)}", "too_large")

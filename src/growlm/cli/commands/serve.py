@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import socket
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +17,7 @@ from growlm.errors import ConfigError
 from growlm.requirements import require_extra
 from growlm.units import format_size, parse_size
 
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _BACKLOG = 1024  # connections that wait to be taken
 
 
@@ -60,6 +62,16 @@ def serve(
         list[str] | None,
         typer.Option("--allow-origin", metavar="ORIGIN", help="Pages elsewhere that may ask; * for all; repeatable."),
     ] = None,
+    learn_from: Annotated[
+        Path | None,
+        typer.Option(
+            "--learn-from", metavar="FOLDER", help="Files in it may be named to learn from, and not only sent."
+        ),
+    ] = None,
+    job_memory: Annotated[
+        str | None, typer.Option("--job-memory", metavar="SIZE", help="That a process that learns may take.")
+    ] = None,
+    max_upload: Annotated[str, typer.Option("--max-upload", metavar="SIZE", help="Of a file to learn from.")] = "256MB",
     max_body: Annotated[str, typer.Option("--max-body", metavar="SIZE", help="Of a request.")] = "4MB",
     access_log: Annotated[
         bool, typer.Option("--access-log/--no-access-log", help="A line of JSON on stderr for each request.")
@@ -81,6 +93,8 @@ def serve(
     import uvicorn
 
     from growlm.server.app import create_app
+    from growlm.server.files import Files
+    from growlm.server.jobs import Jobs
     from growlm.server.keys import Keys
     from growlm.server.service import Service
 
@@ -95,6 +109,13 @@ def serve(
     ):
         if value < least:
             raise ConfigError(f"{name} is {value}; it must be at least {least}")
+    upload, job_bytes = (
+        parse_size(max_upload, "max_upload"),
+        parse_size(job_memory, "job_memory") if job_memory else None,
+    )
+    if learn_from is not None and not learn_from.is_dir():
+        raise ConfigError(f"--learn-from {learn_from}: is no folder; name one with text to learn from")
+    own = secrets.token_urlsafe(18) if api_key_file is admin_key_file is None and host in _LOOPBACK else None
     listening = _listen(host, port)
     try:
         engine = open_engine(store, memory, device, experts_on, row_cache, strict=True, max_batch=max_batch)
@@ -103,14 +124,16 @@ def serve(
         raise
     service = Service(engine, max_queued=max_queued, timeout=timeout, watch=watch or None)
     web = create_app(
-        service, keys=keys, admin_keys=admin_keys, max_body=most, origins=allow_origin or (),
-        **({} if access_log else {"log": None}),
+        service, keys=keys, admin_keys=admin_keys, own_keys=Keys([own] if own else []),
+        jobs=Jobs(str(store), memory=job_bytes, ended=service.reload), files=Files(learn_from, most_bytes=upload),
+        max_body=most, origins=allow_origin or (), **({} if access_log else {"log": None}),
     )  # fmt: skip
-    shown = f"[{host}]" if ":" in host else host
+    address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
     note(
-        f"serving {store} at http://{shown}:{listening.getsockname()[1]}/v1: {len(engine.store.modules)} modules, "
+        f"serving {store} at {address}/v1: {len(engine.store.modules)} modules, "
         f"{format_size(engine.resident_bytes)} of weights in memory; Ctrl-C ends it"
     )
+    note(f"page: {address}/" + (f"#key={own}, where the key is for this run and lets you teach" if own else ""))
     config = uvicorn.Config(web, log_level="warning", access_log=False, timeout_graceful_shutdown=drain)
     uvicorn.Server(config).run(sockets=[listening])
 

@@ -1,0 +1,112 @@
+"""Teaching: `/admin/jobs` and `/admin/files`: a store that is taught while it is served."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from fastapi import APIRouter, Request
+from fastapi.responses import PlainTextResponse, Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from growlm.modules import KINDS
+from growlm.server.events import event_stream
+from growlm.server.files import Files
+from growlm.server.jobs import Job, Jobs
+from growlm.server.refusals import Refusal
+from growlm.store.stored_module import is_name
+
+
+class JobBody(BaseModel):
+    """What is to be done. All but `verb`, `module` and `files` are options of `growlm learn`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    verb: Literal["learn", "update", "remove", "verify"]
+    module: str | None = None
+    files: list[str] = Field(default=[], max_length=64, description="Ids of files that were sent, or paths.")
+    kind: str | None = None
+    tokens: int | None = Field(default=None, ge=1)
+    epochs: int | None = Field(default=None, ge=1, le=1000)
+    sequence_length: int | None = Field(default=None, ge=2, le=1 << 20)
+    learning_rate: float | None = Field(default=None, gt=0, description="By default short trials find it.")
+    seed: int | None = Field(default=None, ge=0, lt=1 << 63)
+    separator: str | None = Field(default=None, min_length=1, max_length=100)
+    text_key: str | None = Field(default=None, min_length=1, max_length=100)
+    restart: bool = False
+
+    def job(self, files: Files) -> Job:
+        """
+        Raises:
+            Refusal: fields that contradict each other.
+        """
+        learns = self.verb in ("learn", "update")
+        if self.verb == "verify":
+            if self.module is not None or self.files:
+                raise Refusal(400, "verify reads the whole store; leave out module and files", "invalid_value")
+            return Job(self.verb, None, [])
+        if self.module is None or not is_name(self.module):
+            told = f"module is {self.module!r}; give a name of small letters, digits, - and _"
+            raise Refusal(400, told, "invalid_value", "module")
+        if self.verb == "remove":
+            return Job(self.verb, self.module, [self.module, "--yes"])
+        if learns and not self.files:
+            raise Refusal(400, "files is empty; send some, or name some", "invalid_value", "files")
+        if self.kind is not None and self.kind != "auto" and self.kind not in KINDS:
+            told = f"kind is {self.kind!r}; expected one of auto, {', '.join(KINDS)}"
+            raise Refusal(400, told, "invalid_value", "kind")
+        given = [self.module, "--data", *map(str, files.paths(self.files))]
+        for name in ("kind", "tokens", "epochs", "sequence_length", "learning_rate", "seed", "separator", "text_key"):
+            if (value := getattr(self, name)) is not None:
+                given += [f"--{name.replace('_', '-')}={value}"]
+        given += ["--restart"] * self.restart + ["--update"] * (self.verb == "update")
+        return Job(self.verb, self.module, given)
+
+
+def teaching_paths(jobs: Jobs, files: Files) -> APIRouter:
+    paths = APIRouter(prefix="/admin", tags=["admin"])
+
+    def found(name: str) -> Job:
+        if (job := jobs.get(name)) is None:
+            raise Refusal(404, f"no job {name!r}; /admin/jobs lists them", "no_such_job")
+        return job
+
+    @paths.put("/files/{name}")
+    async def send(name: str, request: Request) -> dict[str, Any]:
+        """Sends a file to learn from, as the body alone."""
+        return {"id": await files.take(name, request.stream()), "name": name}
+
+    @paths.delete("/files/{name}")
+    def forget(name: str) -> dict[str, bool]:
+        return {"removed": files.remove(name)}
+
+    @paths.post("/jobs", status_code=202)
+    async def begin(body: JobBody) -> dict[str, Any]:
+        """Begins a job, or has it wait for those before it."""
+        if jobs.full:
+            raise Refusal(503, "too many jobs wait; try again later", "queue_full", headers={"Retry-After": "60"})
+        return jobs.add(body.job(files)).to_json()
+
+    @paths.get("/jobs")
+    async def listed() -> dict[str, Any]:
+        return {"data": [job.to_json() for job in jobs.all()]}
+
+    @paths.get("/jobs/{job}")
+    async def one(job: str) -> dict[str, Any]:
+        return found(job).to_json()
+
+    @paths.get("/jobs/{job}/events")
+    async def events(job: str) -> Response:
+        """Its lines and how far it is, as server-sent events, until it has ended."""
+        return await event_stream(found(job).events(), dict, lambda: None)
+
+    @paths.get("/jobs/{job}/log", response_class=PlainTextResponse)
+    async def log(job: str) -> str:
+        return "".join(f"{line}\n" for line in found(job).lines)
+
+    @paths.delete("/jobs/{job}")
+    async def cancel(job: str) -> dict[str, Any]:
+        """Ends a job as Ctrl-C does; the same job again goes on where it was."""
+        await jobs.cancel(found(job))
+        return found(job).to_json()
+
+    return paths
