@@ -30,6 +30,7 @@ from growlm.server.files import Files
 from growlm.server.jobs import Jobs
 from growlm.server.keys import Keys
 from growlm.server.messages import CountBody, Messages, MessagesBody
+from growlm.server.pages import page_paths
 from growlm.server.refusals import ANTHROPIC, Refusal
 from growlm.server.responses import Responses, ResponsesBody
 from growlm.server.service import Asked, Service
@@ -217,6 +218,7 @@ def create_app(
     def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    app.include_router(page_paths())
     app.include_router(admin_paths(service))
     app.include_router(teaching_paths(teaching, given))
     return app

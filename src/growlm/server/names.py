@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
 
 from growlm.engine import AUTO, Engine, Wanted
-from growlm.errors import shortened
+from growlm.errors import GrowlmError, shortened
 from growlm.server.keys import caller
 from growlm.server.refusals import Refusal
+from growlm.store import StoredModule
 from growlm.store.stored_module import is_name
 
 BASE = "base"
+
+
+def _about(stored: StoredModule) -> dict[str, Any]:
+    """What is known of a module, and how well it has learned; of one that cannot be read, that it is damaged."""
+    try:
+        manifest, told = stored.manifest, {"kind": stored.kind, "version": stored.version, "bytes": stored.bytes}
+    except GrowlmError:
+        return {"version": stored.version, "damaged": True}
+    training = {name: manifest.training.get(name) for name in ("tokens", "documents", "loss_before", "loss_after")}
+    created = int(datetime.fromisoformat(manifest.created).timestamp())
+    return {**told, "created": created, "parameters": manifest.parameters, **training}
 
 
 class Names:
@@ -51,9 +64,8 @@ class Names:
         cards = [card(AUTO, kind="router"), card(BASE, kind="base", bytes=self._engine.base_bytes, resident=True)]
         for name, stored in self._store.modules.items():
             if caller().sees(name):
-                about = {"kind": stored.kind, "version": stored.manifest.version, "bytes": stored.bytes}
                 there = {"resident": name in resident, "pinned": name in pinned}
-                cards.append(card(name, parent=BASE, **about, **there))
+                cards.append({**card(name, parent=BASE), **_about(stored), **there})
         return cards
 
     def card(self, model: str) -> dict[str, Any]:

@@ -79,6 +79,11 @@ def teaching_paths(jobs: Jobs, files: Files) -> APIRouter:
     def forget(name: str) -> dict[str, bool]:
         return {"removed": files.remove(name)}
 
+    @paths.get("/kinds")
+    def kinds() -> dict[str, list[str]]:
+        """Of modules that can be learned."""
+        return {"data": list(KINDS)}
+
     @paths.post("/jobs", status_code=202)
     async def begin(body: JobBody) -> dict[str, Any]:
         """Begins a job, or has it wait for those before it."""

@@ -1,0 +1,29 @@
+"""Pages: what a browser is given: `page/`, which asks the same paths as every client."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastapi import APIRouter
+from fastapi.responses import FileResponse
+
+_FILES = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js"}
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src data:; base-uri 'none'; form-action 'self'; "
+    "frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+
+def page_paths() -> APIRouter:
+    paths = APIRouter(include_in_schema=False)
+    folder = Path(__file__).parent / "page"
+    for path, name in _FILES.items():
+
+        def page(name: str = name) -> FileResponse:
+            return FileResponse(folder / name, headers=_HEADERS)
+
+        paths.add_api_route(path, lambda page=page: page(), methods=["GET"])
+    return paths
