@@ -221,6 +221,7 @@ def test_openais_own_client_finds_what_it_expects(served, alone):
 # Bad input
 
 
+TOOLS = [{"type": "function", "function": {"name": "rent"}}]
 ASK = {"prompt": "abc", "max_tokens": 2}
 SAY = {"messages": [{"role": "user", "content": "abc"}], "max_tokens": 2}
 
@@ -257,7 +258,11 @@ SAY = {"messages": [{"role": "user", "content": "abc"}], "max_tokens": 2}
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             400, "type 'image_url'", "messages",
         ),
-        ("chat/completions", {**SAY, "tools": [{"type": "function"}]}, 400, "tools: ", "tools"),
+        ("chat/completions", {**SAY, "tools": [{"type": "function"}]}, 400, "knows functions alone", "tools"),
+        ("chat/completions", {**SAY, "tools": [{"type": "x"}]}, 400, "tools[0] is of type 'x'", "tools"),
+        ("chat/completions", {**SAY, "tools": TOOLS}, 400, "has no place for tools", "tools"),
+        ("chat/completions", {**SAY, "tool_choice": "required"}, 400, "tool_choice: ", "tool_choice"),
+        ("chat/completions", {**SAY, "functions": [{"name": "x"}]}, 400, "functions: ", "functions"),
         ("chat/completions", {**SAY, "top_logprobs": 2}, 400, "top_logprobs needs", "top_logprobs"),
         ("chat/completions", {"messages": [{"role": "user", "content": "abc " * 400}]}, 400, "exceed the 256 ", None),
         ("nothing", {}, 404, "no such path", None),

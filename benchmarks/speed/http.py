@@ -248,11 +248,11 @@ def main() -> None:
     print(machine())
     for name, part in (("added", added), ("sweep", sweep)):
         if a.only in (None, name):
-            found = {
+            found: dict[str, Any] = {
                 "machine": machine(),
                 "settings": {k: str(v) for k, v in vars(a).items() if k not in ("base", "out")},
             }
-            found[name] = part(a.out / "store", a, draw)  # type: ignore[operator]
+            found[str(name)] = part(a.out / "store", a, draw)
             title = f"{name}-pinned" if a.pin and name == "added" else name
             write_atomic(a.out / f"{title}.json", json.dumps(found, indent=1).encode())
 

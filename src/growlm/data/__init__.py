@@ -11,11 +11,11 @@ from growlm.data.packing import LOSSES, PackedTokens, Passage, batches, masks_of
 from growlm.data.reading import SUFFIXES, Document, Source, TextData, look_at, read
 from growlm.data.showing import Sample, Shown, marked, show, split_told, summary
 from growlm.data.splitting import split
-from growlm.data.template import Template, has_template
+from growlm.data.template import NO_TOOLS, Template, Tools, has_template
 
 __all__ = [
-    "FORMATS", "LOSSES", "SUFFIXES", "Document", "PackedTokens", "Passage", "Sample", "Shown", "Source", "Template",
-    "TextData", "Turn", "asked", "batches", "encode_texts", "has_template", "look_at", "marked", "masks_of", "pack",
-    "passages", "read", "schedule", "show", "split", "split_told", "start_tokens", "summary",
+    "FORMATS", "LOSSES", "NO_TOOLS", "SUFFIXES", "Document", "PackedTokens", "Passage", "Sample", "Shown", "Source",
+    "Template", "TextData", "Tools", "Turn", "asked", "batches", "encode_texts", "has_template", "look_at", "marked",
+    "masks_of", "pack", "passages", "read", "schedule", "show", "split", "split_told", "start_tokens", "summary",
     "whole",
 ]  # fmt: skip

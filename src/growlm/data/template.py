@@ -7,9 +7,10 @@ turn or begin another. Knows a tokenizer and strings; not where turns come from.
 from __future__ import annotations
 
 import itertools
+import json
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from growlm.data.conversations import Turn
@@ -27,6 +28,27 @@ class Written:
 
     tokens: list[int]
     answers: list[bool]
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What a model may call, in the form that templates take: OpenAI's.
+
+    Attributes:
+        offered: `{"type": "function", "function": {"name", "description", "parameters"}}` each.
+        calls: by turn, what the assistant has called in it: `{"type": "function", "function": {"name", "arguments"}}`,
+            arguments as an object.
+    """
+
+    offered: Sequence[Mapping[str, Any]] = ()
+    calls: Mapping[int, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+
+    def text(self) -> str:
+        """All that it spells."""
+        return json.dumps([self.offered, *self.calls.values()], ensure_ascii=False)
+
+
+NO_TOOLS = Tools()
 
 
 @dataclass(frozen=True)
@@ -71,20 +93,27 @@ class Template:
         # Some tokenizers do not call special what their template marks turns with.
         self._others = {number: text for number, text in added.items() if number not in self._special and text.strip()}
 
-    def prompt(self, turns: Sequence[Turn]) -> list[int]:
+    @property
+    def takes_tools(self) -> bool:
+        """Whether it tells the model of tools."""
+        return "tools" in str(self._tokenizer.chat_template)
+
+    def prompt(self, turns: Sequence[Turn], tools: Tools = NO_TOOLS) -> list[int]:
         """Token ids of a conversation that the assistant goes on with.
 
         Raises:
             ValueError: a turn spells out a special token, and the template rewrites turns so that it is not known where
-                they stand; or what a template raises itself.
+                they stand; a tool or a call spells one out; or what a template raises itself.
         """
-        text = self._render(turns, True)
+        text = self._render(turns, True, tools)
         skeleton, spans = _Skeleton(text, []), []
+        markers = [*self._others.values(), *map(self._tokenizer.convert_ids_to_tokens, self._special)]
+        if spelled := next((marker for marker in markers if marker in tools.text()), None):
+            raise ValueError(f"a tool or a call spells out {spelled!r}, which only the template may write")
         try:
-            skeleton = self._skeleton(turns, True)
-            spans = self._spans(turns, skeleton, text, True)
+            skeleton = self._skeleton(turns, True, tools)
+            spans = self._spans(turns, skeleton, text, True, tools)
         except Exception:  # what a template dislikes of marks included
-            markers = [*self._others.values(), *map(self._tokenizer.convert_ids_to_tokens, self._special)]
             if any(marker in turn.content for turn in turns for marker in markers):
                 raise
         return self._encode(text, spans, skeleton)[0]
@@ -124,26 +153,33 @@ class Template:
                 answers.append(True)
         return Written(tokens, answers)
 
-    def _render(self, turns: Sequence[Turn], prompt: bool) -> str:
-        return self._tokenizer.apply_chat_template(
-            [turn._asdict() for turn in turns], tokenize=False, add_generation_prompt=prompt
-        )
+    def _render(self, turns: Sequence[Turn], prompt: bool, tools: Tools = NO_TOOLS) -> str:
+        messages: list[dict[str, Any]] = [turn._asdict() for turn in turns]
+        for number, calls in tools.calls.items():
+            messages[number]["tool_calls"] = list(calls)
+        more = {"tools": list(tools.offered)} if tools.offered else {}
+        return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **more)
 
-    def _skeleton(self, turns: Sequence[Turn], prompt: bool) -> _Skeleton:
+    def _skeleton(self, turns: Sequence[Turn], prompt: bool, tools: Tools = NO_TOOLS) -> _Skeleton:
         roles = tuple(turn.role for turn in turns)
-        if (roles, prompt) not in self._skeletons:
+        if (roles, prompt) not in self._skeletons or tools is not NO_TOOLS:
             marks = [_mark(number) for number in range(len(roles))]
-            text = self._render([Turn(role, mark) for role, mark in zip(roles, marks, strict=True)], prompt)
+            text = self._render([Turn(role, mark) for role, mark in zip(roles, marks, strict=True)], prompt, tools)
             places: list[tuple[int, int] | None] = []
             for mark in marks:
                 if text.count(mark) > 1:
                     raise ValueError("it writes a message more than once")
                 start = text.find(mark)
                 places.append(None if start < 0 else (start, start + len(mark)))
-            self._skeletons[roles, prompt] = _Skeleton(text, places)
+            made = _Skeleton(text, places)
+            if tools is not NO_TOOLS:  # those of one request
+                return made
+            self._skeletons[roles, prompt] = made
         return self._skeletons[roles, prompt]
 
-    def _spans(self, turns: Sequence[Turn], skeleton: _Skeleton, text: str, prompt: bool) -> list[_Span]:
+    def _spans(
+        self, turns: Sequence[Turn], skeleton: _Skeleton, text: str, prompt: bool, tools: Tools = NO_TOOLS
+    ) -> list[_Span]:
         """Where contents stand in `text`, in order: found by putting them where the marks are."""
         for trimmed in (False, True):
             contents = [turn.content.strip() if trimmed else turn.content for turn in turns]
@@ -158,7 +194,7 @@ class Template:
                 continue
             some = [Turn(other.role, _mark(at)) for at, other in enumerate(turns)]
             some[number] = turn
-            places[number], new = _difference(skeleton.text, place, self._render(some, prompt))
+            places[number], new = _difference(skeleton.text, place, self._render(some, prompt, tools))
             fills[number] = ("", new, "")
             if places[number] != place and turn.role != "assistant":  # the template's own words are among them
                 said = turn.content.strip()

@@ -7,29 +7,39 @@ from dataclasses import replace
 from typing import Any
 
 from growlm.base.settings import foreign
-from growlm.data import Template, Turn, has_template
+from growlm.data import NO_TOOLS, Template, Tools, Turn, has_template
 from growlm.engine.answers import Generation
 from growlm.engine.engine import Engine
 from growlm.engine.prompts import Prompt
 from growlm.engine.sampling import SamplingConfig
 from growlm.engine.selection import AUTO, Wanted, select
+from growlm.errors import BaseModelError
 
 _STOP = "\nUser:"
 
 
-def conversation_prompt(engine: Engine, turns: Sequence[Turn]) -> tuple[Prompt, tuple[str, ...]]:
+def conversation_prompt(
+    engine: Engine, turns: Sequence[Turn], tools: Tools = NO_TOOLS
+) -> tuple[Prompt, tuple[str, ...]]:
     """A conversation as the engine reads it, for the assistant to go on with, and the texts that end its turn: in the
     base's chat template, or else in plain `User:` and `Assistant:` lines.
 
     Raises:
-        BaseModelError: the template refuses it.
+        BaseModelError: the template refuses it, or has no place for tools.
     """
+    if tools is not NO_TOOLS and not takes_tools(engine):
+        raise BaseModelError(f"{engine.base.where}: its chat template has no place for tools; leave them out")
     if has_template(engine.tokenizer):
         # Token ids: a template writes its own start of text.
         with foreign(engine.base.where, "its chat template cannot write this conversation: "):
-            return Template(engine.tokenizer).prompt(turns), ()
+            return Template(engine.tokenizer).prompt(turns, tools), ()
     lines = [f"{turn.role.capitalize()}: {turn.content.strip()}" for turn in turns]
     return "\n".join([*lines, "Assistant:"]), (_STOP,)
+
+
+def takes_tools(engine: Engine) -> bool:
+    """Whether the base's chat template tells it of tools."""
+    return has_template(engine.tokenizer) and Template(engine.tokenizer).takes_tools
 
 
 def routed_text(turns: Sequence[Turn]) -> str:

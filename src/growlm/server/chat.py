@@ -13,6 +13,7 @@ from growlm.server.answering import Answering, about, usage_of
 from growlm.server.conversation import Conversation, turns_of
 from growlm.server.fields import ChatBody
 from growlm.server.service import Asked
+from growlm.server.tools import Held, calls_in
 
 
 class ChatCompletion:
@@ -21,7 +22,9 @@ class ChatCompletion:
     def __init__(self, answering: Answering, body: ChatBody) -> None:
         self._answering, self._body = answering, body
         self._id, self._created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
-        self._conversation = Conversation(answering, body.model, turns_of(body.messages), "messages")
+        tools = body.tools_offered()
+        self._conversation = Conversation(answering, body.model, turns_of(body.messages), "messages", tools)
+        self._calls = bool(tools.offered)
 
     async def ask(self) -> Asked:
         body, settings = self._body, self._body.sampling()
@@ -32,12 +35,14 @@ class ChatCompletion:
     def whole(self, answers: Sequence[Generation], asked: Asked) -> dict[str, Any]:
         choices = []
         for number, answer in enumerate(answers):
-            message = {"role": "assistant", "content": answer.text, "refusal": None}
+            text, calls = calls_in(answer.text) if self._calls else (answer.text, [])
+            message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+            if calls:
+                message |= {"content": text or None, "tool_calls": [call.to_json() for call in calls]}
             said = self._logprobs(answer.logprobs or ()) if self._body.logprobs else None
             ids = self._body.ids_of(asked.requests[number], answer)
-            choices.append(
-                {"index": number, "message": message, "logprobs": said, "finish_reason": answer.finish_reason, **ids}
-            )
+            reason = "tool_calls" if calls else answer.finish_reason
+            choices.append({"index": number, "message": message, "logprobs": said, "finish_reason": reason, **ids})
         return {
             **self._head("chat.completion"),
             "choices": choices,
@@ -46,20 +51,27 @@ class ChatCompletion:
         }
 
     async def chunks(self, asked: Asked) -> AsyncGenerator[dict[str, Any], None]:
-        begun: set[int] = set()
+        begun: dict[int, Held] = {}
         answers: list[Generation] = []
         async for number, item in asked.items():
             if number not in begun:
-                begun.add(number)
+                begun[number] = Held()
                 yield self._chunk(number, {"role": "assistant", "content": ""})
             if isinstance(item, Generation):
                 answers.append(item)
-                chunk = self._chunk(number, {}, item.finish_reason)
+                rest, calls = begun[number].end() if self._calls else ("", [])
+                if rest:
+                    yield self._chunk(number, {"content": rest})
+                for index, call in enumerate(calls):
+                    yield self._chunk(number, {"tool_calls": [{"index": index, **call.to_json()}]})
+                chunk = self._chunk(number, {}, "tool_calls" if calls else item.finish_reason)
                 chunk["choices"][0] |= self._body.ids_of(asked.requests[number], item)
                 yield {**chunk, "growlm": about(item, self._conversation.scores)}
             else:
                 said = self._logprobs(item.logprobs) if self._body.logprobs else None
-                yield self._chunk(number, {"content": item.text}, logprobs=said)
+                text = begun[number].add(item.text) if self._calls else item.text
+                if text or said or not self._calls:
+                    yield self._chunk(number, {"content": text}, logprobs=said)
         options = self._body.stream_options
         if options is not None and options.include_usage:
             yield {**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage(answers)}

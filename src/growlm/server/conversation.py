@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from growlm.data import Turn
+from growlm.data import NO_TOOLS, Tools, Turn
 from growlm.engine import AUTO
 from growlm.engine.chat import conversation_prompt, routed_text
 from growlm.errors import BaseModelError
@@ -15,7 +15,7 @@ from growlm.server.refusals import Refusal
 from growlm.server.service import Asked
 
 _MOST = 1024  # tokens of an answer where none are asked for
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 _TEXTS = ("text", "input_text", "output_text")  # what parts of a content that are text are called
 
 
@@ -27,12 +27,14 @@ class Conversation:
         ends: texts that end a turn where the base has no template for one, and that nobody asked for.
     """
 
-    def __init__(self, answering: Answering, model: str | None, turns: Sequence[Turn], field: str) -> None:
+    def __init__(
+        self, answering: Answering, model: str | None, turns: Sequence[Turn], field: str, tools: Tools = NO_TOOLS
+    ) -> None:
         """
         Args:
             field: that has the turns.
         """
-        self._answering, self._turns, self._field = answering, turns, field
+        self._answering, self._turns, self._field, self._tools = answering, turns, field, tools
         self._wanted = answering.names.wanted(model)
         self.scores: dict[str, float] = {}
         self.ends: tuple[str, ...] = ()
@@ -65,9 +67,10 @@ class Conversation:
         """What the engine is given."""
         service = self._answering.service
         try:
-            prompt, self.ends = await service.prepare(conversation_prompt, service.engine, self._turns)
+            prompt, self.ends = await service.prepare(conversation_prompt, service.engine, self._turns, self._tools)
         except BaseModelError as error:  # the template's own word, such as that turns do not alternate
-            raise Refusal(400, str(error), "invalid_value", self._field) from None
+            field = self._field if self._tools is NO_TOOLS else "tools"
+            raise Refusal(400, str(error), "invalid_value", field) from None
         return prompt
 
 
@@ -82,6 +85,9 @@ def turns_of(messages: Iterable[Message], field: str = "messages") -> list[Turn]
         if message.role not in _ROLES:
             told = f"{where}: role is {message.role!r}, expected one of {', '.join(_ROLES)}"
             raise Refusal(400, told, "invalid_value", field)
+        if message.content is None and message.tool_calls:
+            turns.append(Turn("assistant", ""))
+            continue
         if message.content is None:
             raise Refusal(400, f"{where}: content is missing; give a text", "invalid_value", field)
         turns.append(Turn(_ROLES[message.role], text_of(message.content, where, field)))

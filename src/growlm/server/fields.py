@@ -10,10 +10,12 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from growlm.data import Tools
 from growlm.engine import Generation
 from growlm.engine.request import Request
 from growlm.errors import settings_written
 from growlm.server.refusals import Refusal
+from growlm.server.tools import Called, Tool, tools_of
 
 _CALLED = {"max_new_tokens": "max_tokens", "json_schema": "response_format"}
 _LONGEST_GRAMMAR = 1 << 16  # characters: longer ones take seconds to compile
@@ -152,12 +154,12 @@ class Message(BaseModel):
 
     role: str
     content: str | list[ContentPart] | None = None
+    tool_calls: list[Called] | None = None
 
 
 class ChatBody(Body):
     unsupported = {
-        "tools": "this server calls no tools; leave it out",
-        "functions": "this server calls no functions; leave it out",
+        "functions": "give them as tools",
         "audio": "answers are text",
     }
 
@@ -166,6 +168,16 @@ class ChatBody(Body):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    tools: list[Tool] | None = Field(default=None, max_length=128)
+    tool_choice: str | dict[str, Any] | None = None
+
+    def tools_offered(self) -> Tools:
+        """
+        Raises:
+            Refusal: tools that cannot be.
+        """
+        calls = {number: message.tool_calls for number, message in enumerate(self.messages)}
+        return tools_of(self.tools, self.tool_choice, calls, "messages")
 
     def require(self) -> None:
         super().require()
