@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
+from importlib.util import find_spec
 from typing import Any, Protocol, TextIO
 
 from fastapi import FastAPI, Request
@@ -117,11 +118,17 @@ def create_app(
     async def life(app: FastAPI) -> AsyncIterator[None]:
         service.start()
         teaching.start()
-        yield
+        async with nullcontext() if helper is None else helper.session_manager.run():
+            yield
         await teaching.close()
         service.close()
         given.close()
 
+    helper = None
+    if find_spec("mcp") is not None:
+        from growlm.server.assistants import assistant, assistant_paths
+
+        helper = assistant(service, teaching, given)
     app = FastAPI(title="growlm", version=__version__, lifespan=life, responses=_ERRORS)
     app.add_middleware(
         Door, keys=keys or Keys(), admin_keys=admin_keys or Keys(), own_keys=own_keys or Keys(),
@@ -218,6 +225,8 @@ def create_app(
     def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    if helper is not None:
+        app.router.routes += assistant_paths(helper, guarded=bool(keys))
     app.include_router(page_paths())
     app.include_router(admin_paths(service))
     app.include_router(teaching_paths(teaching, given))

@@ -7,13 +7,14 @@ import sys
 import time
 import uuid
 from collections.abc import MutableMapping
+from dataclasses import replace
 from typing import Any, TextIO
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from growlm.server.events import error_response
-from growlm.server.keys import Caller, Keys, asks
+from growlm.server.keys import CALLER, Caller, Keys, asks
 from growlm.server.refusals import Refusal
 from growlm.units import format_size
 
@@ -67,6 +68,7 @@ class Door:
         try:
             try:
                 asks(found := self._caller(scope["path"], headers))
+                scope[CALLER] = found
                 told["key"] = found.id or None
                 await self._app(scope, self._bounded(scope["path"], headers, receive), answer)
             except Exception as error:
@@ -86,9 +88,8 @@ class Door:
             return Caller()
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
         key = bearer.strip() if scheme.lower() == "bearer" else headers.get("x-api-key")
-        admin = next(
-            (keys.caller(key) for keys in (self._admin_keys, self._own_keys) if keys and keys.caller(key)), None
-        )
+        held = (keys.caller(key) for keys in (self._admin_keys, self._own_keys) if keys)
+        admin = next((replace(one, patterns=None, admin=True) for one in held if one is not None), None)
         if path.startswith(_ADMIN):
             found, kind = admin, "the admin key"
             if not (self._admin_keys or self._own_keys):

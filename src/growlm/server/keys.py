@@ -21,10 +21,12 @@ class Caller:
     Attributes:
         id: tells one key from another, and tells nobody the key; empty where none is asked for.
         patterns: that the names of modules which there are for this caller match; None for all modules.
+        admin: whether it may do all that can be done.
     """
 
     id: str = ""
     patterns: tuple[str, ...] | None = None
+    admin: bool = False
 
     @property
     def limited(self) -> bool:
@@ -42,6 +44,7 @@ class Caller:
         return f"{self.id}\0{salt}" if self.limited else salt
 
 
+CALLER = "growlm.caller"  # of a request's scope
 _EVERYBODY = Caller()
 _asking: ContextVar[Caller] = ContextVar("asking", default=_EVERYBODY)
 

@@ -1,0 +1,118 @@
+"""Assistants: a store as tools of the Model Context Protocol: ask, route, list_modules and learn.
+
+The same paths as over HTTP, for the same callers: who may not use a module does not see it, and who has no admin key
+teaches nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Literal
+
+from mcp.server.mcpserver import Context, MCPServer
+from mcp.server.mcpserver.exceptions import ToolError
+from mcp.server.transport_security import TransportSecuritySettings
+from starlette.routing import BaseRoute
+
+from growlm import __version__
+from growlm.data import Turn
+from growlm.server.answering import Answering
+from growlm.server.conversation import Conversation
+from growlm.server.files import Files
+from growlm.server.jobs import DONE, Jobs
+from growlm.server.keys import CALLER, Caller, asks, caller
+from growlm.server.refusals import Refusal, refusal_of
+from growlm.server.service import Service
+from growlm.server.teaching import JobBody
+
+PATH = "/mcp"
+_ABOUT = (
+    "A language model whose knowledge is in modules, one for each body of text that it has learned. `ask` answers with "
+    "the module that a router chooses; `list_modules` says what is known; `learn` teaches it files."
+)
+
+
+def assistant(service: Service, jobs: Jobs, files: Files, *, owner: bool = False) -> MCPServer[Any]:
+    """
+    Args:
+        owner: who calls is who has started it, and may teach.
+    """
+    server: MCPServer[Any] = MCPServer("growlm", instructions=_ABOUT, version=__version__)
+    answering = Answering(service)
+
+    def tool(call: Callable[..., Any]) -> None:
+        @wraps(call)
+        async def called(*arguments: Any, **named: Any) -> Any:
+            context = named["context"]
+            request = context.request_context.request
+            asks(Caller(admin=True) if owner or request is None else request.scope[CALLER])
+            try:
+                return await call(*arguments, **named)
+            except Exception as error:
+                raise ToolError(refusal_of(error).message) from None
+
+        server.tool()(called)
+
+    async def ask(
+        question: str, context: Context, module: str = "auto", max_tokens: int | None = None
+    ) -> dict[str, Any]:
+        """Asks the model. Says which module has answered, and how sure the router was of it.
+
+        Args:
+            question: in full: nothing is remembered of earlier ones.
+            module: auto lets the router choose; base is the model without any; else the name of one.
+            max_tokens: of the answer, at the most; by default 1,024, or what the model still reads.
+        """
+        conversation = Conversation(answering, module, [Turn("user", question)], "question")
+        asked = await conversation.ask({"temperature": 0.0}, None if max_tokens is None else max(max_tokens, 1))
+        (answer,) = await asked.whole()
+        scores = dict(conversation.scores or answer.scores)
+        return {"answer": answer.text, "module": answer.module or "base", "scores": scores}
+
+    async def route(text: str, context: Context) -> dict[str, Any]:
+        """Which module knows about a text, and how likely each is; none where none does."""
+        found = await answering.route(text)
+        return {"module": found.module or "none", "scores": dict(found.scores)}
+
+    async def list_modules(context: Context) -> list[dict[str, Any]]:
+        """The bodies of text that were learned, with their sizes."""
+        return [card for card in answering.names.cards() if card["parent"] is not None]
+
+    async def learn(
+        context: Context, module: str, paths: list[str], update: bool = False, sequence_length: int | None = None
+    ) -> dict[str, Any]:
+        """Teaches files to the model, as a new module, or as the next version of one. Takes minutes.
+
+        Args:
+            module: its name, of small letters, digits, - and _.
+            paths: files in the folder that the server may read.
+            update: the module exists.
+            sequence_length: tokens that are read together, 512 by default.
+        """
+        if not caller().admin:
+            raise Refusal(403, "only the admin key may teach")
+        verb: Literal["update", "learn"] = "update" if update else "learn"
+        job = jobs.add(JobBody(verb=verb, module=module, files=paths, sequence_length=sequence_length).job(files))
+        async for event in job.events():
+            if event["type"] == "job" and (progress := event["progress"]):
+                await context.report_progress(progress["done"], progress["total"], progress["title"])
+        if job.state != DONE:
+            raise Refusal(400, job.error or job.state)
+        return {"module": module, **{name: job.result[name] for name in ("version", "loss_before", "loss_after")}}
+
+    for call in (ask, route, list_modules, learn):
+        tool(call)
+    return server
+
+
+def assistant_paths(server: MCPServer[Any], *, guarded: bool) -> list[BaseRoute]:
+    """`/mcp`, whose sessions are those of `server.session_manager`.
+
+    Args:
+        guarded: a key is asked for; else only who calls this machine by its own names is answered, so that no page
+            elsewhere is.
+    """
+    security = TransportSecuritySettings(enable_dns_rebinding_protection=False) if guarded else None
+    found = server.streamable_http_app(streamable_http_path=PATH, stateless_http=True, transport_security=security)
+    return list(found.routes)
