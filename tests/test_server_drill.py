@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +22,7 @@ import pytest
 
 from drills import WholePasses, changing, nothing_is_left
 from growlm.engine import Engine
+from growlm.server.keys import Keys
 from growlm.store import Store
 from servers import Served, leaving, serving, wait_for
 from stores import domain_text, make_store, with_texts
@@ -110,3 +120,95 @@ def test_clients_that_go_at_any_moment_take_no_place(made, moment):
         assert served.service._taken == 0
         nothing_is_left(served.engine)
         assert httpx.post(f"{served.url}/v1/completions", json={"prompt": "abc"}, timeout=30).status_code == 200
+
+
+def test_a_module_that_is_damaged_under_load_fails_its_own_requests_alone(made):
+    weights = made / "modules" / "digits" / "1" / "module.safetensors"
+    whole = weights.read_bytes()
+    damaged = bytearray(whole)
+    damaged[-100] ^= 1
+    body = {"prompt": PROMPTS[1], "temperature": 0, "max_tokens": 6}
+    with serving(made, admin_keys=Keys(["root"])) as served, ThreadPoolExecutor(4) as pool:
+        right = {name: served.post("/v1/completions", model=name, **body).json()["choices"] for name in SHAPES}
+        over, found = threading.Event(), list[tuple[str, int, Any]]()
+
+        def ask(name: str) -> None:
+            while not over.is_set():
+                response = served.http.post("/v1/completions", json={"model": name, **body})
+                told = response.json()
+                found.append((name, response.status_code, told.get("choices", told.get("error"))))
+
+        asking = [pool.submit(ask, name) for name in SHAPES]
+
+        def goes_on(name: str, status: int) -> None:
+            """Until some more of a module's requests have ended so."""
+            already = len(found)
+            wait_for(lambda: [one[:2] for one in list(found[already:])].count((name, status)) > 3)
+
+        goes_on("digits", 200)
+        weights.write_bytes(damaged)
+        goes_on("digits", 200)  # it is in memory
+        evicted = False
+        while not evicted:  # it is in use most of the time
+            card = served.http.post("/admin/modules/digits/evict", headers={"Authorization": "Bearer root"}).json()
+            evicted = not card["resident"] or any(status == 500 for _, status, _ in list(found))
+        goes_on("digits", 500)
+        goes_on("letters", 200)
+        weights.write_bytes(whole)
+        goes_on("digits", 200)
+        over.set()
+        for one in asking:
+            one.result(60)
+        wait_for(served.idle)
+        nothing_is_left(served.engine)
+    for name, status, told in found:
+        if status == 200:
+            assert told == right[name]
+        else:
+            assert (name, status, told["code"]) == ("digits", 500, "store")
+            assert "module.safetensors" in told["message"]
+
+
+def test_a_server_that_is_killed_under_load_leaves_a_store_that_is_served_again(made):
+    body = {"prompt": PROMPTS[1], "temperature": 0, "max_tokens": 40, "model": "auto", "stream": True}
+
+    @contextmanager
+    def served(port: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+        command = [sys.executable, "-m", "growlm", "serve", str(made), "--port", port, "--no-access-log"]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stderr is not None
+            told = next(line for line in process.stderr if line.startswith("serving"))
+            found = re.search(r"http://127\.0\.0\.1:(\d+)", told)
+            assert found is not None
+            try:
+                yield process, found[1]
+            finally:
+                process.kill()
+
+    def text_of(port: str) -> tuple[str, bool]:
+        """What a stream has said, and whether it has ended as it should."""
+        text, ended = "", False
+        try:
+            with httpx.stream("POST", f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60) as response:
+                for line in response.iter_lines():
+                    ended = ended or line == "data: [DONE]"
+                    if line.startswith("data: {"):
+                        text += json.loads(line[6:])["choices"][0]["text"]
+        except httpx.HTTPError:
+            pass
+        return text, ended
+
+    with served("0") as (process, port), ThreadPoolExecutor(6) as pool:
+        whole, ended = text_of(port)
+        assert ended
+        asked = [pool.submit(text_of, port) for _ in range(6)]
+        time.sleep(0.1)
+        process.send_signal(signal.SIGKILL)
+        for one in asked:
+            text, ended = one.result(60)
+            assert whole.startswith(text)
+            assert text == whole or not ended
+    assert Store.open(made).verify() == []
+    with served(port) as (_, again):  # the same port, at once
+        assert again == port
+        assert text_of(port) == (whole, True)
