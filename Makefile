@@ -72,6 +72,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python docs/make_cli_reference.py --check
+	$(BIN)/python docs/make_openapi.py --check
 
 check: lint test-all
 
@@ -91,6 +92,7 @@ demo-real: setup $(GGUF)
 
 docs: setup
 	$(BIN)/python docs/make_cli_reference.py
+	$(BIN)/python docs/make_openapi.py
 
 clean:
 	rm -rf $(VENV) .versions .clients build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-out $(REAL)
