@@ -19,12 +19,11 @@ KEPT = HERE / "serving" / "openapi.json"
 def described() -> str:
     """Of a server of a tiny store: that of any other says the same."""
     sys.path.insert(0, str(HERE.parent / "tests"))
-    from stores import make_store
-
     from growlm.engine import Engine
     from growlm.server.app import create_app
     from growlm.server.service import Service
     from growlm.store import Store
+    from stores import make_store
 
     with tempfile.TemporaryDirectory() as folder:
         make_store(Path(folder), "llama", {})
