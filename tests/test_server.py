@@ -143,6 +143,23 @@ def test_log_probabilities_are_the_engines(served, alone):
     assert [p for one in streamed for p in one["token_logprobs"]] == pytest.approx(said["token_logprobs"], abs=1e-4)
 
 
+def test_special_tokens_in_a_prompt_are_letters_unless_the_server_is_told_otherwise(served, made, alone):
+    end = alone.tokenizer.eos_token
+    asked = {"prompt": f"ab{end}cd", "model": "base", "max_tokens": 1, "return_token_ids": True}
+
+    def ids(server: Served) -> list[int]:
+        found = server.post("/v1/completions", **asked).json()["choices"][0]["prompt_token_ids"]
+        return list(found)
+
+    assert alone.tokenizer.eos_token_id not in ids(served)
+    with serving(made, parse_special=True) as other:
+        assert ids(other).count(alone.tokenizer.eos_token_id) == 1
+        asked["prompt"] = "plain"
+        assert ids(other) == ids(served)
+        asked["prompt"] = ""
+        assert other.post("/v1/completions", **asked).status_code == 400
+
+
 # Chat
 
 

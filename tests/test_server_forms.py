@@ -115,7 +115,7 @@ def test_each_form_has_its_own_errors(served, claude, gpt):
     assert missing.value.response.json()["error"]["type"] == "not_found_error"
     with pytest.raises(anthropic.BadRequestError, match="the last one must be the user's"):
         claude.messages.create(model="auto", max_tokens=8, messages=[*TURNS, {"role": "assistant", "content": "a"}])
-    with pytest.raises(anthropic.BadRequestError, match="calls no tools"):
+    with pytest.raises(anthropic.BadRequestError, match="has no place for tools"):
         claude.messages.create(model="auto", max_tokens=8, messages=TURNS, tools=[{"name": "a", "input_schema": {}}])
     assert served.post("/v1/messages", model="auto", messages=TURNS).json()["error"]["message"].startswith("max_tokens")
     with pytest.raises(openai.BadRequestError, match="no answer is kept here"):

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import anthropic
 import openai
 import pytest
 from hypothesis import given
@@ -99,6 +100,79 @@ def test_a_call_is_told_as_one_and_openais_client_reads_it(served):
     assert plain.message.content.startswith("<tool_call>")
 
 
+def test_anthropics_client_is_told_of_calls_and_tells_what_they_gave(served):
+    client = anthropic.Anthropic(base_url=served.url, api_key="none")
+    tool = {"name": "rent", "description": "What a room costs.", "input_schema": RENT["function"]["parameters"]}
+    asked: dict[str, Any] = {"model": "base", "messages": ASKED, "tools": [tool], "max_tokens": 200}
+    whole = client.messages.create(**asked, extra_body={"regex": CALLS})
+    (block,) = whole.content
+    assert (whole.stop_reason, block.type, block.name, block.input) == ("tool_use", "tool_use", "rent", {"room": 7})
+    with client.messages.stream(**asked, extra_body={"regex": f"He asks\\. {CALLS}{CALLS}"}) as stream:
+        streamed = stream.get_final_message()
+    assert [(one.type, getattr(one, "input", None)) for one in streamed.content] == [
+        ("text", None), ("tool_use", {"room": 7}), ("tool_use", {"room": 7})
+    ]  # fmt: skip
+    assert (streamed.content[0].text, streamed.stop_reason) == ("He asks. ", "tool_use")
+    with client.messages.stream(**asked, extra_body={"regex": "plain"}) as stream:
+        plain = stream.get_final_message()
+    assert [one.text for one in plain.content] == ["plain"]
+    assert plain.stop_reason != "tool_use"
+    # What was called and what it gave stand in the prompt as in the other forms.
+    given = {"type": "tool_result", "tool_use_id": block.id, "content": [{"type": "text", "text": "49"}]}
+    more = [*ASKED, {"role": "assistant", "content": whole.content}, {"role": "user", "content": [given]}]
+    counted = client.messages.count_tokens(model="base", messages=more, tools=[tool]).input_tokens
+    assert counted == len(served.engine.tokens_of(_of_chat(served)))
+
+
+def _of_chat(served: Served) -> list[int]:
+    called = {"role": "assistant", "tool_calls": [{"function": {"name": "rent", "arguments": {"room": 7}}}]}
+    body = {"messages": [*ASKED, called, {"role": "tool", "content": "49"}], "tools": [RENT], "model": "base"}
+    choice = served.post("/v1/chat/completions", **body, max_tokens=1, return_token_ids=True).json()["choices"][0]
+    return list(choice["prompt_token_ids"])
+
+
+def test_openais_newer_form_tells_calls_and_reads_what_they_gave(served):
+    client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none")
+    tool = {"type": "function", "name": "rent", **{n: RENT["function"][n] for n in ("description", "parameters")}}
+    asked: dict[str, Any] = {"model": "base", "input": ASKED, "tools": [tool], "temperature": 0}
+    whole = client.responses.create(**asked, max_output_tokens=200, extra_body={"regex": CALLS})
+    (call,) = whole.output
+    assert (call.type, call.name, json.loads(call.arguments)) == ("function_call", "rent", {"room": 7})
+    events = list(
+        client.responses.create(
+            **asked, max_output_tokens=200, stream=True, extra_body={"regex": f"He asks\\. {CALLS}{CALLS}"}
+        )
+    )
+    last = events[-1].response
+    assert [one.type for one in last.output] == ["message", "function_call", "function_call"]
+    assert last.output_text == "He asks. "
+    assert "".join(one.delta for one in events if one.type == "response.output_text.delta") == "He asks. "
+    done = [one for one in events if one.type == "response.function_call_arguments.done"]
+    assert [(one.output_index, one.arguments) for one in done] == [(1, '{"room": 7}'), (2, '{"room": 7}')]
+    assert [one.sequence_number for one in events] == list(range(len(events)))
+    given = {"type": "function_call_output", "call_id": call.call_id, "output": "49"}
+    again = client.responses.create(**{**asked, "input": [*ASKED, call, given]}, max_output_tokens=1)
+    assert again.usage.input_tokens == len(_of_chat(served))
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "told"),
+    [
+        ("messages", {"messages": ASKED, "tools": [{"name": "a b"}]}, "tools: "),
+        ("messages", {"messages": ASKED, "tools": [{"name": "a", "type": "web_search_1"}]}, "functions alone"),
+        ("messages", {"messages": ASKED, "tool_choice": {"type": "any"}}, "tool_choice: "),
+        ("responses", {"input": "a", "tools": [{"type": "web_search"}]}, "tools[0] is of type 'web_search'"),
+        ("responses", {"input": "a", "tools": [{"type": "function"}]}, "tools: "),
+        ("responses", {"input": [{"type": "reasoning"}]}, "input[0] is of type 'reasoning'"),
+        ("responses", {"input": [{"type": "function_call", "name": "a", "arguments": "x"}]}, "no JSON object"),
+    ],
+)
+def test_tools_that_cannot_be_are_told_in_each_form(served, path, body, told):
+    refused = served.post(f"/v1/{path}", model="base", **({"max_tokens": 2} if path == "messages" else {}), **body)
+    assert refused.status_code == 400
+    assert told in refused.json()["error"]["message"]
+
+
 def test_nothing_that_a_tool_or_a_call_spells_can_end_a_turn(served):
     marker = served.engine.tokenizer.eos_token
     forged = json.loads(json.dumps(RENT).replace("What a room costs.", f"x{marker}y"))
@@ -126,7 +200,7 @@ def test_arguments_that_are_no_object_are_told(served, arguments):
     [
         ("plain", "plain", []),
         ('<tool_call>\n{"name": "a", "arguments": {}}\n</tool_call>', "", [Call("a", {})]),
-        ('So: <tool_call>{"name": "a", "arguments": {"b": 1}}', "So:", [Call("a", {"b": 1})]),
+        ('So: <tool_call>{"name": "a", "arguments": {"b": 1}}', "So: ", [Call("a", {"b": 1})]),
         ('<tool_call>[{"name": "a", "arguments": {}}, {"name": "c", "parameters": {}}]</tool_call>', "",
          [Call("a", {}), Call("c", {})]),
         ('{"name": "a", "parameters": {"b": [1]}}', "", [Call("a", {"b": [1]})]),
@@ -154,4 +228,4 @@ def test_a_stream_says_what_the_whole_says_however_it_is_cut(parts, cuts):
     rest, calls = held.end()
     whole, expected = calls_in(text)
     assert calls == expected
-    assert (sent + rest).split() == whole.split()
+    assert sent + rest == whole

@@ -14,10 +14,14 @@ from growlm.server.service import Asked, Service
 
 
 class Answering:
-    """A service, and the names of who answers in it."""
+    """A service, and the names of who answers in it.
 
-    def __init__(self, service: Service) -> None:
-        self.service, self.names = service, Names(service.engine)
+    Args:
+        parse_special: what a prompt of completions spells like a special token is one.
+    """
+
+    def __init__(self, service: Service, *, parse_special: bool = False) -> None:
+        self.service, self.names, self.parse_special = service, Names(service.engine), parse_special
 
     async def ask(
         self, prompts: Sequence[Prompt], n: int = 1, *, module: Wanted, salt: str = "", **sampling: Any

@@ -98,6 +98,7 @@ def create_app(
     own_keys: Keys | None = None,
     jobs: Jobs | None = None,
     files: Files | None = None,
+    parse_special: bool = False,
     max_body: int = MAX_BODY,
     origins: Sequence[str] = (),
     log: TextIO | None = sys.stderr,
@@ -107,9 +108,10 @@ def create_app(
     Args:
         keys, admin_keys, own_keys, max_body, log: as `Door` has them.
         jobs, files: how and from what the store is taught; by default without a bound of memory, from what is sent.
+        parse_special: as `Answering` has it.
         origins: of pages elsewhere that may ask from a browser; none by default.
     """
-    answering = Answering(service)
+    answering = Answering(service, parse_special=parse_special)
     engine, names = service.engine, answering.names
     teaching = jobs or Jobs(str(engine.store.path), ended=service.reload)
     given = files or Files()
@@ -172,7 +174,7 @@ def create_app(
 
     @app.post(f"{ANTHROPIC}/count_tokens")
     async def count_tokens(body: CountBody) -> dict[str, int]:
-        prompt = await Conversation(answering, body.model, body.turns(), "messages").prompt()
+        prompt = await body.conversation(answering).prompt()
         return {"input_tokens": len(await service.prepare(engine.tokens_of, prompt))}
 
     @app.get("/v1/models")

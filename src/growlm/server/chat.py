@@ -22,9 +22,9 @@ class ChatCompletion:
     def __init__(self, answering: Answering, body: ChatBody) -> None:
         self._answering, self._body = answering, body
         self._id, self._created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
-        tools = body.tools_offered()
-        self._conversation = Conversation(answering, body.model, turns_of(body.messages), "messages", tools)
-        self._calls = bool(tools.offered)
+        turns, tools = turns_of(body.messages), body.tools_offered()
+        self._conversation = Conversation(answering, body.model, turns, "messages", tools)
+        self._calls = self._conversation.calls
 
     async def ask(self) -> Asked:
         body, settings = self._body, self._body.sampling()

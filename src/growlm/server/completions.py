@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from growlm.data import encode_marked, start_tokens
 from growlm.engine import Generation
 from growlm.engine.prompts import Prompt
 from growlm.engine.request import Request
@@ -39,8 +40,24 @@ class Completion:
             settings["logprobs"] = body.logprobs
             if body.echo:
                 settings["prompt_logprobs"] = body.logprobs
+        prompts = self._prompts
+        if self._answering.parse_special:
+            prompts = await self._answering.service.prepare(self._parsed)
         with called_as_fields():
-            return await self._answering.ask(self._prompts, body.number, module=wanted, **settings)
+            return await self._answering.ask(prompts, body.number, module=wanted, **settings)
+
+    def _parsed(self) -> list[Prompt]:
+        """The prompts, of which those that are texts are token ids in which special tokens are themselves."""
+        tokenizer = self._answering.service.engine.tokenizer
+        start = start_tokens(tokenizer)
+        found: list[Prompt] = []
+        for prompt in self._prompts:
+            if isinstance(prompt, str) and prompt.strip():
+                (ids,), _ = encode_marked(tokenizer, [prompt])
+                found.append([*([] if ids[: len(start)] == start else start), *ids])
+            else:
+                found.append(prompt)
+        return found
 
     def whole(self, answers: Sequence[Generation], asked: Asked) -> dict[str, Any]:
         answers = [self._told(answer) for answer in answers]

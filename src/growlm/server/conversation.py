@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -63,6 +64,11 @@ class Conversation:
                 [prompt], number, module=wanted, **settings, stop=stop, max_new_tokens=most
             )
 
+    @property
+    def calls(self) -> bool:
+        """Whether the model was told of tools, so that it may call some."""
+        return bool(self._tools.offered)
+
     async def prompt(self) -> str | Sequence[int]:
         """What the engine is given."""
         service = self._answering.service
@@ -70,27 +76,31 @@ class Conversation:
             prompt, self.ends = await service.prepare(conversation_prompt, service.engine, self._turns, self._tools)
         except BaseModelError as error:  # the template's own word, such as that turns do not alternate
             field = self._field if self._tools is NO_TOOLS else "tools"
-            raise Refusal(400, str(error), "invalid_value", field) from None
+            told = str(error).removeprefix(f"{service.engine.base.where}: ")  # clients need not know where it lies
+            raise Refusal(400, told, "invalid_value", field) from None
         return prompt
 
 
-def turns_of(messages: Iterable[Message], field: str = "messages") -> list[Turn]:
+def turns_of(messages: Iterable[Message], field: str = "messages", *, where: Sequence[str] | None = None) -> list[Turn]:
     """
+    Args:
+        where: what to call each message in errors; by default by its number in the field.
+
     Raises:
         Refusal: a role or a content that cannot be read.
     """
     turns = []
-    for number, message in enumerate(messages):
-        where = f"{field}[{number}]"
+    named = (f"{field}[{number}]" for number in itertools.count()) if where is None else where
+    for at, message in zip(named, messages, strict=False):
         if message.role not in _ROLES:
-            told = f"{where}: role is {message.role!r}, expected one of {', '.join(_ROLES)}"
+            told = f"{at}: role is {message.role!r}, expected one of {', '.join(_ROLES)}"
             raise Refusal(400, told, "invalid_value", field)
         if message.content is None and message.tool_calls:
             turns.append(Turn("assistant", ""))
             continue
         if message.content is None:
-            raise Refusal(400, f"{where}: content is missing; give a text", "invalid_value", field)
-        turns.append(Turn(_ROLES[message.role], text_of(message.content, where, field)))
+            raise Refusal(400, f"{at}: content is missing; give a text", "invalid_value", field)
+        turns.append(Turn(_ROLES[message.role], text_of(message.content, at, field)))
     return turns
 
 

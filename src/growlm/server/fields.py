@@ -143,10 +143,15 @@ class CompletionBody(Body):
 
 
 class ContentPart(BaseModel):
+    """A part of a message: a text, or in Anthropic's form a tool that was called, or what it gave."""
+
     model_config = ConfigDict(extra="allow")
 
     type: str
     text: str | None = None
+    name: str | None = None
+    input: dict[str, Any] | None = None
+    content: str | list[ContentPart] | None = None
 
 
 class Message(BaseModel):

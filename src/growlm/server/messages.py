@@ -3,40 +3,79 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from growlm.data import Turn
 from growlm.engine import Generation
+from growlm.errors import first_error
 from growlm.server.answering import Answering, about
 from growlm.server.conversation import Conversation, text_of, turns_of
 from growlm.server.fields import Body, ContentPart, Message, stop_texts
 from growlm.server.refusals import Refusal
 from growlm.server.service import Asked, Piece
+from growlm.server.tools import Call, Called, CalledFunction, Held, Tool, calls_in, new_id, tools_of
+
+
+class ClientTool(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    name: str
+    description: str | None = None
+    input_schema: dict[str, Any] | None = None
+    type: str | None = None
+
+    def as_tool(self) -> Tool:
+        function = {"name": self.name, "description": self.description, "parameters": self.input_schema}
+        kind = "function" if self.type in (None, "custom") else str(self.type)
+        return Tool.model_validate({"type": kind, "function": function})
 
 
 class CountBody(Body):
     several = False
-    unsupported: ClassVar[dict[str, str]] = {
-        "tools": "this server calls no tools; leave it out",
-        "mcp_servers": "this server asks no others; leave it out",
-    }
+    unsupported: ClassVar[dict[str, str]] = {"mcp_servers": "this server asks no others; leave it out"}
 
     messages: list[Message] = Field(min_length=1)
     system: str | list[ContentPart] | None = None
+    tools: list[ClientTool] | None = Field(default=None, max_length=128)
+    tool_choice: dict[str, Any] | None = None
 
-    def turns(self) -> list[Turn]:
+    def conversation(self, answering: Answering) -> Conversation:
         """
         Raises:
             Refusal: what cannot be read, or nothing to answer.
         """
-        system = [] if self.system is None else [Turn("system", text_of(self.system, "system", "system"))]
+        turns = [] if self.system is None else [Turn("system", text_of(self.system, "system", "system"))]
         if self.messages[-1].role != "user":
             told = "messages: the last one must be the user's; an answer that is begun cannot be gone on with"
             raise Refusal(400, told, "invalid_value", "messages")
-        return [*system, *turns_of(self.messages)]
+        calls: dict[int, list[Called]] = {}
+        for number, message in enumerate(self.messages):
+            parts = message.content if isinstance(message.content, list) else []
+            where = f"messages[{number}]"
+            for part in parts:  # what tools have given comes before what the user says of it
+                if part.type == "tool_result":
+                    turns.append(Turn("tool", text_of(part.content or "", where, "messages")))
+            called = [
+                Called(function=CalledFunction(name=part.name or "", arguments=part.input or {}))
+                for part in parts
+                if part.type == "tool_use"
+            ]
+            rest = [part for part in parts if part.type not in ("tool_result", "tool_use")]
+            if parts and not rest and not called:
+                continue
+            if called:
+                calls[len(turns)] = called
+            said = message if not parts else message.model_copy(update={"content": rest or ""})
+            turns += turns_of([said], where=[where])
+        try:
+            offered = [tool.as_tool() for tool in self.tools or ()]
+        except ValidationError as error:
+            raise Refusal(400, f"tools: {first_error(error)}", "invalid_value", "tools") from None
+        tools = tools_of(offered, self.tool_choice, calls, "messages")
+        return Conversation(answering, self.model, turns, "messages", tools)
 
 
 class MessagesBody(CountBody):
@@ -52,7 +91,7 @@ class Messages:
 
     def __init__(self, answering: Answering, body: MessagesBody) -> None:
         self._answering, self._body, self._id = answering, body, f"msg_{uuid.uuid4().hex}"
-        self._conversation = Conversation(answering, body.model, body.turns(), "messages")
+        self._conversation = body.conversation(answering)
 
     async def ask(self) -> Asked:
         return await self._conversation.ask(self._body.sampling(), self._body.max_tokens)
@@ -61,28 +100,54 @@ class Messages:
         (answer,) = answers
         return {
             **self._message(answer.prompt_tokens, len(answer.tokens)),
-            "content": [{"type": "text", "text": answer.text}],
-            **self._end(answer),
+            **self._content(answer),
             "growlm": about(answer, self._conversation.scores),
         }
 
+    def _content(self, answer: Generation) -> dict[str, Any]:
+        """The blocks of an answer, and why it ended."""
+        text, calls = calls_in(answer.text) if self._conversation.calls else (answer.text, [])
+        blocks: list[dict[str, Any]] = [{"type": "text", "text": text}] if text or not calls else []
+        blocks += [_block(call, call.arguments) for call in calls]
+        return {"content": blocks, **self._end(answer, calls)}
+
     async def chunks(self, asked: Asked) -> AsyncGenerator[dict[str, Any], None]:
+        blocks, writes, held = 0, False, Held()
         begun = False
+
+        def said(text: str) -> Iterator[dict[str, Any]]:
+            nonlocal writes
+            if not writes:
+                writes = True
+                yield {"type": "content_block_start", "index": blocks, "content_block": {"type": "text", "text": ""}}
+            if text:
+                delta = {"type": "text_delta", "text": text}
+                yield {"type": "content_block_delta", "index": blocks, "delta": delta}
+
         async for _, item in asked.items():
             if not begun:
                 begun = True
-                read = len(asked.requests[0].tokens)
-                yield {"type": "message_start", "message": self._message(read, 0)}
-                yield {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}
+                yield {"type": "message_start", "message": self._message(len(asked.requests[0].tokens), 0)}
             if isinstance(item, Piece):
-                delta = {"type": "text_delta", "text": item.text}
-                yield {"type": "content_block_delta", "index": 0, "delta": delta}
-            else:
-                yield {"type": "content_block_stop", "index": 0}
-                usage = {"output_tokens": len(item.tokens)}
-                told = about(item, self._conversation.scores)
-                yield {"type": "message_delta", "delta": self._end(item), "usage": usage, "growlm": told}
-                yield {"type": "message_stop"}
+                text = held.add(item.text) if self._conversation.calls else item.text
+                for event in said(text) if text or not self._conversation.calls else ():
+                    yield event
+                continue
+            rest, calls = held.end() if self._conversation.calls else ("", [])
+            for event in said(rest) if rest or not (writes or calls) else ():
+                yield event
+            if writes:
+                yield {"type": "content_block_stop", "index": blocks}
+                blocks += 1
+            for index, call in enumerate(calls, blocks):
+                yield {"type": "content_block_start", "index": index, "content_block": _block(call, {})}
+                delta = {"type": "input_json_delta", "partial_json": call.text}
+                yield {"type": "content_block_delta", "index": index, "delta": delta}
+                yield {"type": "content_block_stop", "index": index}
+            usage = {"output_tokens": len(item.tokens)}
+            told = about(item, self._conversation.scores)
+            yield {"type": "message_delta", "delta": self._end(item, calls), "usage": usage, "growlm": told}
+            yield {"type": "message_stop"}
 
     def _message(self, read: int, written: int) -> dict[str, Any]:
         model = self._body.model or self._answering.names.store
@@ -92,7 +157,11 @@ class Messages:
             "id": self._id, "type": "message", "role": "assistant", "model": model, "content": [], **end, "usage": usage
         }  # fmt: skip
 
-    def _end(self, answer: Generation) -> dict[str, Any]:
+    def _end(self, answer: Generation, calls: Sequence[Call]) -> dict[str, Any]:
         stop = answer.stop if answer.stop in (self._body.stop_sequences or ()) else None
         reason = "max_tokens" if answer.finish_reason == "length" else "stop_sequence" if stop else "end_turn"
-        return {"stop_reason": reason, "stop_sequence": stop}
+        return {"stop_reason": "tool_use" if calls else reason, "stop_sequence": stop}
+
+
+def _block(call: Call, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "tool_use", "id": new_id("toolu"), "name": call.name, "input": dict(arguments)}

@@ -5,18 +5,46 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any, ClassVar
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from growlm.data import Turn
 from growlm.engine import Generation
+from growlm.errors import first_error
 from growlm.server.answering import Answering, about
-from growlm.server.conversation import Conversation, turns_of
-from growlm.server.fields import Body, Message
+from growlm.server.conversation import Conversation, text_of, turns_of
+from growlm.server.fields import Body, ContentPart, Message
 from growlm.server.refusals import Refusal
 from growlm.server.service import Asked, Piece
+from growlm.server.tools import Call, Called, CalledFunction, Held, Tool, calls_in, new_id, tools_of
+
+
+class Item(BaseModel):
+    """What was said, called, or given by what was called."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str | None = None
+    role: str | None = None
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    arguments: str | None = None
+    output: str | list[ContentPart] | None = None
+
+
+class FunctionTool(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    name: str | None = None
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+    def as_tool(self) -> Tool:
+        function = {"name": self.name, "description": self.description, "parameters": self.parameters}
+        return Tool.model_validate({"type": self.type, "function": function if self.type == "function" else None})
 
 
 class ResponsesBody(Body):
@@ -25,23 +53,44 @@ class ResponsesBody(Body):
         "previous_response_id": "no answer is kept here; send the whole conversation as input",
         "conversation": "no conversation is kept here; send all of it as input",
         "background": "answers are waited for, or streamed",
-        "tools": "this server calls no tools; leave it out",
         "prompt": "no prompt is kept here; send it as input",
     }
 
-    input: str | list[Message] = Field(min_length=1)
+    input: str | list[Item] = Field(min_length=1)
+    tools: list[FunctionTool] | None = Field(default=None, max_length=128)
+    tool_choice: str | dict[str, Any] | None = None
     instructions: str | None = None
     max_output_tokens: int | None = Field(default=None, ge=1)
     text: dict[str, Any] | None = None
 
-    def turns(self) -> list[Turn]:
+    def conversation(self, answering: Answering) -> Conversation:
         """
         Raises:
             Refusal: what cannot be read.
         """
-        system = [] if self.instructions is None else [Turn("system", self.instructions)]
-        given = [Turn("user", self.input)] if isinstance(self.input, str) else turns_of(self.input, "input")
-        return [*system, *given]
+        turns = [] if self.instructions is None else [Turn("system", self.instructions)]
+        calls: dict[int, list[Called]] = {}
+        for number, item in enumerate(
+            [Item(role="user", content=self.input)] if isinstance(self.input, str) else self.input
+        ):
+            where = f"input[{number}]"
+            if item.type == "function_call":
+                if not turns or turns[-1].role != "assistant":
+                    turns.append(Turn("assistant", ""))
+                called = CalledFunction(name=item.name or "", arguments=item.arguments or "{}")
+                calls.setdefault(len(turns) - 1, []).append(Called(function=called))
+            elif item.type == "function_call_output":
+                turns.append(Turn("tool", text_of(item.output or "", where, "input")))
+            elif item.type in (None, "message"):
+                turns += turns_of([Message(role=item.role or "", content=item.content)], "input", where=[where])
+            else:
+                told = f"{where} is of type {item.type!r}; this server reads messages, and calls of functions"
+                raise Refusal(400, told, "unsupported", "input")
+        try:
+            offered = [tool.as_tool() for tool in self.tools or ()]
+        except ValidationError as error:
+            raise Refusal(400, f"tools: {first_error(error)}", "invalid_value", "tools") from None
+        return Conversation(answering, self.model, turns, "input", tools_of(offered, self.tool_choice, calls, "input"))
 
     def sampling(self) -> dict[str, Any]:
         form = (self.text or {}).get("format")
@@ -59,7 +108,7 @@ class Responses:
     def __init__(self, answering: Answering, body: ResponsesBody) -> None:
         self._answering, self._body = answering, body
         self._id, self._item, self._created = f"resp_{uuid.uuid4().hex}", f"msg_{uuid.uuid4().hex}", int(time.time())
-        self._conversation = Conversation(answering, body.model, body.turns(), "input")
+        self._conversation = body.conversation(answering)
 
     async def ask(self) -> Asked:
         return await self._conversation.ask(self._body.sampling(), self._body.max_output_tokens)
@@ -76,7 +125,9 @@ class Responses:
         }
         told = self._response("incomplete" if cut else "completed")
         told["incomplete_details"] = {"reason": "max_output_tokens"} if cut else None
-        told |= {"output": [self._message(answer.text, cut)], "usage": usage}
+        text, calls = calls_in(answer.text) if self._conversation.calls else (answer.text, [])
+        said = [self._message(text, cut)] if text or not calls else []
+        told |= {"output": [*said, *map(_item, calls)], "usage": usage}
         return {**told, "growlm": about(answer, self._conversation.scores)}
 
     async def chunks(self, asked: Asked) -> AsyncGenerator[dict[str, Any], None]:
@@ -88,22 +139,44 @@ class Responses:
             return {"type": f"response.{kind}", "sequence_number": number - 1, **content}
 
         place = {"item_id": self._item, "output_index": 0, "content_index": 0}
-        begun = False
+        begun, writes, held = False, False, Held()
+
+        def said(text: str) -> Iterator[dict[str, Any]]:
+            nonlocal writes
+            if not writes:
+                writes = True
+                message = {**self._message("", False), "status": "in_progress", "content": []}
+                yield event("output_item.added", output_index=0, item=message)
+                yield event("content_part.added", **place, part=_part(""))
+            if text:
+                yield event("output_text.delta", **place, delta=text, logprobs=[])
+
         async for _, item in asked.items():
             if not begun:
                 begun = True
                 for kind in ("created", "in_progress"):
                     yield event(kind, response=self._response("in_progress"))
-                message = {**self._message("", False), "status": "in_progress", "content": []}
-                yield event("output_item.added", output_index=0, item=message)
-                yield event("content_part.added", **place, part=_part(""))
             if isinstance(item, Piece):
-                yield event("output_text.delta", **place, delta=item.text, logprobs=[])
+                text = held.add(item.text) if self._conversation.calls else item.text
+                for one in said(text) if text or not self._conversation.calls else ():
+                    yield one
                 continue
             whole = self.whole([item], asked)
-            yield event("output_text.done", **place, text=item.text, logprobs=[])
-            yield event("content_part.done", **place, part=_part(item.text))
-            yield event("output_item.done", output_index=0, item=whole["output"][0])
+            rest, calls = held.end() if self._conversation.calls else ("", [])
+            for one in said(rest) if rest or not (writes or calls) else ():
+                yield one
+            for index, one in enumerate(whole["output"]):
+                if one["type"] == "message":
+                    (part,) = one["content"]
+                    yield event("output_text.done", **place, text=part["text"], logprobs=[])
+                    yield event("content_part.done", **place, part=part)
+                else:
+                    begins = {**one, "arguments": "", "status": "in_progress"}
+                    yield event("output_item.added", output_index=index, item=begins)
+                    where = {"item_id": one["id"], "output_index": index}
+                    yield event("function_call_arguments.delta", **where, delta=one["arguments"])
+                    yield event("function_call_arguments.done", **where, name=one["name"], arguments=one["arguments"])
+                yield event("output_item.done", output_index=index, item=one)
             yield event(whole["status"], response=whole)
 
     def _response(self, status: str) -> dict[str, Any]:
@@ -122,8 +195,8 @@ class Responses:
             "temperature": 1.0 if body.temperature is None else body.temperature,
             "top_p": 1.0 if body.top_p is None else body.top_p,
             "text": body.text or {"format": {"type": "text"}},
-            "tools": [],
-            "tool_choice": "none",
+            "tools": [tool.model_dump(exclude_none=True) for tool in body.tools or ()],
+            "tool_choice": body.tool_choice or "auto",
             "parallel_tool_calls": False,
             "previous_response_id": None,
             "store": False,
@@ -133,6 +206,11 @@ class Responses:
     def _message(self, text: str, cut: bool) -> dict[str, Any]:
         status = "incomplete" if cut else "completed"
         return {"type": "message", "id": self._item, "status": status, "role": "assistant", "content": [_part(text)]}
+
+
+def _item(call: Call) -> dict[str, Any]:
+    told = {"type": "function_call", "id": new_id("fc"), "call_id": new_id("call"), "name": call.name}
+    return {**told, "arguments": call.text, "status": "completed"}
 
 
 def _part(text: str) -> dict[str, Any]:

@@ -55,9 +55,18 @@ class Call:
     name: str
     arguments: Mapping[str, Any]
 
+    @property
+    def text(self) -> str:
+        """The arguments as JSON."""
+        return json.dumps(self.arguments, ensure_ascii=False)
+
     def to_json(self) -> dict[str, Any]:
-        function = {"name": self.name, "arguments": json.dumps(self.arguments, ensure_ascii=False)}
-        return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+        """As chat completions tell it."""
+        return {"id": new_id("call"), "type": "function", "function": {"name": self.name, "arguments": self.text}}
+
+
+def new_id(kind: str) -> str:
+    return f"{kind}_{uuid.uuid4().hex[:24]}"
 
 
 def tools_of(
@@ -66,13 +75,15 @@ def tools_of(
     """What a template is given.
 
     Args:
-        choice: of the client: none or auto.
+        choice: of the client: none or auto, as a word or as the type of an object.
         calls: by turn, what was called in it.
         field: that has the turns.
 
     Raises:
         Refusal: a tool that is no function, a choice that cannot be honoured, or arguments that are no JSON object.
     """
+    if isinstance(choice, dict):
+        choice = choice.get("type")
     if choice not in (None, "none", "auto"):
         told = "tool_choice: expected auto or none; the model cannot be made to call a tool"
         raise Refusal(400, told, "unsupported", "tool_choice")
@@ -98,16 +109,23 @@ def _called(call: Called, where: str, field: str) -> dict[str, Any]:
 
 
 def calls_in(text: str) -> tuple[str, list[Call]]:
-    """The text of an answer without the calls that stand in it, and those."""
+    """The text of an answer without the calls that stand in it, and those. Blanks alone are no text beside a call."""
+    said, calls = _parted(text)
+    return ("" if calls and not said.strip() else said), calls
+
+
+def _parted(text: str) -> tuple[str, list[Call]]:
     if text.lstrip().startswith(("{", "[")):
         calls = _calls(text)
         return ("", calls) if calls else (text, [])
-    found = [(match, _calls(match[1])) for match in _CALL.finditer(text)]
-    for match, calls in found:
-        if calls:
-            text = text.replace(match[0], "", 1)
-    every = [call for _, calls in found for call in calls]
-    return (text.strip() if every else text), every
+    every: list[Call] = []
+
+    def taken(match: re.Match[str]) -> str:
+        calls = _calls(match[1])
+        every.extend(calls)
+        return "" if calls else match[0]
+
+    return _CALL.sub(taken, text), every
 
 
 def _calls(text: str) -> list[Call]:
@@ -143,9 +161,11 @@ class Held:
             most = min(len(_OPEN) - 1, len(self._text) - self._sent)
             begun = next((n for n in range(most, 0, -1) if self._text.endswith(_OPEN[:n])), 0)
             at = len(self._text) - begun
+        if not self._text[:at].strip():
+            return ""
         ready, self._sent = self._text[self._sent : at], at
         return ready
 
     def end(self) -> tuple[str, list[Call]]:
         """What was held back and is text, and the calls."""
-        return calls_in(self._text[self._sent :])
+        return _parted(self._text[self._sent :]) if self._sent else calls_in(self._text)

@@ -62,6 +62,13 @@ def serve(
         list[str] | None,
         typer.Option("--allow-origin", metavar="ORIGIN", help="Pages elsewhere that may ask; * for all; repeatable."),
     ] = None,
+    parse_special: Annotated[
+        bool,
+        typer.Option(
+            "--parse-special/--no-parse-special",
+            help="What a prompt of completions spells like a special token is one, and not letters.",
+        ),
+    ] = False,
     learn_from: Annotated[
         Path | None,
         typer.Option(
@@ -126,7 +133,7 @@ def serve(
     web = create_app(
         service, keys=keys, admin_keys=admin_keys, own_keys=Keys([own] if own else []),
         jobs=Jobs(str(store), memory=job_bytes, ended=service.reload), files=Files(learn_from, most_bytes=upload),
-        max_body=most, origins=allow_origin or (), **({} if access_log else {"log": None}),
+        parse_special=parse_special, max_body=most, origins=allow_origin or (), **({} if access_log else {"log": None}),
     )  # fmt: skip
     address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
     note(
