@@ -16,6 +16,6 @@ from growlm.data.template import NO_TOOLS, Template, Tools, has_template
 __all__ = [
     "FORMATS", "LOSSES", "NO_TOOLS", "SUFFIXES", "Document", "PackedTokens", "Passage", "Sample", "Shown", "Source",
     "Template", "TextData", "Tools", "Turn", "asked", "batches", "encode_marked", "encode_texts", "has_template",
-    "look_at", "marked", "masks_of", "pack", "passages", "read", "schedule", "show", "split", "split_told", "start_tokens",
-    "summary", "whole",
+    "look_at", "marked", "masks_of", "pack", "passages", "read", "schedule", "show", "split", "split_told",
+    "start_tokens", "summary", "whole",
 ]  # fmt: skip
