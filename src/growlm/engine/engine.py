@@ -101,7 +101,7 @@ class Engine:
         if idle is not None and not (isinstance(idle, int | float) and idle >= 0):
             raise ConfigError(f"{setting('idle')} is {idle!r}; it must be at least 0 seconds")
         if max_batch < 1:
-            raise ConfigError(f"max_batch is {max_batch}; it must be at least 1")
+            raise ConfigError(f"{setting('max_batch')} is {max_batch}; it must be at least 1")
         found = find_device(device)
         self.store = store
         self.memory = None if memory is None else parse_size(memory, "memory")

@@ -8,7 +8,9 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from growlm.engine import AUTO
 from growlm.server.names import Names
+from growlm.server.refusals import Refusal
 from growlm.server.service import Service
 
 
@@ -16,6 +18,14 @@ def admin_paths(service: Service) -> APIRouter:
     """`/admin`: what is in memory, and what should be."""
     engine, names = service.engine, Names(service.engine)
     paths = APIRouter(prefix="/admin", tags=["admin"])
+
+    def require(name: str) -> None:
+        """
+        Raises:
+            Refusal: no such module.
+        """
+        if names.wanted(name) in (None, AUTO):
+            raise Refusal(404, f"{name!r} is no module; /v1/models lists them", "model_not_found")
 
     @paths.get("/status")
     def status() -> dict[str, Any]:
@@ -45,21 +55,23 @@ def admin_paths(service: Service) -> APIRouter:
     @paths.post("/modules/{name}/pin")
     async def pin(name: str) -> dict[str, Any]:
         """Brings a module into memory and keeps it there."""
-        names.wanted(name)
+        require(name)
         await asyncio.to_thread(engine.pin, name)
         return names.card(name)
 
     @paths.post("/modules/{name}/unpin")
     async def unpin(name: str) -> dict[str, Any]:
         """Lets a module be evicted again."""
-        names.wanted(name)
+        require(name)
         engine.unpin(name)
         return names.card(name)
 
     @paths.post("/modules/{name}/evict")
     async def evict(name: str) -> dict[str, Any]:
-        """Lets go of a module that is neither in use nor pinned."""
-        names.wanted(name)
+        """Lets go of a module; one that is in use stays until it is not."""
+        require(name)
+        if name in engine.modules.kept:
+            raise Refusal(409, f"{name} is pinned; unpin it first", "pinned")
         engine.modules.drop(name)
         return names.card(name)
 

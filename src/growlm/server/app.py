@@ -231,7 +231,7 @@ def create_app(
         app.router.routes += assistant_paths(helper, guarded=bool(keys))
     app.include_router(page_paths())
     app.include_router(admin_paths(service))
-    app.include_router(teaching_paths(teaching, given))
+    app.include_router(teaching_paths(teaching, given, engine))
     return app
 
 

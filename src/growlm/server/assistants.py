@@ -34,14 +34,15 @@ _ABOUT = (
 )
 
 
-def assistant(service: Service, jobs: Jobs, files: Files, *, owner: bool = False) -> MCPServer[Any]:
+def assistant(service: Service, jobs: Jobs, kept: Files, *, owner: bool = False) -> MCPServer[Any]:
     """
     Args:
         owner: who calls is who has started it, and may teach.
     """
-    handlers = logging.root.handlers[:]
+    handlers, level = logging.root.handlers[:], logging.root.level
     server: MCPServer[Any] = MCPServer("growlm", instructions=_ABOUT, version=__version__, log_level="ERROR")
     logging.root.handlers[:] = handlers  # the program's own affair
+    logging.root.setLevel(level)
     answering = Answering(service)
 
     def tool(call: Callable[..., Any]) -> None:
@@ -68,7 +69,9 @@ def assistant(service: Service, jobs: Jobs, files: Files, *, owner: bool = False
             max_tokens: of the answer, at the most; by default 1,024, or what the model still reads.
         """
         conversation = Conversation(answering, module, [Turn("user", question)], "question")
-        asked = await conversation.ask({"temperature": 0.0}, None if max_tokens is None else max(max_tokens, 1))
+        if max_tokens is not None and max_tokens < 1:
+            raise Refusal(400, f"max_tokens is {max_tokens}; it must be at least 1")
+        asked = await conversation.ask({"temperature": 0.0}, max_tokens)
         (answer,) = await asked.whole()
         scores = dict(conversation.scores or answer.scores)
         return {"answer": answer.text, "module": answer.module or "base", "scores": scores}
@@ -83,20 +86,22 @@ def assistant(service: Service, jobs: Jobs, files: Files, *, owner: bool = False
         return [card for card in answering.names.cards() if card["parent"] is not None]
 
     async def learn(
-        context: Context, module: str, paths: list[str], update: bool = False, sequence_length: int | None = None
+        context: Context, module: str, files: list[str], update: bool = False, sequence_length: int | None = None
     ) -> dict[str, Any]:
         """Teaches files to the model, as a new module, or as the next version of one. Takes minutes.
 
         Args:
             module: its name, of small letters, digits, - and _.
-            paths: files in the folder that the server may read.
+            files: paths in the folder that the server may read.
             update: the module exists.
-            sequence_length: tokens that are read together, 512 by default.
+            sequence_length: tokens that are read together, 512 by default, or what the model reads.
         """
         if not caller().admin:
             raise Refusal(403, "only the admin key may teach")
         verb: Literal["update", "learn"] = "update" if update else "learn"
-        job = jobs.add(JobBody(verb=verb, module=module, files=paths, sequence_length=sequence_length).job(files))
+        job = jobs.add(
+            JobBody(verb=verb, module=module, files=files, sequence_length=sequence_length).job(kept, service.engine)
+        )
         async for event in job.events():
             if event["type"] == "job" and (progress := event["progress"]):
                 await context.report_progress(progress["done"], progress["total"], progress["title"])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import shutil
 import tempfile
 import uuid
 from collections.abc import AsyncIterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from growlm.data import SUFFIXES
 from growlm.server.refusals import Refusal
@@ -40,7 +42,9 @@ class Files:
         self._check(name)
         if len(self._sent) >= self._most:
             raise Refusal(400, f"{self._most} files were sent already; remove some", "too_many_files")
-        self._kept = self._kept or Path(tempfile.mkdtemp(prefix="growlm-files-"))
+        if self._kept is None:
+            self._kept = Path(tempfile.mkdtemp(prefix="growlm-files-"))
+            atexit.register(self.close)  # however the server ends
         folder = self._kept / uuid.uuid4().hex[:12]
         folder.mkdir()
         path, size = folder / name, 0
@@ -59,6 +63,10 @@ class Files:
             raise
         self._sent[folder.name] = path
         return folder.name
+
+    def all(self) -> list[dict[str, Any]]:
+        """Ids, names and bytes of those that were sent."""
+        return [{"id": name, "name": path.name, "bytes": path.stat().st_size} for name, path in self._sent.items()]
 
     def remove(self, name: str) -> bool:
         path = self._sent.pop(name, None)

@@ -24,16 +24,21 @@ from pathlib import Path
 from typing import Any
 
 from growlm.errors import ConfigError
+from growlm.units import format_size
 
 _log = logging.getLogger("growlm.server")
 
 _PRIORITY = 19  # the last: those who wait for an answer go first
 _LOG_SECONDS = "1"
+_LEAST_MEMORY = 256 << 20  # which Python and torch take by themselves
 _MOST_LINES = 5_000
 _MOST_KEPT = 50  # jobs that have ended
 _LEAVES = 15.0  # seconds in which a job that is told to stop may keep what it has come to
 # "law: training: 46% (18 of 39 steps), loss 2.283, 85 tokens/s"
 _PROGRESS = re.compile(r": (?P<title>[^:;]+): \d+% \((?P<done>[\d,]+) of (?P<total>[\d,]+) (?P<unit>[^)]+)\)")
+_SENT = re.compile(r"\S*growlm-files-\w+/\w+/")  # where a file lies that was sent, which nobody need know
+_OPTION = re.compile(r"--([a-z]+(?:-[a-z]+)*)")  # as fields are called here
+_MEMORY = re.compile(r"[Mm]emory|allocat|start new thread")
 _LOSS = re.compile(r"\bloss (\d+\.\d+)")
 
 _COMMANDS = {"update": "learn"}  # of verbs that are options of others
@@ -74,6 +79,7 @@ class Job:
         return {**told, "seconds": seconds}
 
     def says(self, line: str) -> None:
+        line = _SENT.sub("", line)
         if len(self.lines) < _MOST_LINES:
             self.lines.append(line)
         if found := _PROGRESS.search(line):
@@ -122,6 +128,10 @@ class Jobs:
     def __init__(
         self, store: str, *, memory: int | None = None, most: int = 16, ended: Callable[[], Awaitable[object]]
     ) -> None:
+        if memory is not None and memory < _LEAST_MEMORY:
+            raise ConfigError(
+                f"--job-memory is {format_size(memory)}; no job runs in less than {_LEAST_MEMORY >> 20} MB"
+            )
         if memory is not None and not hasattr(resource, "prlimit"):
             raise ConfigError("--job-memory needs Linux, which bounds a process; leave it out")
         self._store, self._memory, self._most, self._tell = store, memory, most, ended
@@ -211,9 +221,21 @@ class Jobs:
             await self._take_over(job)
             job.turns(DONE)
         else:
-            killed = f"it was ended by signal {-status}" if status < 0 else f"it ended with status {status}"
-            job.error = (job.lines[-1] if job.lines and status > 0 else killed).removeprefix("growlm: ")
+            job.error = self._why(job, status)
             job.turns(FAILED)
+
+    def _why(self, job: Job, status: int) -> str:
+        """What a job has failed for, in a line."""
+        if isinstance(job.result, dict) and job.result.get("problems"):
+            first, *more = map(str, job.result["problems"])
+            return f"{first}; and {len(more)} more" if more else first
+        if status < 0:
+            return f"it was ended by signal {-status}"
+        said = [line.removeprefix("growlm: ") for line in job.lines if line.startswith("growlm: ")] or job.lines
+        told = _OPTION.sub(lambda found: found[1].replace("-", "_"), said[-1]) if said else f"status {status}"
+        if self._memory is not None and _MEMORY.search(told):
+            told += f"; it may have needed more than --job-memory {format_size(self._memory)}"
+        return told
 
     async def _take_over(self, job: Job) -> None:
         try:

@@ -92,6 +92,10 @@ class Keys:
             raise ConfigError(f"{path}: has no key; write one a line, or leave the option out to let everybody in")
         return cls(keys)
 
+    def patterns(self) -> set[str]:
+        """Of modules that some keys are for."""
+        return {pattern for one in self._callers.values() for pattern in one.patterns or ()}
+
     def __bool__(self) -> bool:
         return bool(self._callers)
 

@@ -8,12 +8,14 @@ from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
+from growlm.engine import Engine
 from growlm.modules import KINDS
 from growlm.server.events import event_stream
 from growlm.server.files import Files
 from growlm.server.jobs import Job, Jobs
 from growlm.server.refusals import Refusal
 from growlm.store.stored_module import is_name
+from growlm.training.config import LearnConfig
 
 
 class JobBody(BaseModel):
@@ -34,10 +36,10 @@ class JobBody(BaseModel):
     text_key: str | None = Field(default=None, min_length=1, max_length=100)
     restart: bool = False
 
-    def job(self, files: Files) -> Job:
+    def job(self, files: Files, engine: Engine) -> Job:
         """
         Raises:
-            Refusal: fields that contradict each other.
+            Refusal: fields that contradict each other, or the store.
         """
         learns = self.verb in ("learn", "update")
         if self.verb == "verify":
@@ -47,6 +49,12 @@ class JobBody(BaseModel):
         if self.module is None or not is_name(self.module):
             told = f"module is {self.module!r}; give a name of small letters, digits, - and _"
             raise Refusal(400, told, "invalid_value", "module")
+        there = engine.store.find(self.module) is not None
+        if self.verb == "learn" and there and not self.restart:
+            told = f"module {self.module!r} exists; its next version is learned with the verb update"
+            raise Refusal(409, told, "module_exists", "module")
+        if self.verb in ("update", "remove") and not there:
+            raise Refusal(404, f"no module {self.module!r}; /v1/models lists them", "model_not_found", "module")
         if self.verb == "remove":
             return Job(self.verb, self.module, [self.module, "--yes"])
         if learns and not self.files:
@@ -55,6 +63,9 @@ class JobBody(BaseModel):
             told = f"kind is {self.kind!r}; expected one of auto, {', '.join(KINDS)}"
             raise Refusal(400, told, "invalid_value", "kind")
         given = [self.module, "--data", *map(str, files.paths(self.files))]
+        positions = engine.base.trained_positions or engine.base.max_positions
+        if self.sequence_length is None and positions is not None and positions < LearnConfig().sequence_length:
+            given.append(f"--sequence-length={positions}")
         for name in ("kind", "tokens", "epochs", "sequence_length", "learning_rate", "seed", "separator", "text_key"):
             if (value := getattr(self, name)) is not None:
                 given += [f"--{name.replace('_', '-')}={value}"]
@@ -62,7 +73,7 @@ class JobBody(BaseModel):
         return Job(self.verb, self.module, given)
 
 
-def teaching_paths(jobs: Jobs, files: Files) -> APIRouter:
+def teaching_paths(jobs: Jobs, files: Files, engine: Engine) -> APIRouter:
     paths = APIRouter(prefix="/admin", tags=["admin"])
 
     def found(name: str) -> Job:
@@ -74,6 +85,11 @@ def teaching_paths(jobs: Jobs, files: Files) -> APIRouter:
     async def send(name: str, request: Request) -> dict[str, Any]:
         """Sends a file to learn from, as the body alone."""
         return {"id": await files.take(name, request.stream()), "name": name}
+
+    @paths.get("/files")
+    def sent() -> dict[str, Any]:
+        """Files that were sent and are kept."""
+        return {"data": files.all()}
 
     @paths.delete("/files/{name}")
     def forget(name: str) -> dict[str, bool]:
@@ -89,7 +105,7 @@ def teaching_paths(jobs: Jobs, files: Files) -> APIRouter:
         """Begins a job, or has it wait for those before it."""
         if jobs.full:
             raise Refusal(503, "too many jobs wait; try again later", "queue_full", headers={"Retry-After": "60"})
-        return jobs.add(body.job(files)).to_json()
+        return jobs.add(body.job(files, engine)).to_json()
 
     @paths.get("/jobs")
     async def listed() -> dict[str, Any]:

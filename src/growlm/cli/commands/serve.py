@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fnmatch
+import re
 import secrets
 import socket
 from pathlib import Path
@@ -76,7 +78,8 @@ def serve(
         ),
     ] = None,
     job_memory: Annotated[
-        str | None, typer.Option("--job-memory", metavar="SIZE", help="That a process that learns may take.")
+        str | None,
+        typer.Option("--job-memory", metavar="SIZE", help="That a process that learns may take; no bound by default."),
     ] = None,
     max_upload: Annotated[str, typer.Option("--max-upload", metavar="SIZE", help="Of a file to learn from.")] = "256MB",
     max_body: Annotated[str, typer.Option("--max-body", metavar="SIZE", help="Of a request.")] = "4MB",
@@ -122,6 +125,9 @@ def serve(
     )
     if learn_from is not None and not learn_from.is_dir():
         raise ConfigError(f"--learn-from {learn_from}: is no folder; name one with text to learn from")
+    for origin in allow_origin or ():
+        if origin != "*" and not re.match(r"https?://[^/]+$", origin):
+            raise ConfigError(f"--allow-origin {origin}: is no origin; give one like https://example.org, or *")
     own = secrets.token_urlsafe(18) if api_key_file is admin_key_file is None and host in _LOOPBACK else None
     listening = _listen(host, port)
     try:
@@ -140,6 +146,11 @@ def serve(
         f"serving {store} at {address}/v1: {len(engine.store.modules)} modules, "
         f"{format_size(engine.resident_bytes)} of weights in memory; Ctrl-C ends it"
     )
+    for pattern in sorted(keys.patterns()):
+        if not fnmatch.filter(engine.store.modules, pattern):
+            note(f"{api_key_file}: {pattern} is for no module that there is by now")
+    if not keys and host not in _LOOPBACK:
+        note(f"everybody who reaches {host} may ask; --api-key-file says who may")
     note(f"page: {address}/" + (f"#key={own}, where the key is for this run and lets you teach" if own else ""))
     config = uvicorn.Config(web, log_level="warning", access_log=False, timeout_graceful_shutdown=drain)
     uvicorn.Server(config).run(sockets=[listening])

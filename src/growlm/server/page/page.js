@@ -76,12 +76,18 @@ async function* events(response) {
   }
 }
 
+let unreached = false; // whether what is told is that nobody answers
+
 function notice(text) {
   $("notice").textContent = text;
   $("notice").hidden = !text;
+  unreached = false;
 }
 
-const told = (error) => notice(error.status === 401 ? "This server asks for a key: give it under “Key”." : error.message);
+function told(error) {
+  notice(error.status === 401 ? "This server asks for a key: give it under “Key”." : error.message);
+  unreached = error.status === 0;
+}
 
 // Tabs
 
@@ -108,6 +114,7 @@ for (const [at, name] of tabs.entries()) {
 
 let turns = [];
 let answering = null;
+const hint = document.querySelector("#turns > .hint");
 
 function addTurn(role, text) {
   const said = make("div", { class: "said", text });
@@ -135,9 +142,9 @@ $("ask").addEventListener("submit", async (event) => {
   event.preventDefault();
   const text = $("ask-text").value.trim();
   if (!text || answering) return;
-  document.querySelector("#turns > .hint")?.remove();
+  document.querySelectorAll("#turns > .hint, .refused").forEach((one) => one.remove());
   notice("");
-  addTurn("user", text);
+  const question = addTurn("user", text);
   const asked = [...turns, { role: "user", content: text }];
   const { turn, said, about } = addTurn("assistant waits", "");
   $("ask-text").value = "";
@@ -175,7 +182,10 @@ $("ask").addEventListener("submit", async (event) => {
       about.append("stopped");
       turns = [...asked, { role: "assistant", content: said.textContent }];
     } else {
-      about.append(make("span", { class: "wrong", text: error.message }));
+      const full = turns.length && error.message.includes("positions") ? "; or begin a new chat: all of this one is read again" : "";
+      about.append(make("span", { class: "wrong", text: error.message + full }));
+      for (const one of [question.turn, turn]) one.classList.add("refused");
+      turn.scrollIntoView({ block: "end" });
       $("ask-text").value = text;
       if (error.status === 401) $("key-dialog").showModal();
     }
@@ -198,7 +208,7 @@ $("stop").addEventListener("click", () => answering?.abort());
 $("anew").addEventListener("click", () => {
   answering?.abort();
   turns = [];
-  $("turns").replaceChildren();
+  $("turns").replaceChildren(hint);
   $("ask-text").focus();
 });
 
@@ -231,13 +241,21 @@ function card(one) {
       $("ask-text").focus();
     },
   });
+  const remove = make("button", {
+    type: "button", text: "remove", "aria-label": `remove ${one.id}`,
+    onclick: () => {
+      if (!confirm(`Remove ${one.id}, all its versions? What it has learned is gone.`)) return;
+      show("teach");
+      begin({ verb: "remove", module: one.id }).catch(told);
+    },
+  });
   return make(
     "li", { "data-module": one.id },
     make("h3", { text: one.id }),
     make("span", { class: `tag ${one.resident ? "on" : ""}`, text: one.resident ? "in memory" : "on the disk" }),
     one.pinned ? make("span", { class: "tag on", text: "pinned" }) : null,
     make("dl", {}, ...facts.flatMap(([name, value]) => [make("dt", { text: name }), make("dd", { text: value })])),
-    make("div", { class: "row" }, use, ...(mayAdmin ? [act(one.pinned ? "unpin" : "pin"), act("evict")] : [])),
+    make("div", { class: "row" }, use, ...(mayAdmin ? [act(one.pinned ? "unpin" : "pin"), one.pinned ? "" : act("evict"), remove] : [])),
   );
 }
 
@@ -272,6 +290,7 @@ function replace(list, items, same) {
 async function look() {
   try {
     const { data } = await get("v1/models");
+    if (unreached) await enter(); // it may be another server by now, with another key
     fillChoices(data);
     const modules = data.filter((one) => one.parent);
     $("store").textContent = data[0].root;
@@ -332,6 +351,7 @@ $("teach-form").addEventListener("submit", async (event) => {
   event.preventDefault();
   notice("");
   if (!chosen.length) return notice("Choose a file to learn from first.");
+  if (!$("teach-name").value) return notice("Give the module a name first.");
   const number = (id) => ($(id).value ? Number($(id).value) : null);
   const button = event.submitter;
   button.disabled = true;
@@ -428,7 +448,7 @@ function follow(job) {
     const { title, done, total, unit, loss } = now.progress;
     if (total) [bar.max, bar.value] = [total, done];
     const seconds = now.seconds === null ? "" : `${Math.round(now.seconds)} s`;
-    note.textContent = over ? seconds : [title ? `${title}: ${done} of ${total} ${unit}` : line, loss && `loss ${loss.toFixed(3)}`, seconds].filter(Boolean).join(", ");
+    note.textContent = over ? seconds : [title ? `${title}: ${done} of ${total} ${unit}` : line, loss && `loss ${loss.toFixed(3)}`, title ? seconds : ""].filter(Boolean).join(", ");
     if (loss && losses.at(-1)?.[0] !== done) losses.push([done, loss]);
     const points = now.result?.validation ? Object.entries(now.result.validation).map(([x, y]) => [Number(x), y]) : losses;
     drawn.replaceChildren(...(points.length > 1 ? [curve(points)] : []));
@@ -454,12 +474,15 @@ function follow(job) {
 
 async function enter() {
   notice("");
+  fillChoices([{ id: "auto" }]);
+  const could = mayAdmin;
   try {
     await get("admin/status");
     mayAdmin = true;
   } catch {
     mayAdmin = false;
   }
+  if (could && !mayAdmin) notice("This key opens nothing more: if the server was started again, open the link that its terminal shows.");
   $("teach-closed").hidden = mayAdmin;
   $("teach-form").hidden = $("memory").hidden = !mayAdmin;
   $("jobs").replaceChildren();
@@ -475,10 +498,20 @@ $("key-open").addEventListener("click", () => {
   $("key").value = sessionStorage.getItem("growlm-key") ?? "";
   $("key-dialog").showModal();
 });
-$("key-dialog").addEventListener("close", () => {
+$("key-leave").addEventListener("click", () => $("key-dialog").close("cancel"));
+$("key-dialog").addEventListener("close", async () => {
   if ($("key-dialog").returnValue !== "ok") return;
+  const before = sessionStorage.getItem("growlm-key");
   sessionStorage.setItem("growlm-key", $("key").value.trim());
-  enter();
+  try {
+    await get("v1/models");
+    if (before) mayAdmin = false; // another key: what it opens is found out
+    await enter();
+  } catch (error) {
+    if (before) sessionStorage.setItem("growlm-key", before);
+    else sessionStorage.removeItem("growlm-key");
+    notice(error.status === 401 ? "This key is wrong; the one before is kept." : error.message);
+  }
 });
 
 setInterval(() => {
