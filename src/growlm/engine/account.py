@@ -6,7 +6,7 @@ never touches a tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from growlm.base.rooms import Rooms, room_size
@@ -73,10 +73,11 @@ class Account:
             self._bytes = self.bytes_of(*self._held.values())
         return before
 
-    def recount(self, footprint: Callable[[Request], Footprint]) -> None:
-        """Counts anew what requests come to, of which something may have changed."""
-        for request in list(self._held):
-            self.hold(request, footprint(request))
+    def recount(self, states: int) -> None:
+        """Counts what requests come to with inputs of so many layers, where any are kept."""
+        for request, footprint in list(self._held.items()):
+            if footprint.states:
+                self.hold(request, footprint._replace(states=states))
 
     def left(self, others: int) -> int | None:
         """Bytes that are left beside what requests may come to and `others`; None where there is no bound."""

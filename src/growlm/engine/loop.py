@@ -509,6 +509,9 @@ class Loop:
                 continue
             if not (request.mix > 1 or request.reroute):
                 other.names, other.route = request.names, request.route
+                if request.loads:  # the same versions, whatever the disk has by then
+                    self.modules.hold(request.loads.values())
+                    other.loads = dict(request.loads)
             self.scheduler.add(other)
 
     def _release(self, request: Request) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -121,6 +121,7 @@ class ModuleCache:
         self._lock = threading.Condition()
         self._fetcher = Fetcher()
         self.counts = CacheCounts()
+        self._tended = 0
         self.changes = 0  # grows with everything that may make room, or take some
 
     @property
@@ -222,11 +223,14 @@ class ModuleCache:
             self._fetcher.tend()
         resident.module()
 
-    def begin(self, names: Sequence[str], beside: int = 0) -> tuple[dict[str, Resident], list[str]] | None:
+    def begin(
+        self, names: Sequence[str], beside: int = 0, held: Mapping[str, Resident] | None = None
+    ) -> tuple[dict[str, Resident], list[str]] | None:
         """Pins modules until `release` and begins to read those that are not in memory, without waiting for anything.
 
         Args:
             beside: bytes that who uses them takes as well, and that others hold already (`held`).
+            held: those of them that who asks holds by now, in the versions that it goes on with.
 
         Returns:
             Each of them, which may still be being read, and the names of those that were not in memory; None, and
@@ -237,10 +241,13 @@ class ModuleCache:
             What `find` raises.
         """
         names = list(dict.fromkeys(names))
-        if not self.make_fit(names, beside, waits=False):
+        mine = held or {}
+        old = [name for name, one in mine.items() if one.retired]
+        beside += sum(mine[name].found.bytes for name in old)
+        if not self.make_fit([name for name in names if name not in old], beside, waits=False):
             return None
         with self._lock:
-            missing = [name for name in names if name not in self._resident]
+            missing = [name for name in names if name not in self._resident and name not in mine]
             current = {name: self._find(name) for name in missing}
             if self._budget is not None:
                 needed = sum(found.bytes for found in current.values())
@@ -248,10 +255,18 @@ class ModuleCache:
                 if self._free() + spare < needed:
                     return None
                 self._make_room(needed, set(names))
-            held = {name: self._there(name, set(names), current.get(name)) for name in names}
-            for resident in held.values():
+            there = {
+                name: mine[name] if name in mine else self._there(name, set(names), current.get(name)) for name in names
+            }
+            for resident in there.values():
                 resident.pins += 1
-            return held, missing
+            return there, missing
+
+    def hold(self, held: Iterable[Resident]) -> None:
+        """Pins once more what is pinned, until `release`."""
+        with self._lock:
+            for resident in held:
+                resident.pins += 1
 
     def hanging(self) -> set[str]:
         """Names of modules that have been read for so long that nobody should keep a place for them."""
@@ -293,15 +308,25 @@ class ModuleCache:
         """Retires modules of which the disk has another version than memory, or none. One that is damaged on the disk
         stays."""
         with self._lock:
-            for name, resident in list(self._resident.items()):
+            for name in {*self._resident, *self._kept}:
+                resident = self._resident.get(name)
                 try:
-                    outdated = self._find(name).mark != resident.found.mark
+                    outdated = self._find(name).mark != (resident and resident.found.mark)
                 except UnknownModuleError:
                     outdated = True
+                    self._kept.discard(name)  # another that may come under this name is not pinned
                 except GrowlmError:
                     outdated = False
                 if outdated:
                     self.retire(name)
+            self._bring_back()
+
+    def _bring_back(self) -> None:
+        """Begins to read modules that are to stay and are not there, as far as there is room."""
+        for name in [name for name in self._kept if name not in self._resident]:
+            with suppress(GrowlmError):  # who asks for it will be told
+                if (begun := self.begin([name])) is not None:
+                    self.release(begun[0].values())
 
     def set_budget(self, budget: int | None, reserved: str) -> None:
         """Another budget from now on, and what the rest is for; what is over it and not in use goes."""
@@ -312,6 +337,12 @@ class ModuleCache:
                     break
                 self._evict(name)
             self.changes += 1
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of modules that `keep` keeps."""
+        with self._lock:
+            return sum(self._resident[name].found.bytes for name in self._kept if name in self._resident)
 
     @property
     def busy_bytes(self) -> int:
@@ -341,10 +372,15 @@ class ModuleCache:
             BudgetError: it cannot fit beside what is pinned.
             What `find` raises.
         """
-        held = self.acquire([name])
         with self._lock:
+            before = name in self._kept
             self._kept.add(name)
-            self.release(held.values())
+        try:
+            self.release(self.acquire([name]).values())
+        except BaseException:
+            if not before:
+                self.let_go(name)
+            raise
 
     def let_go(self, name: str) -> None:
         """A module that was kept may be evicted again."""
@@ -364,6 +400,10 @@ class ModuleCache:
         """To be called now and then: lets go of modules that nobody has used for as long as modules may be idle, and
         has others read where one hangs."""
         self._fetcher.tend()
+        with self._lock:
+            if self._tended != self.changes:
+                self._bring_back()
+                self._tended = self.changes
         if self._idle is None:
             return
         with self._lock:
@@ -375,9 +415,9 @@ class ModuleCache:
                     self._evict(name)
 
     def drop(self, name: str) -> None:
-        """Forgets a module that is neither in use nor kept."""
+        """Forgets a module that is neither in use, nor kept, nor being read."""
         with self._lock:
-            if name in self._unused():
+            if name in self._evictable(set()):
                 self._evict(name)
 
     def close(self) -> None:

@@ -28,7 +28,7 @@ class Reading:
 
     def footprint(self, request: Request) -> Footprint:
         """What a request comes to while it is routed, or where its modules are known, from then on."""
-        states = len(self.kept(self._base.num_layers))
+        states = self.num_kept
         if request.call is not None:
             return Footprint(0, 0)
         if request.names is None:
@@ -37,6 +37,11 @@ class Reading:
         found = self._stored(request, request.names)
         slots += max((stored.shape()[1].new_layers for stored in found), default=0)
         return Footprint(tokens, slots, states, max(request.mix, 1))
+
+    @property
+    def num_kept(self) -> int:
+        """Of how many layers the inputs are kept."""
+        return len(self.kept(self._base.num_layers))
 
     def goal_of(self, request: Request) -> int:
         """The layer to which the base reads a prompt, whatever becomes of it there."""

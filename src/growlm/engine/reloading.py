@@ -92,26 +92,46 @@ class Reloading:
 
         def exchanged(idle: bool) -> bool:
             before = self._routing.exchange(routers)
-            self._account.recount(self._loop.reading.footprint)
-            took = self._routing.num_bytes()
-            left = self._budget.left(took)
-            needed = self._account.held_bytes + self._modules.busy_bytes
-            if left is not None and needed > left:
-                self._routing.exchange(before)
-                self._account.recount(self._loop.reading.footprint)
-                if idle:
-                    raise BudgetError(
-                        f"{self._store.path}: its router takes {format_size(took)} by now, and what is pinned "
-                        f"{format_size(needed)}: raise --memory by at least {format_size(needed - left)}"
-                    )
-                return False
-            self._account.budget = left
-            self._modules.set_budget(left, self._budget.spoken_for(took))
-            self._make_way()
-            self._modules.retire_outdated()
-            return True
+            try:
+                if self._take_room(idle):
+                    self._modules.retire_outdated()
+                    return True
+            except BaseException:
+                self._take_back(before)
+                raise
+            self._take_back(before)
+            return False
 
         self._loop.between_steps(exchanged)
+
+    def _take_room(self, idle: bool) -> bool:
+        """Takes from the budget what routers take by now; returns whether there is room for that.
+
+        Raises:
+            BudgetError: there is none, and will be none.
+        """
+        account, modules, took = self._account, self._modules, self._routing.num_bytes()
+        account.recount(self._loop.reading.num_kept)
+        left = self._budget.left(took)
+        if left is not None and account.held_bytes + modules.busy_bytes > left:
+            self._loop.scheduler.give_up()  # those that wait can read again
+            stays = modules.busy_bytes if idle else modules.kept_bytes
+            if (idle and account.held_bytes + stays > left) or stays > left:
+                raise BudgetError(
+                    f"{self._store.path}: its router takes {format_size(took)} by now, and what is pinned or in use "
+                    f"{format_size(stays)}: raise --memory by at least {format_size(account.held_bytes + stays - left)}"
+                )
+            if account.held_bytes + modules.busy_bytes > left:
+                return False
+        account.budget = left
+        modules.set_budget(left, self._budget.spoken_for(took))
+        self._make_way()
+        return True
+
+    def _take_back(self, routers: Mapping[Among, Router]) -> None:
+        """Routes as before; the budget has not changed."""
+        self._routing.exchange(routers)
+        self._account.recount(self._loop.reading.num_kept)
 
 
 @dataclass(frozen=True)

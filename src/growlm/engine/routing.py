@@ -46,6 +46,8 @@ class Routing:
         return list(self._routers)
 
     def among_of(self, among: Among) -> Router:
+        if among not in self._routers:  # it was let go of since it was asked for, and counts again from now on
+            self._routers[among] = self.loaded(among)
         return self._routers[among]
 
     def num_bytes(self) -> int:
@@ -81,7 +83,7 @@ class Routing:
             hidden: the base's states (1, t, d) where the router reads them, before the final norm.
             text: the token ids that they are of.
         """
-        router = self._routers[among]
+        router = self.among_of(among)
         if router.layer is None:
             hidden = self._base.norm(hidden)
         while True:

@@ -162,7 +162,7 @@ class Scheduler:
         beside = self._account.bytes_of(footprint) if self._account.bounded else 0
         begun = None
         try:
-            begun = request.context.run(self._modules.begin, request.names or (), beside)
+            begun = request.context.run(self._modules.begin, request.names or (), beside, request.loads)
         finally:
             if begun is None:
                 self._account.hold(request, before)
