@@ -80,8 +80,11 @@ def test_an_assistant_asks_routes_and_lists_over_stdin(made):
             assert (await told(client, "route", text=DIGITS))["module"] == "digits"
             assert [one["id"] for one in await told(client, "list_modules")] == ["digits", "letters"]
             assert "there are auto, base, digits" in await told(client, "ask", question="a", module="nosuch")
+            assert "max_tokens is 0" in await told(client, "ask", question="a", max_tokens=0)
+            bad = {"module": "x", "files": ["a.txt"], "sequence_length": 1}
+            assert "sequence_length is 1, expected at least 2" in await told(client, "learn", **bad)
             assert "exceed the 256 positions" in await told(client, "ask", question="abc " * 400)
-            assert "start it with --learn-from" in await told(client, "learn", module="x", paths=["a.txt"])
+            assert "start it with --learn-from" in await told(client, "learn", module="x", files=["a.txt"])
 
     asyncio.run(asyncio.wait_for(ask(), 120))
 
@@ -96,7 +99,7 @@ def test_over_http_keys_are_those_of_the_server(served):
     modules, route, answer = over_http(served, "all", *asked)
     assert [one["id"] for one in modules] == ["digits", "letters"]
     assert (route["module"], answer["module"]) == ("digits", "digits")
-    (refused,) = over_http(served, "all", ("learn", {"module": "signs", "paths": ["signs.txt"]}))
+    (refused,) = over_http(served, "all", ("learn", {"module": "signs", "files": ["signs.txt"]}))
     assert refused.endswith("only the admin key may teach")
 
 
@@ -104,9 +107,9 @@ def test_an_assistant_teaches_a_file_and_asks_about_it(served):
     signs = domain_text("signs", 77)
     learned, answer, refused = over_http(
         served, "root",
-        ("learn", {"module": "signs", "paths": ["signs.txt"], "sequence_length": 64}),
+        ("learn", {"module": "signs", "files": ["signs.txt"], "sequence_length": 64}),
         ("route", {"text": signs}),
-        ("learn", {"module": "more", "paths": ["../store/store.json"]}),
+        ("learn", {"module": "more", "files": ["../store/store.json"]}),
     )  # fmt: skip
     assert (learned["module"], learned["version"]) == ("signs", 1)
     assert learned["loss_after"] < learned["loss_before"]
@@ -119,6 +122,7 @@ def test_pages_elsewhere_are_not_answered_where_no_key_is_asked_for(made):
         body = {"jsonrpc": "2.0", "id": 1, "method": "tools/list"}
         headers = {"Accept": "application/json, text/event-stream", "Host": "elsewhere.example"}
         assert served.http.post("/mcp", json=body, headers=headers).status_code == 421
+        assert served.http.get("/mcp", headers={"Accept": "text/event-stream"}).status_code == 405  # which would stay
         assert [one["id"] for one in over_http(served, "none", ("list_modules", {}))[0]] == ["digits", "letters"]
 
 

@@ -750,7 +750,9 @@ def test_who_holds_a_version_that_is_retired_goes_on_with_it_and_who_comes_reads
     cache.retire("a")  # nobody holds it
     assert (cache.resident, cache.resident_bytes) == ([], 0)
     assert begun(cache, "a")
-    cache.retire("a")  # it may still be being read
+    cache.drop("a")  # it may still be being read, which counts
+    assert cache.resident_bytes in (0, 5)
+    cache.retire("a")
     cache.keep("a")
     assert cache.resident_bytes == 5
     cache.retire("a")

@@ -257,3 +257,86 @@ def test_a_store_that_is_gone_is_told(store, tmp_path: Path):
         with pytest.raises(UnknownModuleError, match="no module 'letters'"):
             engine.generate(TEXT, module="letters", max_new_tokens=1)
         (tmp_path / "elsewhere").rename(tmp_path / "store")
+
+
+def test_a_reload_under_load_waits_for_nobody_where_nothing_has_grown(store):
+    """Those that wait for their module, with what the base has read for them, can read it again."""
+    with Engine(store) as engine:
+        weights = engine.fixed_bytes + store.module("letters").bytes
+    memory = with_texts(store, weights, texts=3, tokens=200)
+    with unending(store, memory=memory, max_batch=4, prefix_bytes=0) as engine:
+        first = engine.stream(TEXT, module="letters", max_new_tokens=100)
+        next(first)
+        waiting = [engine.submit(domain_text("digits", n), max_new_tokens=100) for n in range(4)]
+        for _ in range(3):
+            engine.step()
+        written = len(first.gi_frame.f_locals["request"].answer.tokens)
+        assert engine.reload() == Changes()
+        assert len(first.gi_frame.f_locals["request"].answer.tokens) <= written + 2
+        *_, ended = first
+        assert len(ended.tokens) == 100
+        while not all(request.result or request.error for request in waiting):
+            engine.step()
+            assert engine.used_bytes <= memory
+        assert not any(request.error for request in waiting)
+
+
+def test_a_module_that_goes_while_others_wait_for_it_keeps_nobody_from_reloading(store):
+    with Engine(store) as engine:
+        weights = engine.fixed_bytes + store.module("letters").bytes
+    memory = with_texts(store, weights, texts=1, tokens=200)
+    with unending(store, memory=memory, prefix_bytes=0) as engine:
+        first = engine.stream(TEXT, module="letters", max_new_tokens=100)
+        next(first)
+        waits = engine.submit(TEXT, module="digits", max_new_tokens=4)
+        engine.step()
+        store.remove("digits")
+        assert engine.reload() == Changes(removed=["digits"])
+        assert engine.router.names == ["letters"]
+        *_, ended = first
+        assert len(ended.tokens) == 100
+        while waits.error is None:
+            engine.step()
+        assert isinstance(waits.error, UnknownModuleError)
+
+
+def test_a_router_that_cannot_be_read_leaves_all_as_it_was(store, monkeypatch):
+    with Engine(store) as engine:
+        learn(store, engine, "signs", 5)
+        before = engine.router
+        monkeypatch.setattr(engine.modules, "set_budget", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.reload()
+        assert engine.router is before
+        assert engine.outdated
+        monkeypatch.undo()
+        assert engine.reload() == Changes(added=["signs"])
+
+
+def test_choices_of_one_request_have_one_version(store):
+    with unending(store, max_batch=1) as engine:
+        first, second = engine.submit_several(TEXT, 2, module="letters", max_new_tokens=10)
+        while not first.answer.tokens:
+            engine.step()
+        learn(store, engine, "letters", 9)
+        engine.reload()
+        while not (first.result and second.result):
+            engine.step()
+        assert first.result.tokens == second.result.tokens
+        assert engine.modules.resident_bytes == 0  # nobody has asked for the next version
+        assert engine.generate(TEXT, module="letters", max_new_tokens=10).tokens != first.result.tokens
+
+
+def test_what_is_pinned_is_read_anew_and_what_is_gone_is_pinned_no_more(store):
+    with Engine(store) as engine:
+        for name in SHAPES:
+            engine.pin(name)
+        learn(store, engine, "letters", 9)
+        store.remove("digits")
+        engine.reload()
+        assert engine.modules.kept == ["letters"]
+        assert engine.modules.resident_version("letters").version == 2
+        assert "digits" not in engine.modules.resident
+        learn(store, engine, "digits", 3)
+        engine.reload()
+        assert engine.modules.kept == ["letters"]

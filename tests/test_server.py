@@ -451,7 +451,7 @@ def test_a_salt_holds_for_the_router_too(served, monkeypatch):
     salts.clear()
     served.post("/v1/chat/completions", messages=[{"role": "user", "content": text}], max_tokens=2, cache_salt="mine")
     wait_for(served.idle)
-    assert set(salts) == {"mine"}
+    assert set(salts) == {"\0mine"}
 
 
 def test_an_error_in_mid_stream_is_an_event(served, monkeypatch):

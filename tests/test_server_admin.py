@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import httpx
 import pytest
 
 from growlm.engine import Engine
+from growlm.errors import ConfigError
 from growlm.server.keys import Keys
 from growlm.store import Store
 from servers import Served, serving, wait_for
@@ -85,6 +88,12 @@ def test_a_store_that_cannot_be_read_is_served_as_it_was(made, monkeypatch, capl
         def broken(among: Any) -> Any:
             raise OSError("the disk is gone")
 
+        def odd(among: Any) -> Any:
+            raise ValueError("an odd file")
+
+        monkeypatch.setattr(served.engine._routing, "loaded", odd)
+        (made / "modules" / "digits" / "1" / "module.json").touch()
+        wait_for(lambda: "an odd file" in caplog.text)
         monkeypatch.setattr(served.engine._routing, "loaded", broken)
         learn(served, "signs", 5)
         wait_for(lambda: "the disk is gone" in caplog.text)
@@ -97,8 +106,9 @@ def test_a_store_that_cannot_be_read_is_served_as_it_was(made, monkeypatch, capl
 def test_modules_are_pinned_let_go_of_and_evicted(served):
     card = admin(served, "modules/letters/pin").json()
     assert (card["id"], card["resident"], card["pinned"]) == ("letters", True, True)
-    card = admin(served, "modules/letters/evict").json()
-    assert (card["resident"], card["pinned"]) == (True, True)
+    refused = admin(served, "modules/letters/evict")
+    assert (refused.status_code, refused.json()["error"]["message"]) == (409, "letters is pinned; unpin it first")
+    assert admin(served, "modules/base/pin").status_code == 404
     card = admin(served, "modules/letters/unpin").json()
     assert (card["resident"], card["pinned"]) == (True, False)
     assert admin(served, "modules/letters/evict").json()["resident"] is False
@@ -192,9 +202,10 @@ def test_what_is_kept_of_one_keys_texts_serves_no_other(served, monkeypatch):
     kept = [max(tokens) for tokens in found.values()]
     assert kept[:3] == [0, 0, 0]
     assert min(kept[3:]) > 0
-    now[0] = "forged"
-    asked(served, "all", "base", prompt, cache_salt="red")
-    assert max(found["forged"]) == 0
+    for salt in ("red", f"{sha256(b'red').hexdigest()[:12]}\0"):  # as the log tells it
+        now[0] = f"forged {salt}"
+        assert asked(served, "all", "base", prompt, cache_salt=salt).status_code == 200
+        assert max(found[now[0]]) == 0
 
 
 def test_what_is_refused_says_nothing_of_other_keys_modules(made):
@@ -230,3 +241,23 @@ def test_the_log_tells_keys_apart_and_tells_none(served):
     lines = [json.loads(line) for line in served.log.getvalue().splitlines()]
     assert len({line["key"] for line in lines}) == 2
     assert "red" not in served.log.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "admin", "told"),
+    [
+        ("one law\none\n", False, "keys:1: this key stands in another line too"),
+        ("one\nschl\u00fcssel\n", False, "keys:2: a key has signs that no header can carry"),
+        ("root law_*\n", True, "keys:1: an admin key is for all modules"),
+    ],
+)
+def test_keys_that_cannot_be_what_they_say_are_refused(tmp_path, content, admin, told):
+    (tmp_path / "keys").write_text(content, encoding="utf-8")
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        Keys.read(tmp_path / "keys", admin=admin)
+
+
+def test_a_server_of_this_machine_alone_answers_to_its_own_names(made):
+    with serving(made, local=True) as served:
+        for host, status in (("127.0.0.1", 200), ("localhost:80", 200), ("[::1]:8000", 200), ("evil.example", 421)):
+            assert served.http.get("/v1/models", headers={"Host": host}).status_code == status

@@ -187,7 +187,7 @@ def test_nothing_that_a_tool_or_a_call_spells_can_end_a_turn(served):
     assert served.engine.tokenizer.eos_token_id not in ids
 
 
-@pytest.mark.parametrize("arguments", ["{", "[1]", "7"])
+@pytest.mark.parametrize("arguments", ["{", "[1]", "7", "[" * 100_000, '{"a": NaN}', '{"a": "\\ud800"}'])
 def test_arguments_that_are_no_object_are_told(served, arguments):
     called = {"role": "assistant", "tool_calls": [{"function": {"name": "rent", "arguments": arguments}}]}
     refused = served.post("/v1/chat/completions", messages=[*ASKED, called], model="base")
@@ -208,6 +208,9 @@ def test_arguments_that_are_no_object_are_told(served, arguments):
         ('{"name": "a"}', '{"name": "a"}', []),
         ('{"no": "call"}', '{"no": "call"}', []),
         ("<tool_call>7</tool_call>", "<tool_call>7</tool_call>", []),
+        ("[" * 5000, "[" * 5000, []),
+        ('{"name": "a", "arguments": {"b": NaN}}', '{"name": "a", "arguments": {"b": NaN}}', []),
+        ('{"name": "a", "arguments": {"b": "\\ud800"}}', '{"name": "a", "arguments": {"b": "\\ud800"}}', []),
     ],
 )  # fmt: skip
 def test_calls_are_found_and_all_else_is_text(text, said, calls):

@@ -108,7 +108,8 @@ class Template:
         text = self._render(turns, True, tools)
         skeleton, spans = _Skeleton(text, []), []
         markers = [*self._others.values(), *map(self._tokenizer.convert_ids_to_tokens, self._special)]
-        if spelled := next((marker for marker in markers if marker in tools.text()), None):
+        told = tools.text()
+        if spelled := next((marker for marker in markers if marker in told), None):
             raise ValueError(f"a tool or a call spells out {spelled!r}, which only the template may write")
         try:
             skeleton = self._skeleton(turns, True, tools)

@@ -96,6 +96,7 @@ def create_app(
     keys: Keys | None = None,
     admin_keys: Keys | None = None,
     own_keys: Keys | None = None,
+    local: bool = False,
     jobs: Jobs | None = None,
     files: Files | None = None,
     parse_special: bool = False,
@@ -106,7 +107,7 @@ def create_app(
     """The server of one service, which it starts and closes.
 
     Args:
-        keys, admin_keys, own_keys, max_body, log: as `Door` has them.
+        keys, admin_keys, own_keys, local, max_body, log: as `Door` has them.
         jobs, files: how and from what the store is taught; by default without a bound of memory, from what is sent.
         parse_special: as `Answering` has it.
         origins: of pages elsewhere that may ask from a browser; none by default.
@@ -120,11 +121,15 @@ def create_app(
     async def life(app: FastAPI) -> AsyncIterator[None]:
         service.start()
         teaching.start()
-        async with nullcontext() if helper is None else helper.session_manager.run():
-            yield
-        await teaching.close()
-        service.close()
-        given.close()
+        try:
+            async with nullcontext() if helper is None else helper.session_manager.run():
+                yield
+        finally:
+            try:
+                await teaching.close()
+            finally:
+                service.close()
+                given.close()
 
     helper = None
     if find_spec("mcp") is not None:
@@ -133,7 +138,7 @@ def create_app(
         helper = assistant(service, teaching, given)
     app = FastAPI(title="growlm", version=__version__, lifespan=life, responses=_ERRORS)
     app.add_middleware(
-        Door, keys=keys or Keys(), admin_keys=admin_keys or Keys(), own_keys=own_keys or Keys(),
+        Door, keys=keys or Keys(), admin_keys=admin_keys or Keys(), own_keys=own_keys or Keys(), local=local,
         max_body=max_body, max_upload=given.most_bytes, log=log,
     )  # fmt: skip
     if origins:  # outside of the door: a browser asks whether it may before it sends a key

@@ -14,10 +14,12 @@ from typing import Any, Literal
 from mcp.server.mcpserver import Context, MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
 from mcp.server.transport_security import TransportSecuritySettings
-from starlette.routing import BaseRoute
+from pydantic import ValidationError
+from starlette.routing import BaseRoute, Route
 
 from growlm import __version__
 from growlm.data import Turn
+from growlm.errors import first_error
 from growlm.server.answering import Answering
 from growlm.server.conversation import Conversation
 from growlm.server.files import Files
@@ -25,9 +27,10 @@ from growlm.server.jobs import DONE, Jobs
 from growlm.server.keys import CALLER, Caller, asks, caller
 from growlm.server.refusals import Refusal, refusal_of
 from growlm.server.service import Service
-from growlm.server.teaching import JobBody
+from growlm.server.teaching import JobBody, begun
 
 PATH = "/mcp"
+_HERE = ("127.0.0.1", "localhost", "[::1]")
 _ABOUT = (
     "A language model whose knowledge is in modules, one for each body of text that it has learned. `ask` answers with "
     "the module that a router chooses; `list_modules` says what is known; `learn` teaches it files."
@@ -50,9 +53,11 @@ def assistant(service: Service, jobs: Jobs, kept: Files, *, owner: bool = False)
         async def called(*arguments: Any, **named: Any) -> Any:
             context = named["context"]
             request = context.request_context.request
-            asks(Caller(admin=True) if owner or request is None else request.scope[CALLER])
+            asks(Caller(admin=True) if owner else request.scope[CALLER])
             try:
                 return await call(*arguments, **named)
+            except ValidationError as error:
+                raise ToolError(first_error(error)) from None
             except Exception as error:
                 raise ToolError(refusal_of(error).message) from None
 
@@ -99,9 +104,8 @@ def assistant(service: Service, jobs: Jobs, kept: Files, *, owner: bool = False)
         if not caller().admin:
             raise Refusal(403, "only the admin key may teach")
         verb: Literal["update", "learn"] = "update" if update else "learn"
-        job = jobs.add(
-            JobBody(verb=verb, module=module, files=files, sequence_length=sequence_length).job(kept, service.engine)
-        )
+        body = JobBody(verb=verb, module=module, files=files, sequence_length=sequence_length)
+        job = begun(body, jobs, kept, service.engine)
         async for event in job.events():
             if event["type"] == "job" and (progress := event["progress"]):
                 await context.report_progress(progress["done"], progress["total"], progress["title"])
@@ -121,6 +125,12 @@ def assistant_paths(server: MCPServer[Any], *, guarded: bool) -> list[BaseRoute]
         guarded: a key is asked for; else only who calls this machine by its own names is answered, so that no page
             elsewhere is.
     """
-    security = TransportSecuritySettings(enable_dns_rebinding_protection=False) if guarded else None
+    hosts = [] if guarded else [f"{name}{port}" for name in _HERE for port in ("", ":*")]
+    security = TransportSecuritySettings(
+        enable_dns_rebinding_protection=not guarded, allowed_hosts=hosts, allowed_origins=[f"http://{h}" for h in hosts]
+    )
     found = server.streamable_http_app(streamable_http_path=PATH, stateless_http=True, transport_security=security)
+    for route in found.routes:  # nothing is said there but answers, so that nobody need stay
+        assert isinstance(route, Route)
+        route.methods = {"POST"}
     return list(found.routes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 import uuid
@@ -21,6 +22,7 @@ from growlm.units import format_size
 _OPEN = ("/", "/page.css", "/page.js", "/health", "/ready", "/version")
 _UPLOADS = "/admin/files/"
 _ADMIN = "/admin"  # where the paths begin that are for the admin key alone
+_HERE = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d+)?$")
 _ID = "X-Request-Id"
 _LONGEST_ID = 128
 
@@ -33,6 +35,8 @@ class Door:
         admin_keys: for all, with `/admin` and with `/metrics`, which names modules. Without them `/admin` is for
             nobody, and `/metrics` for everybody unless `keys` are asked for.
         own_keys: for all too; of whoever has started the server.
+        local: only who calls this machine by its own names is answered: a page elsewhere that has its name lead here
+            is not.
         max_body, max_upload: bytes of a request at the most, and of a file that is sent.
         log: where a line of JSON is written for every request; None for nowhere.
     """
@@ -44,11 +48,13 @@ class Door:
         keys: Keys,
         admin_keys: Keys,
         own_keys: Keys,
+        local: bool,
         max_body: int,
         max_upload: int,
         log: TextIO | None = sys.stderr,
     ) -> None:
         self._app, self._keys, self._admin_keys, self._own_keys = app, keys, admin_keys, own_keys
+        self._local = local
         self._max_body, self._max_upload, self._log = max_body, max_upload, log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -84,6 +90,11 @@ class Door:
         Raises:
             Refusal: no key, or a wrong one.
         """
+        if self._local and not _HERE.match(headers.get("host", "")):
+            told = (
+                "this server answers who calls it by this machine's own name; start it with --api-key-file for others"
+            )
+            raise Refusal(421, told, "misdirected")
         if path in _OPEN:
             return Caller()
         scheme, _, bearer = headers.get("authorization", "").partition(" ")

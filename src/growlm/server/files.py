@@ -32,6 +32,7 @@ class Files:
         self.most_bytes, self._most = most_bytes, most
         self._kept: Path | None = None
         self._sent: dict[str, Path] = {}
+        self._coming = 0
 
     async def take(self, name: str, content: AsyncIterable[bytes]) -> str:
         """Keeps a file that is sent; returns what to call it in a job.
@@ -40,7 +41,7 @@ class Files:
             Refusal: a name that is no file's, a kind that is not learned from, too large, or too many.
         """
         self._check(name)
-        if len(self._sent) >= self._most:
+        if len(self._sent) + self._coming >= self._most:
             raise Refusal(400, f"{self._most} files were sent already; remove some", "too_many_files")
         if self._kept is None:
             self._kept = Path(tempfile.mkdtemp(prefix="growlm-files-"))
@@ -48,6 +49,7 @@ class Files:
         folder = self._kept / uuid.uuid4().hex[:12]
         folder.mkdir()
         path, size = folder / name, 0
+        self._coming += 1
         try:
             with path.open("wb") as file:
                 async for part in content:
@@ -61,6 +63,8 @@ class Files:
         except BaseException:
             shutil.rmtree(folder)
             raise
+        finally:
+            self._coming -= 1
         self._sent[folder.name] = path
         return folder.name
 
@@ -87,17 +91,27 @@ class Files:
         if self._folder is None:
             told = f"files: {name!r} was not sent, and this server reads no folder; start it with --learn-from"
             raise Refusal(400, told, "no_such_file", "files")
-        path = (self._folder / name).resolve()
-        if "\0" in name or not path.is_relative_to(self._folder):
+        try:
+            path = (self._folder / name).resolve()
+            there = path.exists()
+        except (OSError, ValueError):  # a name that no file can have
+            path, there = self._folder, False
+        if not path.is_relative_to(self._folder):
             raise Refusal(400, f"files: {name!r} is not in the folder of --learn-from", "no_such_file", "files")
-        if not path.exists():
+        if not there:
             raise Refusal(400, f"files: there is no {name!r} in the folder of --learn-from", "no_such_file", "files")
         return path
 
     @staticmethod
     def _check(name: str) -> None:
         told = None
-        if not name.isprintable() or "/" in name or "\\" in name or name.startswith(".") or len(name) > _LONGEST_NAME:
+        if (
+            not name.isprintable()
+            or "/" in name
+            or "\\" in name
+            or name.startswith(".")
+            or len(name.encode()) > _LONGEST_NAME
+        ):
             told = "that is no name of a file"
         elif Path(name).suffix.lower() not in _KINDS:
             told = f"text is read from {' '.join(sorted(_KINDS))}; archives are to be unpacked before they are sent"

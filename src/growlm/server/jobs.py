@@ -11,12 +11,11 @@ import json
 import logging
 import os
 import re
-import resource
 import signal
 import sys
 import time
 import uuid
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -31,14 +30,14 @@ _log = logging.getLogger("growlm.server")
 _PRIORITY = 19  # the last: those who wait for an answer go first
 _LOG_SECONDS = "1"
 _LEAST_MEMORY = 256 << 20  # which Python and torch take by themselves
-_MOST_LINES = 5_000
+_MOST_LINES, _LONGEST_LINE = 5_000, 4_000
 _MOST_KEPT = 50  # jobs that have ended
+_LOOK = 0.2  # seconds between two looks at what a job takes
 _LEAVES = 15.0  # seconds in which a job that is told to stop may keep what it has come to
 # "law: training: 46% (18 of 39 steps), loss 2.283, 85 tokens/s"
 _PROGRESS = re.compile(r": (?P<title>[^:;]+): \d+% \((?P<done>[\d,]+) of (?P<total>[\d,]+) (?P<unit>[^)]+)\)")
 _SENT = re.compile(r"\S*growlm-files-\w+/\w+/")  # where a file lies that was sent, which nobody need know
 _OPTION = re.compile(r"--([a-z]+(?:-[a-z]+)*)")  # as fields are called here
-_MEMORY = re.compile(r"[Mm]emory|allocat|start new thread")
 _LOSS = re.compile(r"\bloss (\d+\.\d+)")
 
 _COMMANDS = {"update": "learn"}  # of verbs that are options of others
@@ -53,7 +52,8 @@ class Job:
         verb: learn, update, remove or verify.
         arguments: of its command, behind the store.
         state: queued, running, done, failed or cancelled.
-        lines: what it said of itself.
+        lines, said: the newest of what it said of itself, and how many lines that were.
+        left, too_large: whether it was cancelled, or took more memory than it may.
         progress: of the newest phase: its title, how many of what are done, the loss.
         result: what it printed as JSON.
         error: its last line, where it failed.
@@ -64,7 +64,10 @@ class Job:
     arguments: Sequence[str]
     id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     state: str = QUEUED
-    lines: list[str] = field(default_factory=list)
+    lines: deque[str] = field(default_factory=lambda: deque(maxlen=_MOST_LINES))
+    said: int = 0
+    left: bool = False
+    too_large: bool = False
     progress: dict[str, Any] = field(default_factory=dict)
     result: Any = None
     error: str | None = None
@@ -80,8 +83,8 @@ class Job:
 
     def says(self, line: str) -> None:
         line = _SENT.sub("", line)
-        if len(self.lines) < _MOST_LINES:
-            self.lines.append(line)
+        self.lines.append(line)
+        self.said += 1
         if found := _PROGRESS.search(line):
             done, total = (int(found[name].replace(",", "")) for name in ("done", "total"))
             self.progress = {"title": found["title"].strip(), "done": done, "total": total, "unit": found["unit"]}
@@ -101,18 +104,27 @@ class Job:
         self.changed.set()
         self.changed = asyncio.Event()
 
-    async def events(self) -> AsyncGenerator[dict[str, Any], None]:
-        """All that it has said, and goes on saying, until it has ended."""
+    async def events(self, ending: asyncio.Event | None = None) -> AsyncGenerator[dict[str, Any], None]:
+        """All that it has said, and goes on saying, until it has ended.
+
+        Args:
+            ending: set once nobody is told any more.
+        """
         told = 0
         while True:
-            changed, state = self.changed, self.state
-            for line in self.lines[told:]:
+            changed, state, said = self.changed, self.state, self.said
+            for line in list(self.lines)[max(len(self.lines) - (said - told), 0) :]:
                 yield {"type": "line", "line": line}
-            told = len(self.lines)
+            told = said
             yield {"type": "job", **self.to_json()}
-            if state in _ENDED:
+            if state in _ENDED or (ending is not None and ending.is_set()):
                 return
-            await changed.wait()
+            waits = [asyncio.ensure_future(event.wait()) for event in (changed, ending) if event is not None]
+            try:
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for one in waits:
+                    one.cancel()
 
 
 class Jobs:
@@ -132,11 +144,12 @@ class Jobs:
             raise ConfigError(
                 f"--job-memory is {format_size(memory)}; no job runs in less than {_LEAST_MEMORY >> 20} MB"
             )
-        if memory is not None and not hasattr(resource, "prlimit"):
-            raise ConfigError("--job-memory needs Linux, which bounds a process; leave it out")
+        if memory is not None and not Path("/proc/self/statm").exists():
+            raise ConfigError("--job-memory needs Linux, which says what a process takes; leave it out")
         self._store, self._memory, self._most, self._tell = store, memory, most, ended
         self._jobs: OrderedDict[str, Job] = OrderedDict()
         self._wanted = asyncio.Event()
+        self.ending = asyncio.Event()
         self._working: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -144,6 +157,7 @@ class Jobs:
 
     async def close(self) -> None:
         """Ends the job that runs, which keeps what it has come to."""
+        self.ending.set()
         for job in self.all():
             await self.cancel(job)
         if self._working is not None:
@@ -176,15 +190,12 @@ class Jobs:
         """Ends a job as Ctrl-C does; one that has ended stays as it is."""
         if job.state == QUEUED:
             job.turns(CANCELLED)
-        elif job.state == RUNNING and (process := job.process) is not None:
-            job.state = CANCELLED
-            _signal(process, signal.SIGINT)
-            try:
-                async with asyncio.timeout(_LEAVES):
-                    await process.wait()
-            except TimeoutError:
-                _signal(process, signal.SIGKILL)
-                await process.wait()
+        elif job.state == RUNNING:
+            job.left = True  # where it has no process yet, it is ended as soon as there is one
+            if job.process is not None:
+                await _end(job.process)
+            while job.state == RUNNING:  # until what it leaves has been read
+                await job.changed.wait()
 
     async def _work(self) -> None:
         while True:
@@ -193,33 +204,41 @@ class Jobs:
             while job := next((one for one in self.all() if one.state == QUEUED), None):
                 try:
                     await self._run(job)
-                except OSError as error:
+                except Exception as error:  # of this job, and none of the next
+                    _log.exception("a job could not be run")
                     job.error = str(error)
                     job.turns(FAILED)
 
     async def _run(self, job: Job) -> None:
         job.turns(RUNNING)
+        command = _COMMANDS.get(job.verb, job.verb), self._store, *job.arguments, "--json"
         process = job.process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "growlm", _COMMANDS.get(job.verb, job.verb), self._store, *job.arguments, "--json",
+            # -P: what lies in the folder that the server was started in is not for it
+            sys.executable, "-P", "-m", "growlm", *command,
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-            env={**os.environ, "GROWLM_LOG_SECONDS": _LOG_SECONDS, "COLUMNS": "200"},
-            start_new_session=True, limit=1 << 22,
+            env={**os.environ, "GROWLM_LOG_SECONDS": _LOG_SECONDS, "COLUMNS": "200"}, start_new_session=True,
         )  # fmt: skip
-        with suppress(ProcessLookupError):  # it may have ended already
-            os.setpriority(os.PRIO_PROCESS, process.pid, _PRIORITY)
-            _goes_first(process.pid)
-            if self._memory is not None:
-                resource.prlimit(process.pid, resource.RLIMIT_DATA, (self._memory, self._memory))
-        assert process.stdout is not None
-        printed, _ = await asyncio.gather(process.stdout.read(), self._listen(job, process))
-        status = await process.wait()
+        try:
+            with suppress(ProcessLookupError):  # it may have ended already
+                os.setpriority(os.PRIO_PROCESS, process.pid, _PRIORITY)
+                _goes_first(process.pid)
+            if job.left:
+                _signal(process, signal.SIGKILL)
+            assert process.stdout is not None
+            printed, *_ = await asyncio.gather(
+                process.stdout.read(), self._listen(job, process), self._bound(job, process)
+            )
+            status = await process.wait()
+        except BaseException:
+            _signal(process, signal.SIGKILL)  # nobody would look after it
+            raise
         with suppress(ValueError):
             job.result = json.loads(printed)
-        if job.state == CANCELLED:
-            job.turns(CANCELLED)
-        elif status == 0:
+        if status == 0:  # though it was cancelled: it was through by then
             await self._take_over(job)
             job.turns(DONE)
+        elif job.left:
+            job.turns(CANCELLED)
         else:
             job.error = self._why(job, status)
             job.turns(FAILED)
@@ -229,13 +248,12 @@ class Jobs:
         if isinstance(job.result, dict) and job.result.get("problems"):
             first, *more = map(str, job.result["problems"])
             return f"{first}; and {len(more)} more" if more else first
+        if job.too_large:
+            return f"it took more memory than --job-memory {format_size(self._memory or 0)}; raise it"
         if status < 0:
             return f"it was ended by signal {-status}"
-        said = [line.removeprefix("growlm: ") for line in job.lines if line.startswith("growlm: ")] or job.lines
-        told = _OPTION.sub(lambda found: found[1].replace("-", "_"), said[-1]) if said else f"status {status}"
-        if self._memory is not None and _MEMORY.search(told):
-            told += f"; it may have needed more than --job-memory {format_size(self._memory)}"
-        return told
+        said = [line.removeprefix("growlm: ") for line in job.lines if line.startswith("growlm: ")] or list(job.lines)
+        return _OPTION.sub(lambda found: found[1].replace("-", "_"), said[-1]) if said else f"status {status}"
 
     async def _take_over(self, job: Job) -> None:
         try:
@@ -244,10 +262,25 @@ class Jobs:
             _log.exception("what a job has changed is not served yet")
             job.says(f"it is not served yet: {error}")
 
+    async def _bound(self, job: Job, process: asyncio.subprocess.Process) -> None:
+        """Ends a process that takes too much: a limit of the system's would have it fail anywhere, or hang."""
+        while self._memory is not None and process.returncode is None:
+            if _taken_by(process.pid) > self._memory:
+                job.too_large = True
+                _signal(process, signal.SIGKILL)
+            await asyncio.sleep(_LOOK)
+
     async def _listen(self, job: Job, process: asyncio.subprocess.Process) -> None:
+        """What it says, line by line, however long one is."""
         assert process.stderr is not None
-        while line := await process.stderr.readline():
-            job.says(line.decode(errors="replace").rstrip())
+        held = b""
+        while part := await process.stderr.read(1 << 16):
+            *lines, held = (held + part).split(b"\n")
+            for line in lines:
+                job.says(line[:_LONGEST_LINE].decode(errors="replace").rstrip())
+            held = held[:_LONGEST_LINE]
+        if held:
+            job.says(held.decode(errors="replace").rstrip())
 
 
 def _goes_first(process: int) -> None:
@@ -256,6 +289,25 @@ def _goes_first(process: int) -> None:
         Path(f"/proc/{process}/oom_score_adj").write_text("1000")
 
 
+def _taken_by(process: int) -> int:
+    """Bytes of memory that a process takes; 0 where it is gone."""
+    with suppress(OSError):
+        return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """Ends a process as Ctrl-C does, and otherwise where it does not."""
+    _signal(process, signal.SIGINT)
+    try:
+        async with asyncio.timeout(_LEAVES):
+            await process.wait()
+    except TimeoutError:
+        _signal(process, signal.SIGKILL)
+        await process.wait()
+
+
 def _signal(process: asyncio.subprocess.Process, number: int) -> None:
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, number)
+    if process.returncode is None:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, number)

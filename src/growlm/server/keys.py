@@ -41,7 +41,7 @@ class Caller:
 
     def salted(self, salt: str) -> str:
         """What a salt becomes, so that nothing that is kept of one limited caller's texts serves another's."""
-        return f"{self.id}\0{salt}" if self.limited else salt
+        return f"{self.id}\0{salt}" if self.limited else salt and f"\0{salt}"
 
 
 CALLER = "growlm.caller"  # of a request's scope
@@ -74,11 +74,11 @@ class Keys:
             self._callers[digest.digest()] = Caller(digest.hexdigest()[:12], tuple(patterns) or None)
 
     @classmethod
-    def read(cls, path: Path | None) -> Keys:
+    def read(cls, path: Path | None, *, admin: bool = False) -> Keys:
         """A file with a key a line; what begins with # is a remark.
 
         Raises:
-            ConfigError: the file cannot be read, or has no key.
+            ConfigError: the file cannot be read, has no key, or one that cannot be what it says.
         """
         if path is None:
             return cls()
@@ -88,6 +88,18 @@ class Keys:
             reason = error.strerror if isinstance(error, OSError) else "is not UTF-8"
             raise ConfigError(f"{path}: {reason}; give a file with a key a line") from None
         keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+        for number, line in enumerate(lines, 1):
+            told = None
+            if line.lstrip().startswith("#") or not (words := line.split()):
+                continue
+            if not words[0].isascii():
+                told = "a key has signs that no header can carry; take letters and digits"
+            elif sum(other.split()[0] == words[0] for other in keys) > 1:
+                told = "this key stands in another line too; write it once, with all its modules"
+            elif admin and words[1:]:
+                told = "an admin key is for all modules; leave out what stands behind it"
+            if told is not None:
+                raise ConfigError(f"{path}:{number}: {told}")
         if not keys:
             raise ConfigError(f"{path}: has no key; write one a line, or leave the option out to let everybody in")
         return cls(keys)

@@ -21,7 +21,7 @@ from growlm.engine.prompts import Prompt
 from growlm.engine.reloading import Changes
 from growlm.engine.request import Request, State
 from growlm.engine.sampling import TokenLogprob
-from growlm.errors import ClosedError, GrowlmError
+from growlm.errors import ClosedError
 from growlm.router import Route
 from growlm.server.metrics import Metrics
 from growlm.server.refusals import NO_RETRY, Refusal
@@ -103,7 +103,7 @@ class Service:
                 if await asyncio.to_thread(lambda: self.engine.outdated):
                     await self.reload()
                 told = ""
-            except (GrowlmError, OSError) as error:  # the next look may find it whole
+            except Exception as error:  # the next look may find it whole
                 if str(error) != told:
                     _log.error("the store has changed, and is served as it was: %s", error)
                 told = str(error)

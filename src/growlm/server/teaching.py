@@ -32,8 +32,8 @@ class JobBody(BaseModel):
     sequence_length: int | None = Field(default=None, ge=2, le=1 << 20)
     learning_rate: float | None = Field(default=None, gt=0, description="By default short trials find it.")
     seed: int | None = Field(default=None, ge=0, lt=1 << 63)
-    separator: str | None = Field(default=None, min_length=1, max_length=100)
-    text_key: str | None = Field(default=None, min_length=1, max_length=100)
+    separator: str | None = Field(default=None, min_length=1, max_length=100, pattern=r"^[^\x00]*$")
+    text_key: str | None = Field(default=None, min_length=1, max_length=100, pattern=r"^[^\x00]*$")
     restart: bool = False
 
     def job(self, files: Files, engine: Engine) -> Job:
@@ -73,6 +73,17 @@ class JobBody(BaseModel):
         return Job(self.verb, self.module, given)
 
 
+def begun(body: JobBody, jobs: Jobs, files: Files, engine: Engine) -> Job:
+    """A job that runs, or waits for those before it.
+
+    Raises:
+        Refusal: what cannot be, or too many wait.
+    """
+    if jobs.full:
+        raise Refusal(503, "too many jobs wait; try again later", "queue_full", headers={"Retry-After": "60"})
+    return jobs.add(body.job(files, engine))
+
+
 def teaching_paths(jobs: Jobs, files: Files, engine: Engine) -> APIRouter:
     paths = APIRouter(prefix="/admin", tags=["admin"])
 
@@ -103,9 +114,7 @@ def teaching_paths(jobs: Jobs, files: Files, engine: Engine) -> APIRouter:
     @paths.post("/jobs", status_code=202)
     async def begin(body: JobBody) -> dict[str, Any]:
         """Begins a job, or has it wait for those before it."""
-        if jobs.full:
-            raise Refusal(503, "too many jobs wait; try again later", "queue_full", headers={"Retry-After": "60"})
-        return jobs.add(body.job(files, engine)).to_json()
+        return begun(body, jobs, files, engine).to_json()
 
     @paths.get("/jobs")
     async def listed() -> dict[str, Any]:
@@ -118,7 +127,7 @@ def teaching_paths(jobs: Jobs, files: Files, engine: Engine) -> APIRouter:
     @paths.get("/jobs/{job}/events")
     async def events(job: str) -> Response:
         """Its lines and how far it is, as server-sent events, until it has ended."""
-        return await event_stream(found(job).events(), dict, lambda: None)
+        return await event_stream(found(job).events(jobs.ending), dict, lambda: None)
 
     @paths.get("/jobs/{job}/log", response_class=PlainTextResponse)
     async def log(job: str) -> str:

@@ -19,6 +19,7 @@ from growlm.data import NO_TOOLS, Tools
 from growlm.server.refusals import Refusal
 
 _OPEN = "<tool_call>"
+_LONGEST = 1 << 16  # characters of tools and calls
 _CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 
 
@@ -93,15 +94,15 @@ def tools_of(
             raise Refusal(400, told, "unsupported", "tools")
     offered = [] if choice == "none" else [tool.model_dump(exclude_none=True) for tool in tools or ()]
     called = {turn: [_called(one, f"{field}[{turn}]", field) for one in each] for turn, each in calls.items() if each}
-    return Tools(offered, called) if offered or called else NO_TOOLS
+    found = Tools(offered, called)
+    if len(found.text()) > _LONGEST:
+        raise Refusal(400, f"tools and calls are longer than {_LONGEST} characters", "invalid_value", "tools")
+    return found if offered or called else NO_TOOLS
 
 
 def _called(call: Called, where: str, field: str) -> dict[str, Any]:
     given = call.function.arguments
-    try:
-        arguments = json.loads(given) if isinstance(given, str) else given
-    except ValueError:
-        arguments = None
+    arguments = _read(given) if isinstance(given, str) else given
     if not isinstance(arguments, dict):
         told = f"{where}: the arguments of {call.function.name!r} are no JSON object"
         raise Refusal(400, told, "invalid_value", field)
@@ -130,17 +131,27 @@ def _parted(text: str) -> tuple[str, list[Call]]:
 
 def _calls(text: str) -> list[Call]:
     """What JSON says is called; nothing where it says none."""
-    try:
-        read = json.loads(text)
-    except ValueError:
-        return []
-    calls = []
+    read, calls = _read(text), list[Call]()
     for one in read if isinstance(read, list) else [read]:
         arguments = one.get("arguments", one.get("parameters")) if isinstance(one, dict) else None
         if not isinstance(arguments, dict) or not isinstance(one.get("name"), str):
             return []
         calls.append(Call(one["name"], arguments))
     return calls
+
+
+def _read(text: str) -> Any:
+    """What JSON says; None where a client could not read it as such."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    try:
+        read = json.loads(text, parse_constant=refuse)
+        json.dumps(read, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+    except (ValueError, RecursionError):
+        return None
+    return read
 
 
 class Held:

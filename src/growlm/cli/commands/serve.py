@@ -7,7 +7,7 @@ import re
 import secrets
 import socket
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -108,7 +108,11 @@ def serve(
     from growlm.server.keys import Keys
     from growlm.server.service import Service
 
-    keys, admin_keys, most = Keys.read(api_key_file), Keys.read(admin_key_file), parse_size(max_body, "max_body")
+    keys, admin_keys, most = (
+        Keys.read(api_key_file),
+        Keys.read(admin_key_file, admin=True),
+        parse_size(max_body, "max_body"),
+    )
     if not 0 <= port < 1 << 16:
         raise ConfigError(f"--port is {port}; it must be from 0 to 65535")
     for name, value, least in (
@@ -136,9 +140,10 @@ def serve(
         listening.close()
         raise
     service = Service(engine, max_queued=max_queued, timeout=timeout, watch=watch or None)
+    jobs = Jobs(str(store), memory=job_bytes, ended=service.reload)
     web = create_app(
-        service, keys=keys, admin_keys=admin_keys, own_keys=Keys([own] if own else []),
-        jobs=Jobs(str(store), memory=job_bytes, ended=service.reload), files=Files(learn_from, most_bytes=upload),
+        service, keys=keys, admin_keys=admin_keys, own_keys=Keys([own] if own else []), local=own is not None,
+        jobs=jobs, files=Files(learn_from, most_bytes=upload),
         parse_special=parse_special, max_body=most, origins=allow_origin or (), **({} if access_log else {"log": None}),
     )  # fmt: skip
     address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
@@ -153,7 +158,13 @@ def serve(
         note(f"everybody who reaches {host} may ask; --api-key-file says who may")
     note(f"page: {address}/" + (f"#key={own}, where the key is for this run and lets you teach" if own else ""))
     config = uvicorn.Config(web, log_level="warning", access_log=False, timeout_graceful_shutdown=drain)
-    uvicorn.Server(config).run(sockets=[listening])
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            jobs.ending.set()  # so that nobody waits for what a job says
+            super().handle_exit(sig, frame)
+
+    Server(config).run(sockets=[listening])
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -311,6 +311,7 @@ async function look() {
 // Teaching
 
 let chosen = [];
+let following = new AbortController(); // those whose jobs are listed
 
 function choose(files) {
   chosen = [...chosen, ...files];
@@ -458,14 +459,20 @@ function follow(job) {
     }
   };
   fill(job);
+  const { signal } = following;
   (async () => {
     try {
-      for await (const event of events(await ask(`admin/jobs/${job.id}/events`))) {
+      while (job.state === "queued" && !signal.aborted) {
+        // a stream for each that waits would take all connections
+        await new Promise((done) => setTimeout(done, 1000));
+        fill((job = await get(`admin/jobs/${job.id}`)));
+      }
+      for await (const event of events(await ask(`admin/jobs/${job.id}/events`, { signal }))) {
         if (event.type === "line") log.textContent += `${(line = event.line)}\n`;
         else fill(event);
       }
     } catch (error) {
-      told(error);
+      if (error.name !== "AbortError") told(error);
     }
   })();
 }
@@ -485,6 +492,8 @@ async function enter() {
   if (could && !mayAdmin) notice("This key opens nothing more: if the server was started again, open the link that its terminal shows.");
   $("teach-closed").hidden = mayAdmin;
   $("teach-form").hidden = $("memory").hidden = !mayAdmin;
+  following.abort();
+  following = new AbortController();
   $("jobs").replaceChildren();
   if (mayAdmin) {
     const { data } = await get("admin/jobs");
