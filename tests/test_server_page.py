@@ -112,8 +112,13 @@ def test_a_server_that_asks_for_a_key_is_given_one_in_the_page(browser, served):
     page = watched.page
     page.get_by_text("asks for a key").wait_for()
     page.get_by_role("button", name="Key").click()
-    page.get_by_label("Key", exact=True).fill("user")
+    page.get_by_label("Key", exact=True).fill("wrong")
     page.get_by_role("button", name="Use it").click()
+    page.get_by_text("This key is wrong").wait_for()
+    page.get_by_role("button", name="Key").click()
+    page.get_by_label("Key", exact=True).fill("user")
+    page.keyboard.press("Enter")
+    page.get_by_text("This key is wrong").wait_for(state="hidden")
     assert watched.ask(DIGITS).locator(".about b").inner_text() == "digits"
     assert page.locator("#notice").is_hidden()
     page.get_by_role("tab", name="Teach").click()
@@ -179,6 +184,29 @@ def test_a_file_that_is_dropped_becomes_a_module_that_answers(browser, served, t
     page.get_by_role("tab", name="Teach").click()
     page.locator("[data-job]").get_by_text("it has learned").wait_for()
     watched.is_well(foreseen="400")
+
+
+def test_a_conversation_that_is_full_says_so_and_can_be_begun_anew(browser, served):
+    watched = Watched(browser, served, "user")
+    page = watched.page
+    watched.ask("abc de")  # its answer fills what the base reads
+    turn = watched.ask("abc de")
+    assert "or begin a new chat" in turn.locator(".about").inner_text()
+    page.get_by_role("button", name="New chat").click()
+    page.locator(".hint").first.wait_for()
+    assert watched.ask("abc de").locator(".about b").count() == 1
+    watched.is_well(foreseen="401|400")
+
+
+def test_a_module_is_removed_in_the_page(browser, served):
+    watched = Watched(browser, served, "root")
+    page = watched.page
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.get_by_role("tab", name="Modules").click()
+    page.get_by_role("button", name="remove letters").click()
+    page.locator("[data-job]").get_by_text("It is gone.").wait_for()
+    wait_for(lambda: "letters" not in served.engine.router.names)
+    watched.is_well()
 
 
 def test_what_is_said_is_text_and_nothing_else(browser, served, monkeypatch):
