@@ -32,9 +32,6 @@ def made(tmp_path_factory) -> Path:
         for split, first in (("train", 0), ("valid", 500), ("test", 600)):
             texts = [domain_text(domain, first + i, words=40) for i in range(60)]
             (folder / f"{split}.txt").write_text("\n\n".join(texts))
-        trained = home / "recall" / "adapters" / f"{domain}-0-auto"
-        trained.mkdir(parents=True)
-        (trained / "training.json").write_text(json.dumps({"rows": list(range(8))}))
     return home
 
 
@@ -48,9 +45,8 @@ def call(monkeypatch, capsys, name: str, *arguments: object) -> str:
 def test_one_model_learns_in_sequence_and_goes_on_where_it_was(made, monkeypatch, capsys, tmp_path, lora):
     def run() -> str:
         return call(
-            monkeypatch, capsys, "sequence", "--data", made / "data", "--base", made / "base", "--adapters",
-            made / "recall", "--out", tmp_path, "--domains", *DOMAINS, "--general", "general", "--rate", "3e-3", *lora,
-            "--text", "8k", "--test-tokens", 400, "--general-tokens", 300, "--keep",
+            monkeypatch, capsys, "sequence", "--data", made / "data", "--base", made / "base", "--out", tmp_path, "--domains", *DOMAINS, "--general", "general", "--rate", "3e-3", *lora,
+            "--text", "8k", "--tokens", "3k", "--test-tokens", 400, "--general-tokens", 300, "--keep",
         )  # fmt: skip
 
     printed = run()

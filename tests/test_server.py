@@ -606,7 +606,7 @@ def test_the_command_serves_until_it_is_told_to_stop(made):
         (["--timeout", "-2"], "--timeout is -2"),
         (["--api-key-file", "nowhere"], "nowhere: No such file"),
         (["--max-body", "much"], "--max-body"),
-        (["--max-batch", "0"], "max_batch is 0"),
+        (["--max-batch", "0"], "--max-batch is 0"),
         (["--watch", "-1"], "--watch is -1"),
         (["--learn-from", "nowhere"], "--learn-from nowhere: is no folder"),
         (["--job-memory", "much"], "--job-memory"),

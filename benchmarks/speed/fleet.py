@@ -76,7 +76,7 @@ class Node:
         for request in self.scheduler.admit(self._failed):
             assert request.loads is not None
             for name, load in request.loads.items():
-                load.result()
+                load.module()
                 if name in request.loaded:
                     self.read = self.there[name] = max(self.read, now) + self.a.load
         running = [r for r in self.scheduler.active if max(map(self.there.__getitem__, r.names or ())) <= now]
