@@ -139,6 +139,7 @@ def create_app(
     app = FastAPI(title="growlm", version=__version__, lifespan=life, responses=_ERRORS)
     app.add_middleware(
         Door, keys=keys or Keys(), admin_keys=admin_keys or Keys(), own_keys=own_keys or Keys(), local=local,
+        require_place=service.require_place,
         max_body=max_body, max_upload=given.most_bytes, log=log,
     )  # fmt: skip
     if origins:  # outside of the door: a browser asks whether it may before it sends a key

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import sys
 import time
 import uuid
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from dataclasses import replace
 from typing import Any, TextIO
 
@@ -16,10 +17,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from growlm.server.events import error_response
 from growlm.server.keys import CALLER, Caller, Keys, asks
-from growlm.server.refusals import Refusal
+from growlm.server.refusals import QUEUE_FULL, Refusal
 from growlm.units import format_size
 
 _OPEN = ("/", "/page.css", "/page.js", "/health", "/ready", "/version")
+_TEXT = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")  # what is asked for there
+# Who is refused may ask again at once, and refusing takes what answering needs: so each is held back for as many times
+# these seconds as there are who are held back, which comes to so many refusals a second at the most.
+_HOLD, _LONGEST_HOLD = 0.03, 2.0
 _UPLOADS = "/admin/files/"
 _ADMIN = "/admin"  # where the paths begin that are for the admin key alone
 _HERE = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d+)?$")
@@ -37,6 +42,8 @@ class Door:
         own_keys: for all too; of whoever has started the server.
         local: only who calls this machine by its own names is answered: a page elsewhere that has its name lead here
             is not.
+        require_place: raises where no request for text has a place: before its body is read, which costs more than to
+            refuse it.
         max_body, max_upload: bytes of a request at the most, and of a file that is sent.
         log: where a line of JSON is written for every request; None for nowhere.
     """
@@ -49,12 +56,13 @@ class Door:
         admin_keys: Keys,
         own_keys: Keys,
         local: bool,
+        require_place: Callable[[], None],
         max_body: int,
         max_upload: int,
         log: TextIO | None = sys.stderr,
     ) -> None:
         self._app, self._keys, self._admin_keys, self._own_keys = app, keys, admin_keys, own_keys
-        self._local = local
+        self._local, self._require_place, self._held = local, require_place, 0
         self._max_body, self._max_upload, self._log = max_body, max_upload, log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -76,14 +84,25 @@ class Door:
                 asks(found := self._caller(scope["path"], headers))
                 scope[CALLER] = found
                 told["key"] = found.id or None
+                if scope["path"] in _TEXT and scope["method"] == "POST":
+                    self._require_place()
                 await self._app(scope, self._bounded(scope["path"], headers, receive), answer)
             except Exception as error:
                 if "status" in told:  # it has begun to answer
                     raise
+                if isinstance(error, Refusal) and error.code == QUEUE_FULL:
+                    await self._hold_back()
                 await error_response(error, scope["path"])(scope, receive, answer)
         finally:
             self._note(scope, name, told, time.monotonic() - began)
         return None
+
+    async def _hold_back(self) -> None:
+        self._held += 1
+        try:
+            await asyncio.sleep(min(_HOLD * self._held, _LONGEST_HOLD))
+        finally:
+            self._held -= 1
 
     def _caller(self, path: str, headers: Headers) -> Caller:
         """

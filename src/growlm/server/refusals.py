@@ -20,6 +20,8 @@ _ANTHROPIC_TYPES = {
     503: "overloaded_error",
 }
 
+QUEUE_FULL = "queue_full"
+
 # Clients of OpenAI's try again at 408, 409, 429 and 5xx, unless they are told that it is of no use.
 NO_RETRY = {"x-should-retry": "false"}
 

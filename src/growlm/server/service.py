@@ -24,7 +24,7 @@ from growlm.engine.sampling import TokenLogprob
 from growlm.errors import ClosedError
 from growlm.router import Route
 from growlm.server.metrics import Metrics
-from growlm.server.refusals import NO_RETRY, Refusal
+from growlm.server.refusals import NO_RETRY, QUEUE_FULL, Refusal
 
 T = TypeVar("T")
 
@@ -142,10 +142,18 @@ class Service:
     def _count_prepared(self) -> None:
         self._prepared -= 1
 
+    def require_place(self) -> None:
+        """
+        Raises:
+            Refusal: there is none for another request.
+        """
+        if self._taken >= self.engine.max_batch + self.max_queued:
+            raise self._full()
+
     def _full(self) -> Refusal:
         self.metrics.refused.inc()
         told = f"{max(self._taken, self._prepared)} requests are being answered or wait; try again in a moment"
-        return Refusal(503, told, "queue_full", headers={"Retry-After": _RETRY_AFTER})
+        return Refusal(503, told, QUEUE_FULL, headers={"Retry-After": _RETRY_AFTER})
 
     async def route(self, prompt: Prompt, *, salt: str = "", among: Collection[str] | None = None) -> Route:
         """As `Engine.route`."""

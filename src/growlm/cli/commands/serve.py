@@ -6,6 +6,7 @@ import fnmatch
 import re
 import secrets
 import socket
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ from growlm.requirements import require_extra
 from growlm.units import format_size, parse_size
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_SWITCH = 2e-4  # seconds
 _BACKLOG = 1024  # connections that wait to be taken
 
 
@@ -164,6 +166,8 @@ def serve(
             jobs.ending.set()  # so that nobody waits for what a job says
             super().handle_exit(sig, frame)
 
+    # The engine's thread asks for Python's lock many times a step, and should not wait long for it where much is asked.
+    sys.setswitchinterval(_SWITCH)
     Server(config).run(sockets=[listening])
 
 
