@@ -45,7 +45,8 @@ def call(monkeypatch, capsys, name: str, *arguments: object) -> str:
 def test_one_model_learns_in_sequence_and_goes_on_where_it_was(made, monkeypatch, capsys, tmp_path, lora):
     def run() -> str:
         return call(
-            monkeypatch, capsys, "sequence", "--data", made / "data", "--base", made / "base", "--out", tmp_path, "--domains", *DOMAINS, "--general", "general", "--rate", "3e-3", *lora,
+            monkeypatch, capsys, "sequence", "--data", made / "data", "--base", made / "base", "--out", tmp_path,
+            "--domains", *DOMAINS, "--general", "general", "--rate", "3e-3", *lora,
             "--text", "8k", "--tokens", "3k", "--test-tokens", 400, "--general-tokens", 300, "--keep",
         )  # fmt: skip
 

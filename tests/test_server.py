@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -344,6 +345,25 @@ def test_more_than_the_queue_holds_is_refused_and_the_rest_is_answered(made):
         finally:
             served.engine._loop.stepping.__enter__()
         assert sorted(response.status_code for response in found) == [200, 200, 503, 503, 503]
+
+
+def test_those_who_are_refused_over_and_over_are_held_back(made):
+    with serving(made, engine={"max_batch": 1}, service={"max_queued": 0}) as served:
+        asked: list[httpx.Response] = []
+        served.service._taken = 1  # all places
+
+        def ask() -> None:
+            asked.append(served.post("/v1/completions", **ASK))
+
+        began, threads = time.monotonic(), [threading.Thread(target=ask) for _ in range(12)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert {response.status_code for response in asked} == {503}
+        assert time.monotonic() - began > 0.2  # of twelve, the last for 0.36 s
+        served.service._taken = 0
+        assert served.post("/v1/completions", **ASK).status_code == 200
 
 
 def test_an_answer_that_takes_too_long_is_ended(made):

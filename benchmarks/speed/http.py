@@ -100,7 +100,8 @@ async def asked_over_http(port: int, text: list[int], new: int) -> Timed:
     """By hand, so that little time is spent on asking."""
     body = {"prompt": text, "model": MODULE, "max_tokens": new, "temperature": 0, "stream": True}
     content = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(content)}"
     began = time.perf_counter()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
