@@ -95,4 +95,4 @@ docs: setup
 	$(BIN)/python docs/make_openapi.py
 
 clean:
-	rm -rf $(VENV) .versions .clients build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-out $(REAL)
+	rm -rf $(VENV) .versions .clients .schemathesis build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-out $(REAL)
