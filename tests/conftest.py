@@ -89,6 +89,16 @@ def store(home):
 
 
 @pytest.fixture(scope="module")
+def made(request, tmp_path_factory) -> Path:
+    """A store of what a module of tests says in SHAPES; many have one of their own instead."""
+    from stores import make_store
+
+    home = tmp_path_factory.mktemp("made")
+    make_store(home, "llama", request.module.SHAPES)
+    return home / "store"
+
+
+@pytest.fixture(scope="module")
 def served(made) -> Iterator[object]:
     """A server of the store that a module of tests has made."""
     from servers import serving

@@ -25,7 +25,7 @@ from growlm.errors import ConfigError
 from growlm.server.keys import Keys
 from growlm.store import Store
 from servers import Served, leaving, serving, wait_for
-from stores import domain_text, make_store
+from stores import domain_text
 
 SHAPES = {
     "letters": {"kind": "lora", "r": 4},
@@ -36,13 +36,6 @@ DIGITS = domain_text("digits", 7)
 GREEDY = {"temperature": 0, "max_tokens": 8}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
-    home = tmp_path_factory.mktemp("made")
-    make_store(home, "llama", SHAPES)
-    return home / "store"
 
 
 @pytest.fixture(scope="module")

@@ -145,6 +145,26 @@ def test_admin_is_for_the_admin_key_alone(made, served):
         assert "no admin key" in refused.json()["error"]["message"]
 
 
+def test_a_card_says_what_the_disk_has_and_whether_it_is_damaged(served):
+    def card() -> dict[str, Any]:
+        found = served.http.get("/v1/models", headers=ADMIN).json()["data"]
+        return next(one for one in found if one["id"] == "letters")
+
+    before = card()
+    assert (before["version"], before["kind"], "damaged" in before) == (1, "lora", False)
+    folder = served.engine.store.module("letters").folder
+    manifest, weights = (folder / "module.json").read_text(), (folder / "module.safetensors").read_bytes()
+    (folder / "module.json").write_text("{")
+    assert card()["damaged"]
+    (folder / "module.safetensors").write_bytes(weights[:10])
+    (folder / "module.json").write_text(manifest)
+    assert card()["damaged"]
+    (folder / "module.safetensors").write_bytes(weights)
+    assert card() == before
+    learn(served, "letters", 9)
+    assert (card()["version"], card()["bytes"]) == (2, before["bytes"])
+
+
 # Keys that are for some modules
 
 

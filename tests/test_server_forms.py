@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -15,7 +14,7 @@ from growlm.engine.chat import Chat
 from growlm.server.keys import Keys
 from growlm.store import Store
 from servers import serving
-from stores import domain_text, make_store
+from stores import domain_text
 
 SHAPES = {"letters": {"kind": "lora", "r": 4}, "digits": {"placement": "interleaved", "vocabulary": "both"}}
 DIGITS, MORE = domain_text("digits", 7), domain_text("digits", 8)
@@ -24,13 +23,6 @@ GREEDY: Any = {"model": "auto", "max_tokens": 8, "extra_body": {"temperature": 0
 ASKED: Any = {"model": "auto", "max_output_tokens": 8, "temperature": 0}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
-    home = tmp_path_factory.mktemp("made")
-    make_store(home, "llama", SHAPES)
-    return home / "store"
 
 
 @pytest.fixture(scope="module")

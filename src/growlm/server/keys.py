@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+from collections import Counter
 from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -88,13 +89,14 @@ class Keys:
             reason = error.strerror if isinstance(error, OSError) else "is not UTF-8"
             raise ConfigError(f"{path}: {reason}; give a file with a key a line") from None
         keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+        known = Counter(line.split()[0] for line in keys)
         for number, line in enumerate(lines, 1):
             told = None
             if line.lstrip().startswith("#") or not (words := line.split()):
                 continue
             if not words[0].isascii():
                 told = "a key has signs that no header can carry; take letters and digits"
-            elif sum(other.split()[0] == words[0] for other in keys) > 1:
+            elif known[words[0]] > 1:
                 told = "this key stands in another line too; write it once, with all its modules"
             elif admin and words[1:]:
                 told = "an admin key is for all modules; leave out what stands behind it"

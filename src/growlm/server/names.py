@@ -3,24 +3,42 @@
 from __future__ import annotations
 
 from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from growlm.engine import AUTO, Engine, Wanted
 from growlm.errors import GrowlmError, shortened
 from growlm.server.keys import caller
 from growlm.server.refusals import Refusal
-from growlm.store import StoredModule
+from growlm.store import MANIFEST, StoredModule
 from growlm.store.stored_module import is_name
 
 BASE = "base"
 
 
 def _about(stored: StoredModule) -> dict[str, Any]:
-    """What is known of a module, and how well it has learned; of one that cannot be read, that it is damaged."""
+    """What is known of a module; of one that cannot be read, that it is damaged. A page asks for it all the time: what
+    was read of a version is kept."""
     try:
-        manifest, told = stored.manifest, {"kind": stored.kind, "version": stored.version, "bytes": stored.bytes}
-    except GrowlmError:
+        stat = (stored.folder / MANIFEST).stat()
+        return _read(stored.name, stored.version, stored.folder, (stat.st_ino, stat.st_mtime_ns))
+    except (GrowlmError, OSError):
         return {"version": stored.version, "damaged": True}
+
+
+@lru_cache(maxsize=4096)
+def _read(name: str, version: int, folder: Path, stamp: tuple[int, int]) -> dict[str, Any]:
+    """How large a module is, and how well it has learned.
+
+    Args:
+        stamp: of its manifest: another one is read anew.
+
+    Raises:
+        GrowlmError: it is damaged.
+    """
+    stored = StoredModule(name, version, folder)
+    manifest, told = stored.manifest, {"kind": stored.kind, "version": stored.version, "bytes": stored.bytes}
     training = {name: manifest.training.get(name) for name in ("tokens", "documents", "loss_before", "loss_after")}
     created = int(datetime.fromisoformat(manifest.created).timestamp())
     return {**told, "created": created, "parameters": manifest.parameters, **training}

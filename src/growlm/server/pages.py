@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from fastapi import APIRouter
@@ -19,11 +20,15 @@ _HEADERS = {
 
 def page_paths() -> APIRouter:
     paths = APIRouter(include_in_schema=False)
-    folder = Path(__file__).parent / "page"
     for path, name in _FILES.items():
-
-        def page(name: str = name) -> FileResponse:
-            return FileResponse(folder / name, headers=_HEADERS)
-
-        paths.add_api_route(path, lambda page=page: page(), methods=["GET"])
+        paths.add_api_route(path, _giving(Path(__file__).parent / "page" / name), methods=["GET"])
     return paths
+
+
+def _giving(file: Path) -> Callable[[], FileResponse]:
+    """An endpoint without parameters."""
+
+    def give() -> FileResponse:
+        return FileResponse(file, headers=_HEADERS)
+
+    return give
