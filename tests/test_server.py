@@ -610,6 +610,38 @@ def test_the_command_serves_until_it_is_told_to_stop(made):
         assert [line["status"] for line in lines] == [200, 401, 200]
 
 
+def test_a_second_interruption_cuts_short_what_is_answered_and_is_no_error(made):
+    with serve(made, "--port", "0", "--no-access-log") as process:
+        assert process.stderr is not None
+        link = next(found for line in process.stderr if (found := re.match(r"page: (\S+)/#key=(\S+),", line)))
+        body = {"prompt": "abc", "model": "base", "max_tokens": 200, "ignore_eos": True, "stream": True}
+        headers = {"Authorization": f"Bearer {link[2]}"}
+        with httpx.stream("POST", f"{link[1]}/v1/completions", json=body, headers=headers, timeout=30) as response:
+            next(response.iter_raw())
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=30) == 130
+        assert process.stderr.read().strip() == "growlm: interrupted"
+
+
+def test_modules_that_the_budget_is_too_small_for_are_told_when_it_is_served(made):
+    with Engine(Store.open(made), memory="1GB") as engine:
+        sizes = {name: engine.modules.found(name).bytes for name in engine.store.modules}
+        fixed = engine.fixed_bytes + engine.workspace_bytes
+    with serve(made, "--port", "0", "--memory", str(fixed + min(sizes.values()) // 2)) as process:
+        assert process.stderr is not None
+        told = []
+        for line in process.stderr:
+            if line.startswith("page: "):
+                break
+            told.append(line)
+        process.terminate()
+    assert [name for name in sizes if any(f"{name} " in line and "raise --memory by" in line for line in told)] == list(
+        sizes
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

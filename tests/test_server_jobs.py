@@ -6,7 +6,10 @@ import asyncio
 import json
 import os
 import random
+import re
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -175,6 +178,25 @@ def test_a_server_that_stops_ends_its_jobs(tmp_path, folder):
     assert Store.open(tmp_path / "store").verify() == []
 
 
+def test_a_server_that_is_killed_takes_its_job_along(tmp_path, folder):
+    make_store(tmp_path, "llama", {"letters": {"kind": "lora", "r": 4}})
+    options = ["--port", "0", "--learn-from", str(folder), "--no-access-log"]
+    command = [sys.executable, "-m", "growlm", "serve", str(tmp_path / "store"), *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        link = next(found for line in server.stderr if (found := re.match(r"page: (\S+)/#key=(\S+),", line)))
+        body = {"verb": "learn", "module": "signs", "files": ["signs.txt"], **SHORT, "tokens": 2_000_000}
+        with httpx.Client(base_url=f"{link[1]}/admin/", headers={"Authorization": f"Bearer {link[2]}"}) as http:
+            job = http.post("jobs", json=body).json()["id"]
+            wait_for(lambda: http.get(f"jobs/{job}").json()["progress"].get("title") == "training", 60)
+        (process,) = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
+        server.kill()
+        wait_for(lambda: not Path(f"/proc/{process}").exists())
+    store = Store.open(tmp_path / "store")
+    assert (store.verify(), list(store.modules)) == ([], ["letters"])
+    assert store.status()["runs"]  # what it had come to
+
+
 @pytest.mark.parametrize(
     ("body", "told"),
     [
@@ -235,6 +257,14 @@ def test_files_that_cannot_be_are_refused_and_nothing_is_kept(served, name, cont
     assert admin(served, "PUT", f"files/{name}", content=pieces).status_code == status
     kept = served.files._kept
     assert kept is None or not list(kept.iterdir())
+
+
+def test_a_kind_that_takes_a_package_that_is_not_here_is_refused_before_it_is_sent(served, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pypdf", None)
+    response = admin(served, "PUT", "files/law.pdf", content=b"%PDF")
+    assert response.status_code == 400
+    assert 'law.pdf: PDF is read with an extra: pip install "growlm[documents]"' in response.json()["error"]["message"]
+    assert served.files.all() == []
 
 
 def test_files_are_kept_until_they_are_removed_or_the_server_ends(served):

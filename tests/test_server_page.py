@@ -166,7 +166,10 @@ def test_a_file_that_is_dropped_becomes_a_module_that_answers(browser, served, t
     job.get_by_text("it has learned, and answers from now on").wait_for(timeout=90_000)
     assert job.locator(".tag").inner_text() == "done"
     assert job.locator(".sample").count() == 3
-    assert job.locator("svg.curve").get_attribute("aria-label").startswith("loss from ")
+    assert job.locator(".curve svg").get_attribute("aria-label").startswith("loss from ")
+    high, low = (float(job.locator(f".curve .{end}").inner_text()) for end in ("high", "low"))
+    assert high > low > 0
+    assert re.fullmatch(r"[1-9]\d* steps", job.locator(".curve .last").inner_text())
     assert "read: 80 documents" in job.locator("pre").text_content()
     job.get_by_role("button", name="Ask signs").click()
     wait_for(lambda: page.get_by_label("Who answers").input_value() == "signs")

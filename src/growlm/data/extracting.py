@@ -9,6 +9,7 @@ import importlib
 import io
 from collections import Counter
 from collections.abc import Callable
+from pathlib import PurePath
 from typing import Any
 
 from growlm.data.records import one_line
@@ -68,6 +69,18 @@ class Extraction:
             line = f"{files}: {counts['characters']:,} characters of text; left out: {_LEFT_OUT[what].format(**counts)}"
             found.append(line + (f"; {counts['empty']:,} without any text" if counts["empty"] else ""))
         return found
+
+
+def require_reader(name: str) -> None:
+    """
+    Args:
+        name: of a file of any kind.
+
+    Raises:
+        DataError: the package that reads it is missing.
+    """
+    if (kind := PurePath(name).suffix.lower()) in EXTRACTED:
+        Extraction.reader(kind, name)
 
 
 def _html(trafilatura: Any, content: bytes, counts: Counter[str]) -> str:

@@ -14,7 +14,7 @@ class Budget:
     Attributes:
         memory: the bound; None for none.
         base: of the base.
-        workspace: what a pass takes at the most; 0 where there is no bound.
+        workspace: what a pass takes at the most; 0 where there is no bound, or where that is not known yet.
     """
 
     memory: int | None
@@ -29,9 +29,10 @@ class Budget:
         needed = self.base + routers + self.workspace
         if self.memory is not None and needed > self.memory:
             passes = f", and a pass {format_size(self.workspace)}," if self.workspace else ""
+            beside = "any module" if self.workspace else "what a pass and modules take"
             raise BudgetError(
                 f"--memory {format_size(self.memory)} is too small: base {format_size(self.base)} and router "
-                f"{format_size(routers)}{passes} need {format_size(needed)} before any module"
+                f"{format_size(routers)}{passes} need {format_size(needed)} before {beside}"
             )
 
     def left(self, routers: int) -> int | None:

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from growlm.data import SUFFIXES
+from growlm.data import SUFFIXES, require_reader
 from growlm.server.refusals import Refusal
 from growlm.units import format_size
 
@@ -39,8 +39,10 @@ class Files:
 
         Raises:
             Refusal: a name that is no file's, a kind that is not learned from, too large, or too many.
+            DataError: the package that reads this kind is missing.
         """
         self._check(name)
+        require_reader(name)
         if len(self._sent) + self._coming >= self._most:
             raise Refusal(400, f"{self._most} files were sent already; remove some", "too_many_files")
         if self._kept is None:

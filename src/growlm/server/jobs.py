@@ -214,8 +214,8 @@ class Jobs:
         command = _COMMANDS.get(job.verb, job.verb), self._store, *job.arguments, "--json"
         process = job.process = await asyncio.create_subprocess_exec(
             # -P: what lies in the folder that the server was started in is not for it
-            sys.executable, "-P", "-m", "growlm", *command,
-            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+            sys.executable, "-P", "-m", "growlm.server.job_process", *command,
+            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
             env={**os.environ, "GROWLM_LOG_SECONDS": _LOG_SECONDS, "COLUMNS": "200"}, start_new_session=True,
         )  # fmt: skip
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import logging
 import re
 import secrets
 import socket
@@ -16,13 +17,15 @@ from growlm.cli.app import app
 from growlm.cli.asking import open_engine
 from growlm.cli.options import Device, ExpertsOn, Memory, RowCache, StorePath
 from growlm.cli.output import note
-from growlm.errors import ConfigError
+from growlm.engine import Engine
+from growlm.errors import BudgetError, ConfigError
 from growlm.requirements import require_extra
 from growlm.units import format_size, parse_size
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _SWITCH = 2e-4  # seconds
 _BACKLOG = 1024  # connections that wait to be taken
+_TOLD = 3  # modules that are too large
 
 
 @app.command()
@@ -153,6 +156,8 @@ def serve(
         f"serving {store} at {address}/v1: {len(engine.store.modules)} modules, "
         f"{format_size(engine.resident_bytes)} of weights in memory; Ctrl-C ends it"
     )
+    for told in _too_large(engine):
+        note(told)
     for pattern in sorted(keys.patterns()):
         if not fnmatch.filter(engine.store.modules, pattern):
             note(f"{api_key_file}: {pattern} is for no module that there is by now")
@@ -164,11 +169,25 @@ def serve(
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: Any) -> None:
             jobs.ending.set()  # so that nobody waits for what a job says
+            if self.should_exit:  # a second time: what is cut short is no error
+                logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
             super().handle_exit(sig, frame)
 
     # The engine's thread asks for Python's lock many times a step, and should not wait long for it where much is asked.
     sys.setswitchinterval(_SWITCH)
     Server(config).run(sockets=[listening])
+
+
+def _too_large(engine: Engine) -> list[str]:
+    """Of each module that does not fit the memory budget, why; of the first few in full."""
+    found = []
+    for name in engine.store.modules:
+        try:
+            engine.modules.make_fit([name])
+        except BudgetError as error:
+            found.append(str(error))
+    more = [f"and {len(found) - _TOLD:,} more modules that do not fit"] if len(found) > _TOLD else []
+    return found[:_TOLD] + more
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -383,21 +383,24 @@ $("teach-form").addEventListener("submit", async (event) => {
 });
 $("verify").addEventListener("click", () => begin({ verb: "verify" }).catch(told));
 
-// Losses as they came, drawn in a box of its own measure.
-function curve(points) {
+// Losses as they came, with what the ends of both axes stand for.
+function curve(points, what, unit) {
   const ns = "http://www.w3.org/2000/svg";
   const drawing = document.createElementNS(ns, "svg");
   drawing.setAttribute("viewBox", "0 0 100 40");
   drawing.setAttribute("preserveAspectRatio", "none");
-  drawing.setAttribute("class", "curve");
   drawing.setAttribute("role", "img");
-  const [low, high, end] = [Math.min(...points.map((p) => p[1])), Math.max(...points.map((p) => p[1])), points.at(-1)[0] || 1];
+  const [first, last] = [points[0][0], points.at(-1)[0]];
+  const [low, high] = [Math.min(...points.map((p) => p[1])), Math.max(...points.map((p) => p[1]))];
   drawing.setAttribute("aria-label", `loss from ${points[0][1].toFixed(3)} to ${points.at(-1)[1].toFixed(3)}`);
   const path = document.createElementNS(ns, "path");
-  const at = ([x, y]) => `${((100 * x) / end).toFixed(2)} ${(38 - (36 * (y - low)) / (high - low || 1)).toFixed(2)}`;
+  const at = ([x, y]) => `${((100 * (x - first)) / (last - first || 1)).toFixed(2)} ${(38 - (36 * (y - low)) / (high - low || 1)).toFixed(2)}`;
   path.setAttribute("d", `M${points.map(at).join("L")}`);
   drawing.append(path);
-  return drawing;
+  const mark = (name, text) => make("span", { class: name, text });
+  return make("figure", { class: "curve" },
+    make("figcaption", { class: "small", text: what }),
+    mark("high", high.toFixed(3)), mark("low", low.toFixed(3)), drawing, mark("first", first), mark("last", `${last} ${unit}`));
 }
 
 function outcome(job) {
@@ -439,8 +442,7 @@ function follow(job) {
       make("div", { class: "row" }, cancel),
       make("details", {}, make("summary", { text: "What it says" }), log)),
   );
-  const losses = [];
-  let line = "";
+  let [losses, phase, line] = [[], "", ""];
   const fill = (now) => {
     const over = !["queued", "running"].includes(now.state);
     state.textContent = now.state;
@@ -450,9 +452,11 @@ function follow(job) {
     if (total) [bar.max, bar.value] = [total, done];
     const seconds = now.seconds === null ? "" : `${Math.round(now.seconds)} s`;
     note.textContent = over ? seconds : [title ? `${title}: ${done} of ${total} ${unit}` : line, loss && `loss ${loss.toFixed(3)}`, title ? seconds : ""].filter(Boolean).join(", ");
+    if (loss && title !== phase) [losses, phase] = [[], title];
     if (loss && losses.at(-1)?.[0] !== done) losses.push([done, loss]);
-    const points = now.result?.validation ? Object.entries(now.result.validation).map(([x, y]) => [Number(x), y]) : losses;
-    drawn.replaceChildren(...(points.length > 1 ? [curve(points)] : []));
+    const held = now.result?.validation && Object.entries(now.result.validation).map(([step, y]) => [Number(step), y]);
+    if (held?.length > 1) drawn.replaceChildren(curve(held, "Loss of what is held out", "steps"));
+    else if (losses.length > 1) drawn.replaceChildren(curve(losses, `Loss: ${phase}`, unit ?? ""));
     if (over) {
       ended.replaceChildren(...outcome(now));
       look();
