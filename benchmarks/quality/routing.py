@@ -44,6 +44,7 @@ from growlm.units import parse_count
 NEIGHBOURS = 15
 _SHOWN = 96  # texts of a form of general text, and a third as many held-out ones
 WORDS = 65_536  # tokens of a domain's text that are counted
+Split = Callable[[str, dict[str, Tensor]], Sequence[dict[str, Tensor]]]
 Choose = Callable[[Prompts, int], list[str | None]]  # the modules that prompts cut to so many tokens are given
 
 
@@ -52,6 +53,7 @@ class Routing(OnPublished):
 
     def __init__(self, a: argparse.Namespace) -> None:
         super().__init__(a)
+        self.domains = list(DOMAINS)
         self.layer = max(round(self.base.num_layers / 3), 1)
         self.prompts = list(all_prompts(a.data, self.tokenizer, a.prompts, a.seed))
         self.shown: dict[str, list[list[int]]] = {}  # of domains and forms of general text, for an encoder
@@ -98,22 +100,31 @@ class Routing(OnPublished):
         return self.states("frames", lambda: frames_of(self.base, texts, self.layer), of=texts)
 
     def gaussian(
-        self, *, questions: bool = True, forms: Sequence[str] | None = None, words: bool = True, frames: bool = True
-    ) -> Choose:
-        known = {d: self.evidence(d) for d in DOMAINS}
+        self, *, questions: bool = True, forms: Sequence[str] | None = None, words: bool = True, frames: bool = True,
+        split: Split | None = None,
+    ) -> Choose:  # fmt: skip
+        """The router of growlm.
+
+        Args:
+            split: parts of a domain's vectors, each of which is given a mean of its own.
+        """
+        known = {d: self.evidence(d) for d in self.domains}
         of_general = [g for name, g in self.general().items() if forms is None or name in forms]
-        kept = []
-        for seen in known.values():
+        kept, names = [], []
+        for domain, seen in known.items():
             parts = [seen["passages"], seen["questions"]] if questions else [seen["passages"]]
-            kept.append({key: torch.cat([part[key] for part in parts]) for key in ("vectors", "heldout")})
+            whole = {key: torch.cat([part[key] for part in parts]) for key in ("vectors", "heldout")}
+            for some in [whole] if split is None else split(domain, whole):
+                kept.append(some)
+                names.append(domain)
         general = {key: torch.cat([g[key] for g in of_general]) for key in ("vectors", "heldout")}
         general["forms"] = torch.tensor([len(g["vectors"]) for g in of_general])
         silent = self.frames()["silent"].tolist() if frames else []
         general["frames"] = self.frames()["frames"][: None if frames else 0]
         gram = torch.stack([gram_of(k["vectors"]) for k in [*kept, general]]).sum(0)
         fitted = fit([partial(files_of(k).__getitem__, EVIDENCE) for k in kept], general, gram)
-        lexicon = self.lexicon(list(known), silent) if words else None
-        router = GaussianRouter(list(known), *fitted, dict.fromkeys(known, 0), layer=self.layer, lexicon=lexicon)
+        lexicon = self.lexicon(names, silent) if words else None
+        router = GaussianRouter(names, *fitted, dict.fromkeys(names, 0), layer=self.layer, lexicon=lexicon)
 
         def choose(prompts: Prompts, length: int) -> list[str | None]:
             texts = [text[:length] for text in prompts.texts]
@@ -128,13 +139,13 @@ class Routing(OnPublished):
             step = max(ids.size // WORDS, 1)
             return np.bincount(ids.reshape(-1)[::step], minlength=self.base.vocab_size)
 
-        counts = []
-        for domain in domains:
+        counts: dict[str, np.ndarray] = {}
+        for domain in dict.fromkeys(domains):
             packed = text_data.pack(self.documents(domain, "train"), self.tokenizer, LENGTH, max_tokens=self.a.text)
-            counts.append(count(packed.tokens[:, :-1]))
+            counts[domain] = count(packed.tokens[:, :-1])
         forms = [form for name, form in shipped_forms(self.base, self.tokenizer).items() if name != "asked"]
         general = [token for train, heldout in forms for text in (*train, *heldout) for token in text]
-        return Lexicon.of(counts, count(np.array(general)), silent)
+        return Lexicon.of([counts[domain] for domain in domains], count(np.array(general)), silent)
 
     def pooled(self, prompts: Prompts, length: int) -> Tensor:
         """The base's states of prompts, pooled, (n, d)."""
