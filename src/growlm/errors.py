@@ -55,6 +55,10 @@ class TrainingError(GrowlmError):
     """Training has gone wrong: its loss became NaN or infinite."""
 
 
+class RankError(GrowlmError):
+    """Another process that trains along has ended, or cannot be reached."""
+
+
 class Interrupted(GrowlmError):
     """A long run was stopped by the user; the message says how to go on."""
 

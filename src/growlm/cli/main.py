@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from growlm.cli.app import app
+from growlm.cli.launching import GONE, STARTED, other_rank
 from growlm.cli.options import option, spread
 from growlm.cli.output import note
-from growlm.errors import GrowlmError, GrowlmWarning, Interrupted, settings_written
+from growlm.errors import GrowlmError, GrowlmWarning, Interrupted, RankError, settings_written
 
 # Typer brings a click of its own or uses the installed one: take the base class from what it raises.
 ClickError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -32,8 +34,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("always", GrowlmWarning)
         warnings.showwarning = _noting(warnings.showwarning)
-        with settings_written(option):
+        with settings_written(option), _told_once():
             _run(given)
+
+
+@contextmanager
+def _told_once() -> Iterator[None]:
+    """Has the first of several ranks alone print what was found."""
+    if not other_rank():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        yield
 
 
 def _noting(show: Callable[..., None]) -> Callable[..., None]:
@@ -68,8 +80,12 @@ def _run(given: Sequence[str]) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except RankError as error:
+        if STARTED not in os.environ:  # else whoever has started the ranks knows which of them it was
+            note(f"growlm: {error}")
+        sys.exit(GONE)
     except GrowlmError as error:
-        note(f"growlm: {error}")
+        note(f"growlm: {other_rank()}{error}")
         sys.exit(_INTERRUPTED if isinstance(error, Interrupted) else 1)
     except RuntimeError as error:
         from growlm.base.placement import out_of_memory

@@ -37,6 +37,14 @@ Device = Annotated[
         help="Where to compute: cpu, cuda, cuda:N, mps, or auto: a CUDA GPU where there is one, else the processor.",
     ),
 ]
+Devices = Annotated[
+    int,
+    typer.Option(
+        "--devices",
+        metavar="N",
+        help="Train on so many devices of this machine, a process each; the rows of a step are shared among them.",
+    ),
+]
 ModuleChoice = Annotated[
     list[str] | None,
     typer.Option(

@@ -26,6 +26,7 @@ from growlm.training.general import ensure_general
 from growlm.training.learn_run import LearnRun
 from growlm.training.loop import require_finite
 from growlm.training.module_training import ModuleTraining, as_served
+from growlm.training.parallel import Ranks, joined
 from growlm.training.recalling import recalling, text_of
 from growlm.training.router import router_after
 from growlm.training.runs import empty, run_folder
@@ -145,7 +146,8 @@ def learn(
     """Trains a new module on `data` and adds it to the store and its router.
 
     A run that was stopped goes on where it was when it is called again with the same arguments; once its module is
-    saved, with the router's training.
+    saved, with the router's training. Called in each of several ranks that torchrun has started, they train together
+    (`parallel`), and the first of them writes.
 
     Args:
         data: files, folders or `hub:owner/name`.
@@ -164,16 +166,39 @@ def learn(
         BaseModelError: the store's base is missing or has changed.
         ConfigError: there is no such device.
         Interrupted: stopped by the user; progress is saved.
+        RankError: another of the processes that train it together has ended.
     """
-    with reporting(name, progress):
-        return _learn(store, name, data, config or LearnConfig(), update, restart, samples)
+    with joined() as ranks, reporting(name, progress if ranks.first else False):
+        run = LearnRun.prepare(store, name, data, config or LearnConfig(), update=update, ranks=ranks)
+        run.require_agreed(ranks)
+        if not ranks.first:
+            return _along(run, ranks)
+        result = _learn(
+            run, ranks, chosen=config is None or config.kind == AUTO, update=update, restart=restart, samples=samples
+        )
+        ranks.first_says(None)  # they look for it now
+        return result
 
 
-def _learn(
-    store: Store, name: str, data: Sequence[str | Path], config: LearnConfig, update: bool, restart: bool, samples: int
-) -> LearnResult:
-    run = LearnRun.prepare(store, name, data, config, update=update)
-    chosen, config = config.kind == AUTO, run.config
+def _along(run: LearnRun, ranks: Ranks) -> LearnResult:
+    """What ranks do beside the first: they train along, and find what it has saved."""
+    if run.saved is None:
+        tokens, tokenizer = run.tokenized()
+        base, kind = run.load_base(), kind_of(run.config.kind)
+        run.require_fit(base, tokens, tokenizer)
+        if kind.trains:
+            ModuleTraining(
+                base, kind, run.config, tokens.packed, run.folder, tokens.begin, tokens.replay, ranks=ranks
+            ).run()
+    ranks.first_says(None)
+    stored = run.store.find(run.name)
+    if stored is None:
+        raise StoreError(f"{run.store.path}: module {run.name!r}, which rank 0 has saved, is not there")
+    return _result(stored, None)
+
+
+def _learn(run: LearnRun, ranks: Ranks, *, chosen: bool, update: bool, restart: bool, samples: int) -> LearnResult:
+    store, name, config = run.store, run.name, run.config
     busy = f"{store.path}: the same learning of {name!r} is running already"
     if run.saved is not None:
         with run_folder(run.folder, busy, restart=True):  # its checkpoints are of no use now
@@ -203,7 +228,7 @@ def _learn(
         started, kind = time.monotonic(), kind_of(config.kind)
         if kind.trains:
             learning = ModuleTraining(
-                base, kind, config, tokens.packed, work, tokens.begin, tokens.replay, tokens.validation
+                base, kind, config, tokens.packed, work, tokens.begin, tokens.replay, tokens.validation, ranks
             )
             seconds = learning.run()
             trained, num_tokens, searched = learning.module, learning.num_tokens, learning.record()

@@ -5,6 +5,8 @@ Reads the text and asks the store; changes nothing. Knows runs of `learn` by the
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,12 +14,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
+
+import growlm
 from growlm.base import Base, checkpoint
 from growlm.base.placement import Placement
 from growlm.errors import StoreError
 from growlm.store import ROUTER_TRAINED, Store, StoredModule
 from growlm.training.config import AUTO, LearnConfig
 from growlm.training.corpus import Tokens, TrainingCorpus, bytes_to_keep, require_positions
+from growlm.training.parallel import ALONE, Ranks
 from growlm.training.router import require_samples
 from growlm.training.runs import folder_of, module_run
 
@@ -54,8 +60,12 @@ class LearnRun:
         config: LearnConfig,
         *,
         update: bool,
+        ranks: Ranks = ALONE,
     ) -> LearnRun:
         """
+        Args:
+            ranks: that train it together.
+
         Raises:
             StoreError: `name` is not allowed or is taken.
             DataError: data that is missing or malformed.
@@ -72,7 +82,7 @@ class LearnRun:
         body = TrainingCorpus.read(data, config)
 
         def run_after(version: int) -> str:
-            return module_run(store, [name, version, body.digest], config, placement)
+            return module_run(store, [name, version, body.digest], config, placement, ranks)
 
         run, saved = run_after(old.version if old else 0), None
         if old is not None and unfinished is not None:
@@ -82,6 +92,27 @@ class LearnRun:
             elif not update:
                 require_free(store, old)
         return cls(store, name, config, placement, old, keep, body, run, saved)
+
+    def require_agreed(self, ranks: Ranks) -> None:
+        """
+        Raises:
+            ConfigError: ranks have other text, settings or versions, or do not see the same files.
+        """
+        if ranks.size == 1:
+            return
+        settings = json.dumps(self.config.to_json(), sort_keys=True)
+        ranks.require_same(
+            {
+                "growlm": growlm.__version__,
+                "torch": torch.__version__,
+                "store": str(self.store.path.resolve()),
+                "text": self.body.digest[:12],
+                "settings": hashlib.sha256(settings.encode()).hexdigest()[:12],
+                "run": self.id[:12],
+            }
+        )
+        self.store.work.mkdir(parents=True, exist_ok=True)
+        ranks.require_shared(self.store.work)
 
     @property
     def folder(self) -> Path:

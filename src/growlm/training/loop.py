@@ -24,6 +24,7 @@ from growlm.training.config import TrainConfig
 from growlm.training.history import History
 from growlm.training.memory import kept_pages
 from growlm.training.optim import clip_gradients, make_optimizer
+from growlm.training.parallel import ALONE, Ranks
 from growlm.training.validation import Validation
 
 _MIN_RATE = 0.1  # share of the peak that the cosine ends at
@@ -50,7 +51,7 @@ def matrices(name: str, p: nn.Parameter) -> bool:
 
 def train(
     parameters: Mapping[str, nn.Parameter],
-    loss_of_step: Callable[[int], Tensor],
+    loss_of_step: Callable[[int], Tensor | None],
     num_steps: int,
     tokens_of_step: Callable[[int], int],
     config: TrainConfig,
@@ -61,44 +62,51 @@ def train(
     decay: Callable[[str, nn.Parameter], bool] = matrices,
     buffers: Mapping[str, Tensor] | None = None,
     validation: Validation | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[int, float]:
     """Runs all steps that are left. Returns the steps that were done, and the seconds that training took, earlier runs
     included.
 
     Args:
-        loss_of_step: the loss of step i, with gradients to follow; a function of i and the parameters alone.
+        loss_of_step: the loss of step i, with gradients to follow; a function of i and the parameters alone. Of several
+            ranks, this one's share of it, so that all shares together are the loss; None where it has none.
         folder: holds checkpoints, of which the newest is continued from, and the loss of every step (`history`).
         resume_hint: what to tell a user who interrupts.
         decay: which parameters get weight decay.
         buffers: what a forward pass changes besides, as running statistics; saved and restored with the parameters.
         validation: scores some steps on held-out text, ends the run where they no longer help, and at the end has the
-            tensors of the best of them.
+            tensors of the best of them. Of several ranks, the first one's alone.
+        ranks: that train this together; the first of them writes.
 
     Raises:
         Interrupted: by Ctrl-C or a termination signal, after a checkpoint.
         TrainingError: a loss or gradient that is not finite; no step is made on it and no checkpoint saved.
+        RankError: another rank has ended.
         StoreError: no room for a checkpoint.
         IntegrityError: the checkpoint to go on from is damaged.
     """
     optimizer = make_optimizer(parameters, lr=learning_rate, weight_decay=config.weight_decay, decay=decay)
     buffers = buffers or {}
     done, spent = checkpoints.restore(folder, parameters, buffers, optimizer, num_steps)
+    ranks.begin_equal({**parameters, **buffers})
     if validation is not None:
         validation.begin(done, num_steps)
     started = saved = time.monotonic()
-    history = History(folder, done)
+    history = History(folder, done) if ranks.first else None
     smooth: float | None = None
     before = sum(map(tokens_of_step, range(done)))
     tokens = 0
     with kept_pages(), _signals() as stop, phase("training", num_steps, "steps", done=done) as training:
-        last = done == num_steps or (validation is not None and validation.ended)
+        last = ranks.first_says(done == num_steps or (validation is not None and validation.ended))
         while not last:
             rate = rate_at(done, num_steps, learning_rate, config.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             loss = loss_of_step(done)
-            loss.backward()
-            value = float(loss.detach())
+            if loss is not None:
+                loss.backward()
+            own = 0.0 if loss is None else float(loss.detach())
+            value, stopping = ranks.add_up(list(parameters.values()), own, stop.is_set())
             require_finite(f"the loss at step {done + 1} of {num_steps}", value)
             norm = clip_gradients(parameters.values(), config.clip or math.inf)
             require_finite(f"the gradient's norm at step {done + 1} of {num_steps}", float(norm))
@@ -114,14 +122,17 @@ def train(
                 heldout = f", validation {validation.losses[max(validation.losses)]:.3f}"
                 if max(validation.losses):
                     heldout += f" (at first {validation.losses[0]:.3f})"
+            last = ranks.first_says(last)
             scored = validation.losses.get(done) if validation is not None else None
-            history.add(done, before + tokens, value, rate, scored)
+            if history is not None:
+                history.add(done, before + tokens, value, rate, scored)
             now = time.monotonic()
             training.advance(note=f"loss {smooth:.3f}{heldout}, {tokens / max(now - started, 1e-9):,.0f} tokens/s")
-            if stop.is_set() or last or now - saved > config.checkpoint_seconds:
+            stopping = stopping or (ranks.size == 1 and stop.is_set())  # of several, all stop after the same step
+            if ranks.first and (stopping or last or now - saved > config.checkpoint_seconds):
                 checkpoints.save(folder, parameters, buffers, optimizer, done, spent + now - started)
                 saved = time.monotonic()
-            if stop.is_set() and not last:
+            if stopping and not last:
                 raise Interrupted(f"stopped after step {done} of {num_steps}; {resume_hint}")
         if done < num_steps:
             say(f"ends after {done:,} of {num_steps:,} steps: more did not help on held-out text")

@@ -24,6 +24,7 @@ from growlm.base import Base
 from growlm.base.padding import pad_right
 from growlm.base.placement import Placement
 from growlm.disk.files import read_json, write_atomic
+from growlm.errors import ConfigError, setting
 from growlm.layers.cross_entropy import linear_cross_entropy, token_losses
 from growlm.layers.losses import load_concentration
 from growlm.layers.pools import imitation
@@ -38,6 +39,7 @@ from growlm.training.corpus import beginnings, sample_passages, validation_token
 from growlm.training.features import FeatureCache
 from growlm.training.loop import matrices, module_rate, rate_at, train
 from growlm.training.optim import clip_gradients, make_optimizer
+from growlm.training.parallel import ALONE, Ranks
 from growlm.training.rates import Trial, find_rate, trials_for
 from growlm.training.validation import Validation
 
@@ -61,7 +63,8 @@ class ModuleTraining:
             gradient is trained and the rest stays as it is, batch statistics too.
         begin: what every prompt begins with.
         replay: other text, of which rows are read along.
-        validation: held-out passages by which rate and step are chosen.
+        validation: held-out passages by which rate and step are chosen; of several ranks, the first one's alone.
+        ranks: that train it together; rate and step are the first one's choice.
 
     Attributes:
         sample_rows: rows of training text, at most, on which the base is asked what it knows.
@@ -84,7 +87,9 @@ class ModuleTraining:
         begin: Sequence[int] = (),
         replay: text_data.PackedTokens | None = None,
         validation: Sequence[text_data.Passage] = (),
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
         self.base, self.config, self.text, self.work = base, config, packed, work
         self.dtype = Placement.of(base.device, config.precision).dtype
         torch.manual_seed(config.seed)
@@ -99,6 +104,9 @@ class ModuleTraining:
         else:
             assert isinstance(config, LearnConfig)
             row_ids = self._row_ids(config, begin)
+            if ranks.size > 1:
+                rows = ranks.first_says(None if row_ids is None else row_ids.tolist())
+                row_ids = None if rows is None else torch.tensor(rows, dtype=torch.long)
             # The module is made from the base's weights as they are stored.
             _set(weights, stored)
             self.module = module.create(base, config.shape, row_ids)
@@ -110,7 +118,7 @@ class ModuleTraining:
         self.fork = self.modules.fork
         self._upper = _Upper(self.modules)
         wanted = config.rows_wanted(len(packed))
-        batch = config.batch_size or min(max(round(wanted / _STEPS), 1), _LARGEST_BATCH)
+        batch = batch_of(config.batch_size, wanted, ranks)
         self.packed = packed
         self._steps = text_data.schedule(len(packed), batch, wanted=wanted, seed=config.seed)
         if replay is not None:
@@ -119,7 +127,7 @@ class ModuleTraining:
         self._cache: FeatureCache | None = None
         if wanted > len(packed) and self.fork > 0:
             self._cache = FeatureCache(
-                work / "features.bin",
+                work / ("features.bin" if ranks.first else f"features-{ranks.rank}.bin"),
                 len(self.packed),
                 (config.sequence_length, base.hidden_size),
                 self.dtype,
@@ -128,7 +136,10 @@ class ModuleTraining:
             )
 
         self._validation: _Passages | None = _Passages(
-            self, beginnings(validation, validation_tokens(wanted * config.sequence_length), config.seed)
+            self,
+            beginnings(
+                validation if ranks.first else (), validation_tokens(wanted * config.sequence_length), config.seed
+            ),
         )
         self.rate: float | None = None
         self.trials: list[Trial] = []
@@ -159,7 +170,9 @@ class ModuleTraining:
         trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         buffers = dict(self.module.named_buffers())
         start = time.monotonic()
-        self.rate = self._given_or_found_rate(trained, buffers, decay)
+        found = self._given_or_found_rate(trained, buffers, decay) if self.ranks.first else None
+        self.rate = self.ranks.first_says(found)
+        assert self.rate is not None
         trying = time.monotonic() - start
         score = self._validation.loss if self._validation else None
         validation = Validation(self.work, {**trained, **buffers}, score) if score else None
@@ -176,6 +189,7 @@ class ModuleTraining:
                 decay=decay,
                 buffers=buffers,
                 validation=validation,
+                ranks=self.ranks,
             )
         finally:
             self._validation = None  # it holds this object, which holds the base
@@ -279,7 +293,7 @@ class ModuleTraining:
 
     def _row_ids(self, config: LearnConfig, begin: Sequence[int]) -> Tensor | None:
         """Ids of the vocabulary rows of its own that a module gets, if it gets any. A run that goes on has chosen."""
-        if config.shape.vocabulary == "none":
+        if config.shape.vocabulary == "none" or not self.ranks.first:
             return None
         file = self.work / _ROWS
         with suppress(OSError, ValueError, TypeError, KeyError):
@@ -327,9 +341,14 @@ class ModuleTraining:
         hidden = self.base.embed_positions(hidden, shared.positions)
         return self.base.run(hidden, self.modules.layers[: self.fork], shared)
 
-    def _loss(self, step: int) -> Tensor:
-        rows = self._steps[step]
+    def _loss(self, step: int) -> Tensor | None:
+        rows = self.ranks.share(self._steps[step])
         labels = self.packed.labels(rows).flatten().to(self.base.device)
+        share = 1.0
+        if self.ranks.size > 1:
+            share = int((labels >= 0).sum()) / int((self.packed.labels(self._steps[step]) >= 0).sum())
+            if share == 0:
+                return None
         if self.fork == 0 or self._cache is None:
             given = self._features(rows)
         else:
@@ -337,8 +356,8 @@ class ModuleTraining:
         if step < self._imitated:
             with imitation() as errors:
                 torch.func.functional_call(self._upper, self._weights(), (given,))
-            return torch.stack(errors).sum()
-        return self._loss_of(given, labels)
+            return share * torch.stack(errors).sum()
+        return share * self._loss_of(given, labels)
 
     def _weights(self) -> dict[str, Tensor]:
         """The module's weights are float32; each step runs on a copy of them in the dtype of the matrix products.
@@ -435,6 +454,22 @@ class _Upper(nn.Module):
             return base.norm(self._set.hidden(given))
         shared = base.pass_for(given, torch.arange(given.shape[1], device=given.device)[None])
         return base.norm(base.run(given, self._set.layers[fork:], shared))
+
+
+def batch_of(given: int | None, rows: int, ranks: Ranks) -> int:
+    """Rows of a step, of a run of so many rows in all: as many for each rank.
+
+    Raises:
+        ConfigError: what was given cannot be shared out.
+    """
+    if given is not None:
+        if given % ranks.size:
+            raise ConfigError(
+                f"{setting('batch_size')} is {given}, for {ranks.size} devices; give a multiple of {ranks.size}"
+            )
+        return given
+    chosen = min(max(round(rows / _STEPS), 1), _LARGEST_BATCH)
+    return math.ceil(chosen / ranks.size) * ranks.size
 
 
 def _digest(rows: Sequence[int]) -> str:

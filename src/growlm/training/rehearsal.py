@@ -144,7 +144,7 @@ class Rehearsal(ModuleTraining):
         ]
         marks: list[float] = []
 
-        def loss(number: int) -> Tensor:
+        def loss(number: int) -> Tensor | None:
             marks.append(monotonic())
             late = marks[-1] - marks[0]
             turns, begun = divmod(number, len(self._kinds))

@@ -19,6 +19,7 @@ from growlm.progress import say
 from growlm.store import REFUSED, Store
 from growlm.training.checkpoints import saved_step
 from growlm.training.config import ModuleTrainConfig
+from growlm.training.parallel import ALONE, Ranks
 from growlm.units import format_size
 
 
@@ -82,16 +83,20 @@ def folder_of(store: Store, name: str, run: str) -> Path:
     return store.work / f"{name}-{run[:16]}"
 
 
-def module_run(store: Store, what: Sequence[Any], config: ModuleTrainConfig, placement: Placement) -> str:
+def module_run(
+    store: Store, what: Sequence[Any], config: ModuleTrainConfig, placement: Placement, ranks: Ranks = ALONE
+) -> str:
     """Tells a module's training from every other: what decides its result, and nothing else.
 
     Args:
         what: begins from which state, on which text.
         placement: what the config's device and precision have come to.
+        ranks: that train it together; how many decides in which order gradients are summed.
     """
     settings = config.to_json()
     for key in ("checkpoint_seconds", "feature_cache", "keep_samples", "precision", "admit_anyway"):
         settings.pop(key)
-    where = [placement.device.type, str(placement.dtype), torch.get_num_threads()]
+    where: list[Any] = [placement.device.type, str(placement.dtype), torch.get_num_threads()]
+    where += [ranks.size] if ranks.size > 1 else []
     parts = [*what, settings, store.manifest.base_fingerprint, *where]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -9,7 +9,8 @@ import typer
 
 from growlm.cli.app import app
 from growlm.cli.asking import open_store
-from growlm.cli.options import DataPaths, Grouped, Json, Restart, StorePath, from_config
+from growlm.cli.launching import run_on
+from growlm.cli.options import DataPaths, Devices, Grouped, Json, Restart, StorePath, from_config
 from growlm.cli.output import note, print_json, reports
 from growlm.errors import ConfigError
 from growlm.modules.shapes import SHAPES
@@ -41,6 +42,7 @@ def learn(
     samples: Annotated[
         int, typer.Option("--samples", min=0, help="Held-out prompts that base and module answer at the end.")
     ] = 3,
+    devices: Devices = 1,
     as_json: Json = False,
 ) -> None:
     """Learn a body of text as a new module. The base and all other modules keep their bytes.
@@ -56,6 +58,10 @@ def learn(
         growlm learn brain tax --data tax.parquet --report tax-report/
 
         growlm learn brain law --data statutes/ --dry-run
+
+        growlm learn brain law --data statutes/ --devices 2
+
+        torchrun --nproc-per-node 2 -m growlm learn brain law --data statutes/
     """
     opened = open_store(store, data=config.paths(data), **config.reading)
     opened.find(name)
@@ -69,6 +75,7 @@ def learn(
             return print_json(told.to_json())
         print("\n".join(told.lines()))
         return None
+    run_on(devices)
     if report is not None:
         from growlm.evaluation.page import check_folder
         from growlm.training.history import FILE

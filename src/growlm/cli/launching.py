@@ -1,0 +1,136 @@
+"""Launching: the ranks of one run on this machine, each a process of its own with this very command.
+
+What the first one prints is what the command prints; of the others it is told only where one of them fails first.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+
+from growlm.errors import ConfigError
+
+_LOOK = 0.1  # seconds between two looks at whether all are well
+_LEAVES = 30.0  # seconds in which the others may end by themselves once one has
+_KEPT = 4000  # characters of what a rank has said
+GONE = 75  # exit status of a rank that ends because another one has
+_GOES_ON = "; the same command goes on from the last checkpoint"
+STARTED = "GROWLM_STARTED_RANKS"  # in the environment of those that are looked after here
+
+
+def other_rank() -> str:
+    """Of a rank that somebody else has started, but for the first, who it is, for messages; else nothing."""
+    environment = os.environ
+    if int(environment.get("WORLD_SIZE", "1")) < 2 or environment.get("RANK", "0") == "0" or STARTED in environment:
+        return ""
+    return f"rank {environment['RANK']} on {socket.gethostname()}: "
+
+
+def run_on(devices: int) -> None:
+    """Has as many processes run this command, and ends with the first one's status; returns where there is one device,
+    or in each of these processes.
+
+    Raises:
+        ConfigError: there are not so many devices.
+    """
+    import torch
+
+    from growlm.training.parallel import launched
+
+    if devices < 1:
+        raise ConfigError(f"--devices is {devices}; it must be at least 1")
+    if devices == 1 or launched():
+        return
+    if torch.cuda.is_available() and devices > torch.cuda.device_count():
+        raise ConfigError(f"--devices is {devices}; this machine has {torch.cuda.device_count()}")
+    sys.exit(_Launch([sys.executable, "-m", "growlm", *sys.argv[1:]], devices).wait())
+
+
+class _Launch:
+    def __init__(self, command: Sequence[str], devices: int) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        threads = os.environ.get("OMP_NUM_THREADS", str(max(len(os.sched_getaffinity(0)) // devices, 1)))
+        self._ranks: list[subprocess.Popen[bytes]] = []
+        self._said = [b""] * devices
+        self._listening: list[threading.Thread] = []
+        for rank in range(devices):
+            known = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": devices, "MASTER_PORT": port}
+            environment = {**os.environ, **{key: str(value) for key, value in known.items()}}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": threads, STARTED: "1"}
+            process = subprocess.Popen(
+                command,
+                env=environment,
+                stdout=None if rank == 0 else subprocess.DEVNULL,
+                stderr=None if rank == 0 else subprocess.PIPE,
+                start_new_session=rank > 0,  # Ctrl-C is for the first, which tells the others
+            )
+            self._ranks.append(process)
+            if rank:
+                thread = threading.Thread(target=self._listen, args=(rank,), daemon=True)
+                thread.start()
+                self._listening.append(thread)
+
+    def wait(self) -> int:
+        """The exit status: that of the first rank, or of the one that has failed before it."""
+        before = signal.signal(signal.SIGTERM, lambda *_: self._tell(signal.SIGTERM))
+        try:
+            return self._wait()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _wait(self) -> int:
+        while True:
+            try:
+                while not self._over():
+                    time.sleep(_LOOK)
+                break
+            except KeyboardInterrupt:
+                continue  # the first rank has been told as well, and ends the run as it should
+        deadline = time.monotonic() + _LEAVES
+        while any(rank.poll() is None for rank in self._ranks) and time.monotonic() < deadline:
+            time.sleep(_LOOK)
+        for rank in self._ranks:
+            if rank.poll() is None:
+                rank.kill()
+                rank.wait()
+        for thread in self._listening:
+            thread.join()
+        return self._told()
+
+    def _told(self) -> int:
+        """The exit status; says what the first rank has not said itself."""
+        statuses = [int(rank.returncode) for rank in self._ranks]
+        if not any(statuses):
+            return 0
+        # Those that end because another has are no culprits, nor are those that were killed here.
+        at = next((n for n, status in enumerate(statuses) if status > 0 and status != GONE), None)
+        if at is None:
+            at = next((n for n, status in enumerate(statuses) if status < 0), 0)
+        status = statuses[at]
+        if at or status < 0:
+            lines = [line for line in self._said[at].decode(errors="replace").splitlines() if line.strip()]
+            said = lines[-1].removeprefix("growlm: ") if lines and status > 0 else f"it was ended by signal {-status}"
+            print(f"growlm: device {at}: {said}{_GOES_ON if status < 0 else ''}", file=sys.stderr)
+        return status if status > 0 else 128 - status
+
+    def _over(self) -> bool:
+        """Whether the first rank has ended, or any has failed."""
+        statuses = [rank.poll() for rank in self._ranks]
+        return statuses[0] is not None or any(statuses)
+
+    def _listen(self, rank: int) -> None:
+        stream = self._ranks[rank].stderr
+        assert stream is not None
+        while part := os.read(stream.fileno(), 1 << 16):
+            self._said[rank] = (self._said[rank] + part)[-_KEPT:]
+
+    def _tell(self, number: int) -> None:
+        if self._ranks[0].poll() is None:
+            self._ranks[0].send_signal(number)

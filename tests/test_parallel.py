@@ -1,0 +1,198 @@
+"""Training on several devices: two processes make the module that one makes, and none of them is left behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from growlm.disk.tensors import read_tensors
+from growlm.store import Store
+from servers import wait_for
+from stores import make_store
+from test_server_jobs import text_of
+
+LEARN = [
+    "--separator", "\\n\\n", "--sequence-length", "64", "--tokens", "2000", "--batch-size", "4", "--samples", "0",
+    "--precision", "float32", "--learning-rate", "0.003",
+]  # fmt: skip
+
+
+@pytest.fixture
+def store(tmp_path) -> Path:
+    make_store(tmp_path, "llama", {"letters": {"kind": "lora", "r": 4}})
+    (tmp_path / "signs.txt").write_text(text_of("signs"))
+    return tmp_path / "store"
+
+
+def command(store: Path, name: str, *options: str) -> list[str]:
+    data = str(store.parent / "signs.txt")
+    return [sys.executable, "-m", "growlm", "learn", str(store), name, "--data", data, *LEARN, *options]
+
+
+def learned(store: Path, name: str, *options: str) -> dict[str, torch.Tensor]:
+    """The tensors of a module that is learned by the command line."""
+    run = subprocess.run(command(store, name, *options), capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("learned from") == 1
+    return tensors_of(store, name)
+
+
+def tensors_of(store: Path, name: str) -> dict[str, torch.Tensor]:
+    return read_tensors(store / "modules" / name / "1" / "module.safetensors")
+
+
+def ranks(commands: list[list[str]]) -> list[subprocess.Popen[str]]:
+    """Processes that are told that they are ranks of one run, as torchrun tells them."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    known = {"WORLD_SIZE": len(commands), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+    environments = [{**known, "RANK": rank, "LOCAL_RANK": rank} for rank in range(len(commands))]
+    return [
+        subprocess.Popen(
+            one,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **{key: str(value) for key, value in told.items()}},
+        )
+        for one, told in zip(commands, environments, strict=True)
+    ]
+
+
+def told(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+    """How each has ended, and what it has printed and said."""
+    found = [process.communicate(timeout=120) for process in processes]
+    return [(p.returncode, out, err) for p, (out, err) in zip(processes, found, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--kind", "lora", "--r", "4"],
+        ["--kind", "blocks", "--vocabulary", "both"],
+        ["--kind", "peer", "--num-experts", "64", "--query-norm", "layer"],
+    ],
+    ids=lambda options: options[1],
+)
+def test_two_devices_learn_what_one_does_and_the_same_bits_each_time(store, options):
+    alone = learned(store, "alone", *options)
+    together, again = (learned(store, name, *options, "--devices", "2") for name in ("together", "again"))
+    assert alone.keys() == together.keys()
+    for key, tensor in alone.items():
+        torch.testing.assert_close(together[key].float(), tensor.float(), rtol=1e-3, atol=2e-4)
+        assert torch.equal(together[key], again[key]), key
+    opened = Store.open(store)
+    assert opened.verify() == []
+    opened.check_base()  # it has its bytes
+    assert not list(opened.work.glob("*"))  # no rank has left anything
+
+
+def test_a_device_that_dies_ends_the_run_with_one_line_and_the_same_command_goes_on(store):
+    options = ["--kind", "lora", "--r", "4", "--devices", "2", "--epochs", "40", "--tokens", "100k"]
+    options += ["--checkpoint-seconds", "0.2"]
+    whole = learned(store, "whole", *options)
+    with subprocess.Popen(command(store, "signs", *options), stderr=subprocess.PIPE, text=True) as run:
+        work = Store.open(store).work
+        wait_for(lambda: list(work.glob("signs-*/checkpoint.json")), 60)
+        (second,) = (p for p in children(run.pid) if b"RANK=1" in environment(p))
+        os.kill(second, signal.SIGKILL)
+        _, said = run.communicate(timeout=60)
+    assert run.returncode == 128 + signal.SIGKILL
+    last = said.strip().splitlines()[-1]
+    assert last == "growlm: device 1: it was ended by signal 9; the same command goes on from the last checkpoint"
+    assert "Traceback" not in said
+    resumed = learned(store, "signs", *options)
+    assert all(torch.equal(tensor, resumed[key]) for key, tensor in whole.items())
+
+
+def children(process: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def environment(process: int) -> bytes:
+    return Path(f"/proc/{process}/environ").read_bytes()
+
+
+def test_a_run_of_two_that_is_interrupted_goes_on_where_it_was(store):
+    options = ["--kind", "lora", "--r", "4", "--devices", "2", "--epochs", "100", "--tokens", "300k"]
+    options += ["--checkpoint-seconds", "0.2"]
+    with subprocess.Popen(
+        command(store, "signs", *options), stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as run:
+        work = Store.open(store).work
+        wait_for(lambda: list(work.glob("signs-*/checkpoint.json")), 60)
+        os.killpg(run.pid, signal.SIGINT)
+        _, said = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert re.search(r"growlm: stopped after step \d+ of \d+; run the same command again", said.splitlines()[-1])
+    assert list(work.glob("signs-*/step-*.safetensors"))
+
+
+def test_torchrun_starts_the_ranks_as_well(store):
+    found = told(ranks([command(store, "signs", "--kind", "lora")] * 2))
+    assert [status for status, *_ in found] == [0, 0]
+    assert [out.count("learned from") for _, out, _ in found] == [1, 0]  # the first tells it
+    assert list(Store.open(store).modules) == ["letters", "signs"]
+
+
+def test_rows_that_cannot_be_shared_are_refused_with_both_numbers(store):
+    run = subprocess.run(
+        command(store, "signs", "--batch-size", "3", "--devices", "2"), capture_output=True, text=True, timeout=60
+    )
+    assert run.returncode == 1
+    lines = [line for line in run.stderr.splitlines() if line.startswith("growlm: ")]
+    assert lines == ["growlm: --batch-size is 3, for 2 devices; give a multiple of 2"]
+
+
+def test_ranks_that_do_not_agree_say_in_what(store):
+    (store.parent / "other.txt").write_text(text_of("digits"))
+    here = command(store, "signs", "--kind", "lora")
+    there = [
+        *here[: here.index("--data") + 1],
+        str(store.parent / "other.txt"),
+        *LEARN,
+        "--kind",
+        "lora",
+        "--seed",
+        "1",
+    ]
+    for status, _, said in told(ranks([here, there])):
+        assert status == 1
+        lines = [line for line in said.splitlines() if "growlm: " in line]
+        assert len(lines) == 1
+        assert "has not what rank 0" in lines[0]
+        assert re.search(r"text: \w+ there, \w+ here; settings: \w+ there, \w+ here", lines[0])
+    assert list(Store.open(store).modules) == ["letters"]
+
+
+SHARED = """
+import sys
+from pathlib import Path
+from growlm.errors import GrowlmError
+from growlm.training.parallel import joined
+with joined() as ranks:
+    try:
+        ranks.require_shared(Path(sys.argv[1 + ranks.rank]))
+    except GrowlmError as error:
+        print(error)
+"""
+
+
+def test_hosts_that_do_not_see_each_others_files_are_told_so(tmp_path):
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    for folder in (mine, other):
+        folder.mkdir()
+    for places, there in (((mine, other), True), ((mine, mine), False)):
+        found = told(ranks([[sys.executable, "-c", SHARED, *map(str, places)]] * 2))
+        for status, out, _ in found:
+            assert status == 0
+            assert ("rank 1 on" in out and "does not see the files of rank 0" in out) is there
+    assert not list(mine.iterdir())
