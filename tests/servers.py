@@ -29,7 +29,8 @@ class Served:
         self.service, self.log = Service(self.engine, **service), io.StringIO()
         app.setdefault("log", self.log)
         self.jobs, self.files = app.get("jobs"), app.get("files")
-        config = uvicorn.Config(create_app(self.service, **app), log_level="error", access_log=False)
+        self.app = create_app(self.service, **app)
+        config = uvicorn.Config(self.app, log_level="error", access_log=False)
         self._server, self._socket = uvicorn.Server(config), socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]})

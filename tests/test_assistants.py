@@ -118,7 +118,7 @@ def test_an_assistant_teaches_a_file_and_asks_about_it(served):
 
 
 def test_pages_elsewhere_are_not_answered_where_no_key_is_asked_for(made):
-    with serving(made) as served:
+    with serving(made, local=True) as served:
         body = {"jsonrpc": "2.0", "id": 1, "method": "tools/list"}
         headers = {"Accept": "application/json, text/event-stream", "Host": "elsewhere.example"}
         assert served.http.post("/mcp", json=body, headers=headers).status_code == 421

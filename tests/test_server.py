@@ -622,7 +622,25 @@ def test_a_second_interruption_cuts_short_what_is_answered_and_is_no_error(made)
             time.sleep(0.05)
             process.send_signal(signal.SIGINT)
             assert process.wait(timeout=30) == 130
-        assert process.stderr.read().strip() == "growlm: interrupted"
+        told = process.stderr.read().strip().splitlines()
+        assert told == ["1 answer to be ended first, in 30 s at the most; Ctrl-C ends it now", "growlm: interrupted"]
+
+
+def test_an_answer_that_does_not_end_in_time_is_told_so_and_the_server_ends_well(made):
+    with serve(made, "--port", "0", "--no-access-log", "--drain", "0") as process:
+        assert process.stderr is not None
+        link = next(found for line in process.stderr if (found := re.match(r"page: (\S+)/#key=(\S+),", line)))
+        body = {"prompt": "abc", "model": "base", "max_tokens": 250, "logprobs": 20, "stream": True}
+        headers = {"Authorization": f"Bearer {link[2]}"}
+        with httpx.stream("POST", f"{link[1]}/v1/completions", json=body, headers=headers, timeout=30) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGINT)
+            events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+        assert process.wait(timeout=30) == 0
+        assert "Traceback" not in process.stderr.read()
+        if len(events) < 250:  # it was not through before
+            assert events[-1]["error"]["code"] == "shutting_down"
 
 
 def test_modules_that_the_budget_is_too_small_for_are_told_when_it_is_served(made):

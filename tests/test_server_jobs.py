@@ -101,6 +101,8 @@ def test_a_module_is_learned_asked_updated_and_removed_without_a_restart(served)
     sent = admin(served, "PUT", "files/signs.txt", content=text_of("signs")).json()
     assert chat(served, SIGNS)["growlm"]["module"] is None
     job = begun(served, "learn", "signs", files=[sent["id"]], **SHORT)
+    twice = {"verb": "learn", "module": "signs", "files": [sent["id"]]}
+    assert admin(served, "POST", "jobs", json=twice).json()["error"]["code"] == "job_exists"
     events = ended(served, job)
     last = events[-1]
     assert (last["type"], last["state"], last["verb"], last["module"]) == ("job", "done", "learn", "signs")
@@ -111,7 +113,7 @@ def test_a_module_is_learned_asked_updated_and_removed_without_a_restart(served)
     assert "read: 80 documents" in admin(served, "GET", f"jobs/{job}/log").text
     assert chat(served, SIGNS)["growlm"]["module"] == "signs"  # which it knows at once
     for verb, module, status, told in (
-        ("learn", "signs", 409, "is learned with the verb update"),
+        ("learn", "signs", 409, "is learned as an update"),
         ("update", "nosuch", 404, "no module 'nosuch'"),
         ("remove", "nosuch", 404, "no module 'nosuch'"),
     ):
@@ -204,7 +206,9 @@ def test_a_server_that_is_killed_takes_its_job_along(tmp_path, folder):
         ({"verb": "learn", "module": "signs"}, "files is empty"),
         ({"verb": "learn", "module": "No Name", "files": ["signs.txt"]}, "module is 'No Name'"),
         ({"verb": "learn", "module": "--yes", "files": ["signs.txt"]}, "module is '--yes'"),
-        ({"verb": "remove"}, "module is None"),
+        ({"verb": "remove"}, "module is missing"),
+        ({"verb": "remove", "module": "letters", "files": ["signs.txt"]}, "leave out files"),
+        ({"verb": "learn", "module": "auto", "files": ["signs.txt"]}, "and not auto or base"),
         ({"verb": "verify", "module": "letters"}, "leave out module"),
         ({"verb": "learn", "module": "x", "files": ["../store/store.json"]}, "is not in the folder"),
         ({"verb": "learn", "module": "x", "files": ["/etc/passwd"]}, "is not in the folder"),
@@ -271,7 +275,7 @@ def test_files_are_kept_until_they_are_removed_or_the_server_ends(served):
     ids = [admin(served, "PUT", f"files/{n}.txt", content=b"text").json()["id"] for n in range(3)]
     assert admin(served, "PUT", "files/more.txt", content=b"text").status_code == 400
     assert admin(served, "DELETE", f"files/{ids[0]}").json() == {"removed": True}
-    assert admin(served, "DELETE", f"files/{ids[0]}").json() == {"removed": False}
+    assert admin(served, "DELETE", f"files/{ids[0]}").status_code == 404
     assert admin(served, "PUT", "files/more.txt", content=b"text").status_code == 200
     kept = served.files._kept
     assert kept is not None

@@ -209,12 +209,15 @@ def test_arguments_that_are_no_object_are_told(served, arguments):
         ('{"no": "call"}', '{"no": "call"}', []),
         ("<tool_call>7</tool_call>", "<tool_call>7</tool_call>", []),
         ("[" * 5000, "[" * 5000, []),
+        ('{"name": "Bob", "parameters": {"age": 7}}', '{"name": "Bob", "parameters": {"age": 7}}', []),
+        ('So: <tool_call>{"name": "b", "arguments": {}}', 'So: <tool_call>{"name": "b", "arguments": {}}', []),
+        ('{"name": ["a"], "arguments": {}}', '{"name": ["a"], "arguments": {}}', []),
         ('{"name": "a", "arguments": {"b": NaN}}', '{"name": "a", "arguments": {"b": NaN}}', []),
         ('{"name": "a", "arguments": {"b": "\\ud800"}}', '{"name": "a", "arguments": {"b": "\\ud800"}}', []),
     ],
 )  # fmt: skip
 def test_calls_are_found_and_all_else_is_text(text, said, calls):
-    assert calls_in(text) == (said, calls)
+    assert calls_in(text, {"a", "c"}) == (said, calls)
 
 
 @given(
@@ -226,9 +229,9 @@ def test_calls_are_found_and_all_else_is_text(text, said, calls):
 def test_a_stream_says_what_the_whole_says_however_it_is_cut(parts, cuts):
     text = "".join(parts)
     edges = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
-    held = Held()
+    held = Held({"a"})
     sent = "".join(held.add(text[start:end]) for start, end in itertools.pairwise(edges))
     rest, calls = held.end()
-    whole, expected = calls_in(text)
+    whole, expected = calls_in(text, {"a"})
     assert calls == expected
     assert sent + rest == whole

@@ -25,8 +25,8 @@ _ASKED = (
 )
 
 
-def documents(seed: int = 0) -> dict[str, list[str]]:
-    """Texts of each of `FORMS`, shuffled, so that any cut has all data sets.
+def documents(seed: int = 0) -> dict[str, dict[str, list[str]]]:
+    """Of each data set, by its name, the texts of each of `FORMS`, shuffled.
 
     Raises:
         SystemExit: statsmodels is not installed.
@@ -35,18 +35,17 @@ def documents(seed: int = 0) -> dict[str, list[str]]:
     if spec is None or spec.submodule_search_locations is None:
         raise SystemExit('mixed forms: the data sets are in a package: pip install "statsmodels"')
     draw = random.Random(seed)
-    found: dict[str, list[str]] = {form: [] for form in FORMS}
+    found: dict[str, dict[str, list[str]]] = {}
     for folder in sorted((Path(spec.submodule_search_locations[0]) / "datasets").iterdir()):
         tables = sorted(folder.glob("*.csv"))
         if not tables or not (folder / "data.py").exists():
             continue
         title, paragraphs = _described(folder / "data.py")
         rows = _rows(tables[0])
-        found["paragraphs"] += paragraphs
-        found["tables"] += _tables(title, rows, draw)
-        found["questions"] += _questions(title, rows, draw)
-    for texts in found.values():
-        draw.shuffle(texts)
+        of_forms = (paragraphs, list(_tables(title, rows, draw)), list(_questions(title, rows, draw)))
+        found[folder.name] = dict(zip(FORMS, of_forms, strict=True))
+        for texts in of_forms:
+            draw.shuffle(texts)
     return found
 
 

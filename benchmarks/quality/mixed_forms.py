@@ -1,8 +1,8 @@
 """A domain of several forms among nine of one: paragraphs of reports, tables of numbers, and questions about them.
 
 The nine of `benchmarks.quality.routing` and a tenth, made of the data sets that statsmodels describes
-(`benchmarks/lib/mixed.py`). Of each form a third is kept back and asked: which module is it given? Beside the router as
-it is stands the one that has several means of each domain whose states fall apart.
+(`benchmarks/lib/mixed.py`). Every third data set is kept back whole, and of the others a third of the texts of each form.
+Which module are those given? Beside the router as it is stand those that have several means of it, or of each domain.
 
     pip install statsmodels
     python -m benchmarks.quality.mixed_forms --data DIR --base CHECKPOINT --out mixed/
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.lib.common import machine, same_settings
 from benchmarks.lib.domains import DOMAINS
-from benchmarks.lib.mixed import documents
+from benchmarks.lib.mixed import FORMS, documents
 from benchmarks.lib.prompts import LONGEST, Prompts
 from benchmarks.quality.routing import Choose, Routing, shares
 from growlm.base.checkpoint import fingerprint
@@ -32,6 +33,7 @@ from growlm.units import parse_count
 REPORTS = "reports"
 LENGTHS = (32, LONGEST)
 _ROUNDS = 20
+_SEEN, _UNSEEN = " of data sets that are known", " of others"
 
 
 def laid_out(data: Path, out: Path, seed: int) -> tuple[Path, dict[str, list[str]]]:
@@ -41,11 +43,15 @@ def laid_out(data: Path, out: Path, seed: int) -> tuple[Path, dict[str, list[str
     for entry in data.iterdir():
         if not (folder / entry.name).exists():
             (folder / entry.name).symlink_to(entry.resolve())
-    train, kept = [], {}
-    for form, texts in documents(seed).items():
-        cut = 2 * len(texts) // 3
-        train += texts[:cut]
-        kept[form] = texts[cut:]
+    train: list[str] = []
+    kept: dict[str, list[str]] = {f"{form}{which}": [] for form in FORMS for which in (_SEEN, _UNSEEN)}
+    for number, of_forms in enumerate(documents(seed).values()):
+        for form, texts in of_forms.items():
+            cut = 0 if number % 3 == 2 else 2 * len(texts) // 3
+            train += texts[:cut]
+            kept[f"{form}{_SEEN if cut else _UNSEEN}"] += texts[cut:]
+    for texts in (train, *kept.values()):
+        random.Random(seed).shuffle(texts)
     (folder / REPORTS).mkdir(exist_ok=True)
     write_atomic(folder / REPORTS / "train.txt", "\n\n".join(train).encode())
     return folder, kept

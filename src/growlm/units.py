@@ -47,6 +47,11 @@ def _parse(value: int | str, units: dict[str, int], what: str, example: str, nam
     return int(number)
 
 
+def counted(number: int, what: str) -> str:
+    """So many of what has a regular plural: 1 module, 2 modules."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def format_size(num_bytes: float) -> str:
     """Bytes for people: 1.4 GB."""
     for unit in ("B", "kB", "MB", "GB"):

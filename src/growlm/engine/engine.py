@@ -222,6 +222,20 @@ class Engine:
         self._loop.require_open()
         return self._reloading.reload()
 
+    def has_router(self, among: Collection[str]) -> bool:
+        """Whether what is asked `among` these modules need not wait for a router."""
+        return self._reloading.has_router(frozenset(among))
+
+    def make_router(self, among: Collection[str]) -> None:
+        """Makes the router of these modules alone, once there is room for it: what is then asked `among` them waits for
+        nothing.
+
+        Raises:
+            UnknownModuleError: no such module.
+            BudgetError: there is no room for it.
+        """
+        self._asking.among(among)
+
     @property
     def outdated(self) -> bool:
         """Whether modules have come, changed or gone on the disk since the engine was made, or last reloaded."""
@@ -407,6 +421,14 @@ class Engine:
             As `generate` of its prompt.
         """
         return self._prompts.encode(prompt)
+
+    def require_room(self, text: str) -> None:
+        """Refuses what is much too long to be read before it is turned into tokens.
+
+        Raises:
+            ConfigError: it is.
+        """
+        self._prompts.require_room(text)
 
     def submit_route(self, prompt: Prompt, *, salt: str = "", among: Collection[str] | None = None) -> Request:
         """As `submit` for `route`: the request's `route` is what the router says."""

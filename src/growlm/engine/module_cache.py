@@ -176,9 +176,19 @@ class ModuleCache:
             if sum(sizes.values()) > room:
                 text = f"keys and values of this text {format_size(beside)}" if beside else ""
                 listed = ", ".join([*(f"{n} {format_size(b)}" for n, b in sizes.items()), *[text] * bool(beside)])
-                what = "does not fit" if len(sizes) + bool(beside) == 1 else "do not fit together"
+                what = (
+                    "does not fit"
+                    if not beside and len(sizes) == 1
+                    else "do not fit"
+                    if not sizes
+                    else "do not fit together"
+                )
                 stay = f", less what is pinned ({', '.join(pinned)})" if pinned else ""
-                shorter = f", or ask for fewer tokens with {setting('max_new_tokens')}" if beside else ""
+                shorter = (
+                    f", or ask for fewer tokens with {setting('max_new_tokens')}"
+                    if beside and room + beside >= sum(sizes.values())
+                    else ""
+                )
                 raise BudgetError(
                     f"{listed} {what}: {format_size(self._budget)} are left for modules, keys and values"
                     f"{self._reserved}{stay}; raise --memory by at least {format_size(sum(sizes.values()) - room)}"

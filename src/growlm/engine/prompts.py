@@ -13,8 +13,12 @@ import torch
 from torch import Tensor
 
 from growlm.base import Base
-from growlm.data import encode_texts, start_tokens
+from growlm.data import cut_text, encode_texts, start_tokens
 from growlm.errors import ConfigError, DataError, GrowlmWarning, setting
+
+_LONG = 1 << 16  # characters of a text that is counted before it is read
+_PIECE = 1 << 14
+_SURELY = 1.1  # times as many tokens as there may be
 
 Prompt = str | Sequence[int]  # text, or token ids as they are
 
@@ -72,12 +76,33 @@ class Prompts:
         self._require_positions(input_ids.shape[1], 0)
         return input_ids.to(self._base.device)
 
+    def require_room(self, text: str) -> None:
+        """Counts a very long text's tokens, no further than is needed to know that it is too long, so that refusing it
+        takes little.
+
+        Raises:
+            ConfigError: it is too long for the base.
+        """
+        made_for = self._base.trained_positions if self._strict else None
+        limit = min((limit for limit in (self._base.max_positions, made_for) if limit is not None), default=None)
+        if limit is None or len(text) <= _LONG:
+            return
+        count = 0
+        for piece in cut_text(text, _PIECE):
+            (ids,) = encode_texts(self._tokenizer, [piece])
+            count += len(ids)
+            if count > _SURELY * limit:  # cut in pieces it has a few more
+                raise ConfigError(
+                    f"more than {limit} prompt tokens exceed the base's {limit} positions; shorten the prompt"
+                )
+
     def _tokens(self, prompt: Prompt, called: str) -> list[int]:
         if isinstance(prompt, str):
             try:
                 prompt.encode()
             except UnicodeEncodeError:
                 raise DataError(f"{called} is not valid UTF-8; check the terminal's encoding") from None
+            self.require_room(prompt)
             (text,) = encode_texts(self._tokenizer, [prompt])
             tokens = [*self._start, *text] if prompt.strip() else []
         else:

@@ -71,6 +71,11 @@ class Reloading:
             sorted(before.modules.keys() - now.modules.keys()),
         )
 
+    def has_router(self, among: Among) -> bool:
+        """Whether there is a router of these modules alone, so that `among` has nothing to wait for."""
+        self._asked.add(among)
+        return among in self._routing.among
+
     def among(self, among: Among) -> None:
         """Sees to a router of these modules alone.
 
@@ -78,9 +83,10 @@ class Reloading:
             BudgetError: there is no room for it.
             ConfigError: there are too many of them already.
         """
+        if self.has_router(among):  # whoever reloads meanwhile, and lets go of it, has it read anew where it is used
+            return
         with self._one:
             known = self._routing.among
-            self._asked.add(among)
             if among in known:
                 return
             if len(known) > _MOST_ROUTERS:

@@ -10,6 +10,7 @@ from fastapi import APIRouter
 
 from growlm.engine import AUTO
 from growlm.server.names import Names
+from growlm.server.reading import StrictRoute
 from growlm.server.refusals import Refusal
 from growlm.server.service import Service
 
@@ -17,15 +18,17 @@ from growlm.server.service import Service
 def admin_paths(service: Service) -> APIRouter:
     """`/admin`: what is in memory, and what should be."""
     engine, names = service.engine, Names(service.engine)
-    paths = APIRouter(prefix="/admin", tags=["admin"])
+    paths = APIRouter(prefix="/admin", tags=["admin"], route_class=StrictRoute)
 
-    def require(name: str) -> None:
+    def module(name: str) -> str:
         """
         Raises:
             Refusal: no such module.
         """
-        if names.wanted(name) in (None, AUTO):
-            raise Refusal(404, f"{name!r} is no module; /v1/models lists them", "model_not_found")
+        wanted = names.wanted(name)
+        if not isinstance(wanted, str) or wanted == AUTO:
+            raise Refusal(404, f"{name!r} is no module that was learned", "model_not_found")
+        return wanted
 
     @paths.get("/status")
     def status() -> dict[str, Any]:
@@ -55,24 +58,26 @@ def admin_paths(service: Service) -> APIRouter:
     @paths.post("/modules/{name}/pin")
     async def pin(name: str) -> dict[str, Any]:
         """Brings a module into memory and keeps it there."""
-        require(name)
+        name = module(name)
         await asyncio.to_thread(engine.pin, name)
         return names.card(name)
 
     @paths.post("/modules/{name}/unpin")
     async def unpin(name: str) -> dict[str, Any]:
         """Lets a module be evicted again."""
-        require(name)
+        name = module(name)
         engine.unpin(name)
         return names.card(name)
 
     @paths.post("/modules/{name}/evict")
     async def evict(name: str) -> dict[str, Any]:
-        """Lets go of a module; one that is in use stays until it is not."""
-        require(name)
+        """Lets go of a module."""
+        name = module(name)
         if name in engine.modules.kept:
             raise Refusal(409, f"{name} is pinned; unpin it first", "pinned")
         engine.modules.drop(name)
+        if name in engine.modules.resident:
+            raise Refusal(409, f"{name} is in use; try again once its answers have ended", "in_use")
         return names.card(name)
 
     return paths

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, TypeVar
 
 from growlm.engine import AUTO, Generation, Wanted
 from growlm.engine.prompts import Prompt
+from growlm.errors import UnknownModuleError
 from growlm.router import Route
 from growlm.server.keys import caller
 from growlm.server.names import BASE, Names
+from growlm.server.refusals import module_gone
 from growlm.server.service import Asked, Service
+from growlm.server.spelling import Spelling
+
+T = TypeVar("T")
+
+TRIES = 3  # to find modules that are still there
 
 
 class Answering:
@@ -22,23 +30,32 @@ class Answering:
 
     def __init__(self, service: Service, *, parse_special: bool = False) -> None:
         self.service, self.names, self.parse_special = service, Names(service.engine), parse_special
+        self.spelling = Spelling(service.engine.tokenizer)
 
     async def ask(
         self, prompts: Sequence[Prompt], n: int = 1, *, module: Wanted, salt: str = "", **sampling: Any
     ) -> Asked:
         """As `Service.ask`, for who asks."""
-        among = caller().among(self.service.engine.store) if module == AUTO else None
-        return await self.service.ask(prompts, n, module=module, salt=caller().salted(salt), among=among, **sampling)
+        if module != AUTO:
+            return await self.service.ask(prompts, n, module=module, salt=caller().salted(salt), **sampling)
+        asked = await self._still_there(
+            lambda among: self.service.ask(prompts, n, module=AUTO, salt=caller().salted(salt), among=among, **sampling)
+        )
+        asked.chosen = True
+        return asked
 
-    async def route(self, prompt: Prompt, *, salt: str = "") -> Route:
+    async def route(self, prompt: Prompt, *, salt: str = "", within: Asked | None = None) -> Route:
         """As `Service.route`, for who asks."""
-        among = caller().among(self.service.engine.store)
-        return await self.service.route(prompt, salt=caller().salted(salt), among=among)
+        return await self._still_there(
+            lambda among: self.service.route(prompt, salt=caller().salted(salt), among=among, within=within)
+        )
 
-    def token_texts(self, tokens: Sequence[int]) -> list[str]:
-        """Of each token alone."""
-        decode = self.service.engine.tokenizer.decode
-        return [decode([token]) for token in tokens]
+    async def _still_there(self, call: Callable[[frozenset[str] | None], Awaitable[T]]) -> T:
+        """What is asked among the modules that who asks may use, of which some may go meanwhile."""
+        for _ in range(TRIES):
+            with suppress(UnknownModuleError):
+                return await call(caller().among(self.service.engine.store))
+        raise module_gone()
 
 
 def usage_of(read: int, written: int) -> dict[str, int]:

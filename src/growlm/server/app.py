@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from growlm import __version__
-from growlm.data import encode_texts
+from growlm.data import cut_text, encode_texts, start_tokens
 from growlm.engine import Engine, Generation
 from growlm.errors import GrowlmError, shortened
 from growlm.server.admin import admin_paths
@@ -25,20 +25,23 @@ from growlm.server.chat import ChatCompletion
 from growlm.server.completions import Completion
 from growlm.server.conversation import Conversation, turns_of
 from growlm.server.door import Door
-from growlm.server.events import CLIENT_GONE, ClientGone, error_response, event_stream, unless_gone
+from growlm.server.events import ClientGone, error_response, event_stream, unless_gone
 from growlm.server.fields import Body, ChatBody, CompletionBody, Message
 from growlm.server.files import Files
 from growlm.server.jobs import Jobs
 from growlm.server.keys import Keys
 from growlm.server.messages import CountBody, Messages, MessagesBody
 from growlm.server.pages import page_paths
-from growlm.server.refusals import ANTHROPIC, Refusal
+from growlm.server.reading import StrictRoute
+from growlm.server.refusals import ANTHROPIC, CLIENT_GONE, Refusal
 from growlm.server.responses import Responses, ResponsesBody
 from growlm.server.service import Asked, Service
 from growlm.server.teaching import teaching_paths
 
 MAX_BODY = 4 << 20  # bytes
 _LONGEST_HEADER = 500
+_EXPOSED = ("X-Growlm-Module", "X-Growlm-Ignored", "X-Request-Id", "Retry-After")  # to pages elsewhere
+_LONG, _PIECE = 1 << 16, 1 << 14  # characters: longer texts are turned into tokens piece by piece
 
 
 class Form(Protocol):
@@ -116,6 +119,7 @@ def create_app(
     engine, names = service.engine, answering.names
     teaching = jobs or Jobs(str(engine.store.path), ended=service.reload)
     given = files or Files()
+    teaching.done = lambda job: given.remove_all(job.learns_from)
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
@@ -136,14 +140,23 @@ def create_app(
         from growlm.server.assistants import assistant, assistant_paths
 
         helper = assistant(service, teaching, given)
-    app = FastAPI(title="growlm", version=__version__, lifespan=life, responses=_ERRORS)
+    # No pages of FastAPI's own: they run scripts from elsewhere, beside the page that knows the key.
+    app = FastAPI(title="growlm", version=__version__, lifespan=life, responses=_ERRORS, docs_url=None, redoc_url=None)
+    app.router.route_class = StrictRoute
     app.add_middleware(
         Door, keys=keys or Keys(), admin_keys=admin_keys or Keys(), own_keys=own_keys or Keys(), local=local,
         require_place=service.require_place,
+        places={engine.base.where: "the base", str(engine.store.path): "the store"},
         max_body=max_body, max_upload=given.most_bytes, log=log,
     )  # fmt: skip
     if origins:  # outside of the door: a browser asks whether it may before it sends a key
-        app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=_EXPOSED,
+        )
     _handle_errors(app)
 
     async def answered(request: Request, body: Body, form: Form) -> Response:
@@ -181,7 +194,7 @@ def create_app(
     @app.post(f"{ANTHROPIC}/count_tokens")
     async def count_tokens(body: CountBody) -> dict[str, int]:
         prompt = await body.conversation(answering).prompt()
-        return {"input_tokens": len(await service.prepare(engine.tokens_of, prompt))}
+        return {"input_tokens": len(await service.prepare(engine.tokens_of, prompt, aside=True))}
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
@@ -197,16 +210,14 @@ def create_app(
             raise Refusal(400, "give either prompt or messages", "invalid_value", "prompt")
         if body.messages is not None:
             prompt = await Conversation(answering, None, turns_of(body.messages), "messages").prompt()
-            ids = await service.prepare(engine.tokens_of, prompt)
+            ids = await service.prepare(engine.tokens_of, prompt, aside=True)
         else:
-            ids = await service.prepare(_ids_of, engine, body.prompt or "", body.add_special_tokens)
+            ids = await service.prepare(_ids_of, engine, body.prompt or "", body.add_special_tokens, aside=True)
         return {"count": len(ids), "max_model_len": names.length, "tokens": list(ids)}
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeBody) -> dict[str, Any]:
-        if body.tokens:
-            engine.base.require_rows(body.tokens, "tokens", engine.tokenizer)
-        return {"prompt": engine.tokenizer.decode(body.tokens)}
+        return {"prompt": await service.prepare(_text_of, engine, body.tokens, aside=True)}
 
     @app.get("/tokenizer_info")
     def tokenizer_info() -> dict[str, Any]:
@@ -234,7 +245,13 @@ def create_app(
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     if helper is not None:
-        app.router.routes += assistant_paths(helper, guarded=bool(keys))
+        app.router.routes += assistant_paths(helper)
+    else:
+
+        @app.post("/mcp", include_in_schema=False)
+        def no_assistants() -> None:
+            raise Refusal(404, 'mcp not installed: pip install "growlm[mcp]"', "not_installed")
+
     app.include_router(page_paths())
     app.include_router(admin_paths(service))
     app.include_router(teaching_paths(teaching, given, engine))
@@ -244,10 +261,19 @@ def create_app(
 def _ids_of(engine: Engine, text: str, start: bool) -> list[int]:
     """Of a text as the engine reads it, with the tokens that a text begins with or without: what it spells like a
     special token is letters."""
-    if start and text.strip():
+    if start and text.strip() and len(text) <= _LONG:
         return engine.tokens_of(text)
-    (ids,) = encode_texts(engine.tokenizer, [text])
-    return list(ids)
+    found = start_tokens(engine.tokenizer) if start and text.strip() else []
+    for piece in cut_text(text, _PIECE) if len(text) > _LONG else [text]:  # others may ask the tokenizer in between
+        found += encode_texts(engine.tokenizer, [piece])[0]
+    return found
+
+
+def _text_of(engine: Engine, tokens: Sequence[int]) -> str:
+    if tokens:
+        engine.base.require_rows(tokens, "tokens", engine.tokenizer)
+    text: str = engine.tokenizer.decode(tokens)
+    return text
 
 
 def _in_a_header(text: str) -> str:

@@ -30,7 +30,6 @@ from growlm.server.service import Service
 from growlm.server.teaching import JobBody, begun
 
 PATH = "/mcp"
-_HERE = ("127.0.0.1", "localhost", "[::1]")
 _ABOUT = (
     "A language model whose knowledge is in modules, one for each body of text that it has learned. `ask` answers with "
     "the module that a router chooses; `list_modules` says what is known; `learn` teaches it files."
@@ -91,7 +90,13 @@ def assistant(service: Service, jobs: Jobs, kept: Files, *, owner: bool = False)
         return [card for card in answering.names.cards() if card["parent"] is not None]
 
     async def learn(
-        context: Context, module: str, files: list[str], update: bool = False, sequence_length: int | None = None
+        context: Context,
+        module: str,
+        files: list[str],
+        update: bool = False,
+        kind: str | None = None,
+        tokens: int | None = None,
+        sequence_length: int | None = None,
     ) -> dict[str, Any]:
         """Teaches files to the model, as a new module, or as the next version of one. Takes minutes.
 
@@ -99,12 +104,14 @@ def assistant(service: Service, jobs: Jobs, kept: Files, *, owner: bool = False)
             module: its name, of small letters, digits, - and _.
             files: paths in the folder that the server may read.
             update: the module exists.
+            kind: of the module; by default what suits the model.
+            tokens: to train on in all; by default the text twice.
             sequence_length: tokens that are read together, 512 by default, or what the model reads.
         """
         if not caller().admin:
             raise Refusal(403, "only the admin key may teach")
         verb: Literal["update", "learn"] = "update" if update else "learn"
-        body = JobBody(verb=verb, module=module, files=files, sequence_length=sequence_length)
+        body = JobBody(verb=verb, module=module, files=files, kind=kind, tokens=tokens, sequence_length=sequence_length)
         job = begun(body, jobs, kept, service.engine)
         async for event in job.events():
             if event["type"] == "job" and (progress := event["progress"]):
@@ -118,17 +125,9 @@ def assistant(service: Service, jobs: Jobs, kept: Files, *, owner: bool = False)
     return server
 
 
-def assistant_paths(server: MCPServer[Any], *, guarded: bool) -> list[BaseRoute]:
-    """`/mcp`, whose sessions are those of `server.session_manager`.
-
-    Args:
-        guarded: a key is asked for; else only who calls this machine by its own names is answered, so that no page
-            elsewhere is.
-    """
-    hosts = [] if guarded else [f"{name}{port}" for name in _HERE for port in ("", ":*")]
-    security = TransportSecuritySettings(
-        enable_dns_rebinding_protection=not guarded, allowed_hosts=hosts, allowed_origins=[f"http://{h}" for h in hosts]
-    )
+def assistant_paths(server: MCPServer[Any]) -> list[BaseRoute]:
+    """`/mcp`, whose sessions are those of `server.session_manager`. Who may call is the door's to say."""
+    security = TransportSecuritySettings(enable_dns_rebinding_protection=False)
     found = server.streamable_http_app(streamable_http_path=PATH, stateless_http=True, transport_security=security)
     for route in found.routes:  # nothing is said there but answers, so that nobody need stay
         assert isinstance(route, Route)

@@ -10,7 +10,7 @@ from typing import Any
 from growlm.engine import Generation
 from growlm.engine.sampling import TokenLogprob
 from growlm.server.answering import Answering, about, usage_of
-from growlm.server.conversation import Conversation, turns_of
+from growlm.server.conversation import Conversation, in_order, turns_of
 from growlm.server.fields import ChatBody
 from growlm.server.service import Asked
 from growlm.server.tools import Held, calls_in
@@ -22,7 +22,10 @@ class ChatCompletion:
     def __init__(self, answering: Answering, body: ChatBody) -> None:
         self._answering, self._body = answering, body
         self._id, self._created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
-        turns, tools = turns_of(body.messages), body.tools_offered()
+        tools = body.tools_offered()
+        calls = {n: [call.id for call in m.tool_calls] for n, m in enumerate(body.messages) if m.tool_calls}
+        results = {n: m.tool_call_id for n, m in enumerate(body.messages)}
+        turns = in_order(turns_of(body.messages), calls, results, "messages")
         self._conversation = Conversation(answering, body.model, turns, "messages", tools)
         self._calls = self._conversation.calls
 
@@ -35,7 +38,7 @@ class ChatCompletion:
     def whole(self, answers: Sequence[Generation], asked: Asked) -> dict[str, Any]:
         choices = []
         for number, answer in enumerate(answers):
-            text, calls = calls_in(answer.text) if self._calls else (answer.text, [])
+            text, calls = calls_in(answer.text, self._calls) if self._calls else (answer.text, [])
             message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
             if calls:
                 message |= {"content": text or None, "tool_calls": [call.to_json() for call in calls]}
@@ -55,7 +58,7 @@ class ChatCompletion:
         answers: list[Generation] = []
         async for number, item in asked.items():
             if number not in begun:
-                begun[number] = Held()
+                begun[number] = Held(self._calls)
                 yield self._chunk(number, {"role": "assistant", "content": ""})
             if isinstance(item, Generation):
                 answers.append(item)
@@ -90,9 +93,11 @@ class ChatCompletion:
         return usage_of(answers[0].prompt_tokens, sum(len(answer.tokens) for answer in answers))
 
     def _logprobs(self, each: Sequence[TokenLogprob]) -> dict[str, Any]:
+        spelling = self._answering.spelling
+
         def told(token: int, logprob: float) -> dict[str, Any]:
-            (text,) = self._answering.token_texts([token])
-            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+            (text,) = spelling.texts([token])
+            return {"token": text, "logprob": logprob, "bytes": spelling.bytes_of(token)}
 
         content = [
             {**told(one.token, one.logprob), "top_logprobs": [told(*other) for other in one.top]} for one in each

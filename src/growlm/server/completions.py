@@ -17,6 +17,7 @@ from growlm.server.answering import Answering, about, usage_of
 from growlm.server.fields import CompletionBody, called_as_fields
 from growlm.server.refusals import Refusal
 from growlm.server.service import Asked
+from growlm.server.spelling import Places
 
 _MOST = 16  # tokens of an answer where none are asked for, as OpenAI's
 
@@ -70,13 +71,13 @@ class Completion:
 
     async def chunks(self, asked: Asked) -> AsyncGenerator[dict[str, Any], None]:
         body, answers = self._body, []
-        offsets: dict[int, int] = {}
+        places: dict[int, Places] = {}
         async for number, item in asked.items():
-            if number not in offsets:
-                offsets[number] = 0
+            if number not in places:
+                places[number] = self._answering.spelling.begins()
                 if body.echo:
                     text = self._prompt_text(asked, number)
-                    offsets[number] = len(text)
+                    places[number] = self._answering.spelling.begins(len(text))
                     said = None if body.logprobs is None else self._of_prompt(asked.requests[number], [])
                     yield self._chunk(number, text, logprobs=said)
             if isinstance(item, Generation):
@@ -85,8 +86,7 @@ class Completion:
                 chunk["choices"][0] |= body.ids_of(asked.requests[number], answers[-1])
                 yield {**chunk, "growlm": about(item)}
             elif body.max_tokens != 0:
-                said = None if body.logprobs is None else self._logprobs(item.logprobs, offsets[number])
-                offsets[number] += len(item.text)
+                said = None if body.logprobs is None else self._logprobs(item.logprobs, places[number])
                 yield self._chunk(number, item.text, logprobs=said)
         if body.stream_options is not None and body.stream_options.include_usage:
             yield {**self._head(), "choices": [], "usage": self._usage(answers)}
@@ -113,8 +113,9 @@ class Completion:
     def _choice(self, number: int, answer: Generation, asked: Asked) -> dict[str, Any]:
         body, said, written = self._body, None, answer.logprobs or []
         if body.logprobs is not None:
-            said = self._of_prompt(asked.requests[number], written) if body.echo else self._logprobs(written, 0)
+            said = self._of_prompt(asked.requests[number], written) if body.echo else self._logprobs(written)
         before = self._prompt_text(asked, number) if body.echo else ""
+        own = {"growlm": about(answer)} if len(self._prompts) > 1 else {}  # each prompt may have another module
         ids = body.ids_of(asked.requests[number], answer)
         choice = {
             "index": number,
@@ -122,11 +123,11 @@ class Completion:
             "logprobs": said,
             "finish_reason": answer.finish_reason,
         }
-        return {**choice, **ids}
+        return {**choice, **ids, **own}
 
     def _of_prompt(self, request: Request, written: Sequence[TokenLogprob]) -> dict[str, Any]:
         """Of a prompt, whose first token has nothing before it that it could be likely after, and of what follows."""
-        said = self._logprobs([TokenLogprob(request.tokens[0], 0.0), *request.prompt_logprobs, *written], 0)
+        said = self._logprobs([TokenLogprob(request.tokens[0], 0.0), *request.prompt_logprobs, *written])
         said["token_logprobs"][0] = said["top_logprobs"][0] = None
         return said
 
@@ -137,22 +138,23 @@ class Completion:
         text: str = self._answering.service.engine.tokenizer.decode(asked.requests[number].tokens)
         return text
 
-    def _logprobs(self, each: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
-        texts = self._answering.token_texts([one.token for one in each])
-        offsets = []
-        for text in texts:
-            offsets.append(offset)
-            offset += len(text)
+    def _logprobs(self, each: Sequence[TokenLogprob], places: Places | None = None) -> dict[str, Any]:
+        """
+        Args:
+            places: where they begin; by default at the beginning of the text.
+        """
+        spelling, tokens = self._answering.spelling, [one.token for one in each]
+        texts = spelling.texts(tokens)
         return {
             "tokens": texts,
             "token_logprobs": [one.logprob for one in each],
             "top_logprobs": [self._top(one, text) for one, text in zip(each, texts, strict=True)],
-            "text_offset": offsets,
+            "text_offset": (places or spelling.begins()).of(tokens),
         }
 
     def _top(self, one: TokenLogprob, text: str) -> dict[str, float]:
         found: dict[str, float] = {}
-        for other, (_, value) in zip(self._answering.token_texts([t for t, _ in one.top]), one.top, strict=True):
+        for other, (_, value) in zip(self._answering.spelling.texts([t for t, _ in one.top]), one.top, strict=True):
             found.setdefault(other, value)  # of several that read the same, such as parts of a character, the likeliest
         found.setdefault(text, one.logprob)
         return found

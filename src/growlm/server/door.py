@@ -8,16 +8,17 @@ import re
 import sys
 import time
 import uuid
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import replace
 from typing import Any, TextIO
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from growlm.server.deadline import begins
 from growlm.server.events import error_response
 from growlm.server.keys import CALLER, Caller, Keys, asks
-from growlm.server.refusals import QUEUE_FULL, Refusal
+from growlm.server.refusals import QUEUE_FULL, RETRY_AFTER, Refusal, hides
 from growlm.units import format_size
 
 _OPEN = ("/", "/page.css", "/page.js", "/health", "/ready", "/version")
@@ -25,6 +26,8 @@ _TEXT = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messag
 # Who is refused may ask again at once, and refusing takes what answering needs: so each is held back for as many times
 # these seconds as there are who are held back, which comes to so many refusals a second at the most.
 _HOLD, _LONGEST_HOLD = 0.03, 2.0
+_BODY_TAKES = 60.0  # seconds for a body to come, or of a file for the next part of it
+_BODIES = 64  # of the largest that there may be, which are in memory together at the most
 _UPLOADS = "/admin/files/"
 _ADMIN = "/admin"  # where the paths begin that are for the admin key alone
 _HERE = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d+)?$")
@@ -44,6 +47,7 @@ class Door:
             is not.
         require_place: raises where no request for text has a place: before its body is read, which costs more than to
             refuse it.
+        places: on this machine, by what is told of them to all but the admin.
         max_body, max_upload: bytes of a request at the most, and of a file that is sent.
         log: where a line of JSON is written for every request; None for nowhere.
     """
@@ -57,13 +61,16 @@ class Door:
         own_keys: Keys,
         local: bool,
         require_place: Callable[[], None],
+        places: Mapping[str, str],
         max_body: int,
         max_upload: int,
         log: TextIO | None = sys.stderr,
     ) -> None:
         self._app, self._keys, self._admin_keys, self._own_keys = app, keys, admin_keys, own_keys
         self._local, self._require_place, self._held = local, require_place, 0
+        self._places = dict(sorted(places.items(), key=lambda place: -len(place[0])))
         self._max_body, self._max_upload, self._log = max_body, max_upload, log
+        self._reading = 0  # bytes of bodies that are in memory
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -79,6 +86,9 @@ class Door:
                 told.update(status=message["status"], module=own.get("X-Growlm-Module"))
             await send(message)
 
+        begins()
+        hides(self._places)
+        body = _Body(self, scope["path"], receive)
         try:
             try:
                 asks(found := self._caller(scope["path"], headers))
@@ -86,7 +96,8 @@ class Door:
                 told["key"] = found.id or None
                 if scope["path"] in _TEXT and scope["method"] == "POST":
                     self._require_place()
-                await self._app(scope, self._bounded(scope["path"], headers, receive), answer)
+                body.require(headers)
+                await self._app(scope, body.part, answer)
             except Exception as error:
                 if "status" in told:  # it has begun to answer
                     raise
@@ -94,6 +105,7 @@ class Door:
                     await self._hold_back()
                 await error_response(error, scope["path"])(scope, receive, answer)
         finally:
+            body.forget()
             self._note(scope, name, told, time.monotonic() - began)
         return None
 
@@ -123,7 +135,9 @@ class Door:
         if path.startswith(_ADMIN):
             found, kind = admin, "the admin key"
             if not (self._admin_keys or self._own_keys):
-                raise Refusal(403, f"{path}: this server has no admin key; start it with one", "no_admin_key")
+                raise Refusal(
+                    403, f"{path}: this server has no admin key; start it with --admin-key-file", "no_admin_key"
+                )
         elif path == "/metrics":
             found, kind = admin if self._admin_keys or self._keys else Caller(), "the admin key"
         else:
@@ -132,28 +146,6 @@ class Door:
             told = f"{'a wrong key' if key else 'no key'}: send {kind} as Authorization: Bearer ..."
             raise Refusal(401, told, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         return found
-
-    def _bounded(self, path: str, headers: Headers, receive: Receive) -> Receive:
-        """What comes of a body, up to the bound.
-
-        Raises:
-            Refusal: the body says that it is larger, or, from what is returned, it is.
-        """
-        most = self._max_upload if path.startswith(_UPLOADS) else self._max_body
-        told = headers.get("content-length", "")
-        if told.isdecimal() and int(told) > most:
-            raise _too_large(most)
-        left = most
-
-        async def bounded() -> Message:
-            nonlocal left
-            message = await receive()
-            left -= len(message.get("body", b""))
-            if left < 0:
-                raise _too_large(most)
-            return message
-
-        return bounded
 
     def _note(self, scope: Scope, name: str, told: MutableMapping[str, Any], seconds: float) -> None:
         if self._log is None:
@@ -171,6 +163,56 @@ class Door:
             "module": told.get("module"),
         }
         print(json.dumps(line), file=self._log, flush=True)
+
+
+class _Body:
+    """What comes of a body: no larger than it may be, in time, and with all others no more than memory is meant for."""
+
+    def __init__(self, door: Door, path: str, receive: Receive) -> None:
+        self._door, self._receive = door, receive
+        self._uploads = path.startswith(_UPLOADS)
+        self._most = door._max_upload if self._uploads else door._max_body
+        self._came, self._whole = 0, False
+        self._until = time.monotonic() + _BODY_TAKES
+
+    def require(self, headers: Headers) -> None:
+        """
+        Raises:
+            Refusal: it says that it is larger.
+        """
+        told = headers.get("content-length", "")
+        if told.isdecimal() and int(told) > self._most:
+            raise _too_large(self._most)
+
+    async def part(self) -> Message:
+        """What comes next; once it has come whole, whether the client goes.
+
+        Raises:
+            Refusal: it is too large, stalls, or there is no room for it.
+        """
+        if self._whole:
+            return await self._receive()
+        # A file goes to the disk as it comes, and may take long; it may not stall.
+        left = _BODY_TAKES if self._uploads else max(self._until - time.monotonic(), 0)
+        try:
+            async with asyncio.timeout(left):
+                message = await self._receive()
+        except TimeoutError:
+            raise Refusal(408, f"the body did not come within {_BODY_TAKES:g} seconds", "timeout") from None
+        size = len(message.get("body", b""))
+        self._came += size
+        self._door._reading += 0 if self._uploads else size
+        self._whole = not message.get("more_body", False)
+        if self._came > self._most:
+            raise _too_large(self._most)
+        if not self._uploads and self._door._reading > _BODIES * self._door._max_body:
+            told = "too much is being sent at once; try again in a moment"
+            raise Refusal(503, told, QUEUE_FULL, headers={"Retry-After": RETRY_AFTER})
+        return message
+
+    def forget(self) -> None:
+        if not self._uploads:
+            self._door._reading -= self._came
 
 
 def _too_large(most: int) -> Refusal:

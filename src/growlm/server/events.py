@@ -16,7 +16,7 @@ from growlm.server.refusals import refusal_of
 T = TypeVar("T")
 
 PING = 5.0  # seconds after which a stream that has nothing to say says so: something may be read from the disk
-CLIENT_GONE = 499  # as proxies log it
+_PATIENCE = 30.0  # seconds in which a client has to have read some of a stream
 
 
 def error_response(error: BaseException, path: str, headers: Mapping[str, str] | None = None) -> Response:
@@ -94,7 +94,8 @@ class _EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def say(text: str, more: bool = True) -> None:
-            await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
+            async with asyncio.timeout(_PATIENCE):  # who reads nothing is gone, for all that can be known
+                await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
 
         named = not scope["path"].endswith("completions")
         gone: asyncio.Future[Any] = asyncio.ensure_future(_gone(receive))
@@ -117,7 +118,7 @@ class _EventStream(Response):
                 await say(_event(chunk))
                 self._next = asyncio.ensure_future(anext(self._chunks))
             await say("" if named else "data: [DONE]\n\n", more=False)
-        except OSError:  # it has gone in the middle of a word
+        except OSError:  # it has gone in the middle of a word, or does not listen
             pass
         finally:
             await _stop(self._next, gone)

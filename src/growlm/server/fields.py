@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -33,6 +32,7 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="allow")
     # Fields that would change the answer, and that nothing here can honour.
     unsupported: ClassVar[dict[str, str]] = {}
+    passed_over: ClassVar[tuple[str, ...]] = ()  # of the fields below, those that this form does not honour
     several: ClassVar[bool] = True  # whether its form has room for more than one answer
 
     model: str | None = None
@@ -61,9 +61,10 @@ class Body(BaseModel):
         Raises:
             Refusal: one that is not known and would.
         """
-        extra = {name: value for name, value in (self.model_extra or {}).items() if value not in (None, [], {}, False)}
+        given = {**(self.model_extra or {}), **{name: getattr(self, name) for name in self.passed_over}}
+        extra = {name: value for name, value in given.items() if value not in (None, [], {}, False)}
         for name, told in self.unsupported.items():
-            if name in extra:
+            if name in extra and extra[name] not in ("", 1):  # which ask for nothing
                 raise Refusal(400, f"{name}: {told}", "unsupported", name)
         return sorted(extra)
 
@@ -79,7 +80,7 @@ class Body(BaseModel):
             raise Refusal(400, "n: this form has one answer; ask several times", "unsupported", "n")
 
     def sampling(self) -> dict[str, Any]:
-        """Settings of `SamplingConfig`. By default the temperature is 1, as OpenAI's, and the seed new each time."""
+        """Settings of `SamplingConfig`. By default the temperature is 1, as OpenAI's, and each answer is drawn anew."""
         given = {
             name: getattr(self, name)
             for name in ("top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias")
@@ -88,7 +89,7 @@ class Body(BaseModel):
         given["regex"], given["grammar"] = self.regex, self.grammar
         given["json_schema"] = self._json_schema()
         given["temperature"] = 1.0 if self.temperature is None else self.temperature
-        given["seed"] = random.getrandbits(63) if self.seed is None else self.seed % 2**64
+        given["seed"] = None if self.seed is None else self.seed % 2**64
         given["stop"] = stop_texts((self.stop,) if isinstance(self.stop, str) else self.stop or (), "stop")
         if self.cache_salt is not None:
             given["salt"] = self.cache_salt
@@ -152,6 +153,9 @@ class ContentPart(BaseModel):
     name: str | None = None
     input: dict[str, Any] | None = None
     content: str | list[ContentPart] | None = None
+    id: str | None = None
+    tool_use_id: str | None = None
+    is_error: bool | None = None
 
 
 class Message(BaseModel):
@@ -160,6 +164,7 @@ class Message(BaseModel):
     role: str
     content: str | list[ContentPart] | None = None
     tool_calls: list[Called] | None = None
+    tool_call_id: str | None = None
 
 
 class ChatBody(Body):

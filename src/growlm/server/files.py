@@ -15,7 +15,7 @@ from growlm.server.refusals import Refusal
 from growlm.units import format_size
 
 _LONGEST_NAME = 200
-_KINDS = SUFFIXES | {".json"}
+FILE_KINDS = SUFFIXES | {".json"}
 
 
 class Files:
@@ -74,11 +74,19 @@ class Files:
         """Ids, names and bytes of those that were sent."""
         return [{"id": name, "name": path.name, "bytes": path.stat().st_size} for name, path in self._sent.items()]
 
+    def sent(self, name: str) -> bool:
+        """Whether it is the id of one that was sent."""
+        return name in self._sent
+
     def remove(self, name: str) -> bool:
         path = self._sent.pop(name, None)
         if path is not None:
             shutil.rmtree(path.parent, ignore_errors=True)
         return path is not None
+
+    def remove_all(self, names: Sequence[str]) -> None:
+        for name in names:
+            self.remove(name)
 
     def paths(self, names: Sequence[str]) -> list[Path]:
         """
@@ -115,8 +123,8 @@ class Files:
             or len(name.encode()) > _LONGEST_NAME
         ):
             told = "that is no name of a file"
-        elif Path(name).suffix.lower() not in _KINDS:
-            told = f"text is read from {' '.join(sorted(_KINDS))}; archives are to be unpacked before they are sent"
+        elif Path(name).suffix.lower() not in FILE_KINDS:
+            told = f"text is read from {' '.join(sorted(FILE_KINDS))}; archives are to be unpacked before they are sent"
         if told is not None:
             raise Refusal(400, f"{name!r}: {told}", "unknown_kind", "name")
 

@@ -51,6 +51,7 @@ class Job:
     Attributes:
         verb: learn, update, remove or verify.
         arguments: of its command, behind the store.
+        learns_from: ids of files that were sent, which are let go of once it is done.
         state: queued, running, done, failed or cancelled.
         lines, said: the newest of what it said of itself, and how many lines that were.
         left, too_large: whether it was cancelled, or took more memory than it may.
@@ -62,6 +63,7 @@ class Job:
     verb: str
     module: str | None
     arguments: Sequence[str]
+    learns_from: list[str] = field(default_factory=list)
     id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     state: str = QUEUED
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=_MOST_LINES))
@@ -76,6 +78,10 @@ class Job:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     process: asyncio.subprocess.Process | None = None
 
+    @property
+    def over(self) -> bool:
+        return self.state in _ENDED
+
     def to_json(self) -> dict[str, Any]:
         seconds = None if self.began is None else (self.ended or time.time()) - self.began
         told = {name: getattr(self, name) for name in ("id", "verb", "module", "state", "progress", "result", "error")}
@@ -83,9 +89,11 @@ class Job:
 
     def says(self, line: str) -> None:
         line = _SENT.sub("", line)
-        self.lines.append(line)
-        self.said += 1
-        if found := _PROGRESS.search(line):
+        found = _PROGRESS.search(line)
+        if found is None:  # how far it is is told besides
+            self.lines.append(line)
+            self.said += 1
+        else:
             done, total = (int(found[name].replace(",", "")) for name in ("done", "total"))
             self.progress = {"title": found["title"].strip(), "done": done, "total": total, "unit": found["unit"]}
             if loss := _LOSS.search(line):
@@ -96,8 +104,8 @@ class Job:
         self.state = state
         if state == RUNNING:
             self.began = time.time()
-        elif state in _ENDED:
-            self.ended = time.time()
+        elif self.over:
+            self.ended, self.progress = time.time(), {}
         self._tell()
 
     def _tell(self) -> None:
@@ -135,10 +143,17 @@ class Jobs:
         memory: bytes that a job may take; None for no bound.
         most: that may wait.
         ended: called once one has ended that may have changed the store.
+        done: called with each that is done.
     """
 
     def __init__(
-        self, store: str, *, memory: int | None = None, most: int = 16, ended: Callable[[], Awaitable[object]]
+        self,
+        store: str,
+        *,
+        memory: int | None = None,
+        most: int = 16,
+        ended: Callable[[], Awaitable[object]],
+        done: Callable[[Job], None] = lambda job: None,
     ) -> None:
         if memory is not None and memory < _LEAST_MEMORY:
             raise ConfigError(
@@ -147,6 +162,7 @@ class Jobs:
         if memory is not None and not Path("/proc/self/statm").exists():
             raise ConfigError("--job-memory needs Linux, which says what a process takes; leave it out")
         self._store, self._memory, self._most, self._tell = store, memory, most, ended
+        self.done = done
         self._jobs: OrderedDict[str, Job] = OrderedDict()
         self._wanted = asyncio.Event()
         self.ending = asyncio.Event()
@@ -237,6 +253,7 @@ class Jobs:
         if status == 0:  # though it was cancelled: it was through by then
             await self._take_over(job)
             job.turns(DONE)
+            self.done(job)
         elif job.left:
             job.turns(CANCELLED)
         else:

@@ -12,7 +12,7 @@ from growlm.data import Turn
 from growlm.engine import Generation
 from growlm.errors import first_error
 from growlm.server.answering import Answering, about
-from growlm.server.conversation import Conversation, text_of, turns_of
+from growlm.server.conversation import Conversation, in_order, text_of, turns_of
 from growlm.server.fields import Body, ContentPart, Message, stop_texts
 from growlm.server.refusals import Refusal
 from growlm.server.service import Asked, Piece
@@ -35,6 +35,7 @@ class ClientTool(BaseModel):
 
 class CountBody(Body):
     several = False
+    passed_over = ("stop", "return_token_ids")
     unsupported: ClassVar[dict[str, str]] = {"mcp_servers": "this server asks no others; leave it out"}
 
     messages: list[Message] = Field(min_length=1)
@@ -52,14 +53,17 @@ class CountBody(Body):
             told = "messages: the last one must be the user's; an answer that is begun cannot be gone on with"
             raise Refusal(400, told, "invalid_value", "messages")
         calls: dict[int, list[Called]] = {}
+        results: dict[int, str | None] = {}
         for number, message in enumerate(self.messages):
             parts = message.content if isinstance(message.content, list) else []
             where = f"messages[{number}]"
             for part in parts:  # what tools have given comes before what the user says of it
                 if part.type == "tool_result":
-                    turns.append(Turn("tool", text_of(part.content or "", where, "messages")))
+                    results[len(turns)] = part.tool_use_id
+                    given = text_of(part.content or "", where, "messages")
+                    turns.append(Turn("tool", f"Error: {given}" if part.is_error else given))
             called = [
-                Called(function=CalledFunction(name=part.name or "", arguments=part.input or {}))
+                Called(id=part.id, function=CalledFunction(name=part.name or "", arguments=part.input or {}))
                 for part in parts
                 if part.type == "tool_use"
             ]
@@ -75,6 +79,7 @@ class CountBody(Body):
         except ValidationError as error:
             raise Refusal(400, f"tools: {first_error(error)}", "invalid_value", "tools") from None
         tools = tools_of(offered, self.tool_choice, calls, "messages")
+        turns = in_order(turns, {n: [one.id for one in each] for n, each in calls.items()}, results, "messages")
         return Conversation(answering, self.model, turns, "messages", tools)
 
 
@@ -106,13 +111,13 @@ class Messages:
 
     def _content(self, answer: Generation) -> dict[str, Any]:
         """The blocks of an answer, and why it ended."""
-        text, calls = calls_in(answer.text) if self._conversation.calls else (answer.text, [])
+        text, calls = calls_in(answer.text, self._conversation.calls) if self._conversation.calls else (answer.text, [])
         blocks: list[dict[str, Any]] = [{"type": "text", "text": text}] if text or not calls else []
         blocks += [_block(call, call.arguments) for call in calls]
         return {"content": blocks, **self._end(answer, calls)}
 
     async def chunks(self, asked: Asked) -> AsyncGenerator[dict[str, Any], None]:
-        blocks, writes, held = 0, False, Held()
+        blocks, writes, held = 0, False, Held(self._conversation.calls)
         begun = False
 
         def said(text: str) -> Iterator[dict[str, Any]]:

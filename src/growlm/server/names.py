@@ -45,8 +45,8 @@ def _read(name: str, version: int, folder: Path, stamp: tuple[int, int]) -> dict
 
 
 class Names:
-    """Of one engine's store: the store's own name and `auto` let the router choose, `base` is the base alone, a
-    module's name, alone or behind the store's name and a colon, is that module."""
+    """Of one engine's store: a module's name, alone or behind the store's name and a colon, is that module; else the
+    store's own name, as `auto`, lets the router choose, and `base` is the base alone."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine, self._store = engine, engine.store
@@ -60,16 +60,22 @@ class Names:
             Refusal: no such model; the message names those that there are for who asks.
         """
         name = model or AUTO
+        if name == self.store and self._there(name):
+            return name
         if name in (AUTO, self.store):
             return AUTO
         name = name.removeprefix(f"{self.store}:")
         if name in (AUTO, BASE):
             return AUTO if name == AUTO else None
-        if not is_name(name) or not caller().sees(name) or self._store.find(name) is None:
+        if not self._there(name):
             known = [AUTO, BASE, *filter(caller().sees, self._store.modules)]
             told = f"no model {shortened(model)}; there are {', '.join(known)}"
             raise Refusal(404, told, "model_not_found", "model")
         return name
+
+    def _there(self, name: str) -> bool:
+        """Whether it is a module that who asks may know of."""
+        return is_name(name) and caller().sees(name) and self._store.find(name) is not None
 
     def cards(self) -> list[dict[str, Any]]:
         """Of all models that there are for who asks, as `/v1/models` lists them."""

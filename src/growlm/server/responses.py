@@ -14,9 +14,9 @@ from growlm.data import Turn
 from growlm.engine import Generation
 from growlm.errors import first_error
 from growlm.server.answering import Answering, about
-from growlm.server.conversation import Conversation, text_of, turns_of
+from growlm.server.conversation import Conversation, in_order, text_of, turns_of
 from growlm.server.fields import Body, ContentPart, Message
-from growlm.server.refusals import Refusal
+from growlm.server.refusals import Refusal, refusal_of
 from growlm.server.service import Asked, Piece
 from growlm.server.tools import Call, Called, CalledFunction, Held, Tool, calls_in, new_id, tools_of
 
@@ -32,6 +32,7 @@ class Item(BaseModel):
     name: str | None = None
     arguments: str | None = None
     output: str | list[ContentPart] | None = None
+    call_id: str | None = None
 
 
 class FunctionTool(BaseModel):
@@ -49,6 +50,7 @@ class FunctionTool(BaseModel):
 
 class ResponsesBody(Body):
     several = False
+    passed_over = ("return_token_ids",)
     unsupported: ClassVar[dict[str, str]] = {
         "previous_response_id": "no answer is kept here; send the whole conversation as input",
         "conversation": "no conversation is kept here; send all of it as input",
@@ -70,6 +72,7 @@ class ResponsesBody(Body):
         """
         turns = [] if self.instructions is None else [Turn("system", self.instructions)]
         calls: dict[int, list[Called]] = {}
+        results: dict[int, str | None] = {}
         for number, item in enumerate(
             [Item(role="user", content=self.input)] if isinstance(self.input, str) else self.input
         ):
@@ -78,8 +81,9 @@ class ResponsesBody(Body):
                 if not turns or turns[-1].role != "assistant":
                     turns.append(Turn("assistant", ""))
                 called = CalledFunction(name=item.name or "", arguments=item.arguments or "{}")
-                calls.setdefault(len(turns) - 1, []).append(Called(function=called))
+                calls.setdefault(len(turns) - 1, []).append(Called(id=item.call_id, function=called))
             elif item.type == "function_call_output":
+                results[len(turns)] = item.call_id
                 turns.append(Turn("tool", text_of(item.output or "", where, "input")))
             elif item.type in (None, "message"):
                 turns += turns_of([Message(role=item.role or "", content=item.content)], "input", where=[where])
@@ -90,7 +94,9 @@ class ResponsesBody(Body):
             offered = [tool.as_tool() for tool in self.tools or ()]
         except ValidationError as error:
             raise Refusal(400, f"tools: {first_error(error)}", "invalid_value", "tools") from None
-        return Conversation(answering, self.model, turns, "input", tools_of(offered, self.tool_choice, calls, "input"))
+        tools = tools_of(offered, self.tool_choice, calls, "input")
+        turns = in_order(turns, {n: [one.id for one in each] for n, each in calls.items()}, results, "input")
+        return Conversation(answering, self.model, turns, "input", tools)
 
     def sampling(self) -> dict[str, Any]:
         form = (self.text or {}).get("format")
@@ -98,7 +104,8 @@ class ResponsesBody(Body):
             raise Refusal(400, "text: its format must be an object with a type", "invalid_value", "text")
         if form is not None and form.get("type") == "json_schema":  # of which the keys lie one level higher here
             form = {"type": "json_schema", "json_schema": {"schema": form.get("schema")}}
-        self.response_format = form
+        if form is not None:
+            self.response_format = form
         return super().sampling()
 
 
@@ -125,7 +132,7 @@ class Responses:
         }
         told = self._response("incomplete" if cut else "completed")
         told["incomplete_details"] = {"reason": "max_output_tokens"} if cut else None
-        text, calls = calls_in(answer.text) if self._conversation.calls else (answer.text, [])
+        text, calls = calls_in(answer.text, self._conversation.calls) if self._conversation.calls else (answer.text, [])
         said = [self._message(text, cut)] if text or not calls else []
         told |= {"output": [*said, *map(_item, calls)], "usage": usage}
         return {**told, "growlm": about(answer, self._conversation.scores)}
@@ -139,7 +146,7 @@ class Responses:
             return {"type": f"response.{kind}", "sequence_number": number - 1, **content}
 
         place = {"item_id": self._item, "output_index": 0, "content_index": 0}
-        begun, writes, held = False, False, Held()
+        begun, writes, held = False, False, Held(self._conversation.calls)
 
         def said(text: str) -> Iterator[dict[str, Any]]:
             nonlocal writes
@@ -151,33 +158,42 @@ class Responses:
             if text:
                 yield event("output_text.delta", **place, delta=text, logprobs=[])
 
-        async for _, item in asked.items():
-            if not begun:
-                begun = True
-                for kind in ("created", "in_progress"):
-                    yield event(kind, response=self._response("in_progress"))
-            if isinstance(item, Piece):
-                text = held.add(item.text) if self._conversation.calls else item.text
-                for one in said(text) if text or not self._conversation.calls else ():
+        try:
+            async for _, item in asked.items():
+                if not begun:
+                    begun = True
+                    for kind in ("created", "in_progress"):
+                        yield event(kind, response=self._response("in_progress"))
+                if isinstance(item, Piece):
+                    text = held.add(item.text) if self._conversation.calls else item.text
+                    for one in said(text) if text or not self._conversation.calls else ():
+                        yield one
+                    continue
+                whole = self.whole([item], asked)
+                rest, calls = held.end() if self._conversation.calls else ("", [])
+                for one in said(rest) if rest or not (writes or calls) else ():
                     yield one
-                continue
-            whole = self.whole([item], asked)
-            rest, calls = held.end() if self._conversation.calls else ("", [])
-            for one in said(rest) if rest or not (writes or calls) else ():
-                yield one
-            for index, one in enumerate(whole["output"]):
-                if one["type"] == "message":
-                    (part,) = one["content"]
-                    yield event("output_text.done", **place, text=part["text"], logprobs=[])
-                    yield event("content_part.done", **place, part=part)
-                else:
-                    begins = {**one, "arguments": "", "status": "in_progress"}
-                    yield event("output_item.added", output_index=index, item=begins)
-                    where = {"item_id": one["id"], "output_index": index}
-                    yield event("function_call_arguments.delta", **where, delta=one["arguments"])
-                    yield event("function_call_arguments.done", **where, name=one["name"], arguments=one["arguments"])
-                yield event("output_item.done", output_index=index, item=one)
-            yield event(whole["status"], response=whole)
+                for index, one in enumerate(whole["output"]):
+                    if one["type"] == "message":
+                        (part,) = one["content"]
+                        yield event("output_text.done", **place, text=part["text"], logprobs=[])
+                        yield event("content_part.done", **place, part=part)
+                    else:
+                        begins = {**one, "arguments": "", "status": "in_progress"}
+                        yield event("output_item.added", output_index=index, item=begins)
+                        where = {"item_id": one["id"], "output_index": index}
+                        yield event("function_call_arguments.delta", **where, delta=one["arguments"])
+                        yield event(
+                            "function_call_arguments.done", **where, name=one["name"], arguments=one["arguments"]
+                        )
+                    yield event("output_item.done", output_index=index, item=one)
+                yield event(whole["status"], response=whole)
+        except Exception as error:
+            if not begun:
+                raise
+            refusal = refusal_of(error)
+            told = {"code": refusal.code, "message": refusal.message, "param": refusal.param}
+            yield {"type": "error", "sequence_number": number, **told}
 
     def _response(self, status: str) -> dict[str, Any]:
         body = self._body

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from contextvars import copy_context
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
@@ -21,17 +22,17 @@ from growlm.engine.prompts import Prompt
 from growlm.engine.reloading import Changes
 from growlm.engine.request import Request, State
 from growlm.engine.sampling import TokenLogprob
-from growlm.errors import ClosedError
+from growlm.errors import ClosedError, UnknownModuleError
 from growlm.router import Route
+from growlm.server.deadline import began
 from growlm.server.metrics import Metrics
-from growlm.server.refusals import NO_RETRY, QUEUE_FULL, Refusal
+from growlm.server.refusals import NO_RETRY, QUEUE_FULL, RETRY_AFTER, Refusal, module_gone
 
 T = TypeVar("T")
 
 _log = logging.getLogger("growlm.server")
 
 _STEPS_THAT_FAIL = 10  # one after another, after which no more are made
-_RETRY_AFTER = "1"  # seconds: within them some answer ends, and makes room
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,15 @@ class Service:
         self._watch = watch
         self._watching: asyncio.Task[None] | None = None
         self.metrics = Metrics(engine, self.running_and_waiting)
-        self._live: dict[Request, asyncio.Event] = {}
-        self._taken = 0  # places of requests that have not ended, those whose prompts are still read included
+        self._live: dict[Request, Asked] = {}  # that have not ended
+        self._taken = 0  # places of these, and of those whose prompts are still read
         self._wanted, self._closed, self._broken = threading.Event(), False, False
         self._prepared = 0  # calls that wait for their turn or have it
-        # One thread: what is prepared takes the processor from the engine's.
+        # One thread: what is prepared takes the processor from the engine's. What no answer waits for, and what may
+        # have to wait itself, has threads of its own.
         self._preparing = ThreadPoolExecutor(1, "growlm-prompts")
+        self._aside = ThreadPoolExecutor(1, "growlm-aside")
+        self._routers = ThreadPoolExecutor(1, "growlm-routers")
         self._thread = threading.Thread(target=self._work, name="growlm-engine", daemon=True)
 
     def start(self) -> None:
@@ -84,8 +88,18 @@ class Service:
         self._wanted.set()
         self.engine.close()
         self._thread.join()
-        self._preparing.shutdown()
+        for pool in (self._preparing, self._aside, self._routers):
+            pool.shutdown()
         self._look()
+
+    def end_in(self, seconds: float) -> None:
+        """Ends in so many seconds what is still being answered then, with `ClosedError`; from a signal's handler."""
+        self._loop.call_soon_threadsafe(self._loop.call_later, seconds, self._end_answers)
+
+    def _end_answers(self) -> None:
+        self._closed = True
+        for asked in set(self._live.values()):
+            asked.changed.set()
 
     async def reload(self) -> Changes:
         """As `Engine.reload`."""
@@ -119,21 +133,43 @@ class Service:
 
     # Asking
 
-    async def prepare(self, call: Callable[..., T], *arguments: Any, **named: Any) -> T:
+    async def prepare(self, call: Callable[..., T], *arguments: Any, aside: bool = False) -> T:
         """What a call returns that takes a while, such as to write a conversation in token ids.
 
-        Raises:
-            Refusal: too many wait already.
-        """
-        return await asyncio.wrap_future(self._prepare(lambda: call(*arguments, **named)))
+        Args:
+            aside: no answer waits for it.
 
-    def _prepare(self, call: Callable[[], T]) -> Future[T]:
+        Raises:
+            Refusal: too many wait already, or it has taken too long.
+        """
+        pool = self._aside if aside else self._preparing
+        async with self.in_time():
+            return await asyncio.wrap_future(self._prepare(lambda: call(*arguments), pool))
+
+    def _prepare(self, call: Callable[[], T], pool: ThreadPoolExecutor) -> Future[T]:
         if self._prepared >= self.engine.max_batch + self.max_queued:
             raise self._full()
         self._prepared += 1
-        preparing = self._preparing.submit(copy_context().run, call)
+        preparing = pool.submit(copy_context().run, call)
         preparing.add_done_callback(self._was_prepared)
         return preparing
+
+    @asynccontextmanager
+    async def in_time(self) -> AsyncIterator[None]:
+        """
+        Raises:
+            Refusal: what is waited for inside has not come within the server's time for a request.
+        """
+        left = None if self.timeout is None else max(began() + self.timeout - time.monotonic(), 0)
+        waiting = asyncio.timeout(left)  # wait_for would let a client's leaving pass
+        try:
+            async with waiting:
+                yield
+        except TimeoutError:
+            if not waiting.expired():
+                raise
+            told = f"the answer took longer than the server's {self.timeout:g} seconds; ask for fewer tokens"
+            raise Refusal(504, told, "timeout", headers=NO_RETRY) from None
 
     def _was_prepared(self, preparing: Future[Any]) -> None:
         with suppress(RuntimeError):  # the event loop has ended
@@ -153,18 +189,54 @@ class Service:
     def _full(self) -> Refusal:
         self.metrics.refused.inc()
         told = f"{max(self._taken, self._prepared)} requests are being answered or wait; try again in a moment"
-        return Refusal(503, told, QUEUE_FULL, headers={"Retry-After": _RETRY_AFTER})
+        return Refusal(503, told, QUEUE_FULL, headers={"Retry-After": RETRY_AFTER})
 
-    async def route(self, prompt: Prompt, *, salt: str = "", among: Collection[str] | None = None) -> Route:
-        """As `Engine.route`."""
-        asked = await self._ask([lambda: [self.engine.submit_route(prompt, salt=salt, among=among)]], 1)
-        async for _ in asked.items():
-            pass
+    def begin(self, places: int = 1) -> Asked:
+        """Takes places for requests to come, all that one client asks for at once.
+
+        Raises:
+            Refusal: there are none.
+        """
+        self.require_open()
+        room = self.engine.max_batch + self.max_queued
+        if places > room:
+            raise Refusal(400, f"{places} answers in one request; the server takes {room} at the most", "too_many")
+        if self._taken + places > room:
+            raise self._full()
+        self._taken += places
+        return Asked(self, places)
+
+    async def route(
+        self, prompt: Prompt, *, salt: str = "", among: Collection[str] | None = None, within: Asked | None = None
+    ) -> Route:
+        """As `Engine.route`.
+
+        Args:
+            within: that has places already.
+        """
+        await self._require_router(among)
+        asked = Asked(self, 0) if within is not None else self.begin()
+        with asked.left_where_it_fails():
+            await self._add(asked, lambda: [self.engine.submit_route(prompt, salt=salt, among=among)])
+            async for _ in asked.items():
+                pass
         return asked.requests[0].route
 
-    async def ask(self, prompts: Sequence[Prompt], n: int = 1, *, module: Wanted = None, **sampling: Any) -> Asked:
+    async def ask(
+        self,
+        prompts: Sequence[Prompt],
+        n: int = 1,
+        *,
+        module: Wanted = None,
+        among: Collection[str] | None = None,
+        within: Asked | None = None,
+        **sampling: Any,
+    ) -> Asked:
         """Begins to answer prompts, each `n` times, as `Engine.submit_several` does: those of the first prompt come
         first.
+
+        Args:
+            within: that has places for them already.
 
         Raises:
             Refusal: there is no place.
@@ -172,38 +244,35 @@ class Service:
         """
 
         def submit(prompt: Prompt) -> list[Request]:
-            return self.engine.submit_several(prompt, n, module=module, stream=True, **sampling)
+            settings = {"seed": random.getrandbits(63), **sampling}  # of each prompt another, where none is given
+            return self.engine.submit_several(prompt, n, module=module, stream=True, among=among, **settings)
 
-        return await self._ask([lambda prompt=prompt: submit(prompt) for prompt in prompts], len(prompts) * n)  # type: ignore[misc]
-
-    async def _ask(self, calls: Sequence[Callable[[], list[Request]]], places: int) -> Asked:
-        if self._closed:
-            raise ClosedError("the server is closed")
-        self.require_whole()
-        room = self.engine.max_batch + self.max_queued
-        if places > room:
-            raise Refusal(400, f"{places} answers in one request; the server takes {room} at the most", "too_many")
-        if self._taken + places > room:
-            raise self._full()
-        asked = Asked(self, places)
-        self._taken += places
-        try:
-            for call in calls:
-                requests = await self._submitted(call)
-                asked.requests += requests
-                self._live |= dict.fromkeys(requests, asked.changed)
-                self._wanted.set()
-                self._look()  # it may have moved on meanwhile
-        except BaseException:
-            asked.leave()
-            raise
+        asked = self.begin(len(prompts) * n) if within is None else within
+        with asked.left_where_it_fails():
+            await self._require_router(among)
+            for prompt in prompts:
+                await self._add(asked, lambda prompt=prompt: submit(prompt))  # type: ignore[misc]
         return asked
 
+    async def _require_router(self, among: Collection[str] | None) -> None:
+        """Sees to a router of some modules, which may have to wait for room: nobody else waits for that."""
+        if among is not None and not self.engine.has_router(among):
+            async with self.in_time():
+                await asyncio.wrap_future(self._routers.submit(self.engine.make_router, among))
+
+    async def _add(self, asked: Asked, call: Callable[[], list[Request]]) -> None:
+        requests = await self._submitted(call)
+        asked.requests += requests
+        self._live |= dict.fromkeys(requests, asked)
+        self._wanted.set()
+        self._look()  # it may have moved on meanwhile
+
     async def _submitted(self, call: Callable[[], list[Request]]) -> list[Request]:
-        submitting = self._prepare(call)
+        submitting = self._prepare(call, self._preparing)
         try:
-            return await asyncio.shield(asyncio.wrap_future(submitting))
-        except asyncio.CancelledError:  # who asked has gone
+            async with self.in_time():
+                return await asyncio.shield(asyncio.wrap_future(submitting))
+        except BaseException:  # who asked has gone, or waits no longer
             if not submitting.cancel():  # the call goes on, and what it has asked for is not wanted
                 submitting.add_done_callback(self._forget)
             raise
@@ -215,6 +284,7 @@ class Service:
 
     def _leave(self, asked: Asked) -> None:
         self._taken -= asked.places
+        asked.places = 0
         for request in asked.requests:
             self._live.pop(request, None)
             self.engine.cancel(request)
@@ -241,6 +311,16 @@ class Service:
             if self._broken:
                 return
 
+    def require_open(self) -> None:
+        """
+        Raises:
+            ClosedError: the server ends.
+            Refusal: nothing is answered any more.
+        """
+        if self._closed:
+            raise ClosedError("the server is closed")
+        self.require_whole()
+
     def require_whole(self) -> None:
         """
         Raises:
@@ -251,10 +331,16 @@ class Service:
             raise Refusal(500, told, "internal_error", headers=NO_RETRY)
 
     def _look(self) -> None:
-        """Wakes those whose requests have come further."""
-        for request, changed in self._live.items():
+        """Wakes those whose requests have come further, and frees the places of those that have ended, whether or not
+        their clients read."""
+        for request, asked in list(self._live.items()):
             if request.answer.pieces or request.state is State.FINISHED or self._broken:
-                changed.set()
+                asked.changed.set()
+            if request.state is State.FINISHED:
+                del self._live[request]
+                if asked.places:
+                    asked.places -= 1
+                    self._taken -= 1
 
 
 class Asked:
@@ -262,14 +348,15 @@ class Asked:
 
     Attributes:
         requests: in the prompts' order, the several of one prompt side by side.
-        places: how many of the service's it takes until it has ended.
+        places: how many of the service's it takes by now.
+        chosen: whether the router has chosen the module, so that the client did not name it.
     """
 
     def __init__(self, service: Service, places: int) -> None:
         self.requests: list[Request] = []
-        self.places = places
+        self.places, self.chosen = places, False
         self.changed = asyncio.Event()
-        self._service, self._began, self._left = service, time.monotonic(), False
+        self._service, self._began, self._left = service, began(), False
 
     @property
     def modules(self) -> list[str]:
@@ -288,7 +375,7 @@ class Asked:
         try:
             while pending:
                 await self._something()
-                self._service.require_whole()
+                self._service.require_open()
                 for number, request in list(pending.items()):
                     ended = request.state is State.FINISHED  # before the last pieces are taken: none comes after it
                     while request.answer.pieces:
@@ -300,6 +387,8 @@ class Asked:
                         told[number] = upto
                     if ended:
                         del pending[number]
+                        if isinstance(request.error, UnknownModuleError) and self.chosen:
+                            raise module_gone()
                         if request.error is not None:
                             raise request.error
                         if rest := _logprobs(request)[told[number] : len(request.answer.tokens)]:
@@ -311,20 +400,22 @@ class Asked:
             self.leave()
 
     async def _something(self) -> None:
-        timeout = self._service.timeout
-        left = None if timeout is None else max(self._began + timeout - time.monotonic(), 0)
-        try:
-            async with asyncio.timeout(left):  # wait_for would let a client's leaving pass
-                await self.changed.wait()
-        except TimeoutError:
-            told = f"the answer took longer than the server's {timeout:g} seconds; ask for fewer tokens"
-            raise Refusal(504, told, "timeout", headers=NO_RETRY) from None
+        async with self._service.in_time():
+            await self.changed.wait()
         self.changed.clear()
 
     async def whole(self) -> list[Generation]:
         """The answers, once all of them are there."""
         found = {number: item async for number, item in self.items() if isinstance(item, Generation)}
         return [found[number] for number in sorted(found)]
+
+    @contextmanager
+    def left_where_it_fails(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.leave()
+            raise
 
     def leave(self) -> None:
         """Nobody reads any further: what is not written by now is not written. To leave twice is no mistake."""

@@ -10,9 +10,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from growlm.engine import Engine
 from growlm.modules import KINDS
+from growlm.modules.shapes import RECALLING
 from growlm.server.events import event_stream
-from growlm.server.files import Files
+from growlm.server.files import FILE_KINDS, Files
 from growlm.server.jobs import Job, Jobs
+from growlm.server.reading import StrictRoute
 from growlm.server.refusals import Refusal
 from growlm.store.stored_module import is_name
 from growlm.training.config import LearnConfig
@@ -46,21 +48,27 @@ class JobBody(BaseModel):
             if self.module is not None or self.files:
                 raise Refusal(400, "verify reads the whole store; leave out module and files", "invalid_value")
             return Job(self.verb, None, [])
-        if self.module is None or not is_name(self.module):
-            told = f"module is {self.module!r}; give a name of small letters, digits, - and _"
+        if self.module is None:
+            raise Refusal(400, "module is missing; give its name", "invalid_value", "module")
+        if not is_name(self.module):
+            told = (
+                f"module is {self.module!r}; give a name of small letters, digits, dots, - and _, and not auto or base"
+            )
             raise Refusal(400, told, "invalid_value", "module")
         there = engine.store.find(self.module) is not None
         if self.verb == "learn" and there and not self.restart:
-            told = f"module {self.module!r} exists; its next version is learned with the verb update"
+            told = f"module {self.module!r} exists; its next version is learned as an update"
             raise Refusal(409, told, "module_exists", "module")
         if self.verb in ("update", "remove") and not there:
             raise Refusal(404, f"no module {self.module!r}; /v1/models lists them", "model_not_found", "module")
         if self.verb == "remove":
+            if self.files:
+                raise Refusal(400, "remove takes a module alone; leave out files", "invalid_value", "files")
             return Job(self.verb, self.module, [self.module, "--yes"])
         if learns and not self.files:
             raise Refusal(400, "files is empty; send some, or name some", "invalid_value", "files")
-        if self.kind is not None and self.kind != "auto" and self.kind not in KINDS:
-            told = f"kind is {self.kind!r}; expected one of auto, {', '.join(KINDS)}"
+        if self.kind is not None and self.kind not in learned_kinds():
+            told = f"kind is {self.kind!r}; expected one of auto, {', '.join(learned_kinds())}"
             raise Refusal(400, told, "invalid_value", "kind")
         given = [self.module, "--data", *map(str, files.paths(self.files))]
         positions = engine.base.trained_positions or engine.base.max_positions
@@ -81,11 +89,23 @@ def begun(body: JobBody, jobs: Jobs, files: Files, engine: Engine) -> Job:
     """
     if jobs.full:
         raise Refusal(503, "too many jobs wait; try again later", "queue_full", headers={"Retry-After": "60"})
-    return jobs.add(body.job(files, engine))
+    job = body.job(files, engine)
+    if any(one.module == job.module and one.verb == job.verb and not one.over for one in jobs.all()):
+        told = (
+            f"a job of this kind{f' for {job.module!r}' if job.module else ''} runs or waits already; cancel it first"
+        )
+        raise Refusal(409, told, "job_exists")
+    job.learns_from = [name for name in body.files if files.sent(name)]
+    return jobs.add(job)
+
+
+def learned_kinds() -> list[str]:
+    """Of modules, as they are written."""
+    return [*KINDS, *(f"{kind}{RECALLING}" for kind in KINDS if kind != "recall")]
 
 
 def teaching_paths(jobs: Jobs, files: Files, engine: Engine) -> APIRouter:
-    paths = APIRouter(prefix="/admin", tags=["admin"])
+    paths = APIRouter(prefix="/admin", tags=["admin"], route_class=StrictRoute)
 
     def found(name: str) -> Job:
         if (job := jobs.get(name)) is None:
@@ -104,12 +124,14 @@ def teaching_paths(jobs: Jobs, files: Files, engine: Engine) -> APIRouter:
 
     @paths.delete("/files/{name}")
     def forget(name: str) -> dict[str, bool]:
-        return {"removed": files.remove(name)}
+        if not files.remove(name):
+            raise Refusal(404, f"no file {name!r}; /admin/files lists them", "no_such_file")
+        return {"removed": True}
 
     @paths.get("/kinds")
     def kinds() -> dict[str, list[str]]:
-        """Of modules that can be learned."""
-        return {"data": list(KINDS)}
+        """Of modules that can be learned, and of files that they are learned from."""
+        return {"data": learned_kinds(), "files": sorted(FILE_KINDS)}
 
     @paths.post("/jobs", status_code=202)
     async def begin(body: JobBody) -> dict[str, Any]:

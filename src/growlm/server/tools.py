@@ -1,7 +1,7 @@
 """Tools: what a client lets the model call, and the calls that stand in an answer.
 
 A base that knows tools writes a call as JSON with a name and arguments (or parameters): between `<tool_call>` and
-`</tool_call>`, or as all of its answer. What cannot be read as a call is text.
+`</tool_call>`, or as all of its answer. What cannot be read as a call of a tool that was offered is text.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,7 @@ class Called(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
+    id: str | None = None
     function: CalledFunction
 
 
@@ -109,34 +110,35 @@ def _called(call: Called, where: str, field: str) -> dict[str, Any]:
     return {"type": "function", "function": {"name": call.function.name, "arguments": arguments}}
 
 
-def calls_in(text: str) -> tuple[str, list[Call]]:
+def calls_in(text: str, offered: Collection[str]) -> tuple[str, list[Call]]:
     """The text of an answer without the calls that stand in it, and those. Blanks alone are no text beside a call."""
-    said, calls = _parted(text)
+    said, calls = _parted(text, offered)
     return ("" if calls and not said.strip() else said), calls
 
 
-def _parted(text: str) -> tuple[str, list[Call]]:
+def _parted(text: str, offered: Collection[str]) -> tuple[str, list[Call]]:
     if text.lstrip().startswith(("{", "[")):
-        calls = _calls(text)
+        calls = _calls(text, offered)
         return ("", calls) if calls else (text, [])
     every: list[Call] = []
 
     def taken(match: re.Match[str]) -> str:
-        calls = _calls(match[1])
+        calls = _calls(match[1], offered)
         every.extend(calls)
         return "" if calls else match[0]
 
     return _CALL.sub(taken, text), every
 
 
-def _calls(text: str) -> list[Call]:
-    """What JSON says is called; nothing where it says none."""
+def _calls(text: str, offered: Collection[str]) -> list[Call]:
+    """What JSON says is called; nothing where it says none, or one of what was not offered."""
     read, calls = _read(text), list[Call]()
     for one in read if isinstance(read, list) else [read]:
         arguments = one.get("arguments", one.get("parameters")) if isinstance(one, dict) else None
-        if not isinstance(arguments, dict) or not isinstance(one.get("name"), str):
+        name = one.get("name") if isinstance(one, dict) else None
+        if not isinstance(arguments, dict) or not isinstance(name, str) or name not in offered:
             return []
-        calls.append(Call(one["name"], arguments))
+        calls.append(Call(name, arguments))
     return calls
 
 
@@ -157,7 +159,8 @@ def _read(text: str) -> Any:
 class Held:
     """A stream's text, of which that may be a call is held back until it is known."""
 
-    def __init__(self) -> None:
+    def __init__(self, offered: Collection[str]) -> None:
+        self._offered = offered
         self._text, self._sent, self._holds = "", 0, False
 
     def add(self, piece: str) -> str:
@@ -179,4 +182,6 @@ class Held:
 
     def end(self) -> tuple[str, list[Call]]:
         """What was held back and is text, and the calls."""
-        return _parted(self._text[self._sent :]) if self._sent else calls_in(self._text)
+        if self._sent:
+            return _parted(self._text[self._sent :], self._offered)
+        return calls_in(self._text, self._offered)

@@ -144,7 +144,7 @@ class Store(StoreBase):
         """
         path = Path(path).expanduser()
         if not (path / "store.json").is_file():
-            raise StoreError(f'{path}: not a store (no store.json); make one with "growlm new {path} --base BASE"')
+            raise StoreError(f"{path}: not a store (no store.json); {_how_to_make(path)}")
         return cls(path, read_manifest(path / "store.json", StoreManifest))
 
     def beside(self, path: Path) -> Store:
@@ -462,6 +462,13 @@ class Store(StoreBase):
 
     def _current(self, name: str, versions: list[int]) -> StoredModule:
         return StoredModule(name, versions[-1], self.path / "modules" / name / str(versions[-1]))
+
+
+def _how_to_make(path: Path) -> str:
+    """What to do about a folder that is no store."""
+    if (path / "config.json").exists():
+        return f'it is a checkpoint: make a store beside it with "growlm new STORE --base {path}"'
+    return f'make one with "growlm new {path} --base BASE"'
 
 
 def _link_or_copy(source: str, copy: str) -> None:

@@ -6,10 +6,11 @@ import fnmatch
 import logging
 import re
 import secrets
+import signal
 import socket
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,15 +18,19 @@ from growlm.cli.app import app
 from growlm.cli.asking import open_engine
 from growlm.cli.options import Device, ExpertsOn, Memory, RowCache, StorePath
 from growlm.cli.output import note
-from growlm.engine import Engine
 from growlm.errors import BudgetError, ConfigError
 from growlm.requirements import require_extra
-from growlm.units import format_size, parse_size
+from growlm.units import counted, format_size, parse_size
 
+if TYPE_CHECKING:
+    from growlm.engine import Engine
+
+_ANY = ("0.0.0.0", "::")
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _SWITCH = 2e-4  # seconds
 _BACKLOG = 1024  # connections that wait to be taken
 _TOLD = 3  # modules that are too large
+_TOLD_IN = 2  # seconds in which those who are still answered are told that it ends
 
 
 @app.command()
@@ -120,7 +125,13 @@ def serve(
     )
     if not 0 <= port < 1 << 16:
         raise ConfigError(f"--port is {port}; it must be from 0 to 65535")
+    upload, job_bytes = (
+        parse_size(max_upload, "max_upload"),
+        parse_size(job_memory, "job_memory") if job_memory else None,
+    )
     for name, value, least in (
+        ("--max-body", most, 1),
+        ("--max-upload", upload, 1),
         ("--max-queued", max_queued, 0),
         ("--drain", drain, 0),
         ("--timeout", timeout or 1, 0),
@@ -128,10 +139,6 @@ def serve(
     ):
         if value < least:
             raise ConfigError(f"{name} is {value}; it must be at least {least}")
-    upload, job_bytes = (
-        parse_size(max_upload, "max_upload"),
-        parse_size(job_memory, "job_memory") if job_memory else None,
-    )
     if learn_from is not None and not learn_from.is_dir():
         raise ConfigError(f"--learn-from {learn_from}: is no folder; name one with text to learn from")
     for origin in allow_origin or ():
@@ -147,13 +154,14 @@ def serve(
     service = Service(engine, max_queued=max_queued, timeout=timeout, watch=watch or None)
     jobs = Jobs(str(store), memory=job_bytes, ended=service.reload)
     web = create_app(
-        service, keys=keys, admin_keys=admin_keys, own_keys=Keys([own] if own else []), local=own is not None,
-        jobs=jobs, files=Files(learn_from, most_bytes=upload),
+        service, keys=keys, admin_keys=admin_keys, own_keys=Keys([own] if own else []),
+        local=not keys and host in _LOOPBACK, jobs=jobs, files=Files(learn_from, most_bytes=upload),
         parse_special=parse_special, max_body=most, origins=allow_origin or (), **({} if access_log else {"log": None}),
     )  # fmt: skip
-    address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
+    called = socket.gethostname() if host in _ANY else f"[{host}]" if ":" in host else host
+    address = f"http://{called}:{listening.getsockname()[1]}"
     note(
-        f"serving {store} at {address}/v1: {len(engine.store.modules)} modules, "
+        f"serving {store} at {address}/v1: {counted(len(engine.store.modules), 'module')}, "
         f"{format_size(engine.resident_bytes)} of weights in memory; Ctrl-C ends it"
     )
     for told in _too_large(engine):
@@ -164,18 +172,27 @@ def serve(
     if not keys and host not in _LOOPBACK:
         note(f"everybody who reaches {host} may ask; --api-key-file says who may")
     note(f"page: {address}/" + (f"#key={own}, where the key is for this run and lets you teach" if own else ""))
-    config = uvicorn.Config(web, log_level="warning", access_log=False, timeout_graceful_shutdown=drain)
+    config = uvicorn.Config(web, log_level="warning", access_log=False, timeout_graceful_shutdown=drain + _TOLD_IN)
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: Any) -> None:
             jobs.ending.set()  # so that nobody waits for what a job says
             if self.should_exit:  # a second time: what is cut short is no error
                 logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+            elif asked := sum(service.running_and_waiting()):
+                service.end_in(drain)
+                note(f"{counted(asked, 'answer')} to be ended first, in {drain} s at the most; Ctrl-C ends it now")
             super().handle_exit(sig, frame)
 
     # The engine's thread asks for Python's lock many times a step, and should not wait long for it where much is asked.
     sys.setswitchinterval(_SWITCH)
-    Server(config).run(sockets=[listening])
+    server = Server(config)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # what uvicorn leaves to whoever started it, once all has ended
+    try:
+        server.run(sockets=[listening])
+    except KeyboardInterrupt:
+        if server.force_exit or not server.should_exit:
+            raise
 
 
 def _too_large(engine: Engine) -> list[str]:

@@ -11,6 +11,8 @@ function size(bytes) {
   return `${unit && bytes < 100 ? bytes.toFixed(1) : Math.round(bytes)} ${units[unit]}`;
 }
 
+const counted = (number, what) => `${number.toLocaleString("en")} ${what}${number === 1 ? "" : "s"}`;
+
 // An element with a class, a text, and others inside; never a text as HTML.
 function make(tag, { text, ...attributes } = {}, ...inside) {
   const made = document.createElement(tag);
@@ -34,9 +36,9 @@ if (inLink) {
 let mayAdmin = false;
 
 class Refused extends Error {
-  constructor(status, message) {
+  constructor(status, message, code = null) {
     super(message);
-    this.status = status;
+    [this.status, this.code] = [status, code];
   }
 }
 
@@ -52,7 +54,7 @@ async function ask(path, { method = "GET", json, body, signal } = {}) {
   }
   if (!response.ok) {
     const told = await response.json().catch(() => ({}));
-    throw new Refused(response.status, told.error?.message ?? `${path}: status ${response.status}`);
+    throw new Refused(response.status, told.error?.message ?? `${path}: status ${response.status}`, told.error?.code);
   }
   return response;
 }
@@ -85,7 +87,8 @@ function notice(text) {
 }
 
 function told(error) {
-  notice(error.status === 401 ? "This server asks for a key: give it under “Key”." : error.message);
+  const wrong = sessionStorage.getItem("growlm-key") ? "This key is wrong: give another under “Key”." : "This server asks for a key: give it under “Key”.";
+  notice(error.status === 401 ? wrong : error.message);
   unreached = error.status === 0;
 }
 
@@ -179,7 +182,7 @@ $("ask").addEventListener("submit", async (event) => {
     if (reason === "length") about.append(" · cut: as long as an answer may be");
   } catch (error) {
     if (error.name === "AbortError") {
-      about.append("stopped");
+      about.append(...(growlm ? whoWrote(growlm) : []), growlm ? " · stopped" : "stopped");
       turns = [...asked, { role: "assistant", content: said.textContent }];
     } else {
       const full = turns.length && error.message.includes("positions") ? "; or begin a new chat: all of this one is read again" : "";
@@ -226,7 +229,7 @@ function fillChoices(cards) {
 function card(one) {
   const facts = one.damaged ? [["damaged", "its files cannot be read; verify the store"]] : [["kind", one.kind], ["version", one.version], ["weights", size(one.bytes)]];
   if (one.parameters) facts.push(["parameters", one.parameters.toLocaleString("en")]);
-  if (one.tokens) facts.push(["learned from", `${one.tokens.toLocaleString("en")} tokens in ${one.documents.toLocaleString("en")} documents`]);
+  if (one.tokens) facts.push(["learned from", `${counted(one.tokens, "token")} in ${counted(one.documents, "document")}`]);
   if (one.loss_before) facts.push(["held-out loss", `${one.loss_before.toFixed(3)} before, ${one.loss_after.toFixed(3)} after`]);
   const act = (verb) =>
     make("button", {
@@ -313,11 +316,22 @@ async function look() {
 let chosen = [];
 let following = new AbortController(); // those whose jobs are listed
 
+let kinds = []; // of files that can be learned from
+
+// What is wrong with a file, as far as a browser can tell.
+function amiss(file) {
+  if (!file.size) return "is empty";
+  const kind = file.name.includes(".") ? `.${file.name.split(".").pop().toLowerCase()}` : "";
+  if (kinds.length && !kinds.includes(kind)) return kind ? `files of the kind ${kind} are not read` : "a file without an ending is not read; .txt is text";
+  return "";
+}
+
 function choose(files) {
   chosen = [...chosen, ...files];
   $("file-list").replaceChildren(
     ...chosen.map((file, at) =>
-      make("li", { text: `${file.name}, ${size(file.size)} ` },
+      make("li", { text: `${file.name}, ${size(file.size)} `, class: amiss(file) ? "wrong" : "" },
+        amiss(file) ? `${amiss(file)} ` : "",
         make("button", {
           type: "button", text: "×", "aria-label": `leave out ${file.name}`,
           onclick: () => {
@@ -352,16 +366,19 @@ $("teach-form").addEventListener("submit", async (event) => {
   event.preventDefault();
   notice("");
   if (!chosen.length) return notice("Choose a file to learn from first.");
+  const wrong = chosen.find(amiss);
+  if (wrong) return notice(`${wrong.name}: ${amiss(wrong)}; leave it out.`);
   if (!$("teach-name").value) return notice("Give the module a name first.");
   const number = (id) => ($(id).value ? Number($(id).value) : null);
   const button = event.submitter;
   button.disabled = true;
   try {
-    const files = [];
     for (const file of chosen) {
+      if (file.sent) continue; // at an earlier try
       const sent = await ask(`admin/files/${encodeURIComponent(file.name)}`, { method: "PUT", body: file });
-      files.push((await sent.json()).id);
+      file.sent = (await sent.json()).id;
     }
+    const files = chosen.map((file) => file.sent);
     await begin({
       verb: $("teach-update").checked ? "update" : "learn",
       module: $("teach-name").value,
@@ -376,7 +393,10 @@ $("teach-form").addEventListener("submit", async (event) => {
     choose([]);
     $("teach-name").value = "";
   } catch (error) {
-    told(error);
+    if (error.code === "no_such_file") for (const file of chosen) delete file.sent; // the server has let go of them
+    if (error.code === "module_exists") $("teach-more").open = true;
+    if (error.code === "module_exists") notice(`${$("teach-name").value} is there already: tick “the next version”, or take another name.`);
+    else told(error);
   } finally {
     button.disabled = false;
   }
@@ -447,7 +467,8 @@ function follow(job) {
     const over = !["queued", "running"].includes(now.state);
     state.textContent = now.state;
     state.classList.toggle("on", now.state === "done");
-    bar.hidden = cancel.hidden = over;
+    cancel.hidden = over;
+    bar.hidden = over || now.state === "queued";
     const { title, done, total, unit, loss } = now.progress;
     if (total) [bar.max, bar.value] = [total, done];
     const seconds = now.seconds === null ? "" : `${Math.round(now.seconds)} s`;
@@ -490,20 +511,22 @@ async function enter() {
   try {
     await get("admin/status");
     mayAdmin = true;
-  } catch {
+  } catch (error) {
     mayAdmin = false;
+    $("teach-closed").textContent = error.code === "no_admin_key" ? "This server was started without an admin key, so that nobody can teach it here." : "To teach takes the admin key of this server: give it under “Key”.";
   }
   if (could && !mayAdmin) notice("This key opens nothing more: if the server was started again, open the link that its terminal shows.");
   $("teach-closed").hidden = mayAdmin;
-  $("teach-form").hidden = $("memory").hidden = !mayAdmin;
+  $("teach-form").hidden = $("memory").hidden = $("jobs-part").hidden = !mayAdmin;
   following.abort();
   following = new AbortController();
   $("jobs").replaceChildren();
   if (mayAdmin) {
     const { data } = await get("admin/jobs");
     data.forEach(follow);
-    const kinds = (await get("admin/kinds")).data;
-    $("teach-kind").replaceChildren(make("option", { value: "", text: "auto" }), ...kinds.map((kind) => make("option", { value: kind, text: kind })));
+    const known = await get("admin/kinds");
+    kinds = known.files;
+    $("teach-kind").replaceChildren(make("option", { value: "", text: "auto" }), ...known.data.map((kind) => make("option", { value: kind, text: kind })));
   }
   await look();
 }
