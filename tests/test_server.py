@@ -21,8 +21,10 @@ import pytest
 from growlm.cli import main
 from growlm.engine import Engine
 from growlm.engine.chat import Chat
-from growlm.errors import ConfigError
+from growlm.errors import BudgetError, ConfigError
 from growlm.server.keys import Keys
+from growlm.server.service import Asked
+from growlm.server.spelling import Spelling
 from growlm.store import Store
 from servers import Served, leaving, serving, wait_for
 from stores import domain_text
@@ -315,6 +317,88 @@ def test_fields_that_change_nothing_are_named_and_ignored(served):
     assert response.status_code == 200
     assert response.headers["x-growlm-ignored"].startswith("a??X-Evil: 1, nnn")
     assert "x-evil" not in response.headers
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "ignored"),
+    [
+        ("completions", {**ASK, "best_of": 1, "suffix": ""}, None),
+        ("responses", {"input": "abc", "return_token_ids": True, "model": "base"}, "return_token_ids"),
+        ("messages", {**SAY, "model": "base", "max_tokens": 2, "return_token_ids": True, "stop": "x"},
+         "return_token_ids, stop"),
+    ],
+)  # fmt: skip
+def test_fields_that_a_form_does_not_honour_are_named(served, path, body, ignored):
+    response = served.post(f"/v1/{path}", **body)
+    assert response.status_code == 200, response.text
+    assert (response.headers.get("x-growlm-ignored") or "").removeprefix("best_of, suffix") == (ignored or "")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"input": "a", "model": "base", "text": {"format": {"type": "text"}, "x": NaN}}',
+        '{"input": "a", "model": "base", "tool_choice": {"type": "auto", "x": -Infinity}}',
+        '{"input": "a", "model": "base", "text": {"x": "\\ud800"}}',
+        '{"input": "\\ud800 a", "model": "base"}',
+    ],
+)
+def test_numbers_that_are_none_and_halves_of_characters_are_refused(served, body, stream):
+    content = body[:-1] + f', "stream": {"true" if stream else "false"}' + "}"
+    response = served.http.post("/v1/responses", content=content, headers={"content-type": "application/json"})
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "invalid_json")
+    whole = body.replace("\\ud800", "\\ud83d\\ude00").replace("NaN", "1").replace("-Infinity", "1")
+    response = served.http.post("/v1/responses", content=whole, headers={"content-type": "application/json"})
+    assert response.status_code == 200
+
+
+def test_prompts_of_one_request_are_drawn_each_by_itself_and_each_names_its_module(served):
+    body = {"prompt": ["abc", "abc", DIGITS], "model": "auto", "max_tokens": 8, "temperature": 2.0}
+    drawn = [served.post("/v1/completions", **body).json()["choices"] for _ in range(4)]
+    assert any(one[0]["text"] != one[1]["text"] for one in drawn)
+    assert drawn[0][2]["growlm"]["module"] == "digits"
+    same = [served.post("/v1/completions", **body, seed=3).json()["choices"] for _ in range(2)]
+    assert [[c["text"] for c in one] for one in same] == [[c["text"] for c in same[0]]] * 2
+
+
+def test_tokens_that_are_parts_of_a_character_have_their_bytes_and_its_place(served):
+    prompt = "a\u00e9\u65e5b"
+    body = {"prompt": prompt, "model": "base", "max_tokens": 1, "echo": True, "logprobs": 0, "temperature": 0}
+    whole = served.post("/v1/completions", **body).json()["choices"][0]
+    tokens = served.engine.tokens_of(prompt)
+    assert len(tokens) > len(prompt)  # some are parts
+    offsets = whole["logprobs"]["text_offset"][: len(tokens)]
+    assert offsets == sorted(offsets)
+    assert max(offsets) == len(prompt) - 1
+    streamed = [
+        offset
+        for event in served.events("/v1/completions", **body)
+        for choice in event["choices"]
+        if choice["logprobs"]
+        for offset in choice["logprobs"]["text_offset"]
+    ]
+    assert streamed == whole["logprobs"]["text_offset"]
+    spelling = Spelling(served.engine.tokenizer)
+    assert bytes(byte for token in tokens for byte in spelling.bytes_of(token)).decode() == prompt
+
+
+def test_an_error_in_mid_stream_of_responses_is_an_event_of_its_own(served, monkeypatch):
+    items = Asked.items
+
+    async def broken(asked: Asked) -> Any:
+        async for item in items(asked):
+            yield item
+            raise BudgetError("there is no room")
+
+    monkeypatch.setattr(Asked, "items", broken)
+    body = {"input": "abc", "model": "base", "max_output_tokens": 4, "stream": True}
+    with served.http.stream("POST", "/v1/responses", json=body) as response:
+        events = [json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: ")]
+    assert events[-1] == {
+        "type": "error", "sequence_number": len(events) - 1, "code": "memory_budget", "message": "there is no room",
+        "param": None,
+    }  # fmt: skip
 
 
 # Bounds

@@ -184,6 +184,7 @@ def test_a_file_that_is_dropped_becomes_a_module_that_answers(browser, served, t
     assert page.locator("#file-list li.wrong").count() == 1
     page.get_by_role("button", name="leave out bomb.zip").click()
     page.set_input_files("#files", tmp_path / "signs.txt")
+    page.get_by_label("Name of the module").fill("signs")
     page.get_by_role("button", name="Learn", exact=True).click()
     page.get_by_role("alert").get_by_text("signs is there already: tick “the next version”").wait_for()
     page.get_by_role("button", name="Learn", exact=True).click()

@@ -155,6 +155,49 @@ def test_openais_newer_form_tells_calls_and_reads_what_they_gave(served):
     assert again.usage.input_tokens == len(_of_chat(served))
 
 
+def _both_ways(first: str, second: str) -> dict[str, dict[str, Any]]:
+    """A conversation in which two calls are answered, by the ids that are named, in each form."""
+    calls = [{"id": name, "function": {"name": "rent", "arguments": {"room": n}}} for n, name in enumerate("ab", 1)]
+    chat = [{"role": "tool", "tool_call_id": one, "content": f"cost of {one}"} for one in (first, second)]
+    used = [{"type": "tool_use", "id": name, "name": "rent", "input": {"room": n}} for n, name in enumerate("ab", 1)]
+    given = [{"type": "tool_result", "tool_use_id": one, "content": f"cost of {one}"} for one in (first, second)]
+    named = [{"type": "function_call", "call_id": c["id"], "name": "rent", "arguments": '{"room": 1}'} for c in calls]
+    outputs = [{"type": "function_call_output", "call_id": one, "output": f"cost of {one}"} for one in (first, second)]
+    return {
+        "chat/completions": {"messages": [*ASKED, {"role": "assistant", "tool_calls": calls}, *chat]},
+        "messages": {"messages": [*ASKED, {"role": "assistant", "content": used}, {"role": "user", "content": given}]},
+        "responses": {"input": [*ASKED, *named, *outputs]},
+    }
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "messages", "responses"])
+def test_what_tools_gave_stands_in_the_order_of_their_calls(served, monkeypatch, path):
+    read: list[str] = []
+    tokens_of = served.engine._prompts.encode
+
+    def seen(prompt: Any, *arguments: Any, **named: Any) -> Any:
+        tokens = tokens_of(prompt, *arguments, **named)
+        read.append(served.engine.tokenizer.decode(tokens))
+        return tokens
+
+    monkeypatch.setattr(served.engine._prompts, "encode", seen)
+    sized = {"max_output_tokens": 1} if path == "responses" else {"max_tokens": 1}
+    for order in (("a", "b"), ("b", "a")):
+        response = served.post(f"/v1/{path}", **_both_ways(*order)[path], model="base", **sized)
+        assert response.status_code == 200, response.text
+        assert read[-1].index("cost of a") < read[-1].index("cost of b")
+    wrong = served.post(f"/v1/{path}", **_both_ways("a", "c")[path], model="base", **sized)
+    assert (wrong.status_code, "the call 'c', which the turn before has not made" in wrong.text) == (400, True)
+
+
+def test_a_tool_that_failed_is_told_as_such(served):
+    body = _both_ways("a", "b")["messages"]
+    counted = [served.post("/v1/messages/count_tokens", **body, model="base").json()["input_tokens"] for _ in range(1)]
+    body["messages"][-1]["content"][0]["is_error"] = True
+    counted.append(served.post("/v1/messages/count_tokens", **body, model="base").json()["input_tokens"])
+    assert counted[1] - counted[0] == len(served.engine.tokens_of("Error: "))
+
+
 @pytest.mark.parametrize(
     ("path", "body", "told"),
     [

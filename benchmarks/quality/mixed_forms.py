@@ -1,8 +1,9 @@
 """A domain of several forms among nine of one: paragraphs of reports, tables of numbers, and questions about them.
 
 The nine of `benchmarks.quality.routing` and a tenth, made of the data sets that statsmodels describes
-(`benchmarks/lib/mixed.py`). Every third data set is kept back whole, and of the others a third of the texts of each form.
-Which module are those given? Beside the router as it is stand those that have several means of it, or of each domain.
+(`benchmarks/lib/mixed.py`). Every third data set is kept back whole, and of the others a third of the texts of each
+form. Which module are those given? Beside the router as it is stand those that have several means of it, or of each
+domain.
 
     pip install statsmodels
     python -m benchmarks.quality.mixed_forms --data DIR --base CHECKPOINT --out mixed/
