@@ -73,6 +73,10 @@ def test_clients_that_leave_and_modules_that_change_leave_every_answer_as_it_is_
                 streamed(served, f"/v1/{path}", {**body, **field, "stream": True}, draw.randint(0, 4))
                 return
             response = served.http.post(f"/v1/{path}", json={**body, **field})
+            # A module that was named may be gone; one that the router chose is no fault of who asks.
+            assert response.status_code in ({200, 503} if body["model"] in ("auto", "base") else {200, 404}), (
+                response.text
+            )
             statuses.append(response.status_code)
             if response.status_code == 200:
                 found = response.json()
@@ -88,7 +92,6 @@ def test_clients_that_leave_and_modules_that_change_leave_every_answer_as_it_is_
         nothing_is_left(served.engine)
         assert served.post("/v1/completions", prompt="abc", max_tokens=1).status_code == 200
         tokenizer = served.engine.tokenizer
-    assert set(statuses) <= {200, 404, 503}
     assert len(answers) > requests // 6
     passes = {name: [WholePasses(base, [module]) for module in each] for name, each in versions.items()}
     ties, alone = 0, [WholePasses(base, [])]
