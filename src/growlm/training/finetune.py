@@ -20,6 +20,7 @@ from growlm.layers.losses import load_concentration
 from growlm.layers.routing import ExpertRouter
 from growlm.progress import reporting
 from growlm.training.config import FinetuneConfig
+from growlm.training.parallel import joined
 from growlm.training.pretrain import default_rate
 from growlm.training.whole_model import TrainedModel, train_whole
 
@@ -66,7 +67,7 @@ def finetune(
             model.auxiliary_loss = partial(_concentration, config.load_concentration)
         return model, load_tokenizer(folder)
 
-    with reporting(out.name, progress):
+    with joined() as ranks, reporting(out.name, progress if ranks.first else False):
         return train_whole(
             out,
             data,
@@ -77,6 +78,7 @@ def finetune(
             identity=f"{fingerprint(folder)} {tokenizer_fingerprint(folder)}",
             restart=restart,
             never_worse=not config.load_concentration,  # which trades loss for fewer experts
+            ranks=ranks,
         )
 
 

@@ -14,9 +14,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import growlm
 from growlm.base import Base, checkpoint
 from growlm.base.placement import Placement
 from growlm.errors import StoreError
@@ -103,8 +100,6 @@ class LearnRun:
         settings = json.dumps(self.config.to_json(), sort_keys=True)
         ranks.require_same(
             {
-                "growlm": growlm.__version__,
-                "torch": torch.__version__,
                 "store": str(self.store.path.resolve()),
                 "text": self.body.digest[:12],
                 "settings": hashlib.sha256(settings.encode()).hexdigest()[:12],

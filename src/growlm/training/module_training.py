@@ -24,7 +24,6 @@ from growlm.base import Base
 from growlm.base.padding import pad_right
 from growlm.base.placement import Placement
 from growlm.disk.files import read_json, write_atomic
-from growlm.errors import ConfigError, setting
 from growlm.layers.cross_entropy import linear_cross_entropy, token_losses
 from growlm.layers.losses import load_concentration
 from growlm.layers.pools import imitation
@@ -342,13 +341,10 @@ class ModuleTraining:
         return self.base.run(hidden, self.modules.layers[: self.fork], shared)
 
     def _loss(self, step: int) -> Tensor | None:
-        rows = self.ranks.share(self._steps[step])
+        rows, share = self.ranks.share_of(self._steps[step], self.packed.labels)
+        if share == 0:
+            return None
         labels = self.packed.labels(rows).flatten().to(self.base.device)
-        share = 1.0
-        if self.ranks.size > 1:
-            share = int((labels >= 0).sum()) / int((self.packed.labels(self._steps[step]) >= 0).sum())
-            if share == 0:
-                return None
         if self.fork == 0 or self._cache is None:
             given = self._features(rows)
         else:
@@ -463,10 +459,7 @@ def batch_of(given: int | None, rows: int, ranks: Ranks) -> int:
         ConfigError: what was given cannot be shared out.
     """
     if given is not None:
-        if given % ranks.size:
-            raise ConfigError(
-                f"{setting('batch_size')} is {given}, for {ranks.size} devices; give a multiple of {ranks.size}"
-            )
+        ranks.require_divisor(given)
         return given
     chosen = min(max(round(rows / _STEPS), 1), _LARGEST_BATCH)
     return math.ceil(chosen / ranks.size) * ranks.size

@@ -13,7 +13,7 @@ import json
 import os
 import socket
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,7 +25,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from growlm.errors import ConfigError, RankError
+import growlm
+from growlm.errors import ConfigError, RankError, setting
 from growlm.training.optim import rows_of
 
 T = TypeVar("T")
@@ -50,6 +51,17 @@ class Ranks:
     def first(self) -> bool:
         return self.rank == 0
 
+    def share_of(self, rows: np.ndarray, labels: Callable[[np.ndarray], Tensor]) -> tuple[np.ndarray, float]:
+        """This rank's part of a step's rows, and how much of what they teach is in it: the weight of its mean loss.
+
+        Args:
+            labels: of rows, below 0 where they do not count.
+        """
+        if self.size == 1:
+            return rows, 1.0
+        own = self.share(rows)
+        return own, int((labels(own) >= 0).sum()) / int((labels(rows) >= 0).sum())
+
     def share(self, rows: np.ndarray) -> np.ndarray:
         """This rank's part of a step's rows; empty where there are fewer rows than ranks."""
         return rows if self.size == 1 else np.array_split(rows, self.size)[self.rank]
@@ -61,13 +73,14 @@ class Ranks:
     def require_same(self, told: Mapping[str, object]) -> None:
         """
         Args:
-            told: what has to be the same on all ranks, by what a user calls it.
+            told: what has to be the same on all ranks besides versions, by what a user calls it.
 
         Raises:
             ConfigError: a rank has something else.
         """
         if self.size == 1:
             return
+        told = {"growlm": growlm.__version__, "torch": torch.__version__, **told}
         of_all = self._told({"host": socket.gethostname(), **told})
         for rank, theirs in enumerate(of_all):
             different = [what for what in told if theirs[what] != of_all[0][what]]
@@ -172,6 +185,16 @@ class Ranks:
             texts = [torch.empty_like(padded) for _ in sizes]
             dist.all_gather(texts, padded)
         return [json.loads(bytes(t[: int(n)].tolist())) for t, n in zip(texts, sizes, strict=True)]
+
+    def require_divisor(self, batch: int) -> None:
+        """
+        Raises:
+            ConfigError: a step's rows cannot be shared out.
+        """
+        if batch % self.size:
+            raise ConfigError(
+                f"{setting('batch_size')} is {batch}, for {self.size} devices; give a multiple of {self.size}"
+            )
 
 
 ALONE = Ranks()

@@ -19,6 +19,7 @@ from growlm.base.settings import config_settings
 from growlm.errors import ConfigError, setting
 from growlm.progress import phase, reporting
 from growlm.training.config import PRESETS, PretrainConfig
+from growlm.training.parallel import joined
 from growlm.training.whole_model import TrainedModel, train_whole
 
 END_OF_TEXT = "<|endoftext|>"
@@ -53,8 +54,8 @@ def pretrain(
         return new_model(model_config, config.seed), tokenizer
 
     out = Path(out).expanduser()
-    with reporting(out.name, progress):
-        return train_whole(out, data, config, make, verb="pretrain", rate=default_rate, restart=restart)
+    with joined() as ranks, reporting(out.name, progress if ranks.first else False):
+        return train_whole(out, data, config, make, verb="pretrain", rate=default_rate, restart=restart, ranks=ranks)
 
 
 def new_model(model_config: Any, seed: int) -> nn.Module:

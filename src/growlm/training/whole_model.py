@@ -9,6 +9,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from growlm.training.config import ConversationConfig, WholeModelConfig
 from growlm.training.corpus import beginnings, deciding_tokens, halves, validation_tokens
 from growlm.training.general import HELDOUT_FILE
 from growlm.training.loop import require_finite, train
+from growlm.training.parallel import ALONE, Ranks
 from growlm.training.runs import run_folder
 from growlm.training.segments import check_segments, document_ids, final_states
 from growlm.training.validation import Validation
@@ -109,6 +111,7 @@ def train_whole(
     identity: str = "",
     restart: bool = False,
     never_worse: bool = False,
+    ranks: Ranks = ALONE,
 ) -> TrainedModel:
     """Trains all parameters of a model on `data` and saves it to `out`, as a transformers checkpoint.
 
@@ -122,6 +125,7 @@ def train_whole(
         identity: of what `make` starts from, for telling runs apart.
         never_worse: what `make` gives knows something: half of the held-out text chooses the step that is kept, and by
             the other half the result must be no worse.
+        ranks: that train it together; the first of them writes.
 
     Raises:
         NotBetterError: it is worse; nothing is saved.
@@ -130,8 +134,11 @@ def train_whole(
         ConfigError: settings that contradict each other, or a device that is not there.
         TrainingError: the loss became NaN or infinite; nothing is saved.
         Interrupted: stopped by the user; progress is saved.
+        RankError: another of the processes that train it together has ended.
     """
     refuse_existing(out)
+    assert config.batch_size is not None
+    ranks.require_divisor(config.batch_size)
     placement = Placement.of(config.device, config.precision)
     corpus = text_data.read(data, **config.reading)
     train_documents, heldout_documents = text_data.split(corpus, at_most=_HELDOUT_DOCUMENTS, seed=config.seed)
@@ -140,17 +147,22 @@ def train_whole(
     settings |= {"precision": str(placement.dtype)}
     for key in ("checkpoint_seconds", "admit_anyway"):
         settings.pop(key, None)
-    told = [corpus.digest, settings, *([identity] if identity else [])]
+    told = [corpus.digest, settings, *([identity] if identity else []), *([ranks.size] if ranks.size > 1 else [])]
     run = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
     folder = out.parent / f".{out.name}-{run}"
     busy = f"{out}: the same {verb} is running already"
-    with run_folder(folder, busy, restart=restart) as work:
+    ranks.require_same({"text": corpus.digest[:12], "run": run, "place": str(folder.resolve())})
+    with run_folder(folder, busy, restart=restart) if ranks.first else nullcontext(folder) as work:
+        if ranks.first:
+            work.mkdir(parents=True, exist_ok=True)
+        ranks.require_shared(work.parent)
         model, tokenizer = make(train_documents)
-        work.mkdir(parents=True, exist_ok=True)
-        return _run(
+        result = _run(
             out, work, corpus, train_documents, heldout_documents, config, model.to(placement.device), tokenizer,
-            placement, verb, rate, never_worse,
+            placement, verb, rate, never_worse, ranks,
         )  # fmt: skip
+        found: dict[str, Any] = ranks.first_says({} if result is None else result.to_json())
+    return result or TrainedModel(**{**found, "pools": [PoolUse(**pool) for pool in found["pools"]]})
 
 
 def _run(
@@ -166,7 +178,9 @@ def _run(
     verb: str,
     rate: Callable[[int], float],
     never_worse: bool,
-) -> TrainedModel:
+    ranks: Ranks,
+) -> TrainedModel | None:
+    """What rank 0 finds; the others train along."""
     learned = config.loss if isinstance(config, ConversationConfig) else "all"
     packed = text_data.pack(
         train_documents,
@@ -210,16 +224,19 @@ def _run(
     assert config.batch_size is not None
     order = text_data.schedule(len(packed), config.batch_size, wanted=wanted, seed=config.seed)
 
-    def loss_of_step(step: int) -> Tensor:
-        inputs = packed[order[step]][:, :-1].to(placement.device)
-        labels = packed.labels(order[step]).to(placement.device)
+    def loss_of_step(step: int) -> Tensor | None:
+        rows, share = ranks.share_of(order[step], packed.labels)
+        if share == 0:
+            return None
+        inputs = packed[rows][:, :-1].to(placement.device)
+        labels = packed.labels(rows).to(placement.device)
         documents = document_ids(inputs, tokenizer.eos_token_id) if config.separate_documents else None
         with autocast:
             hidden, auxiliary = final_states(base, inputs, documents=documents, segment_length=config.segment_length)
         loss = linear_cross_entropy(
             hidden.to(placement.dtype).flatten(0, 1), base.head_weight, labels.flatten(), softcap=base.softcap
         )
-        return loss if auxiliary is None else loss + auxiliary
+        return share * (loss if auxiliary is None else loss + auxiliary)
 
     some = beginnings(chosen_by, validation_tokens(wanted * config.sequence_length), config.seed)
     scored, counted = [p.tokens for p in some], text_data.masks_of(some)
@@ -232,12 +249,12 @@ def _run(
         model.train()
         return loss
 
-    before, pools_before = measure()
+    before, pools_before = measure() if ranks.first else (torch.empty(0), [])
     model.train()
     saved = model.state_dict(keep_vars=True)
     parameters = dict(model.named_parameters())
     buffers = {name: b for name, b in model.named_buffers() if name in saved}
-    chosen = Validation(work, {**parameters, **buffers}, score) if scored else None
+    chosen = Validation(work, {**parameters, **buffers}, score) if scored and ranks.first else None
     steps, seconds = train(
         parameters,
         loss_of_step,
@@ -249,7 +266,10 @@ def _run(
         resume_hint="run the same command again to go on",
         buffers=buffers,
         validation=chosen,
+        ranks=ranks,
     )
+    if not ranks.first:
+        return None
     tokens = sum(len(rows) for rows in order[:steps]) * config.sequence_length
     after, pools_after = measure()
     scored_of_each = torch.tensor([p.num_scored for p in decided_by])

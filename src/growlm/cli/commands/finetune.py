@@ -8,8 +8,10 @@ import typer
 
 from growlm.cli.app import app
 from growlm.cli.asking import open_source
+from growlm.cli.launching import run_on
 from growlm.cli.options import (
     DataPaths,
+    Devices,
     Json,
     OutPath,
     Restart,
@@ -29,6 +31,7 @@ def finetune(
     data: DataPaths,
     config: Any,
     restart: Restart = False,
+    devices: Devices = 1,
     as_json: Json = False,
 ) -> None:
     """Train all parameters of a checkpoint further.
@@ -44,6 +47,7 @@ def finetune(
         growlm finetune small/ better/ --data src/ --tokens 2M --learning-rate 1e-4
     """
     open_source(source, [], data, **config.reading)
+    run_on(devices)
     from growlm.training.finetune import finetune as run
 
     result = run(source, out, data, config, restart=restart)

@@ -6,7 +6,8 @@ from typing import Any
 
 from growlm.cli.app import app
 from growlm.cli.asking import require_data
-from growlm.cli.options import DataPaths, Json, OutPath, Restart, from_config
+from growlm.cli.launching import run_on
+from growlm.cli.options import DataPaths, Devices, Json, OutPath, Restart, from_config
 from growlm.cli.output import print_json, reports
 from growlm.training.config import PretrainConfig
 from growlm.units import format_count
@@ -20,6 +21,7 @@ def pretrain(
     data: DataPaths,
     config: Any,
     restart: Restart = False,
+    devices: Devices = 1,
     as_json: Json = False,
 ) -> None:
     """Train a small base model and its tokenizer from scratch. The result is a transformers checkpoint like any other.
@@ -33,6 +35,7 @@ def pretrain(
         growlm pretrain base/ --data text.parquet --config my-model/config.json --epochs 2
     """
     require_data(data, **config.reading)
+    run_on(devices)
     from growlm.training.pretrain import pretrain as run
 
     result = run(out, data, config, restart=restart)
