@@ -13,10 +13,6 @@ from typing import Any
 from growlm.progress import phase, reporting
 
 
-def plural(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
-
-
 def reports(subject: str, *, long: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Shows the progress of a command, under the name in its argument `subject`, from before its imports on.
 

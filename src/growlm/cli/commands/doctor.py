@@ -8,8 +8,8 @@ import typer
 
 from growlm.cli.app import app
 from growlm.cli.options import Json
-from growlm.cli.output import plural, print_json
-from growlm.units import format_size
+from growlm.cli.output import print_json
+from growlm.units import counted, format_size
 
 _STATES = {"newer": "  newer than tested", "older": "  too old"}
 
@@ -41,8 +41,8 @@ def _lines(found: dict[str, Any]) -> list[str]:
         for name, v in found["versions"].items()
     ]
     processor = found["processor"]
-    parts = [processor["name"], plural(processor["cores"], "core")]
-    parts += [plural(processor["threads"], "thread")] if processor["threads"] else []
+    parts = [processor["name"], counted(processor["cores"], "core")]
+    parts += [counted(processor["threads"], "thread")] if processor["threads"] else []
     rows.append(("processor", ", ".join([*parts, *processor["instructions"]])))
     for device in found["devices"]:
         memory = f", {_size(device['free_bytes'])} of {_size(device['bytes'])} free" if device["bytes"] else ""

@@ -17,9 +17,9 @@ from growlm.cli.options import (
     option,
     refuse_beside,
 )
-from growlm.cli.output import plural, print_json, reports
+from growlm.cli.output import print_json, reports
 from growlm.training.config import RouterConfig
-from growlm.units import format_size
+from growlm.units import counted, format_size
 
 
 @app.command()
@@ -80,7 +80,7 @@ def router(
     found = describe_router(opened)
     if as_json:
         return print_json(found)
-    print(f"{found['kind']}: chooses among {found['knows']} of {plural(found['modules'], 'module')}")
+    print(f"{found['kind']}: chooses among {found['knows']} of {counted(found['modules'], 'module')}")
     if found["unknown"]:
         cure = f"; growlm router {store} --kind transformer trains anew" if found["kind"] == "transformer" else ""
         print(f"never chosen: {', '.join(found['unknown'][:10])}{cure}")
@@ -89,7 +89,7 @@ def router(
     for version in found["versions"]:
         accuracy = "no text held out" if version["accuracy"] is None else f"{version['accuracy']:.1%} on held-out text"
         print(
-            f"  transformer version {version['version']}: {plural(version['modules'], 'module')}, "
+            f"  transformer version {version['version']}: {counted(version['modules'], 'module')}, "
             f"{format_size(version['bytes'])}, {accuracy}"
         )
     return None

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from growlm.cli.app import app
 from growlm.cli.options import Json, StorePath
-from growlm.cli.output import plural, print_json, reports
-from growlm.units import format_count, format_size
+from growlm.cli.output import print_json, reports
+from growlm.units import counted, format_count, format_size
 
 
 @app.command()
@@ -25,7 +25,7 @@ def status(store: StorePath, as_json: Json = False) -> None:
     print(f"base {found['base']}: {format_count(found['base_parameters'])} parameters")
     width = max((len(m["name"]) for m in found["modules"]), default=0)
     for m in found["modules"]:
-        older = f" ({plural(len(m['older_versions']), 'older version')})" if m["older_versions"] else ""
+        older = f" ({counted(len(m['older_versions']), 'older version')})" if m["older_versions"] else ""
         text = f", {format_size(m['text_bytes'])} of text on the disk" if m["text_bytes"] else ""
         text = text or (", samples of text for the router" if m["holds_text"] else "")
         print(

@@ -6,7 +6,8 @@ import typer
 
 from growlm.cli.app import app
 from growlm.cli.options import Json, StorePath
-from growlm.cli.output import plural, print_json, reports
+from growlm.cli.output import print_json, reports
+from growlm.units import counted
 
 
 @app.command()
@@ -25,7 +26,7 @@ def verify(store: StorePath, as_json: Json = False) -> None:
     if as_json:
         print_json({"ok": not problems, "problems": problems})
     elif not problems:
-        print(f"{store}: {plural(len(opened.modules), 'module')}, every file as it should be")
+        print(f"{store}: {counted(len(opened.modules), 'module')}, every file as it should be")
     else:
         print("\n".join(problems))
     if problems:

@@ -1,0 +1,131 @@
+"""Learning many modules: each by a process of its own, here one after another, or as tasks of a Ray cluster.
+
+What is done is in the store, and what was stopped goes on where it was: the same plan again does the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from growlm.cluster.plan import Learning, taken
+from growlm.errors import ConfigError, Interrupted
+from growlm.progress import say
+from growlm.store import Store
+
+DONE, THERE, FAILED = "done", "there", "failed"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one module of a plan has come to.
+
+    Attributes:
+        state: done; there, from before; or failed.
+        result: as `growlm learn --json` tells it, of one that is done.
+        error: why it failed, in a line.
+    """
+
+    name: str
+    state: str
+    result: dict[str, Any] | None = None
+    error: str | None = None
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+Runner = Callable[[Path, Sequence[Learning]], Iterator[Outcome]]
+
+
+def learn_all(store: Store, plan: Sequence[Learning], run: Runner | None = None) -> list[Outcome]:
+    """Learns the modules of a plan that are not there yet; one that fails stops no other.
+
+    Args:
+        run: how; by default here, one after another.
+
+    Raises:
+        ConfigError: what cannot be done in this store; nothing was begun.
+        Interrupted: stopped by the user; the same plan goes on.
+    """
+    existing = store.modules
+    if faults := taken(plan, existing):
+        raise ConfigError(f"{store.path}: " + f"\n{store.path}: ".join(faults))
+    store.check_base()
+    there = [one for one in plan if one.name in existing and not one.update]
+    left = [one for one in plan if one not in there]
+    found = {one.name: Outcome(one.name, THERE) for one in there}
+    if there:
+        say(f"{len(there)} of {len(plan)} modules are there already: {', '.join(one.name for one in there)}")
+    for outcome in (run or here)(store.path, left):
+        found[outcome.name] = outcome
+        told = outcome.error if outcome.state == FAILED else _gain(outcome)
+        say(f"{len(found)} of {len(plan)}: {outcome.name} {outcome.state} after {outcome.seconds:,.0f} s: {told}")
+    return [found[one.name] for one in plan]
+
+
+def here(store: Path, left: Sequence[Learning]) -> Iterator[Outcome]:
+    """One after another, each by a process of its own, whose progress is seen."""
+    for one in left:
+        yield in_process(store, one, lines=None)
+
+
+def in_process(store: Path, one: Learning, *, lines: Callable[[str], None] | None) -> Outcome:
+    """Learns a module in a process of its own.
+
+    Args:
+        lines: given each line that it says; None lets it say them itself.
+
+    Raises:
+        Interrupted: it was stopped by the user.
+    """
+    asked = json.dumps(
+        {"store": str(store), "name": one.name, "data": one.data, "settings": dict(one.settings), "update": one.update}
+    )
+    began = time.monotonic()
+    command = [sys.executable, "-P", "-m", "growlm.cluster.one"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        last = ""
+        try:
+            process.stdin.write(asked)
+            process.stdin.close()
+            for line in process.stderr:
+                last = line.rstrip() or last
+                if lines is not None:
+                    lines(line.rstrip())
+                else:
+                    print(line, end="", file=sys.stderr, flush=True)
+            printed = process.stdout.read()
+            status = process.wait()
+        except KeyboardInterrupt:
+            process.send_signal(signal.SIGINT)
+            process.wait()
+            raise Interrupted("stopped; what was learned is in the store: the same plan again goes on") from None
+    seconds = time.monotonic() - began
+    if status == 0:
+        return Outcome(one.name, DONE, json.loads(printed), seconds=seconds)
+    if status == _INTERRUPTED:
+        raise Interrupted("stopped; what was learned is in the store: the same plan again goes on")
+    why = last.removeprefix("growlm: ") if status > 0 else f"it was ended by signal {-status}"
+    return Outcome(one.name, FAILED, error=why or f"it has ended with status {status}", seconds=seconds)
+
+
+_INTERRUPTED = 130
+
+
+def _gain(outcome: Outcome) -> str:
+    assert outcome.result is not None
+    return f"held-out loss {outcome.result['loss_before']:.3f} -> {outcome.result['loss_after']:.3f}"

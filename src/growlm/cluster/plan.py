@@ -1,0 +1,145 @@
+"""Plan: which modules are to be learned from which text, with which settings, as a YAML file says it.
+
+    defaults: {kind: lora, tokens: 100k}
+    modules:
+      law: {data: statutes/, epochs: 3}
+      medicine: {data: [pubmed.jsonl, notes/], text_key: abstract}
+
+Paths are relative to the file's folder. All that is wrong with a plan is told at once, before anything is begun.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from growlm.errors import ConfigError, GrowlmError, settings_written
+from growlm.store.stored_module import is_name
+from growlm.training.config import LearnConfig
+
+_HUB = "hub:"
+_OWN = ("data", "update")  # what a module has besides settings
+
+
+@dataclass(frozen=True)
+class Learning:
+    """One module of a plan.
+
+    Attributes:
+        data: paths, or `hub:owner/name`.
+        settings: of `LearnConfig`.
+        update: whether it is the next version of a module that exists.
+    """
+
+    name: str
+    data: tuple[str, ...]
+    settings: Mapping[str, Any]
+    update: bool = False
+
+    @property
+    def config(self) -> LearnConfig:
+        """
+        Raises:
+            ConfigError: a setting that there is not, or that cannot be.
+        """
+        return LearnConfig(**self.settings)
+
+
+class _Strict(yaml.SafeLoader):
+    """YAML in which a key stands once."""
+
+
+def _once(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    found: dict[Any, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in found:
+            raise ConfigError(f"line {key_node.start_mark.line + 1}: {key} stands there twice; keep one")
+        found[key] = loader.construct_object(value_node, deep=True)
+    return found
+
+
+_Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _once)
+
+
+def read_plan(path: Path) -> list[Learning]:
+    """
+    Raises:
+        ConfigError: the file cannot be read, or what it asks for cannot be: every fault on a line of its own.
+    """
+    try:
+        plan = yaml.load(path.read_text(encoding="utf-8"), _Strict)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or 'is not UTF-8'}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: no YAML: {' '.join(str(error).split())[:200]}") from None
+    modules = plan.get("modules") if isinstance(plan, dict) else None
+    if not isinstance(modules, dict) or not modules:
+        raise ConfigError(f"{path}: names no modules; write them under `modules:`, each with its `data:`")
+    faults = [
+        f"{key} is not known; a plan has defaults and modules" for key in plan if key not in ("defaults", "modules")
+    ]
+    defaults = plan.get("defaults") or {}
+    if not isinstance(defaults, dict):
+        raise ConfigError(f"{path}: defaults are settings by name")
+    found = []
+    for name, asked in modules.items():
+        learning, wrong = _learning(name, defaults, asked, path.parent)
+        faults += wrong
+        if learning is not None:
+            found.append(learning)
+    if faults:
+        raise ConfigError(f"{path}: " + f"\n{path}: ".join(faults))
+    return found
+
+
+def _learning(name: Any, defaults: Mapping[str, Any], asked: Any, folder: Path) -> tuple[Learning | None, list[str]]:
+    """A module, and all that is wrong with it."""
+    if not isinstance(name, str) or not is_name(name):
+        return None, [f"{name} is no name of a module: small letters, digits, dots, - and _"]
+    if not isinstance(asked, dict) or not asked.get("data"):
+        return None, [f"{name}: says no data; give it files or folders as `data:`"]
+    given, faults = asked["data"], []
+    items = given if isinstance(given, list) else [given]
+    data = []
+    for item in items:
+        if not isinstance(item, str):
+            faults.append(f"{name}: data {item!r} is no path")
+        elif item.startswith(_HUB):
+            data.append(item)
+        else:
+            place = folder / Path(item).expanduser()
+            data.append(str(place))
+            if not place.exists():
+                faults.append(f"{name}: {place}: no such file")
+    settings = {**_of_kind(defaults, asked), **{key: value for key, value in asked.items() if key not in _OWN}}
+    update = asked.get("update", False)
+    if not isinstance(update, bool):
+        faults.append(f"{name}: update is {update!r}; it is true or false")
+    learning = Learning(name, tuple(data), settings, bool(update))
+    try:
+        with settings_written(str):
+            _ = learning.config
+    except (GrowlmError, TypeError) as error:
+        faults.append(f"{name}: {error}")
+    return learning, faults
+
+
+def _of_kind(defaults: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Defaults; of a module that names another kind, without those that are of a kind alone."""
+    if asked.get("kind", defaults.get("kind")) == defaults.get("kind"):
+        return dict(defaults)
+    of_all = {field.name for field in fields(LearnConfig)}
+    return {key: value for key, value in defaults.items() if key in of_all and key != "kind"}
+
+
+def taken(plan: Sequence[Learning], existing: Mapping[str, Any]) -> list[str]:
+    """What is wrong with a plan for a store, whose modules are given."""
+    missing = [one.name for one in plan if one.update and one.name not in existing]
+    return [f"{name}: there is no such module to update" for name in missing]
