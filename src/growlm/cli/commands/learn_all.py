@@ -35,6 +35,7 @@ def learn_all(
 
     A plan is a YAML file:
 
+    \b
         defaults: {kind: lora, tokens: 100k}
         modules:
           law: {data: statutes/, epochs: 3}
