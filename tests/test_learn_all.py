@@ -171,7 +171,7 @@ def test_a_machine_that_dies_costs_no_module(store):
         cluster.stdin.close()
         cluster.wait(60)
     assert run.returncode == 0, said
-    assert [one["state"] for one in json.loads(out)["modules"]] == [DONE] * 3
+    assert {one["state"] for one in json.loads(out)["modules"]} <= {DONE, THERE}
     opened = Store.open(store)
     assert sorted(opened.modules) == sorted(["letters", *names])
     assert opened.verify() == []

@@ -701,7 +701,8 @@ def test_a_second_interruption_cuts_short_what_is_answered_and_is_no_error(made)
         body = {"prompt": "abc", "model": "base", "max_tokens": 200, "ignore_eos": True, "stream": True}
         headers = {"Authorization": f"Bearer {link[2]}"}
         with httpx.stream("POST", f"{link[1]}/v1/completions", json=body, headers=headers, timeout=30) as response:
-            next(response.iter_raw())
+            lines = response.iter_lines()
+            next(lines)
             process.send_signal(signal.SIGINT)
             time.sleep(0.05)
             process.send_signal(signal.SIGINT)

@@ -91,6 +91,20 @@ def gpus() -> list[torch.device]:
     return [*found, *([torch.device("mps")] if torch.backends.mps.is_available() else [])]
 
 
+def use_own_gpu(number: int) -> bool:
+    """Has this process compute on one GPU of CUDA's, by its number, where it says `cuda` or `auto`; returns whether
+    there are any. Of several processes of one machine each has another."""
+    if not torch.cuda.is_available():
+        return False
+    torch.cuda.set_device(number % torch.cuda.device_count())
+    return True
+
+
+def num_gpus() -> int:
+    """Of CUDA's."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def instructions() -> list[str]:
     """Those of the processor that matrix products are fast by."""
     there = {

@@ -39,16 +39,15 @@ def run_on(devices: int) -> None:
     Raises:
         ConfigError: there are not so many devices.
     """
-    import torch
-
+    from growlm.base.placement import num_gpus
     from growlm.training.parallel import launched
 
     if devices < 1:
         raise ConfigError(f"--devices is {devices}; it must be at least 1")
     if devices == 1 or launched():
         return
-    if torch.cuda.is_available() and devices > torch.cuda.device_count():
-        raise ConfigError(f"--devices is {devices}; this machine has {torch.cuda.device_count()}")
+    if 0 < num_gpus() < devices:
+        raise ConfigError(f"--devices is {devices}; this machine has {num_gpus()}")
     sys.exit(_Launch([sys.executable, "-m", "growlm", *sys.argv[1:]], devices).wait())
 
 

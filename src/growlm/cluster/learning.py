@@ -67,7 +67,7 @@ def learn_all(store: Store, plan: Sequence[Learning], run: Runner | None = None)
         say(f"{len(there)} of {len(plan)} modules are there already: {', '.join(one.name for one in there)}")
     for outcome in (run or here)(store.path, left):
         found[outcome.name] = outcome
-        told = outcome.error if outcome.state == FAILED else _gain(outcome)
+        told = outcome.error if outcome.state == FAILED else _gain(outcome) if outcome.result else "saved before"
         say(f"{len(found)} of {len(plan)}: {outcome.name} {outcome.state} after {outcome.seconds:,.0f} s: {told}")
     return [found[one.name] for one in plan]
 
@@ -100,8 +100,8 @@ def in_process(store: Path, one: Learning, *, lines: Callable[[str], None] | Non
         assert process.stderr is not None
         last = ""
         try:
-            process.stdin.write(asked)
-            process.stdin.close()
+            process.stdin.write(asked + "\n")
+            process.stdin.flush()  # and kept open: the process ends with this one
             for line in process.stderr:
                 last = line.rstrip() or last
                 if lines is not None:

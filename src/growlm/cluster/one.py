@@ -1,4 +1,4 @@
-"""One: a process that learns one module of a plan, which comes as JSON on its standard input."""
+"""One: a process that learns one module of a plan, which comes as a line of JSON on its standard input."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import sys
 
 from growlm.errors import GrowlmError, Interrupted
+from growlm.following import end_with_parent
 from growlm.store import Store
 from growlm.training.config import LearnConfig
 from growlm.training.learn import learn
@@ -14,7 +15,8 @@ from growlm.training.learn import learn
 
 def main() -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    asked = json.load(sys.stdin)
+    asked = json.loads(sys.stdin.readline())
+    end_with_parent()
     try:
         config = LearnConfig(**asked["settings"])
         result = learn(Store.open(asked["store"]), asked["name"], asked["data"], config, update=asked["update"])

@@ -14,11 +14,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from growlm.cluster.learning import FAILED, Outcome, Runner, in_process
+from growlm.cluster.learning import FAILED, THERE, Outcome, Runner, in_process
 from growlm.cluster.plan import Learning
 from growlm.errors import ConfigError, Interrupted
 from growlm.progress import say
 from growlm.requirements import require_extra
+from growlm.store import Store
 from growlm.units import counted
 
 _TRIES = 3  # of a learning whose machine or process dies; each goes on from the last checkpoint
@@ -52,7 +53,10 @@ def on_ray(address: str) -> Runner:
         if not Path(seen).exists():
             told = "does not see the store's files; it has to lie where all machines see the same ones"
             return Outcome(one.name, FAILED, error=f"{os.uname().nodename}: {store}: {told}")
-        return in_process(Path(store), one, lines=lambda line: None)
+        found = in_process(Path(store), one, lines=lambda line: None)
+        if found.state == FAILED and not one.update and Store.open(store).find(one.name) is not None:
+            return Outcome(one.name, THERE)  # an earlier try has saved it, and could not say so
+        return found
 
     def run(store: Path, left: Sequence[Learning]) -> Iterator[Outcome]:
         store = store.resolve()

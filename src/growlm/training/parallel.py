@@ -26,12 +26,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import growlm
+from growlm.base.placement import use_own_gpu
 from growlm.errors import ConfigError, RankError, setting
 from growlm.training.optim import rows_of
 
 T = TypeVar("T")
 
 _PATIENCE = timedelta(days=2)  # of those that wait while rank 0 alone works; a rank that dies is noticed at once
+_BACKENDS = "cpu:gloo,cuda:nccl"
 _NONE, _DENSE, _ROWS = 0, 1, 2  # kinds of gradient
 
 
@@ -216,10 +218,9 @@ def joined() -> Iterator[Ranks]:
     if not launched() or dist.is_initialized():
         yield Ranks(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else ALONE
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    on_gpus = use_own_gpu(int(os.environ.get("LOCAL_RANK", "0")))
     with _peers():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
+        dist.init_process_group(_BACKENDS if on_gpus else "gloo", timeout=_PATIENCE)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())
     finally:

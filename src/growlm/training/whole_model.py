@@ -153,10 +153,10 @@ def train_whole(
     busy = f"{out}: the same {verb} is running already"
     ranks.require_same({"text": corpus.digest[:12], "run": run, "place": str(folder.resolve())})
     with run_folder(folder, busy, restart=restart) if ranks.first else nullcontext(folder) as work:
-        if ranks.first:
-            work.mkdir(parents=True, exist_ok=True)
         ranks.require_shared(work.parent)
         model, tokenizer = make(train_documents)
+        if ranks.first:
+            work.mkdir(parents=True, exist_ok=True)
         result = _run(
             out, work, corpus, train_documents, heldout_documents, config, model.to(placement.device), tokenizer,
             placement, verb, rate, never_worse, ranks,

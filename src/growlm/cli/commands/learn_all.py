@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -59,7 +60,8 @@ def learn_all(
         from growlm.cluster.ray_tasks import on_ray
 
         runner = on_ray(ray)
-    outcomes = run(opened, asked, runner)
+    with redirect_stdout(sys.stderr):  # where Ray tells of machines that die
+        outcomes = run(opened, asked, runner)
     failed = [one for one in outcomes if one.state == FAILED]
     if as_json:
         print_json({"modules": [one.to_json() for one in outcomes]})

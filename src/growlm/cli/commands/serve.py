@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import logging
+import os
 import re
 import secrets
 import signal
@@ -187,7 +188,12 @@ def serve(
     # The engine's thread asks for Python's lock many times a step, and should not wait long for it where much is asked.
     sys.setswitchinterval(_SWITCH)
     server = Server(config)
-    signal.signal(signal.SIGTERM, lambda *_: None)  # what uvicorn leaves to whoever started it, once all has ended
+
+    def terminated(sig: int, frame: Any) -> None:
+        if not server.should_exit:  # before the server hears of it itself
+            os._exit(0)  # nothing has begun
+
+    signal.signal(signal.SIGTERM, terminated)  # uvicorn raises it once more when all has ended
     try:
         server.run(sockets=[listening])
     except KeyboardInterrupt:
