@@ -104,7 +104,10 @@ def test_all_that_is_wrong_with_a_plan_is_told_before_anything_is_begun(store, c
 def test_a_plan_that_is_stopped_goes_on_where_it_was(store):
     plan = plan_of(store.parent, "signs: {data: signs.txt}", "digits: {data: digits.txt, epochs: 9, tokens: 2M}")
     command = [sys.executable, "-m", "growlm", "learn-all", str(store), str(plan)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as run:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,  # though the tests ignore it
+    ) as run:  # fmt: skip
         assert run.stderr is not None
         lines: list[str] = []
         listening = threading.Thread(target=lambda: lines.extend(run.stderr or ()))

@@ -669,7 +669,12 @@ def test_a_server_that_stops_ends_what_is_asked(made):
 
 def serve(made: Path, *options: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "growlm", "serve", str(made), *options]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
+
+
+def heard() -> None:
+    """Ctrl-C, though whoever runs the tests does so in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_the_command_serves_until_it_is_told_to_stop(made):

@@ -14,6 +14,7 @@ _LEAVES = 15.0  # seconds in which it may keep what it has come to
 def end_with_parent() -> None:
     """From here on, interrupts this process, as by Ctrl-C, once its standard input ends: whoever has begun it holds the
     other end, and the system closes it for one that was killed."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which one that runs in the background may have lost
     threading.Thread(target=_follow, name="growlm-following", daemon=True).start()
 
 
