@@ -106,17 +106,19 @@ def test_a_plan_that_is_stopped_goes_on_where_it_was(store):
     command = [sys.executable, "-m", "growlm", "learn-all", str(store), str(plan)]
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env={**os.environ, "GROWLM_LOG_SECONDS": "1"},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,  # though the tests ignore it
     ) as run:  # fmt: skip
         assert run.stderr is not None
         lines: list[str] = []
         listening = threading.Thread(target=lambda: lines.extend(run.stderr or ()))
         listening.start()
-        wait_for(lambda: any("digits: to train on" in line for line in lines), 60)
+        wait_for(lambda: any("digits: training" in line for line in lines), 60)
         os.killpg(run.pid, signal.SIGINT)
         assert run.wait(60) == 130
         listening.join()
     assert "the same plan again goes on" in lines[-1]
+    assert list(Store.open(store).work.glob("digits-*/checkpoint.json"))  # it was told once, and has kept its step
     assert sorted(Store.open(store).modules) == ["letters", "signs"]
     (store.parent / "plan.yaml").write_text(plan.read_text().replace("epochs: 9, tokens: 2M", "epochs: 1"))
     assert [one.state for one in learn_all(Store.open(store), read_plan(plan))] == [THERE, DONE]
@@ -155,7 +157,7 @@ cluster.shutdown()
 def test_a_machine_that_dies_costs_no_module(store):
     pytest.importorskip("ray")
     names = ["signs", "digits", "both"]
-    modules = [f"{name}: {{data: [{'digits' if name == 'digits' else 'signs'}.txt], epochs: 3}}" for name in names]
+    modules = [f"{name}: {{data: [{'digits' if name == 'digits' else 'signs'}.txt], tokens: 40k}}" for name in names]
     plan = plan_of(store.parent, *modules)
     with subprocess.Popen(
         [sys.executable, "-c", CLUSTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,

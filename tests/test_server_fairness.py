@@ -181,10 +181,10 @@ def test_a_limited_keys_first_router_is_waited_for_by_nobody_else(made, monkeypa
 def test_a_text_that_is_much_too_long_is_refused_before_all_of_it_is_read(made, monkeypatch):
     with serving(made) as served:
         seen: list[int] = []
-        from growlm.engine import prompts
+        from growlm.data import encoding
 
-        encode = prompts.encode_texts
-        monkeypatch.setattr(prompts, "encode_texts", lambda t, texts: seen.extend(map(len, texts)) or encode(t, texts))
+        encode = encoding.encode_texts
+        monkeypatch.setattr(encoding, "encode_texts", lambda t, texts: seen.extend(map(len, texts)) or encode(t, texts))
         long = "ab cd " * 600_000
         for path, body in (
             ("completions", {**ASK, "prompt": long}),

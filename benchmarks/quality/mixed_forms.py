@@ -11,7 +11,6 @@ domain.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 from collections import Counter
@@ -21,15 +20,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.lib.common import machine, same_settings
+from benchmarks.lib.common import machine
 from benchmarks.lib.domains import DOMAINS
 from benchmarks.lib.mixed import FORMS, documents
 from benchmarks.lib.prompts import LONGEST, Prompts
-from benchmarks.quality.routing import Choose, Routing, shares
-from growlm.base.checkpoint import fingerprint
+from benchmarks.quality.routing import Choose, Routing, read_arguments, shares
 from growlm.disk.files import write_atomic
 from growlm.progress import reporting
-from growlm.units import parse_count
 
 REPORTS = "reports"
 LENGTHS = (32, LONGEST)
@@ -90,18 +87,7 @@ def given(prompts: Prompts, choose: Choose, length: int) -> dict[str, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folders of domains and tasks")
-    parser.add_argument("--base", type=Path, required=True, help="a checkpoint, as growlm convert makes one")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--prompts", type=int, default=40, help="of each form and domain, at most")
-    parser.add_argument("--tokens", type=parse_count, default=40_000, help="of each domain that are learned")
-    parser.add_argument("--text", type=parse_count, default=100_000, help="of each domain that it carries")
-    parser.add_argument("--seed", type=int, default=0)
-    a = parser.parse_args()
-    same_settings(
-        a.out, {"base": fingerprint(a.base), **{k: getattr(a, k) for k in ("prompts", "tokens", "text", "seed")}}
-    )
+    a = read_arguments(str(__doc__), prompts=40, text=100_000)
     a.data, kept = laid_out(a.data, a.out, a.seed)
     with reporting("mixed_forms", True):
         routing = Routing(a)

@@ -224,20 +224,32 @@ def means(found: dict[str, float], prompts: Sequence[Prompts]) -> dict[str, floa
     return {f: sum(sum(v) / len(v) for v in of.values()) / len(of) for f, of in forms.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def read_arguments(told: str, *, prompts: int, text: int, encoder: bool = False) -> argparse.Namespace:
+    """What the command line asks of a benchmark of routers, in a folder where no other was asked for.
+
+    Args:
+        told: what the benchmark says of itself.
+        prompts, text: by default.
+        encoder: whether it compares with one.
+    """
+    parser = argparse.ArgumentParser(description=told, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folders of domains and tasks")
     parser.add_argument("--base", type=Path, required=True, help="a checkpoint, as growlm convert makes one")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--encoder", type=Path, help="a folder with a sentence encoder, to compare with")
-    parser.add_argument("--prompts", type=int, default=100, help="of each form and domain, at most")
+    if encoder:
+        parser.add_argument("--encoder", type=Path, help="a folder with a sentence encoder, to compare with")
+    parser.add_argument("--prompts", type=int, default=prompts, help="of each form and domain, at most")
     parser.add_argument("--tokens", type=parse_count, default=40_000, help="of each domain that are learned")
-    parser.add_argument("--text", type=parse_count, default=400_000, help="of each domain that it carries")
+    parser.add_argument("--text", type=parse_count, default=text, help="of each domain that it carries")
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
-    same_settings(
-        a.out, {"base": fingerprint(a.base), **{k: getattr(a, k) for k in ("prompts", "tokens", "text", "seed")}}
-    )
+    settings = {name: getattr(a, name) for name in ("prompts", "tokens", "text", "seed")}
+    same_settings(a.out, {"base": fingerprint(a.base), **settings})
+    return a
+
+
+def main() -> None:
+    a = read_arguments(str(__doc__), prompts=100, text=400_000, encoder=True)
     with reporting("routing", True):
         routing = Routing(a)
         ways: dict[str, Choose] = {

@@ -53,9 +53,11 @@ def run_on(devices: int) -> None:
 
 class _Launch:
     def __init__(self, command: Sequence[str], devices: int) -> None:
+        import torch
+
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        threads = os.environ.get("OMP_NUM_THREADS", str(max(len(os.sched_getaffinity(0)) // devices, 1)))
+        threads = os.environ.get("OMP_NUM_THREADS", str(max(torch.get_num_threads() // devices, 1)))
         self._ranks: list[subprocess.Popen[bytes]] = []
         self._said = [b""] * devices
         self._listening: list[threading.Thread] = []

@@ -93,8 +93,9 @@ def in_process(store: Path, one: Learning, *, lines: Callable[[str], None] | Non
     began = time.monotonic()
     command = [sys.executable, "-P", "-m", "growlm.cluster.one"]
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,  # told once that it should stop, and not by the terminal as well: twice is at once
+    ) as process:  # fmt: skip
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stderr is not None

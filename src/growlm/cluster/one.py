@@ -20,9 +20,7 @@ def main() -> int:
     try:
         config = LearnConfig(**asked["settings"])
         result = learn(Store.open(asked["store"]), asked["name"], asked["data"], config, update=asked["update"])
-    except Interrupted:
-        return 130
-    except KeyboardInterrupt:
+    except (Interrupted, KeyboardInterrupt):
         return 130
     except GrowlmError as error:
         print(f"growlm: {error}", file=sys.stderr)

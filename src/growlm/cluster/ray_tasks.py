@@ -60,7 +60,7 @@ def on_ray(address: str) -> Runner:
 
     def run(store: Path, left: Sequence[Learning]) -> Iterator[Outcome]:
         store = store.resolve()
-        seen = store / "work" / f".seen-{uuid.uuid4().hex[:12]}"
+        seen = Store.open(store).work / f".seen-{uuid.uuid4().hex[:12]}"
         seen.parent.mkdir(exist_ok=True)
         seen.touch()
         try:

@@ -6,8 +6,7 @@ modules, devices or training.
 """
 
 from growlm.data.conversations import FORMATS, Turn, asked
-from growlm.data.cutting import cut_text
-from growlm.data.encoding import encode_marked, encode_texts, start_tokens
+from growlm.data.encoding import LONG, encode_marked, encode_pieces, encode_texts, start_tokens
 from growlm.data.extracting import require_reader
 from growlm.data.packing import LOSSES, PackedTokens, Passage, batches, masks_of, pack, passages, schedule, whole
 from growlm.data.reading import SUFFIXES, Document, Source, TextData, look_at, read
@@ -16,8 +15,8 @@ from growlm.data.splitting import split
 from growlm.data.template import NO_TOOLS, Template, Tools, has_template
 
 __all__ = [
-    "FORMATS", "LOSSES", "NO_TOOLS", "SUFFIXES", "Document", "PackedTokens", "Passage", "Sample", "Shown", "Source",
-    "Template", "TextData", "Tools", "Turn", "asked", "batches", "cut_text", "encode_marked", "encode_texts",
-    "has_template", "look_at", "marked", "masks_of", "pack", "passages", "read", "require_reader", "schedule", "show",
-    "split", "split_told", "start_tokens", "summary", "whole",
+    "FORMATS", "LONG", "LOSSES", "NO_TOOLS", "SUFFIXES", "Document", "PackedTokens", "Passage", "Sample", "Shown",
+    "Source", "Template", "TextData", "Tools", "Turn", "asked", "batches", "encode_marked", "encode_pieces",
+    "encode_texts", "has_template", "look_at", "marked", "masks_of", "pack", "passages", "read", "require_reader",
+    "schedule", "show", "split", "split_told", "start_tokens", "summary", "whole",
 ]  # fmt: skip

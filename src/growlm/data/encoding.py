@@ -7,9 +7,12 @@ tokens, so that one thread at a time may ask it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from growlm.data.cutting import cut_text
+
+LONG, _PIECE = 1 << 16, 1 << 14  # characters of a text that is cut, and of a piece
 _LOCK = threading.Lock()
 
 
@@ -28,6 +31,13 @@ def start_tokens(tokenizer: Any) -> list[int]:
 def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of texts, without `start_tokens`; special tokens that are spelled out are ordinary characters."""
     return _encoded(tokenizer, texts, split_special_tokens=True)["input_ids"] if texts else []
+
+
+def encode_pieces(tokenizer: Any, text: str) -> Iterator[list[int]]:
+    """Token ids of a text in parts, as `encode_texts` has them but for the places where a long one is cut, so that who
+    reads them may stop, and others may ask the tokenizer in between."""
+    for piece in cut_text(text, _PIECE) if len(text) > LONG else [text]:
+        yield from encode_texts(tokenizer, [piece])
 
 
 def encode_marked(tokenizer: Any, texts: Sequence[str]) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:

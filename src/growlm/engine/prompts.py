@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 
 from growlm.base import Base
-from growlm.data import cut_text, encode_texts, start_tokens
+from growlm.data import LONG, encode_pieces, encode_texts, start_tokens
 from growlm.errors import ConfigError, DataError, GrowlmWarning, setting
 
-_LONG = 1 << 16  # characters of a text that is counted before it is read
-_PIECE = 1 << 14
 _SURELY = 1.1  # times as many tokens as there may be
 
 Prompt = str | Sequence[int]  # text, or token ids as they are
@@ -85,11 +83,10 @@ class Prompts:
         """
         made_for = self._base.trained_positions if self._strict else None
         limit = min((limit for limit in (self._base.max_positions, made_for) if limit is not None), default=None)
-        if limit is None or len(text) <= _LONG:
+        if limit is None or len(text) <= LONG:
             return
         count = 0
-        for piece in cut_text(text, _PIECE):
-            (ids,) = encode_texts(self._tokenizer, [piece])
+        for ids in encode_pieces(self._tokenizer, text):
             count += len(ids)
             if count > _SURELY * limit:  # cut in pieces it has a few more
                 raise ConfigError(

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from growlm import __version__
-from growlm.data import cut_text, encode_texts, start_tokens
+from growlm.data import LONG, encode_pieces, start_tokens
 from growlm.engine import Engine, Generation
 from growlm.errors import GrowlmError, shortened
 from growlm.server.admin import admin_paths
@@ -41,7 +41,6 @@ from growlm.server.teaching import teaching_paths
 MAX_BODY = 4 << 20  # bytes
 _LONGEST_HEADER = 500
 _EXPOSED = ("X-Growlm-Module", "X-Growlm-Ignored", "X-Request-Id", "Retry-After")  # to pages elsewhere
-_LONG, _PIECE = 1 << 16, 1 << 14  # characters: longer texts are turned into tokens piece by piece
 
 
 class Form(Protocol):
@@ -261,11 +260,11 @@ def create_app(
 def _ids_of(engine: Engine, text: str, start: bool) -> list[int]:
     """Of a text as the engine reads it, with the tokens that a text begins with or without: what it spells like a
     special token is letters."""
-    if start and text.strip() and len(text) <= _LONG:
+    if start and text.strip() and len(text) <= LONG:
         return engine.tokens_of(text)
     found = start_tokens(engine.tokenizer) if start and text.strip() else []
-    for piece in cut_text(text, _PIECE) if len(text) > _LONG else [text]:  # others may ask the tokenizer in between
-        found += encode_texts(engine.tokenizer, [piece])[0]
+    for piece in encode_pieces(engine.tokenizer, text):  # others may ask the tokenizer in between
+        found += piece
     return found
 
 

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import growlm
-from growlm.base.placement import use_own_gpu
+from growlm.base.placement import out_of_memory, use_own_gpu
 from growlm.errors import ConfigError, RankError, setting
 from growlm.training.optim import rows_of
 
@@ -233,6 +233,8 @@ def _peers() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:
+        if out_of_memory(error) is not None:
+            raise
         raise RankError(
             "another rank has ended or cannot be reached; what it said tells why; the same command goes on from the "
             f"last checkpoint ({str(error).splitlines()[0][:200]})"
