@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,19 +106,21 @@ def test_a_run_that_was_estimated_learns_the_same_bits(store):
 
 def test_time_is_told_by_real_steps(store, monkeypatch):
     """A run whose steps take longer is said to take longer, as many times as it has steps."""
-    clock, loss = [0.0], ModuleTraining._loss
+    clock, losses = [0.0], ModuleTraining._losses
 
-    def slow(training: ModuleTraining, step: int) -> torch.Tensor:
+    def slow(training: ModuleTraining, step: int) -> Iterator[torch.Tensor]:
         clock[0] += 2.0
-        return loss(training, step)
+        return losses(training, step)
 
     monkeypatch.setattr(rehearsal, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(ModuleTraining, "_loss", slow)
+    monkeypatch.setattr(ModuleTraining, "_losses", slow)
     told = estimate(store, "law", law(store), config(num_layers=1, epochs=1), progress=False)
     assert told.seconds["steps"] == pytest.approx(2.0 * told.steps, rel=0.1)
     assert told.timed == 4
     # Where a step takes longer than all may, one will do.
-    monkeypatch.setattr(ModuleTraining, "_loss", lambda t, step: clock.__setitem__(0, clock[0] + 98.0) or slow(t, step))
+    monkeypatch.setattr(
+        ModuleTraining, "_losses", lambda t, step: clock.__setitem__(0, clock[0] + 98.0) or slow(t, step)
+    )
     told = estimate(store, "law", law(store), config(num_layers=1, epochs=1), progress=False)
     assert told.seconds["steps"] == pytest.approx(100.0 * told.steps, rel=0.1)
     assert told.timed == 1
@@ -184,13 +187,13 @@ def _stopped(*_: Any, **__: Any) -> None:
 def test_the_disk_that_a_run_takes_is_what_it_took(store, monkeypatch):
     settings, taken = config(num_layers=1, epochs=4, checkpoint_seconds=0), []
     told = estimate(store, "law", law(store), settings, progress=False)
-    loss = ModuleTraining._loss
+    losses = ModuleTraining._losses
 
-    def counted(training: ModuleTraining, step: int) -> torch.Tensor:
+    def counted(training: ModuleTraining, step: int) -> Iterator[torch.Tensor]:
         taken.append(sum(path.stat().st_size for path in training.work.iterdir()))
-        return loss(training, step)
+        return losses(training, step)
 
-    monkeypatch.setattr(ModuleTraining, "_loss", counted)
+    monkeypatch.setattr(ModuleTraining, "_losses", counted)
     learn(store, "law", law(store), settings, progress=False)
     assert max(taken) <= told.scratch <= 2 * max(taken)
 

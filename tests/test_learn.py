@@ -593,11 +593,11 @@ def test_no_step_is_made_on_what_is_no_number(tmp_path, what, clip):
     p = torch.nn.Parameter(torch.ones(3))
     seen = []
 
-    def loss(step: int) -> Tensor:
+    def loss(step: int) -> list[Tensor]:
         seen.append(p.detach().clone())
         if step < 2:
-            return p.sum()
-        return p.sum() * math.nan if what == "loss" else (p - p.detach()).sqrt().sum()
+            return [p.sum()]
+        return [p.sum() * math.nan if what == "loss" else (p - p.detach()).sqrt().sum()]
 
     with pytest.raises(TrainingError, match=rf"the {what}.* at step 3 of 9 is (nan|inf)"):
         train({"p": p}, loss, 9, lambda step: 1, config(clip=clip), 0.1, folder=tmp_path, resume_hint="")

@@ -21,6 +21,7 @@ from growlm.modules import ModuleSet
 from growlm.modules.lora import Lora
 from growlm.modules.shapes import LoraConfig as LoraShape
 from growlm.surgery.peft import read_adapter, write_adapter
+from growlm.training.optim import make_optimizer
 from stores import add_experts, make_store, store_with_texts, with_texts
 from tiny import FAMILIES, make_base, make_model, perturb, random_ids
 
@@ -503,10 +504,25 @@ def test_a_memory_budget_holds_with_adapters(mixed):
             assert engine.used_bytes <= with_texts(mixed, budget)
 
 
+def test_lengths_of_dora_follow_every_step_of_an_optimiser():
+    """In float32 too, where a step's weights are the trained tensors themselves: a fused optimiser changes these, and
+    not their versions."""
+    base, ids = make_base(), random_ids(2, 20)
+    module = perturb(Lora.create(base, LoraShape(r=2, use_dora=True)), 1)
+    modules = ModuleSet(base, [module])
+    optimizer = make_optimizer(dict(module.named_parameters()), lr=0.1)
+    modules.logits(ids).square().mean().backward()
+    optimizer.step()
+    with torch.no_grad():
+        trained = modules.logits(ids)
+        again = Lora.restore(base, module.config, {k: v.clone() for k, v in module.state_dict().items()}, "again")
+        assert torch.equal(ModuleSet(base, [again]).logits(ids), trained)
+
+
 @torch.no_grad()
 def test_lengths_of_dora_are_kept_until_something_changes(monkeypatch):
     base, ids = make_base(), random_ids(2, 20)
-    module = perturb(Lora.create(base, LoraShape(r=2, use_dora=True)), 1)
+    module = perturb(Lora.create(base, LoraShape(r=2, use_dora=True)), 1).requires_grad_(False)
     modules, counted, norm = ModuleSet(base, [module]), [], torch.linalg.vector_norm
     monkeypatch.setattr(torch.linalg, "vector_norm", lambda *a, **k: counted.append(1) or norm(*a, **k))
     first = modules.logits(ids)

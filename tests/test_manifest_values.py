@@ -364,7 +364,7 @@ def test_a_pointer_to_a_checkpoint_that_cannot_be_is_refused(tmp_path, changes):
     settings = LearnConfig(checkpoint_seconds=0)
 
     def run() -> None:
-        train({"p": parameter}, lambda step: (parameter - step).square().sum(), 3, lambda step: 1, settings, 0.1,
+        train({"p": parameter}, lambda step: [(parameter - step).square().sum()], 3, lambda step: 1, settings, 0.1,
               folder=tmp_path, resume_hint="")  # fmt: skip
 
     run()

@@ -177,10 +177,10 @@ def test_the_loop_resumes_to_the_same_bits(tmp_path: Path, dtype: torch.dtype) -
     def train(folder: str, seed: int, stop_at: int | None = None) -> nn.Module:
         net = model(seed=seed, dtype=dtype)
 
-        def loss(step: int) -> Tensor:
+        def loss(step: int) -> list[Tensor]:
             if step == stop_at:
                 raise Interrupted("here")
-            return loss_of(net, step % 3)
+            return [loss_of(net, step % 3)]
 
         named = dict(net.named_parameters())
         buffers = dict(net.named_buffers())

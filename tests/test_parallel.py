@@ -96,9 +96,33 @@ def test_two_devices_learn_what_one_does_and_the_same_bits_each_time(store, opti
     assert not list(opened.work.glob("*"))  # no rank has left anything
 
 
-def test_a_device_that_dies_ends_the_run_with_one_line_and_the_same_command_goes_on(store):
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--kind", "lora+recall", "--r", "4", "--use-dora"],
+        ["--kind", "blocks", "--vocabulary", "both", "--epochs", "2"],
+        ["--kind", "peer", "--num-experts", "64"],
+        ["--kind", "experts", "--learning-rate", "auto"],
+    ],
+    ids=lambda options: options[1],
+)
+def test_a_base_in_parts_learns_the_same_bits_as_a_whole_one_on_each_device(store, options):
+    options = [*options, "--devices", "2", "--samples", "1"]
+    whole, parts = learned(store, "whole", *options), learned(store, "parts", *options, "--shard-base")
+    assert whole.keys() == parts.keys()
+    for key, tensor in whole.items():
+        assert torch.equal(parts[key], tensor), key
+    opened = Store.open(store)
+    assert opened.verify() == []
+    one, other = (opened.modules[name].manifest.training for name in ("whole", "parts"))
+    for key in ("loss_before", "loss_after", "validation", "learning_rate", "probe"):
+        assert one[key] == other[key], key
+
+
+@pytest.mark.parametrize("parts", [[], ["--shard-base", "--activation-checkpointing"]], ids=["whole", "in parts"])
+def test_a_device_that_dies_ends_the_run_with_one_line_and_the_same_command_goes_on(store, parts):
     options = ["--kind", "lora", "--r", "4", "--devices", "2", "--epochs", "40", "--tokens", "100k"]
-    options += ["--checkpoint-seconds", "0.2"]
+    options += ["--checkpoint-seconds", "0.2", *parts]
     whole = learned(store, "whole", *options)
     with subprocess.Popen(command(store, "signs", *options), stderr=subprocess.PIPE, text=True) as run:
         work = Store.open(store).work
@@ -110,8 +134,22 @@ def test_a_device_that_dies_ends_the_run_with_one_line_and_the_same_command_goes
     last = said.strip().splitlines()[-1]
     assert last == "growlm: device 1: it was ended by signal 9; the same command goes on from the last checkpoint"
     assert "Traceback" not in said
+    kept = {name.partition(".")[2] for name in read_tensors(max(work.glob("signs-*/step-*.safetensors")))}
+    assert kept - {""} == whole.keys()  # optimiser state of the module alone
     resumed = learned(store, "signs", *options)
     assert all(torch.equal(tensor, resumed[key]) for key, tensor in whole.items())
+
+
+def test_ranks_end_with_whoever_has_begun_them(store):
+    options = ["--kind", "lora", "--devices", "2", "--epochs", "100", "--tokens", "300k", "--checkpoint-seconds", "0.2"]
+    with subprocess.Popen(command(store, "signs", *options), stderr=subprocess.PIPE, text=True) as run:
+        work = Store.open(store).work
+        wait_for(lambda: list(work.glob("signs-*/checkpoint.json")), 60)
+        begun = children(run.pid)
+        run.kill()
+    assert len(begun) == 2
+    wait_for(lambda: not any(Path(f"/proc/{rank}").exists() for rank in begun), 60)
+    assert list(work.glob("signs-*/step-*.safetensors"))
 
 
 def children(process: int) -> list[int]:
@@ -142,6 +180,15 @@ def test_torchrun_starts_the_ranks_as_well(store):
     assert [status for status, *_ in found] == [0, 0]
     assert [out.count("learned from") for _, out, _ in found] == [1, 0]  # the first tells it
     assert list(Store.open(store).modules) == ["letters", "signs"]
+
+
+def test_parts_of_a_base_need_several_devices(store):
+    run = subprocess.run(
+        command(store, "signs", "--kind", "lora", "--shard-base"), capture_output=True, text=True, timeout=60
+    )
+    assert run.returncode == 1
+    lines = [line for line in run.stderr.splitlines() if line.startswith("growlm: ")]
+    assert lines == ["growlm: --shard-base is for several devices, and there is one; give --devices 2 or more as well"]
 
 
 def test_rows_that_cannot_be_shared_are_refused_with_both_numbers(store):

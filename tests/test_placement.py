@@ -340,7 +340,7 @@ def test_a_checkpoint_has_the_draws_of_a_gpu_only_where_that_trains(tmp_path, mo
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *_: pytest.fail("asked the GPU"))
     weight = nn.Parameter(torch.ones(2, 2))
     train(
-        {"weight": weight}, lambda step: weight.square().sum(), 2, lambda step: 1, TrainConfig(), 0.01,
+        {"weight": weight}, lambda step: [weight.square().sum()], 2, lambda step: 1, TrainConfig(), 0.01,
         folder=tmp_path, resume_hint="",
     )  # fmt: skip
     assert (tmp_path / "step-2.safetensors").is_file()

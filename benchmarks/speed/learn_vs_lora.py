@@ -64,7 +64,8 @@ def learner(a: argparse.Namespace, epochs: int, packed: PackedTokens):
     optimizer = torch.optim.AdamW(learning.module.parameters(), lr=1e-3, fused=True)
 
     def step() -> None:
-        learning._loss(0).backward()  # with features cached from the second time on, if there are two epochs
+        for loss in learning._losses(0):
+            loss.backward()  # with features cached from the second time on, if there are two epochs
         torch.nn.utils.clip_grad_norm_(learning.module.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -144,6 +144,12 @@ class Base:
             ends |= set(value) if isinstance(value, list | tuple) else {value}
         return {e for e in ends if e is not None}
 
+    def checkpoint_activations(self) -> None:
+        """From now on layers in training keep their inputs alone and are computed once more in the backward pass."""
+        model = self.model
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+
     def num_bytes(self) -> int:
         """Bytes of all weights, shared ones counted once."""
         return tensor_bytes(self.model.parameters()) + tensor_bytes(self.model.buffers())

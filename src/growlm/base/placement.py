@@ -195,8 +195,11 @@ def out_of_memory(error: BaseException) -> str | None:
     wanted = re.search(r"tried to allocate ([\d.]+ ?\w+)", told, re.IGNORECASE)
     free = re.search(r"total capacity of ([\d.]+ \w+) of which ([\d.]+ \w+) is free", told)
     numbers = ([f"asked for {wanted[1]} more"] if wanted else []) + ([f"{free[2]} of {free[1]} free"] if free else [])
+    full = f"out of memory on the {'GPU' if on_gpu else 'processor'}"
+    full += f" ({', '.join(numbers)})" if numbers else ""
+    if known := getattr(error, "__notes__", None):  # whoever was at work has said more
+        return "; ".join([full, *known])
     return (
-        f"out of memory on the {'GPU' if on_gpu else 'processor'}{' (' + ', '.join(numbers) + ')' if numbers else ''}; "
-        "train with a smaller --batch-size or --sequence-length, answer with a smaller --memory, or end what else runs "
-        f"there{', or use --device cpu' if on_gpu else ''}"
+        f"{full}; train with a smaller --batch-size or --sequence-length, answer with a smaller --memory, or end what "
+        f"else runs there{', or use --device cpu' if on_gpu else ''}"
     )

@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 
 from growlm.errors import ConfigError
+from growlm.following import end_with_parent
 
 _LOOK = 0.1  # seconds between two looks at whether all are well
 _LEAVES = 30.0  # seconds in which the others may end by themselves once one has
@@ -44,8 +45,10 @@ def run_on(devices: int) -> None:
 
     if devices < 1:
         raise ConfigError(f"--devices is {devices}; it must be at least 1")
+    if STARTED in os.environ:
+        return end_with_parent()
     if devices == 1 or launched():
-        return
+        return None
     if 0 < num_gpus() < devices:
         raise ConfigError(f"--devices is {devices}; this machine has {num_gpus()}")
     sys.exit(_Launch([sys.executable, "-m", "growlm", *sys.argv[1:]], devices).wait())
@@ -68,6 +71,7 @@ class _Launch:
             process = subprocess.Popen(
                 command,
                 env=environment,
+                stdin=subprocess.PIPE,  # which ends with this process, and they do then
                 stdout=None if rank == 0 else subprocess.DEVNULL,
                 stderr=None if rank == 0 else subprocess.PIPE,
                 start_new_session=rank > 0,  # Ctrl-C is for the first, which tells the others

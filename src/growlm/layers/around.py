@@ -7,9 +7,8 @@ that map tokens (..., t, d) to tokens; not what they are for.
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -104,17 +103,17 @@ def together(variants: Sequence[nn.Module], shares: Shares) -> nn.Module | None:
     """One module that runs each owner's variant of the same module on its own tokens, and what all share on all of
     them; None where the variants differ in more than in what stands around parts of it."""
     first = variants[0]
-    if all(variant is first for variant in variants):
+    if all(each is first for each in variants):
         return first
-    around = [variant if isinstance(variant, Around) else None for variant in variants]
+    around = [each if isinstance(each, Around) else None for each in variants]
     if any(one is not None for one in around):
         inner = together([v.frozen if isinstance(v, Around) else v for v in variants], shares)
         return None if inner is None else Together(inner, around, shares)
-    if any(type(variant) is not type(first) or not _alike(variant, first) for variant in variants):
+    if any(type(each) is not type(first) or not _alike(each, first) for each in variants):
         return None
     joined: dict[str, nn.Module | None] = {}
     for name, part in first._modules.items():
-        parts = [variant._modules[name] for variant in variants]
+        parts = [each._modules[name] for each in variants]
         if part is None or any(p is None for p in parts):
             if any(p is not part for p in parts):
                 return None
@@ -124,9 +123,16 @@ def together(variants: Sequence[nn.Module], shares: Shares) -> nn.Module | None:
         if made is None:
             return None
         joined[name] = made
-    whole = copy.copy(first)
-    whole._modules = joined
-    return whole
+    return variant(first, joined)
+
+
+def variant(module: nn.Module, parts: Mapping[str, nn.Module | None]) -> nn.Module:
+    """A module that is as another one but for some of its parts, and shares all else with it: parameters, hooks, other
+    parts. Not by `copy.copy`, which asks the class: one whose parameters lie on several devices (FSDP2) makes a new
+    module instead."""
+    made = object.__new__(type(module))
+    made.__dict__ = {**module.__dict__, "_modules": {**module._modules, **parts}}
+    return made
 
 
 def _alike(one: nn.Module, other: nn.Module) -> bool:

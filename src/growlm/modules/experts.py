@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from growlm.base import Base, LayerToRun
 from growlm.errors import ConfigError
+from growlm.layers.around import variant
 from growlm.layers.experts import AttentionExperts, SparseFeedForward
 from growlm.layers.insertion import AttentionUnion, Beside, FeedForwardUnion, NewExperts
 from growlm.layers.losses import routing_regularisation
@@ -135,20 +136,14 @@ def _with(layer: nn.Module, part: nn.Module, anatomy: Any) -> nn.Module:
     new: nn.Module
     if isinstance(part.feed_forward, NewExperts):
         union = FeedForwardUnion(feed_forward.experts, [p.feed_forward for p in added])  # type: ignore[misc]
-        new = _shallow(feed_forward, experts=union)
+        new = variant(feed_forward, {"experts": union})
     else:
         new = Beside(feed_forward, [p.feed_forward for p in added])  # type: ignore[misc]
-    variant = _shallow(original, **{anatomy.feed_forward: new})
+    made = variant(original, {anatomy.feed_forward: new})
     attending = [p.attention for p in added if p.attention is not None]
     if attending:
         attention = getattr(original, anatomy.attention)
         heads = AttentionUnion(attention.experts, attending)
-        variant._modules[anatomy.attention] = _shallow(attention, experts=heads)
-    variant.__dict__["_growlm_original"], variant.__dict__["_growlm_added"] = original, added
-    return variant
-
-
-def _shallow(module: nn.Module, **replaced: nn.Module) -> nn.Module:
-    variant = copy.copy(module)
-    variant._modules = {**module._modules, **replaced}
-    return variant
+        made._modules[anatomy.attention] = variant(attention, {"experts": heads})
+    made.__dict__["_growlm_original"], made.__dict__["_growlm_added"] = original, added
+    return made

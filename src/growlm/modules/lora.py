@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from growlm.base import Base, LayerToRun
 from growlm.errors import ConfigError, setting
-from growlm.layers.around import Around
+from growlm.layers.around import Around, variant
 from growlm.layers.slabs import LowRank
 from growlm.layers.thin import add_thin, made_up
 from growlm.modules.contract import KnowledgeModule
@@ -73,8 +73,11 @@ class Adapter(nn.Module):
     @torch.no_grad()
     def _lengths(self, weight: Tensor) -> Tensor:
         """Lengths of the rows of W + s B A, of which no gradient is taken (Liu et al. 2024, section 4.3). They cost as
-        much as the matrix itself does for many tokens, so that they are kept as long as nothing changes."""
+        much as the matrix itself does for many tokens, so that they are kept as long as nothing changes. Not of what is
+        trained: a fused optimiser changes a tensor and not its version."""
         of = self.lora_A.weight, self.lora_B.weight
+        if any(t.requires_grad for t in of):
+            return self._lengths_of(*of, weight)
         state = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in (*of, weight)]
         # These very tensors: another one may come to lie where one was.
         if (
@@ -82,9 +85,11 @@ class Adapter(nn.Module):
             or self._found[0] != state
             or any(a is not b for a, b in zip(self._found[1], of, strict=True))
         ):
-            moved = self.scaling * of[1].float() @ of[0].float()
-            self._found = state, of, torch.linalg.vector_norm(weight.float() + moved, dim=1)
+            self._found = state, of, self._lengths_of(*of, weight)
         return self._found[2]
+
+    def _lengths_of(self, a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(weight.float() + self.scaling * b.float() @ a.float(), dim=1)
 
 
 class _Adapted(Around):
@@ -250,6 +255,4 @@ def _with(whole: nn.Module, path: Sequence[str], adapter: Adapter) -> nn.Module:
         if isinstance(whole, _Adapted):
             return _Adapted(whole.inner, [*whole.adapters, adapter])
         return _Adapted(whole, [adapter])
-    variant = copy.copy(whole)
-    variant._modules = {**whole._modules, path[0]: _with(whole.get_submodule(path[0]), path[1:], adapter)}
-    return variant
+    return variant(whole, {path[0]: _with(whole.get_submodule(path[0]), path[1:], adapter)})

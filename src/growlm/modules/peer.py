@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from growlm.base import Base, LayerToRun, tensor_bytes
 from growlm.errors import ConfigError
+from growlm.layers.around import variant
 from growlm.layers.peer import PEER
 from growlm.layers.pools import WithPools
 from growlm.layers.row_cache import CachedPool, cache_bytes
@@ -228,10 +229,9 @@ class Peer(KnowledgeModule):
         else:
             beside = (*beside, pool)
         name = self._anatomy.feed_forward
-        variant = copy.copy(original)
-        variant._modules = {**original._modules, name: WithPools(getattr(original, name), beside, instead)}
-        variant.__dict__["_growlm_original"], variant.__dict__["_growlm_pools"] = original, (beside, instead)
-        return variant
+        made = variant(original, {name: WithPools(getattr(original, name), beside, instead)})
+        made.__dict__["_growlm_original"], made.__dict__["_growlm_pools"] = original, (beside, instead)
+        return made
 
 
 def _from_row(first: int) -> Callable[[Tensor], None]:

@@ -17,7 +17,8 @@ from growlm.units import parse_count, parse_size
 AUTO = "auto"  # a learning rate that is found or computed, or the kind that suits the base
 ON_PUBLISHED = "lora+recall"  # the kind that learns most at equal bytes on bases of so many parameters and more
 _PUBLISHED = 50_000_000
-_OF_TRAINING = ("tokens", "epochs", "batch_size", "learning_rate", "weight_decay", "warmup", "clip", "replay")
+_OF_TRAINING = ("tokens", "epochs", "batch_size", "learning_rate", "weight_decay", "warmup", "clip", "replay",
+                "gradient_accumulation_steps", "activation_checkpointing")  # fmt: skip
 FITTED = 4096  # held-out tokens on which it is fitted how much a text that is recalled counts
 _SEEDS = 2**63  # how many there are: torch takes no larger ones as they are
 
@@ -131,7 +132,36 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class ConversationConfig(TrainConfig):
+class StepConfig(TrainConfig):
+    """How a step is computed that may not fit into memory as it is.
+
+    Attributes:
+        gradient_accumulation_steps: parts in which a step's rows are computed, one after another, where not all of them
+            fit into memory at once.
+        activation_checkpointing: of a layer keep its input alone, and compute it once more when its gradient is due:
+            less memory, about a third more time.
+    """
+
+    gradient_accumulation_steps: int = 1
+    activation_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gradient_accumulation_steps < 1:
+            found = self.gradient_accumulation_steps
+            raise ConfigError(f"{setting('gradient_accumulation_steps')} is {found}; it must be at least 1")
+
+    def to_json(self) -> dict[str, Any]:
+        """As of all; only what was said: a run goes on that knew of neither."""
+        settings = super().to_json()
+        for name in ("gradient_accumulation_steps", "activation_checkpointing"):
+            if settings[name] == getattr(StepConfig, name):
+                del settings[name]
+        return settings
+
+
+@dataclass(frozen=True)
+class ConversationConfig(StepConfig):
     """What verbs share that learn conversations as well as text.
 
     Attributes:
@@ -166,7 +196,7 @@ class ConversationConfig(TrainConfig):
 
 
 @dataclass(frozen=True)
-class WholeModelConfig(TrainConfig):
+class WholeModelConfig(StepConfig):
     """What verbs share that train all of a model.
 
     Attributes:

@@ -22,6 +22,7 @@ from growlm.progress import reporting, say
 from growlm.store import MANIFEST, Store, StoredModule
 from growlm.training.admission import Comparison, require_better, require_no_worse
 from growlm.training.config import AUTO, LearnConfig
+from growlm.training.corpus import Tokens
 from growlm.training.general import ensure_general
 from growlm.training.learn_run import LearnRun
 from growlm.training.loop import require_finite
@@ -141,6 +142,7 @@ def learn(
     update: bool = False,
     restart: bool = False,
     samples: int = 0,
+    shard_base: bool = False,
     progress: bool | None = None,
 ) -> LearnResult:
     """Trains a new module on `data` and adds it to the store and its router.
@@ -154,6 +156,7 @@ def learn(
         update: allow `name` to exist; the module becomes its next version.
         restart: forget what a stopped run with the same arguments had done.
         samples: how many held-out prompts base and module answer at the end, side by side.
+        shard_base: of several ranks each has a part of the base's layers, which are gathered where they run.
         progress: False is silent; by default there are bars on stderr, or where it is no terminal, lines, one in ten
             seconds at most.
 
@@ -164,12 +167,16 @@ def learn(
         NotBetterError: the module does no better than the base on held-out text, or worse than the version that it is
             to replace; nothing is saved.
         BaseModelError: the store's base is missing or has changed.
-        ConfigError: there is no such device.
+        ConfigError: there is no such device, or one alone to share a base.
         Interrupted: stopped by the user; progress is saved.
         RankError: another of the processes that train it together has ended.
     """
     with joined() as ranks, reporting(name, progress if ranks.first else False):
-        run = LearnRun.prepare(store, name, data, config or LearnConfig(), update=update, ranks=ranks)
+        if shard_base:
+            ranks.require_several()
+        run = LearnRun.prepare(
+            store, name, data, config or LearnConfig(), update=update, ranks=ranks, shard_base=shard_base
+        )
         run.require_agreed(ranks)
         if not ranks.first:
             return _along(run, ranks)
@@ -184,17 +191,34 @@ def _along(run: LearnRun, ranks: Ranks) -> LearnResult:
     """What ranks do beside the first: they train along, and find what it has saved."""
     if run.saved is None:
         tokens, tokenizer = run.tokenized()
-        base, kind = run.load_base(), kind_of(run.config.kind)
-        run.require_fit(base, tokens, tokenizer)
+        base, kind = _base_to_train_on(run, ranks, tokens, tokenizer), kind_of(run.config.kind)
         if kind.trains:
             ModuleTraining(
-                base, kind, run.config, tokens.packed, run.folder, tokens.begin, tokens.replay, ranks=ranks
-            ).run()
+                base, kind, run.config, tokens.packed, run.folder, tokens.begin, tokens.replay,
+                ranks=ranks, whole=run.whole_base,
+            ).run()  # fmt: skip
+            if run.rounds_base:
+                del base
+                base = run.load_base()
     ranks.first_says(None)
     stored = run.store.find(run.name)
     if stored is None:
         raise StoreError(f"{run.store.path}: module {run.name!r}, which rank 0 has saved, is not there")
     return _result(stored, None)
+
+
+def _base_to_train_on(run: LearnRun, ranks: Ranks, tokens: Tokens, tokenizer: Any) -> Base:
+    # The router is only shown what the engine will show it: the base in the store's dtype.
+    unshown = ranks.first_says(not router.has_general(run.store))
+    base = run.load_base(dtype=None if unshown else run.placement.dtype)
+    run.require_fit(base, tokens, tokenizer)
+    if unshown and ranks.first:
+        ensure_general(run.store, base, tokenizer)
+    if unshown and run.shared_by is not None and run.rounds_base:
+        ranks.first_says(None)  # until then the others give their parts of this one
+        del base
+        base = run.load_base(dtype=run.placement.dtype)
+    return base
 
 
 def _learn(run: LearnRun, ranks: Ranks, *, chosen: bool, update: bool, restart: bool, samples: int) -> LearnResult:
@@ -219,22 +243,18 @@ def _learn(run: LearnRun, ranks: Ranks, *, chosen: bool, update: bool, restart: 
         say(f"the module will hold this text, for anyone who has it to read{leave_out}")
 
     with run_folder(run.folder, busy, restart=restart) as work:
-        base = run.load_base()
-        run.require_fit(base, tokens, tokenizer)
-        # The router is only shown what the engine will show it: the base in the store's dtype.
-        served = base.dtype
-        if not router.has_general(store):
-            ensure_general(store, base, tokenizer)
+        base = _base_to_train_on(run, ranks, tokens, tokenizer)
         started, kind = time.monotonic(), kind_of(config.kind)
         if kind.trains:
             learning = ModuleTraining(
-                base, kind, config, tokens.packed, work, tokens.begin, tokens.replay, tokens.validation, ranks
-            )
+                base, kind, config, tokens.packed, work, tokens.begin, tokens.replay, tokens.validation, ranks,
+                run.whole_base,
+            )  # fmt: skip
             seconds = learning.run()
             trained, num_tokens, searched = learning.module, learning.num_tokens, learning.record()
             steps = learning.history
             del learning
-            if run.placement.dtype != served:
+            if run.rounds_base:
                 del base
                 base = run.load_base()
         else:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from growlm.base import Base, checkpoint
 from growlm.base.placement import Placement
@@ -23,6 +23,9 @@ from growlm.training.corpus import Tokens, TrainingCorpus, bytes_to_keep, requir
 from growlm.training.parallel import ALONE, Ranks
 from growlm.training.router import require_samples
 from growlm.training.runs import folder_of, module_run
+
+if TYPE_CHECKING:
+    import torch
 
 _LOOKED_AT = 1000  # modules of a store
 
@@ -36,6 +39,7 @@ class LearnRun:
         keep: bytes of the text that will stay in the store.
         id: tells it from every other run.
         saved: the module, where an earlier process of this run has saved it: only the router is left to be trained.
+        shared_by: ranks that have a part of the base each, instead of all of it.
     """
 
     store: Store
@@ -47,6 +51,7 @@ class LearnRun:
     body: TrainingCorpus
     id: str
     saved: StoredModule | None
+    shared_by: Ranks | None = None
 
     @classmethod
     def prepare(
@@ -58,10 +63,12 @@ class LearnRun:
         *,
         update: bool,
         ranks: Ranks = ALONE,
+        shard_base: bool = False,
     ) -> LearnRun:
         """
         Args:
             ranks: that train it together.
+            shard_base: each has a part of the base.
 
         Raises:
             StoreError: `name` is not allowed or is taken.
@@ -88,7 +95,8 @@ class LearnRun:
                 run, saved = unfinished, old
             elif not update:
                 require_free(store, old)
-        return cls(store, name, config, placement, old, keep, body, run, saved)
+        shared_by = ranks if shard_base else None
+        return cls(store, name, config, placement, old, keep, body, run, saved, shared_by)
 
     def require_agreed(self, ranks: Ranks) -> None:
         """
@@ -104,6 +112,7 @@ class LearnRun:
                 "text": self.body.digest[:12],
                 "settings": hashlib.sha256(settings.encode()).hexdigest()[:12],
                 "run": self.id[:12],
+                "parts of the base": self.shared_by is not None,
             }
         )
         self.store.work.mkdir(parents=True, exist_ok=True)
@@ -134,9 +143,29 @@ class LearnRun:
         tokenizer = self.store.load_tokenizer()
         return self.body.tokenized(tokenizer, self.config), tokenizer
 
-    def load_base(self, *, remember: bool = True) -> Base:
-        """As `Store.load_base`, on the run's device."""
-        return self.store.load_base(device=self.placement.device, remember=remember)
+    def load_base(self, *, remember: bool = True, dtype: torch.dtype | None = None) -> Base:
+        """As `Store.load_base`, on the run's device; in parts on the ranks' devices where these share it.
+
+        Args:
+            dtype: of the weights, where they share it; by default the store's. A base of one's own is rounded later.
+        """
+        if self.shared_by is None:
+            return self.store.load_base(device=self.placement.device, remember=remember)
+        from growlm.training.sharding import parallelize
+
+        base = self.store.load_base(remember=remember)
+        parallelize(base, replace(self.placement, dtype=dtype or base.dtype), self.shared_by)
+        return base
+
+    @property
+    def rounds_base(self) -> bool:
+        """Whether training changes the base's dtype, so that it has to be loaded again for what is served."""
+        return str(self.placement.dtype) != f"torch.{self.store.manifest.dtype}"
+
+    @property
+    def whole_base(self) -> Callable[[], Base] | None:
+        """Gives the base in main memory, where ranks share the other."""
+        return None if self.shared_by is None else self.store.load_base
 
     def require_fit(self, base: Base, tokens: Tokens, tokenizer: Any) -> None:
         """

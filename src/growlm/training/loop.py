@@ -10,7 +10,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -51,7 +51,7 @@ def matrices(name: str, p: nn.Parameter) -> bool:
 
 def train(
     parameters: Mapping[str, nn.Parameter],
-    loss_of_step: Callable[[int], Tensor | None],
+    losses_of_step: Callable[[int], Iterable[Tensor]],
     num_steps: int,
     tokens_of_step: Callable[[int], int],
     config: TrainConfig,
@@ -68,8 +68,8 @@ def train(
     included.
 
     Args:
-        loss_of_step: the loss of step i, with gradients to follow; a function of i and the parameters alone. Of several
-            ranks, this one's share of it, so that all shares together are the loss; None where it has none.
+        losses_of_step: parts of the loss of step i, which add up to it, one after another: gradients follow each
+            before the next is computed. A function of i and the parameters alone; of several ranks, this one's share.
         folder: holds checkpoints, of which the newest is continued from, and the loss of every step (`history`).
         resume_hint: what to tell a user who interrupts.
         decay: which parameters get weight decay.
@@ -102,10 +102,11 @@ def train(
             rate = rate_at(done, num_steps, learning_rate, config.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            loss = loss_of_step(done)
-            if loss is not None:
-                loss.backward()
-            own = 0.0 if loss is None else float(loss.detach())
+            own = 0.0
+            with ranks.jointly():
+                for loss in losses_of_step(done):
+                    loss.backward()
+                    own += float(loss.detach())
             value, stopping = ranks.add_up(list(parameters.values()), own, stop.is_set())
             require_finite(f"the loss at step {done + 1} of {num_steps}", value)
             norm = clip_gradients(parameters.values(), config.clip or math.inf)

@@ -8,10 +8,12 @@ from __future__ import annotations
 import ctypes
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+
+from growlm.units import format_size
 
 # Parameters of mallopt(3) and the values that glibc's own adjustment ends at.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
@@ -52,6 +54,45 @@ def peak_bytes() -> int:
 def device_peak_bytes(device: torch.device) -> int | None:
     """The most memory of a GPU that this process's tensors have had; None of what is no GPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def what_fits(
+    device: torch.device, base: int, module: int, length: int, rows: int, one_row: Callable[[], None] | None
+) -> str:
+    """What to tell a user whose memory was full: what is resident, and what fits beside it.
+
+    Args:
+        base, module: bytes of these; of the module with gradients and the optimiser's state.
+        length: tokens of a row.
+        rows: of a step.
+        one_row: computes the gradients of one row; None where that cannot be done alone.
+    """
+    told = f"resident are the base ({format_size(base)}) and the module with its optimiser ({format_size(module)})"
+    cures = "--activation-checkpointing, a smaller --sequence-length, or --shard-base on several devices"
+    needed, free = (0, 0) if one_row is None else added_on_device(device, one_row)
+    if needed is None:
+        return f"{told}; a row of {length} tokens alone does not fit beside them: give {cures}"
+    if not needed:
+        return f"{told}; give a larger --gradient-accumulation-steps, {cures}"
+    fit = min(max(free // needed, 1), rows)
+    row = f"a row of {length} tokens needs {format_size(needed)} of the {format_size(free)} that are left"
+    return f"{told}; {row}, so that {fit} of {rows} fit: give --gradient-accumulation-steps {-(-rows // fit)}, {cures}"
+
+
+def added_on_device(device: torch.device, compute: Callable[[], None]) -> tuple[int | None, int]:
+    """The most memory of a GPU that something takes while it is computed, None if there is too little, and what is free
+    without it; (0, 0) on what is no GPU."""
+    if device.type != "cuda":
+        return 0, 0
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info(device)[0]
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    try:
+        compute()
+    except torch.OutOfMemoryError:
+        return None, free
+    return torch.cuda.max_memory_allocated(device) - before, free
 
 
 def _set_back(libc: ctypes.CDLL) -> None:

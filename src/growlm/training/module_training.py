@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from growlm import data as text_data
-from growlm.base import Base
+from growlm.base import Base, tensor_bytes
 from growlm.base.padding import pad_right
-from growlm.base.placement import Placement
+from growlm.base.placement import Placement, out_of_memory
 from growlm.disk.files import read_json, write_atomic
 from growlm.layers.cross_entropy import linear_cross_entropy, token_losses
 from growlm.layers.losses import load_concentration
@@ -37,9 +37,11 @@ from growlm.training.config import AUTO, LearnConfig, ModuleTrainConfig
 from growlm.training.corpus import beginnings, sample_passages, validation_tokens
 from growlm.training.features import FeatureCache
 from growlm.training.loop import matrices, module_rate, rate_at, train
+from growlm.training.memory import what_fits
 from growlm.training.optim import clip_gradients, make_optimizer
 from growlm.training.parallel import ALONE, Ranks
 from growlm.training.rates import Trial, find_rate, trials_for
+from growlm.training.upper import Upper
 from growlm.training.validation import Validation
 
 _ROWS = "rows.json"
@@ -64,6 +66,7 @@ class ModuleTraining:
         replay: other text, of which rows are read along.
         validation: held-out passages by which rate and step are chosen; of several ranks, the first one's alone.
         ranks: that train it together; rate and step are the first one's choice.
+        whole: gives the base as it is stored, in main memory, where `base` lies in parts on the ranks.
 
     Attributes:
         sample_rows: rows of training text, at most, on which the base is asked what it knows.
@@ -87,14 +90,15 @@ class ModuleTraining:
         replay: text_data.PackedTokens | None = None,
         validation: Sequence[text_data.Passage] = (),
         ranks: Ranks = ALONE,
+        whole: Callable[[], Base] | None = None,
     ) -> None:
         self.ranks = ranks
         self.base, self.config, self.text, self.work = base, config, packed, work
         self.dtype = Placement.of(base.device, config.precision).dtype
         torch.manual_seed(config.seed)
         # Parameters alone change their dtype: buffers, the frequencies of rotary positions among them, stay as exact as
-        # they are served. A tied weight is one parameter.
-        weights = list(base.model.parameters())
+        # they are served. A tied weight is one parameter. A base in parts has it already.
+        weights = [] if whole is not None else list(base.model.parameters())
         stored = [p.data for p in weights]
         rounded = [p.data.to(self.dtype) for p in weights]
         _set(weights, rounded)
@@ -108,14 +112,14 @@ class ModuleTraining:
                 row_ids = None if rows is None else torch.tensor(rows, dtype=torch.long)
             # The module is made from the base's weights as they are stored.
             _set(weights, stored)
-            self.module = module.create(base, config.shape, row_ids)
+            self.module = module.create(base if whole is None else whole(), config.shape, row_ids).to(base.device)
             _set(weights, rounded)
             self.module.enable_new_experts()
             self.module.begin_training()
         del stored
         self.modules = ModuleSet(base, [self.module])
         self.fork = self.modules.fork
-        self._upper = _Upper(self.modules)
+        self._upper = Upper(self.modules)
         wanted = config.rows_wanted(len(packed))
         batch = batch_of(config.batch_size, wanted, ranks)
         self.packed = packed
@@ -124,7 +128,8 @@ class ModuleTraining:
             self.packed, self._steps = _with_replay(packed, replay, self._steps, config)
         self._imitated = round(self.module.imitation_share * len(self._steps))
         self._cache: FeatureCache | None = None
-        if wanted > len(packed) and self.fork > 0:
+        # Of a base in parts all ranks run the same layers each time.
+        if wanted > len(packed) and self.fork > 0 and whole is None:
             self._cache = FeatureCache(
                 work / ("features.bin" if ranks.first else f"features-{ranks.rank}.bin"),
                 len(self.packed),
@@ -169,16 +174,16 @@ class ModuleTraining:
         trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         buffers = dict(self.module.named_buffers())
         start = time.monotonic()
-        found = self._given_or_found_rate(trained, buffers, decay) if self.ranks.first else None
-        self.rate = self.ranks.first_says(found)
-        assert self.rate is not None
-        trying = time.monotonic() - start
         score = self._validation.loss if self._validation else None
         validation = Validation(self.work, {**trained, **buffers}, score) if score else None
         try:
+            found = self._given_or_found_rate(trained, buffers, decay) if self.ranks.first else None
+            self.rate = self.ranks.first_says(found)
+            assert self.rate is not None
+            trying = time.monotonic() - start
             self.steps_done, seconds = train(
                 trained,
-                self._loss,
+                self._losses,
                 len(self._steps),
                 self._tokens_of,
                 self.config,
@@ -190,6 +195,10 @@ class ModuleTraining:
                 validation=validation,
                 ranks=self.ranks,
             )
+        except RuntimeError as error:
+            if out_of_memory(error) is not None:
+                error.add_note(self._what_fits())
+            raise
         finally:
             self._validation = None  # it holds this object, which holds the base
             if self._cache is not None:
@@ -198,6 +207,27 @@ class ModuleTraining:
         # Imitation has another loss: of what a pool replaces, not of the text.
         self.history = [line for line in history.read(self.work) if line["step"] > self._imitated]
         return trying + seconds
+
+    def _what_fits(self) -> str:
+        """What to tell a user whose memory was full."""
+        for p in self.module.parameters():
+            p.grad = None
+        trained = sum(p.numel() for p in self.module.parameters() if p.requires_grad)
+        local = [p.to_local() if hasattr(p, "to_local") else p for p in self.base.model.parameters()]
+
+        def one_row() -> None:
+            row = self._steps[0][:1]
+            labels = self.packed.labels(row).flatten().to(self.base.device)
+            self._loss_of(self._features(row), labels).backward()
+
+        return what_fits(
+            self.base.device,
+            tensor_bytes(local),
+            self.module.num_bytes() + 3 * 4 * trained,  # gradients and both moments
+            self.config.sequence_length,
+            max(map(len, self._steps)),
+            one_row if self.ranks.size == 1 else None,
+        )
 
     def record(self) -> dict[str, Any]:
         """What a manifest says of how it was trained."""
@@ -340,20 +370,20 @@ class ModuleTraining:
         hidden = self.base.embed_positions(hidden, shared.positions)
         return self.base.run(hidden, self.modules.layers[: self.fork], shared)
 
-    def _loss(self, step: int) -> Tensor | None:
-        rows, share = self.ranks.share_of(self._steps[step], self.packed.labels)
-        if share == 0:
-            return None
-        labels = self.packed.labels(rows).flatten().to(self.base.device)
-        if self.fork == 0 or self._cache is None:
-            given = self._features(rows)
-        else:
-            given = self._cache.get(rows, self._features).to(self.base.device)
-        if step < self._imitated:
-            with imitation() as errors:
-                torch.func.functional_call(self._upper, self._weights(), (given,))
-            return share * torch.stack(errors).sum()
-        return share * self._loss_of(given, labels)
+    def _losses(self, step: int) -> Iterator[Tensor]:
+        parts = self.config.gradient_accumulation_steps
+        for rows, share in self.ranks.parts_of(self._steps[step], self.packed.labels, parts):
+            labels = self.packed.labels(rows).flatten().to(self.base.device)
+            if self._cache is None:
+                given = self._features(rows)
+            else:
+                given = self._cache.get(rows, self._features).to(self.base.device)
+            if step < self._imitated:
+                with imitation() as errors:
+                    self._upper.states(given, self._weights())
+                yield share * torch.stack(errors).sum()
+            else:
+                yield share * self._loss_of(given, labels)
 
     def _weights(self) -> dict[str, Tensor]:
         """The module's weights are float32; each step runs on a copy of them in the dtype of the matrix products.
@@ -369,7 +399,7 @@ class ModuleTraining:
         """Mean loss of labels (n,), those that count, for what the layers above the fork are given, with what the
         config adds."""
         with watched() as routings:
-            hidden = torch.func.functional_call(self._upper, self._weights(), (given,))
+            hidden = self._upper.states(given, self._weights(), recompute=self.config.activation_checkpointing)
         own = self.module.rows.head
         loss = linear_cross_entropy(
             hidden.flatten(0, 1),
@@ -394,7 +424,7 @@ class ModuleTraining:
         training = [m for m in self.module.modules() if m.training]
         self.module.eval()
         try:
-            hidden = torch.func.functional_call(self._upper, self._weights(), (given,))
+            hidden = self._upper.states(given, self._weights())
         finally:
             for module in training:
                 module.training = True
@@ -434,22 +464,6 @@ class _Passages:
         """Nats a token with the module as it is now."""
         losses = [self._training.heldout_losses(*batch) for batch in self._batches]
         return float(torch.cat(losses).double().mean()) if losses else math.nan
-
-
-class _Upper(nn.Module):
-    """What runs above the fork: features (b, t, d), or token ids (b, t) at fork 0, to final states (b, t, d)."""
-
-    def __init__(self, modules: ModuleSet) -> None:
-        super().__init__()
-        self.module = modules.modules[0]
-        self._set = modules
-
-    def forward(self, given: Tensor) -> Tensor:
-        base, fork = self._set.base, self._set.fork
-        if fork == 0:
-            return base.norm(self._set.hidden(given))
-        shared = base.pass_for(given, torch.arange(given.shape[1], device=given.device)[None])
-        return base.norm(base.run(given, self._set.layers[fork:], shared))
 
 
 def batch_of(given: int | None, rows: int, ranks: Ranks) -> int:

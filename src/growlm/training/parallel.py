@@ -15,7 +15,7 @@ import socket
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,6 +35,39 @@ T = TypeVar("T")
 _PATIENCE = timedelta(days=2)  # of those that wait while rank 0 alone works; a rank that dies is noticed at once
 _BACKENDS = "cpu:gloo,cuda:nccl"
 _NONE, _DENSE, _ROWS = 0, 1, 2  # kinds of gradient
+_ENOUGH = -1  # no number that is called
+
+
+class Calls:
+    """What rank 0 asks of the others while it computes alone and they wait for its word.
+
+    Attributes:
+        answered: what answers a call of a number, where anything does.
+    """
+
+    def __init__(self) -> None:
+        self.answered: Callable[[int], None] | None = None
+        self.jointly = False  # all compute the same: nobody is called
+
+    def call(self, number: int) -> None:
+        """Of rank 0: the others answer a number now, unless all do so by themselves."""
+        if not self.jointly:
+            with peers():
+                dist.broadcast(torch.tensor([number]), 0)
+
+    def end(self, rank: int) -> None:
+        """Rank 0 calls no more for now; the others answer until it does not."""
+        if self.answered is None:
+            return None
+        if rank == 0:
+            return self.call(_ENOUGH)
+        number = torch.zeros(1, dtype=torch.int64)
+        while True:
+            with peers():
+                dist.broadcast(number, 0)
+            if int(number) == _ENOUGH:
+                return None
+            self.answered(int(number))
 
 
 @dataclass(frozen=True)
@@ -44,25 +77,36 @@ class Ranks:
     Attributes:
         rank: which this one is, from 0.
         size: how many there are.
+        calls: what the others do for the first while they wait for it.
     """
 
     rank: int = 0
     size: int = 1
+    calls: Calls = field(default_factory=Calls, repr=False, compare=False)
 
     @property
     def first(self) -> bool:
         return self.rank == 0
 
-    def share_of(self, rows: np.ndarray, labels: Callable[[np.ndarray], Tensor]) -> tuple[np.ndarray, float]:
-        """This rank's part of a step's rows, and how much of what they teach is in it: the weight of its mean loss.
+    def parts_of(
+        self, rows: np.ndarray, labels: Callable[[np.ndarray], Tensor], parts: int = 1
+    ) -> Iterator[tuple[np.ndarray, float]]:
+        """This rank's share of a step's rows, in parts to be computed one after another, each with how much of what all
+        rows teach is in it: the weight of its mean loss.
 
         Args:
             labels: of rows, below 0 where they do not count.
+            parts: how many there are; a part that would teach nothing is left out, but where layers of the base are
+                gathered from all ranks: all of these run them equally often.
         """
-        if self.size == 1:
-            return rows, 1.0
-        own = self.share(rows)
-        return own, int((labels(own) >= 0).sum()) / int((labels(rows) >= 0).sum())
+        if self.size == 1 and parts == 1:
+            yield rows, 1.0
+            return
+        counted = int((labels(rows) >= 0).sum())
+        for own in np.array_split(self.share(rows), parts):
+            share = int((labels(own) >= 0).sum()) / counted if len(own) else 0.0
+            if share or self.calls.answered:
+                yield (own if len(own) else rows[:1]), share
 
     def share(self, rows: np.ndarray) -> np.ndarray:
         """This rank's part of a step's rows; empty where there are fewer rows than ranks."""
@@ -113,11 +157,21 @@ class Ranks:
                 "all hosts see the same files, as on a network file system"
             )
 
+    @contextmanager
+    def jointly(self) -> Iterator[None]:
+        """Within it all ranks compute the same, each on its share; outside of it rank 0 computes alone."""
+        self.calls.jointly = True
+        try:
+            yield
+        finally:
+            self.calls.jointly = False
+
     @torch.no_grad()
     def begin_equal(self, tensors: Mapping[str, Tensor]) -> None:
         """Gives all ranks the numbers of rank 0."""
         if self.size > 1:
-            with _peers():
+            self.calls.end(self.rank)
+            with peers():
                 for tensor in tensors.values():
                     dist.broadcast(tensor, 0)
 
@@ -134,7 +188,7 @@ class Ranks:
         kinds = [_NONE if p.grad is None else _ROWS if p.grad.is_sparse else _DENSE for p in parameters]
         said = torch.tensor([stop, *kinds], dtype=torch.int32)
         total = torch.tensor([loss], dtype=torch.float64)
-        with _peers():
+        with peers():
             dist.all_reduce(said, dist.ReduceOp.MAX)
             dist.all_reduce(total)
             kinds = said[1:].tolist()
@@ -178,7 +232,8 @@ class Ranks:
     def _told(self, value: object) -> list[Any]:
         """What every rank gives, as JSON has it."""
         mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        with _peers():
+        self.calls.end(self.rank)
+        with peers():
             sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
             dist.all_gather(sizes, torch.tensor([len(mine)]))
             most = max(int(size) for size in sizes)
@@ -187,6 +242,14 @@ class Ranks:
             texts = [torch.empty_like(padded) for _ in sizes]
             dist.all_gather(texts, padded)
         return [json.loads(bytes(t[: int(n)].tolist())) for t, n in zip(texts, sizes, strict=True)]
+
+    def require_several(self) -> None:
+        """
+        Raises:
+            ConfigError: there is nobody to share a base with.
+        """
+        if self.size == 1:
+            raise ConfigError("--shard-base is for several devices, and there is one; give --devices 2 or more as well")
 
     def require_divisor(self, batch: int) -> None:
         """
@@ -219,7 +282,7 @@ def joined() -> Iterator[Ranks]:
         yield Ranks(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else ALONE
         return
     on_gpus = use_own_gpu(int(os.environ.get("LOCAL_RANK", "0")))
-    with _peers():
+    with peers():
         dist.init_process_group(_BACKENDS if on_gpus else "gloo", timeout=_PATIENCE)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())
@@ -228,7 +291,7 @@ def joined() -> Iterator[Ranks]:
 
 
 @contextmanager
-def _peers() -> Iterator[None]:
+def peers() -> Iterator[None]:
     """What torch says of ranks that are gone, in a line."""
     try:
         yield

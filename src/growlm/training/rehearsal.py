@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from time import monotonic
 
@@ -144,7 +144,7 @@ class Rehearsal(ModuleTraining):
         ]
         marks: list[float] = []
 
-        def loss(number: int) -> Tensor | None:
+        def losses(number: int) -> Iterator[Tensor]:
             marks.append(monotonic())
             late = marks[-1] - marks[0]
             turns, begun = divmod(number, len(self._kinds))
@@ -153,13 +153,13 @@ class Rehearsal(ModuleTraining):
             kind, step = order[number]
             if kind == "new" and self._cache is not None:
                 self._cache.forget(self._steps[step])
-            return self._loss(step)
+            return self._losses(step)
 
         try:
             with phase("timing some steps", len(order), "steps"):
                 train(
                     trained,
-                    loss,
+                    losses,
                     max(len(steps), len(order) + 1),
                     lambda number: self._tokens_of(order[number][1]),
                     self.config,

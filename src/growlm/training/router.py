@@ -112,7 +112,7 @@ def _train_router(store: Store, config: RouterConfig, base: Base | None, restart
         wanted = config.rows_wanted(len(rows))
         order = text_data.schedule(len(rows), config.batch_size, wanted=wanted, seed=config.seed)
 
-        def loss_of_step(step: int) -> Tensor:
+        def losses_of_step(step: int) -> list[Tensor]:
             ids, real, targets = rows.batch(order[step])
             hidden = _states(base, ids)
             with placement.autocast():
@@ -120,11 +120,11 @@ def _train_router(store: Store, config: RouterConfig, base: Base | None, restart
             first = torch.clamp(real.sum(-1) - 1, max=_FIRST)
             asked = real & (torch.arange(ids.shape[1]) >= first[:, None])
             spread = torch.where(asked, targets[:, None], -100).to(base.device)
-            return torch.nn.functional.cross_entropy(logits.flatten(0, 1), spread.flatten(), ignore_index=-100)
+            return [torch.nn.functional.cross_entropy(logits.flatten(0, 1), spread.flatten(), ignore_index=-100)]
 
         _, seconds = train(
             dict(layers.named_parameters()),
-            loss_of_step,
+            losses_of_step,
             len(order),
             lambda step: int(rows.lengths[order[step]].sum()),
             config,

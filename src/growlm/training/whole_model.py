@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -224,19 +224,22 @@ def _run(
     assert config.batch_size is not None
     order = text_data.schedule(len(packed), config.batch_size, wanted=wanted, seed=config.seed)
 
-    def loss_of_step(step: int) -> Tensor | None:
-        rows, share = ranks.share_of(order[step], packed.labels)
-        if share == 0:
-            return None
-        inputs = packed[rows][:, :-1].to(placement.device)
-        labels = packed.labels(rows).to(placement.device)
-        documents = document_ids(inputs, tokenizer.eos_token_id) if config.separate_documents else None
-        with autocast:
-            hidden, auxiliary = final_states(base, inputs, documents=documents, segment_length=config.segment_length)
-        loss = linear_cross_entropy(
-            hidden.to(placement.dtype).flatten(0, 1), base.head_weight, labels.flatten(), softcap=base.softcap
-        )
-        return share * (loss if auxiliary is None else loss + auxiliary)
+    if config.activation_checkpointing:
+        base.checkpoint_activations()
+
+    def losses_of_step(step: int) -> Iterator[Tensor]:
+        for rows, share in ranks.parts_of(order[step], packed.labels, config.gradient_accumulation_steps):
+            inputs = packed[rows][:, :-1].to(placement.device)
+            labels = packed.labels(rows).to(placement.device)
+            documents = document_ids(inputs, tokenizer.eos_token_id) if config.separate_documents else None
+            with autocast:
+                hidden, auxiliary = final_states(
+                    base, inputs, documents=documents, segment_length=config.segment_length
+                )
+            loss = linear_cross_entropy(
+                hidden.to(placement.dtype).flatten(0, 1), base.head_weight, labels.flatten(), softcap=base.softcap
+            )
+            yield share * (loss if auxiliary is None else loss + auxiliary)
 
     some = beginnings(chosen_by, validation_tokens(wanted * config.sequence_length), config.seed)
     scored, counted = [p.tokens for p in some], text_data.masks_of(some)
@@ -257,7 +260,7 @@ def _run(
     chosen = Validation(work, {**parameters, **buffers}, score) if scored and ranks.first else None
     steps, seconds = train(
         parameters,
-        loss_of_step,
+        losses_of_step,
         len(order),
         lambda step: len(order[step]) * config.sequence_length,
         config,

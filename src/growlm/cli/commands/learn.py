@@ -43,6 +43,13 @@ def learn(
         int, typer.Option("--samples", min=0, help="Held-out prompts that base and module answer at the end.")
     ] = 3,
     devices: Devices = 1,
+    shard_base: Annotated[
+        bool,
+        typer.Option(
+            "--shard-base",
+            help="Of several devices each holds a part of the base's layers: for a base that is too large for one.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Learn a body of text as a new module. The base and all other modules keep their bytes.
@@ -61,12 +68,15 @@ def learn(
 
         growlm learn brain law --data statutes/ --devices 2
 
+        growlm learn brain law --data statutes/ --devices 8 --shard-base --activation-checkpointing
+
         torchrun --nproc-per-node 2 -m growlm learn brain law --data statutes/
     """
     opened = open_store(store, data=config.paths(data), **config.reading)
     opened.find(name)
-    if dry_run and (restart or report is not None):
-        raise ConfigError(f"{'--restart' if restart else '--report'} does nothing with --dry-run; leave one out")
+    idle = {"--restart": restart, "--report": report is not None, "--devices": devices > 1, "--shard-base": shard_base}
+    if dry_run and (without := [flag for flag, given in idle.items() if given]):
+        raise ConfigError(f"{' and '.join(without)} does nothing with --dry-run; leave one out")
     if dry_run:
         from growlm.training.estimate import estimate
 
@@ -83,7 +93,7 @@ def learn(
         check_folder(report, FILE)
     from growlm.training.learn import learn as run
 
-    result = run(opened, name, data, config, update=update, restart=restart, samples=samples)
+    result = run(opened, name, data, config, update=update, restart=restart, samples=samples, shard_base=shard_base)
     if report is not None:
         from growlm.evaluation.learning import write_learning_report
 

@@ -1,0 +1,88 @@
+"""Sharding: the layers of a frozen base in parts, one on each rank, for a base that is too large for one device.
+
+A layer is gathered where it runs and let go after it, and again in the backward pass (FSDP2's `fully_shard`; Zhao et
+al. 2023). Embedding, final norm and head stay whole on every rank: not only the layers' own passes read them.
+
+Rank 0 may compute alone: what it gathers it calls by the layer's number, and the others, who wait for its word, give
+their parts (`Ranks.calls`). Knows a base and ranks; nothing of modules or of training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, share_comm_ctx
+from torch.distributed.tensor import DTensor
+
+from growlm.base import Base
+from growlm.base.placement import Placement
+from growlm.training.parallel import Ranks, peers
+
+# As it is called from torch 2.13 on, or before.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class _Gather:
+    """How a layer is gathered, as `FSDPModule.set_custom_all_gather` takes it: rank 0 calls the others first."""
+
+    def __init__(self, ranks: Ranks, number: int) -> None:
+        self._ranks, self._number = ranks, number
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> dist.Work | None:
+        if self._ranks.first:
+            self._ranks.calls.call(self._number)
+        with peers():
+            return _all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
+
+
+def parallelize(base: Base, placement: Placement, ranks: Ranks) -> None:
+    """Moves a base from main memory to this rank's device, in place: all of it but its layers, and its part of these.
+
+    The weights get the dtype of the placement. What is computed is what the whole base computes, to the bit.
+
+    Args:
+        base: frozen, in main memory.
+        ranks: of which each calls this with the same base.
+
+    Raises:
+        ConfigError: there is one rank.
+    """
+    ranks.require_several()
+    mesh = init_device_mesh(placement.device.type, (ranks.size,))
+    for number, layer in enumerate(base.layers):
+        for p in layer.parameters():  # buffers stay as exact as they are served
+            p.data = p.data.to(placement.dtype)
+        # Moves the layer to the device first: one layer at a time is there as a whole.
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        assert isinstance(layer, FSDPModule)
+        layer.set_custom_all_gather(_Gather(ranks, number))  # type: ignore[arg-type]
+        # Of itself, which is none: by default it would be of what ran before, which of rank 0 is more than of others.
+        layer.set_modules_to_backward_prefetch([layer])
+    share_comm_ctx([layer for layer in base.layers if isinstance(layer, FSDPModule)])
+    for p in base.model.parameters():
+        if not isinstance(p, DTensor):
+            p.data = p.data.to(placement.device, placement.dtype)
+    for module in base.model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(placement.device)
+
+    def answer(number: int) -> None:
+        layer = base.layers[number]
+        assert isinstance(layer, FSDPModule)
+        layer.unshard()
+        layer.reshard()
+
+    ranks.calls.answered = answer
+    with ranks.jointly():  # the tensors that layers are gathered into are made outside of inference mode
+        for number in range(base.num_layers):
+            answer(number)
