@@ -409,10 +409,29 @@ class Engine:
         **sampling: Any,
     ) -> list[Request]:
         """As `submit` for several answers to one prompt, as `choices` gives them."""
-        first = self._ask(prompt, module, sampling, streams=stream, salt=salt, among=among, mix=mix, reroute=reroute)
-        requests = self._asking.several(first, n)
-        self._loop.add([first])
+        requests = self.requests(
+            prompt, n, module=module, stream=stream, salt=salt, among=among, mix=mix, reroute=reroute, **sampling
+        )
+        self._loop.add([requests[0]])
         return requests
+
+    def requests(
+        self,
+        prompt: Prompt,
+        n: int = 1,
+        *,
+        module: Wanted = AUTO,
+        stream: bool = False,
+        salt: str = "",
+        among: Collection[str] | None = None,
+        mix: int = 1,
+        reroute: int = 0,
+        **sampling: Any,
+    ) -> list[Request]:
+        """As `submit_several`, for another engine of the same store to answer: refused where this one would refuse
+        them, and not asked for here."""
+        first = self._ask(prompt, module, sampling, streams=stream, salt=salt, among=among, mix=mix, reroute=reroute)
+        return self._asking.several(first, n)
 
     def tokens_of(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, as it would be read.

@@ -127,6 +127,11 @@ class Service:
         """Whether the engine's thread has ended with an error that it cannot go on after."""
         return self._broken
 
+    @property
+    def room(self) -> int:
+        """Requests that there are places for."""
+        return self.engine.max_batch + self.max_queued
+
     def running_and_waiting(self) -> tuple[int, int]:
         running = sum(request.state is State.RUNNING for request in list(self._live))
         return running, self._taken - running
@@ -147,7 +152,7 @@ class Service:
             return await asyncio.wrap_future(self._prepare(lambda: call(*arguments), pool))
 
     def _prepare(self, call: Callable[[], T], pool: ThreadPoolExecutor) -> Future[T]:
-        if self._prepared >= self.engine.max_batch + self.max_queued:
+        if self._prepared >= self.room:
             raise self._full()
         self._prepared += 1
         preparing = pool.submit(copy_context().run, call)
@@ -183,7 +188,7 @@ class Service:
         Raises:
             Refusal: there is none for another request.
         """
-        if self._taken >= self.engine.max_batch + self.max_queued:
+        if self._taken >= self.room:
             raise self._full()
 
     def _full(self) -> Refusal:
@@ -198,10 +203,9 @@ class Service:
             Refusal: there are none.
         """
         self.require_open()
-        room = self.engine.max_batch + self.max_queued
-        if places > room:
-            raise Refusal(400, f"{places} answers in one request; the server takes {room} at the most", "too_many")
-        if self._taken + places > room:
+        if places > self.room:
+            raise Refusal(400, f"{places} answers in one request; the server takes {self.room} at the most", "too_many")
+        if self._taken + places > self.room:
             raise self._full()
         self._taken += places
         return Asked(self, places)

@@ -10,6 +10,7 @@ import secrets
 import signal
 import socket
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -94,6 +95,24 @@ def serve(
     ] = None,
     max_upload: Annotated[str, typer.Option("--max-upload", metavar="SIZE", help="Of a file to learn from.")] = "256MB",
     max_body: Annotated[str, typer.Option("--max-body", metavar="SIZE", help="Of a request.")] = "4MB",
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="ADDRESS",
+            help="Have engines on a Ray cluster answer: HOST:PORT, auto, or local for one of this machine.",
+            show_default=False,
+        ),
+    ] = None,
+    replicas: Annotated[
+        str | None,
+        typer.Option(
+            "--replicas",
+            metavar="N|MIN-MAX",
+            help="With --ray: engines, or the fewest and the most of them; by default 1.",
+            show_default=False,
+        ),
+    ] = None,
     access_log: Annotated[
         bool, typer.Option("--access-log/--no-access-log", help="A line of JSON on stderr for each request.")
     ] = True,
@@ -107,6 +126,8 @@ def serve(
         growlm serve brain --memory 2GB
 
         growlm serve brain --host 0.0.0.0 --port 80 --api-key-file keys.txt --admin-key-file admin.txt
+
+        growlm serve brain --ray auto --replicas 2-8
 
         curl localhost:8000/v1/completions --json '{"prompt": "Article 1.", "model": "law"}'
     """
@@ -146,59 +167,88 @@ def serve(
         if origin != "*" and not re.match(r"https?://[^/]+$", origin):
             raise ConfigError(f"--allow-origin {origin}: is no origin; give one like https://example.org, or *")
     own = secrets.token_urlsafe(18) if api_key_file is admin_key_file is None and host in _LOOPBACK else None
+    number = None
+    if replicas is not None and ray is None:
+        raise ConfigError(f"--replicas is {replicas}, and there is no --ray; give the address of a cluster")
+    if ray is not None:
+        from growlm.cluster.serving import replica_range
+
+        number = replica_range(replicas or "1")
     listening = _listen(host, port)
-    try:
+    bounds: dict[str, Any] = {"max_queued": max_queued, "timeout": timeout, "watch": watch or None}
+    with ExitStack() as leaving:
+        leaving.callback(listening.close)
+        order = None
+        if number is not None:
+            from growlm.cluster.serving import serving_on
+
+            settings: dict[str, Any] = {"memory": memory, "device": device, "experts_on": experts_on}
+            settings |= {"row_cache": row_cache, "strict": True, "max_batch": max_batch}
+            place = f"{socket.gethostname()}:{listening.getsockname()[1]}"
+            order = leaving.enter_context(serving_on(str(ray), store, settings, number, drain=drain, place=place))
         engine = open_engine(store, memory, device, experts_on, row_cache, strict=True, max_batch=max_batch)
-    except BaseException:
-        listening.close()
-        raise
-    service = Service(engine, max_queued=max_queued, timeout=timeout, watch=watch or None)
-    jobs = Jobs(str(store), memory=job_bytes, ended=service.reload)
-    web = create_app(
-        service, keys=keys, admin_keys=admin_keys, own_keys=Keys([own] if own else []),
-        local=not keys and host in _LOOPBACK, jobs=jobs, files=Files(learn_from, most_bytes=upload),
-        parse_special=parse_special, max_body=most, origins=allow_origin or (), **({} if access_log else {"log": None}),
-    )  # fmt: skip
-    called = socket.gethostname() if host in _ANY else f"[{host}]" if ":" in host else host
-    address = f"http://{called}:{listening.getsockname()[1]}"
-    note(
-        f"serving {store} at {address}/v1: {counted(len(engine.store.modules), 'module')}, "
-        f"{format_size(engine.resident_bytes)} of weights in memory; Ctrl-C ends it"
-    )
-    for told in _too_large(engine):
-        note(told)
-    for pattern in sorted(keys.patterns()):
-        if not fnmatch.filter(engine.store.modules, pattern):
-            note(f"{api_key_file}: {pattern} is for no module that there is by now")
-    if not keys and host not in _LOOPBACK:
-        note(f"everybody who reaches {host} may ask; --api-key-file says who may")
-    note(f"page: {address}/" + (f"#key={own}, where the key is for this run and lets you teach" if own else ""))
-    config = uvicorn.Config(web, log_level="warning", access_log=False, timeout_graceful_shutdown=drain + _TOLD_IN)
+        leaving.callback(engine.close)
+        if order is None or number is None:
+            service = Service(engine, **bounds)
+        else:
+            from growlm.cluster.edge import EdgeService
 
-    class Server(uvicorn.Server):
-        def handle_exit(self, sig: int, frame: Any) -> None:
-            jobs.ending.set()  # so that nobody waits for what a job says
-            if self.should_exit:  # a second time: what is cut short is no error
-                logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
-            elif asked := sum(service.running_and_waiting()):
-                service.end_in(drain)
-                note(f"{counted(asked, 'answer')} to be ended first, in {drain} s at the most; Ctrl-C ends it now")
-            super().handle_exit(sig, frame)
+            service = EdgeService(engine, order, places=number[1] * max_batch, **bounds)
+        jobs = Jobs(str(store), memory=job_bytes, ended=service.reload)
+        web = create_app(
+            service, keys=keys, admin_keys=admin_keys, own_keys=Keys([own] if own else []),
+            local=not keys and host in _LOOPBACK, jobs=jobs, files=Files(learn_from, most_bytes=upload),
+            parse_special=parse_special, max_body=most, origins=allow_origin or (),
+            **({} if access_log else {"log": None}),
+        )  # fmt: skip
+        called = socket.gethostname() if host in _ANY else f"[{host}]" if ":" in host else host
+        address = f"http://{called}:{listening.getsockname()[1]}"
+        note(
+            f"serving {store} at {address}/v1: {counted(len(engine.store.modules), 'module')}, "
+            f"{format_size(engine.resident_bytes)} of weights in memory{_answered_by(number)}; Ctrl-C ends it"
+        )
+        for told in _too_large(engine):
+            note(told)
+        for pattern in sorted(keys.patterns()):
+            if not fnmatch.filter(engine.store.modules, pattern):
+                note(f"{api_key_file}: {pattern} is for no module that there is by now")
+        if not keys and host not in _LOOPBACK:
+            note(f"everybody who reaches {host} may ask; --api-key-file says who may")
+        note(f"page: {address}/" + (f"#key={own}, where the key is for this run and lets you teach" if own else ""))
+        config = uvicorn.Config(web, log_level="warning", access_log=False, timeout_graceful_shutdown=drain + _TOLD_IN)
 
-    # The engine's thread asks for Python's lock many times a step, and should not wait long for it where much is asked.
-    sys.setswitchinterval(_SWITCH)
-    server = Server(config)
+        class Server(uvicorn.Server):
+            def handle_exit(self, sig: int, frame: Any) -> None:
+                jobs.ending.set()  # so that nobody waits for what a job says
+                if self.should_exit:  # a second time: what is cut short is no error
+                    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+                elif asked := sum(service.running_and_waiting()):
+                    service.end_in(drain)
+                    note(f"{counted(asked, 'answer')} to be ended first, in {drain} s at the most; Ctrl-C ends it now")
+                super().handle_exit(sig, frame)
 
-    def terminated(sig: int, frame: Any) -> None:
-        if not server.should_exit:  # before the server hears of it itself
-            os._exit(0)  # nothing has begun
+        # The engine's thread asks for Python's lock many times a step, and should not wait long for it where much is
+        # asked.
+        sys.setswitchinterval(_SWITCH)
+        server = Server(config)
 
-    signal.signal(signal.SIGTERM, terminated)  # uvicorn raises it once more when all has ended
-    try:
-        server.run(sockets=[listening])
-    except KeyboardInterrupt:
-        if server.force_exit or not server.should_exit:
-            raise
+        def terminated(sig: int, frame: Any) -> None:
+            if not server.should_exit:  # before the server hears of it itself
+                os._exit(0)  # nothing has begun
+
+        signal.signal(signal.SIGTERM, terminated)  # uvicorn raises it once more when all has ended
+        try:
+            server.run(sockets=[listening])
+        except KeyboardInterrupt:
+            if server.force_exit or not server.should_exit:
+                raise
+
+
+def _answered_by(number: tuple[int, int] | None) -> str:
+    if number is None:
+        return ""
+    fewest, most = number
+    return f", answered by {fewest if fewest == most else f'{fewest} to {most}'} engines"
 
 
 def _too_large(engine: Engine) -> list[str]:
