@@ -78,7 +78,7 @@ class Node:
             for name, load in request.loads.items():
                 load.module()
                 if name in request.loaded:
-                    self.read = self.there[name] = max(self.read, now) + self.a.load
+                    self.read = self.there[name] = max(self.read, now) + self.seconds_to_read(name)
         running = [r for r in self.scheduler.active if max(map(self.there.__getitem__, r.names or ())) <= now]
         self.waits = not running
         if not running:
@@ -96,6 +96,9 @@ class Node:
                 self.modules.release(request.let_go())
         return end
 
+    def seconds_to_read(self, name: str) -> float:
+        return self.a.load
+
     def _failed(self, request: Request, error: BaseException) -> None:
         raise error
 
@@ -107,9 +110,9 @@ Rule = Callable[[list[Node], int], Node]
 
 
 @cache
-def preferred(module: int, engines: int) -> tuple[int, ...]:
-    """All engines, the one that a hash of the module prefers first."""
-    return tuple(np.random.default_rng(module).permutation(engines).tolist())
+def preferred(module: int, engines: int) -> np.ndarray:
+    """All engines, the one that a hash of the module prefers first; in two bytes each, for very many modules."""
+    return np.random.default_rng(module).permutation(engines).astype(np.int16)
 
 
 def by_hash(nodes: list[Node], module: int) -> Node:
@@ -144,13 +147,18 @@ def by_popularity(shares: np.ndarray, engines: int) -> Rule:
     return lambda nodes, module: min((nodes[n] for n in dealt[module]), key=lambda node: node.to_do)
 
 
-def simulate(a: argparse.Namespace, rule: Rule, name: str) -> dict[str, Any]:
+def simulate(a: argparse.Namespace, rule: Rule, name: str, nodes: list[Node] | None = None) -> dict[str, Any]:
+    """What comes of so many requests. Of those before `a.warm` nothing is told.
+
+    Args:
+        nodes: the engines, where they are others than `Node` or have something in memory; closed in the end.
+    """
     draw = np.random.default_rng(a.seed)
-    shares = zipf(a.modules)
+    shares = zipf(a.modules, a.exponent)
     capacity = a.engines * a.batch / (a.tokens * a.step)
     arrivals = np.cumsum(draw.exponential(1 / (a.share * capacity), a.requests))
     wanted = draw.choice(a.modules, a.requests, p=shares)
-    nodes = [Node(a) for _ in range(a.engines)]
+    nodes = [Node(a) for _ in range(a.engines)] if nodes is None else nodes
     came: dict[Request, tuple[float, int]] = {}
     waits = np.full(a.requests, np.nan)
 
@@ -178,6 +186,8 @@ def simulate(a: argparse.Namespace, rule: Rule, name: str) -> dict[str, Any]:
         with reporting(name):
             for number in track(range(a.requests), "requests", "requests", total=a.requests):
                 run_until(now := float(arrivals[number]))
+                if number == a.warm:
+                    before = [(node.modules.counts.hits, node.modules.counts.loads, node.served) for node in nodes]
                 node = rule(nodes, int(wanted[number]))
                 request = Request([1], (f"m{wanted[number]}",), CONFIG, Answer(None, ()))  # type: ignore[arg-type]
                 came[request] = now, number
@@ -187,26 +197,28 @@ def simulate(a: argparse.Namespace, rule: Rule, name: str) -> dict[str, Any]:
                     node.next = max(now, node.next) if not node.waits else now
                     heapq.heappush(events, (node.next, place))
             run_until(math.inf)
-        counts = [node.modules.counts for node in nodes]
-        hits, loads = (sum(getattr(one, what) for one in counts) for what in ("hits", "loads"))
-        served = [node.served for node in nodes]
+        after = [(node.modules.counts.hits, node.modules.counts.loads, node.served) for node in nodes]
+        of_each = np.array(after) - np.array(before)
+        hits, loads, _ = of_each.sum(0).tolist()
+        served = of_each[:, 2].tolist()
         assert not came
     finally:
         for node in nodes:
             node.close()
+    waits, wanted = waits[a.warm :], wanted[a.warm :]
     rare = wanted >= a.modules // 2
     return {
         "first token, s, p50 and p99": [round(float(np.quantile(waits, q)), 3) for q in (0.5, 0.99)],
         "longest wait, s": round(float(waits.max()), 2),
         "longest wait of the rarer half, s": round(float(waits[rare].max()), 2) if rare.any() else None,
         "hit rate": round(hits / (hits + loads), 3),
-        "loads a request": round(loads / a.requests, 3),
+        "loads a request": round(loads / len(waits), 3),
         "busiest engine over the mean": round(max(served) / (sum(served) / len(served)), 2),
     }
 
 
-def zipf(modules: int) -> np.ndarray:
-    shares = 1 / np.arange(1, modules + 1)
+def zipf(modules: int, exponent: float = 1.0) -> np.ndarray:
+    shares = np.arange(1, modules + 1) ** -exponent
     return shares / shares.sum()
 
 
@@ -222,6 +234,8 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--step", type=float, default=0.15, help="seconds of a step")
     parser.add_argument("--load", type=float, default=0.05, help="seconds to read a module")
     parser.add_argument("--share", type=float, default=0.7, help="arrivals, as a share of what all engines can answer")
+    parser.add_argument("--exponent", type=float, default=1.0, help="of Zipf's law")
+    parser.add_argument("--warm", type=parse_count, default=0, help="requests at first of which nothing is told")
     parser.add_argument("--rules", nargs="+", help="of those above; by default all")
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args(given)
@@ -230,7 +244,7 @@ def main(given: list[str] | None = None) -> None:
         "hash": by_hash,
         "two choices": of_two,
         "bounded": bounded,
-        "popularity": by_popularity(zipf(a.modules), a.engines),
+        "popularity": by_popularity(zipf(a.modules, a.exponent), a.engines),
         "least loaded": least,
     }
     settings = {k: v for k, v in vars(a).items() if k not in ("out", "rules")}
