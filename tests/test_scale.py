@@ -98,6 +98,11 @@ def test_what_was_measured_and_simulated_is_told(tmp_path, capsys):
     measured = json.loads((tmp_path / "bookkeeping.json").read_text())
     assert measured["by modules"]["40"]["list of models, bytes"] > measured["by modules"]["20"]["list of models, bytes"]
     assert measured["by modules"]["20"]["calls to the disk before a read"] > 2
+    more = (
+        measured["by modules"]["40"]["calls to the disk of a look"]
+        / measured["by modules"]["20"]["calls to the disk of a look"]
+    )
+    assert 1.5 < more < 2.5
     scale.main(
         [
             "--measured", str(tmp_path / "bookkeeping.json"), "--out", str(tmp_path), "--bases", "8B",
@@ -106,7 +111,7 @@ def test_what_was_measured_and_simulated_is_told(tmp_path, capsys):
     )  # fmt: skip
     found = json.loads((tmp_path / "scale.json").read_text())["8B"]
     few, all_machines, blind = found["simulated"]
-    assert (few["modules"], all_machines["modules"]) == (2000, 1250)
+    assert (few["modules"], all_machines["modules"], blind["modules"]) == (2000, 1250, 40_000)
     assert blind["hit rate of devices"] < few["hit rate of devices"] <= 1
     for one in found["simulated"]:
         assert one["hit rate of devices"] + sum(one[f"from {tier}"] for tier in scale.TIERS) == pytest.approx(
@@ -114,7 +119,8 @@ def test_what_was_measured_and_simulated_is_told(tmp_path, capsys):
         )
     stops = [one["stops at, modules"] for one in found["stops"]]
     assert stops == sorted(stops)
-    for stands, goes_on in zip(found["costs"], found["costs, calls that do not stand in the way"], strict=True):
+    assert "does not fit" in found["costs"][-1]  # 256 texts and as many modules
+    for stands, goes_on in zip(found["costs"][:3], found["costs, calls that do not stand in the way"][:3], strict=True):
         assert stands["50% there, else objects"] > goes_on["50% there, else objects"] >= goes_on["cost, all there"]
 
 

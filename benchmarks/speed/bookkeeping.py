@@ -53,7 +53,7 @@ VECTORS, HELDOUT = (
 )  # `learn` keeps of a domain at the most: of 96 passages in 4 lengths and 96 questions; 32, 16
 ROUTED = 256, 1024  # widths of the states of which a router chooses
 HELD = 10  # modules for each that a cache holds, which takes them in one by one
-FILE = 1 << 28  # bytes that are hashed
+FILE = 1 << 26  # bytes that are hashed
 LOSSES = 40  # in a manifest: as many as make it as long as that of a learned module, but for spaces
 
 
@@ -108,6 +108,7 @@ def of_modules(count: int) -> dict[str, float]:
         with Engine(store, device="cpu", memory="2GB") as engine:
             found["engine starts, s"] = time.process_time() - start
             found["look for changes, s"] = seconds(lambda: engine.outdated, 3)
+            found["calls to the disk of a look"] = disk_calls(lambda: engine.outdated)
             names = Names(engine)
             names.cards()
             found["list of models, again, s"] = seconds(names.cards)

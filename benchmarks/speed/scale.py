@@ -99,10 +99,11 @@ def simulate(
     Args:
         cut: each machine has this part of its room, its batch and its modules, and reads one as much more slowly.
         share: of what machines can answer, that is asked.
-        blind: a request goes to the one of two machines that has less to do, whatever its module.
+        blind: a request goes to the one of two machines that has less to do, whatever its module: each is asked for all
+            modules, so that these are not fewer for fewer machines.
     """
     m = plan.machine
-    modules = plan.modules * machines // plan.machines // cut
+    modules = (plan.modules if blind else plan.modules * machines // plan.machines) // cut
     busy = plan.batch / plan.requests_a_second(plan.batch, plan.batch)  # of a request in a full batch, its prompt too
     a = argparse.Namespace(
         modules=modules, engines=machines, requests=requests, warm=requests // 3, exponent=plan.exponent, load=0.0,
@@ -111,9 +112,9 @@ def simulate(
     held = {"host": m.devices * m.host_share * m.host_memory, "disk": m.devices * m.disk}
     holds = {tier: int(size / plan.module_bytes / cut) for tier, size in held.items()}
     seconds = {tier: cut * plan.read_from(tier) for tier in TIERS}
-    prefer = first_there(modules, machines, plan.exponent)
     wanted = [f"m{module}" for module in range(max(a.room, *holds.values()))][:modules]
-    nodes = [Tiered(a, seconds, holds, wanted if blind else begins) for begins in prefer]
+    begins = [wanted] * machines if blind else first_there(modules, machines, plan.exponent)
+    nodes = [Tiered(a, seconds, holds, of_one) for of_one in begins]
     told = f"{machines} machines, cut by {cut}{', blind' * blind}"
     found = fleet.simulate(a, of_two(seed) if blind else fleet.bounded, told, list(nodes))
     reads = sum((node.reads for node in nodes), Counter[str]())
@@ -177,7 +178,12 @@ def bytes_of(plan: Plan) -> dict[str, float]:
         "all states": evidence["vectors"],
     }
     router = {f"router, {part}, in every engine": size for part, size in plan.router_bytes().items()}
-    held = {"keys and values of a token": plan.base.token_bytes, "modules that a machine holds": max(plan.room(), 0)}
+    held = {
+        "keys and values of a token": plan.base.token_bytes,
+        "modules that a machine holds": max(plan.room(), 0),
+        "parameters of a base that one device holds": (plan.machine.usable * plan.machine.memory - plan.workspace) / 2,
+        "machines on which the most wanted module is used": int(copies(plan.modules, plan.machines, plan.exponent)[0]),
+    }
     return each | {what: size * plan.modules for what, size in of_all.items()} | router | held
 
 
@@ -250,8 +256,22 @@ def of_writers(plan: Plan, measured: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def of_a_shared_disk(plan: Plan, measured: dict[str, Any], answered: float) -> dict[str, float]:
+    """What looking for changes asks of one file system that all machines share.
+
+    Args:
+        answered: calls a second that it answers; an assumption.
+    """
+    each = measured["line over modules"]["calls to the disk of a look"][1]
+    return {
+        "calls a look, by module": round(each, 2),
+        "calls a second": float(f"{each * plan.modules * plan.machines / WATCH:.3g}"),
+        "modules times machines at which it answers no more": float(f"{answered * WATCH / each:.3g}"),
+    }
+
+
 def costs(plan: Plan, calls: float) -> list[dict[str, Any]]:
-    """Of a million written tokens, by batch, by how often a module is on the devices, and by where else it is read from.
+    """Of a million written tokens, by batch, by how often a module is on the devices, and by where it else comes from.
     Every request of a batch has a module of its own.
 
     Args:
@@ -291,7 +311,7 @@ def told_apart(store: Store) -> dict[str, Any]:
 def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measured", type=Path, required=True, help="what bookkeeping has written")
-    parser.add_argument("--out", type=Path, required=True, help="where the results are kept")
+    parser.add_argument("--out", type=Path, required=True, help="where results are kept, those of other bases too")
     parser.add_argument("--bases", nargs="+", choices=BASES, default=["70B", "8B"])
     parser.add_argument("--modules", type=parse_count, default=1_000_000)
     parser.add_argument("--machines", type=int, default=1000)
@@ -300,15 +320,18 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--exponent", type=float, default=1.0, help="of Zipf's law")
     parser.add_argument("--simulated", nargs="*", type=int, default=[32, 64], help="machines of the simulation")
     parser.add_argument("--cut", type=int, default=16, help="of each where all machines are simulated; 0: they are not")
-    parser.add_argument("--requests", type=int, default=250, help="of a machine, in the simulation")
+    parser.add_argument("--requests", type=int, default=300, help="of a machine, in the simulation")
     parser.add_argument("--share", type=float, default=0.7, help="arrivals, as a share of what all machines can answer")
     parser.add_argument("--between", type=float, default=60.0, help="seconds between two modules that are learned")
+    parser.add_argument("--calls", type=float, default=1e5, help="a second that a file server answers; an assumption")
     parser.add_argument("--like", type=Store.open, metavar="STORE", help="tell how far its domains are apart")
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args(given)
     a.out.mkdir(parents=True, exist_ok=True)
     measured = json.loads(a.measured.read_text())
-    found: dict[str, Any] = {"machine": machine()}
+    kept = a.out / "scale.json"
+    found: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}  # of other bases
+    found["machine"] = machine()
     if a.like is not None:
         found["told apart"] = told_apart(a.like)
     counts = [10**i for i in range(3, 7)]
@@ -326,19 +349,20 @@ def main(given: list[str] | None = None) -> None:
         one["refill, s"] = {k: round(v, 1) for k, v in plan.refill(measured["hash, bytes a second"]).items()}
         one["stops"] = stops(plan, measured, a.between)
         one["writers"] = of_writers(plan, measured)
+        one["a shared disk"] = of_a_shared_disk(plan, measured, a.calls)
         one["costs"] = costs(plan, measured["line over modules"]["calls to the disk before a read"][0])
         one["costs, calls that do not stand in the way"] = costs(plan, 0)
         whole = hit_rate(plan.modules, plan.machines, plan.room(), plan.exponent)
         one["hit rate by the formula, all machines"] = round(whole, 3)
         sizes = [(machines, 1, False) for machines in a.simulated]
-        sizes += [(plan.machines, a.cut, False)] * bool(a.cut) + [(a.simulated[0], 1, True)] * bool(a.simulated)
+        sizes += [(plan.machines, a.cut, False)] * bool(a.cut) + [(machines, 1, True) for machines in a.simulated[:1]]
         one["simulated"] = []
         for machines, cut, blind in sizes:
             many = a.requests * machines // cut
             one["simulated"].append(simulate(plan, machines, cut, many, a.share, a.seed, blind))
             print(f"{name}: {json.dumps(one['simulated'][-1])}", flush=True)
         found[name] = one
-        write_atomic(a.out / "scale.json", json.dumps(found, indent=1).encode())
+        write_atomic(kept, json.dumps(found, indent=1).encode())
     print(json.dumps(found, indent=1))
 
 
