@@ -42,7 +42,7 @@ from growlm.units import parse_count
 
 TIERS = ("host", "disk", "objects")
 STEPS = 64  # that an answer is made of in the simulation
-SPILL = 0.1  # of a module's requests that go on to the next machine, for what caches begin with alone
+SPILL, ROUNDS = 0.1, 4  # of a machine's requests, that go on by chance; for what caches begin with alone
 WATCH = 2.0  # seconds between two looks of a server at its store
 SCRAPE = 10.0  # seconds after which Prometheus gives up, by default
 PATIENCE = 10.0  # seconds that a page or a person waits for a list
@@ -138,14 +138,24 @@ def simulate(
 
 
 def first_there(modules: int, machines: int, exponent: float) -> list[list[str]]:
-    """By machine the modules that are asked of it, the most wanted first: those that prefer it, and less those of which
-    it is but the next after as many machines as they need."""
-    begins: list[list[tuple[float, str]]] = [[] for _ in range(machines)]
-    for module, (share, many) in enumerate(
-        zip(shares(modules, exponent), copies(modules, machines, exponent), strict=True)
-    ):
-        for place, number in enumerate(fleet.preferred(module, machines)[: int(many) + 2]):
-            begins[number].append((share / many * SPILL ** max(place + 1 - many, 0), f"m{module}"))
+    """By machine the modules that are asked of it, the most wanted first, as requests come to flow: a machine takes of
+    what is asked of it what the bound lets it, of every module the same share, and the rest goes on to the next."""
+    most = fleet.BOUND / machines
+    takes = np.ones(machines)
+    for _ in range(ROUNDS):
+        asked = np.zeros(machines)
+        begins: list[list[tuple[float, str]]] = [[] for _ in range(machines)]
+        takes = np.minimum(takes, 1 - SPILL)
+        for module, share in enumerate(shares(modules, exponent).tolist()):
+            left = share
+            for number in fleet.preferred(module, machines).tolist():
+                asked[number] += left
+                here = min(left * takes[number], most)
+                begins[number].append((here, f"m{module}"))
+                left -= here
+                if left < SPILL**2 * share:
+                    break
+        takes = most / np.maximum(asked, most)
     return [[name for _, name in sorted(one, reverse=True)] for one in begins]
 
 
@@ -220,7 +230,7 @@ def stops(plan: Plan, measured: dict[str, Any], between: float) -> list[dict[str
         ("fitting after a learning, one thread", "s", (0.0, fit), between),
         ("memory of a fit", "bytes", (0.0, memory), host / 2),
         ("router that compares all, a prompt", "s", by_width("router that compares all, s"), CHOICE),
-        ("the same, are all still there", "s", line("gone of all, s"), CHOICE),
+        ("the same, whether all are still there", "s", line("gone of all, s"), CHOICE),
         ("router with an index, a prompt", "s", by_width("router with an index, s"), CHOICE),
         ("reading and hashing the fitted router", "s", (0.0, means * (1 / rate + 1 / 10e9)), 60.0),
         ("a scrape of one engine that has served all", "s", line("scrape, s"), SCRAPE),
@@ -318,9 +328,9 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--devices", type=int, help="of a machine; by default as few, of 1 and 8, as hold the base")
     parser.add_argument("--hour", type=float, default=Machine.hour, help="price of a device and hour; an assumption")
     parser.add_argument("--exponent", type=float, default=1.0, help="of Zipf's law")
-    parser.add_argument("--simulated", nargs="*", type=int, default=[32, 64], help="machines of the simulation")
-    parser.add_argument("--cut", type=int, default=16, help="of each where all machines are simulated; 0: they are not")
-    parser.add_argument("--requests", type=int, default=300, help="of a machine, in the simulation")
+    parser.add_argument("--simulated", nargs="*", type=int, default=[16, 64], help="machines of the simulation")
+    parser.add_argument("--cut", type=int, default=4, help="of each where all machines are simulated; 0: they are not")
+    parser.add_argument("--requests", type=int, default=160, help="of a machine, in the simulation")
     parser.add_argument("--share", type=float, default=0.7, help="arrivals, as a share of what all machines can answer")
     parser.add_argument("--between", type=float, default=60.0, help="seconds between two modules that are learned")
     parser.add_argument("--calls", type=float, default=1e5, help="a second that a file server answers; an assumption")
