@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.lib.common import machine
+from benchmarks.lib.planning import shares
 from growlm.disk.files import write_atomic
 from growlm.engine.account import Account, Footprint
 from growlm.engine.answers import Answer
@@ -99,6 +100,9 @@ class Node:
     def seconds_to_read(self, name: str) -> float:
         return self.a.load
 
+    def begin_to_count(self) -> None:
+        """Told once the requests are through of which nothing is told."""
+
     def _failed(self, request: Request, error: BaseException) -> None:
         raise error
 
@@ -133,12 +137,12 @@ def least(nodes: list[Node], module: int) -> Node:
     return min(nodes, key=lambda node: node.to_do)
 
 
-def by_popularity(shares: np.ndarray, engines: int) -> Rule:
+def by_popularity(wanted: np.ndarray, engines: int) -> Rule:
     """Modules dealt out, the most wanted first, each to the engines with the least to do so far: to as many as it takes
     for none to have more than half of what an engine has in the mean."""
     expected = [(0.0, number) for number in range(engines)]
     dealt: list[list[int]] = []
-    for share in shares:
+    for share in wanted:
         copies = min(max(math.ceil(share * engines / 0.5), 1), engines)
         taken = [heapq.heappop(expected) for _ in range(copies)]
         for load, number in taken:
@@ -154,10 +158,10 @@ def simulate(a: argparse.Namespace, rule: Rule, name: str, nodes: list[Node] | N
         nodes: the engines, where they are others than `Node` or have something in memory; closed in the end.
     """
     draw = np.random.default_rng(a.seed)
-    shares = zipf(a.modules, a.exponent)
+    wanted_by = shares(a.modules, a.exponent)
     capacity = a.engines * a.batch / (a.tokens * a.step)
     arrivals = np.cumsum(draw.exponential(1 / (a.share * capacity), a.requests))
-    wanted = draw.choice(a.modules, a.requests, p=shares)
+    wanted = draw.choice(a.modules, a.requests, p=wanted_by)
     nodes = [Node(a) for _ in range(a.engines)] if nodes is None else nodes
     came: dict[Request, tuple[float, int]] = {}
     waits = np.full(a.requests, np.nan)
@@ -187,6 +191,8 @@ def simulate(a: argparse.Namespace, rule: Rule, name: str, nodes: list[Node] | N
             for number in track(range(a.requests), "requests", "requests", total=a.requests):
                 run_until(now := float(arrivals[number]))
                 if number == a.warm:
+                    for node in nodes:
+                        node.begin_to_count()
                     before = [(node.modules.counts.hits, node.modules.counts.loads, node.served) for node in nodes]
                 node = rule(nodes, int(wanted[number]))
                 request = Request([1], (f"m{wanted[number]}",), CONFIG, Answer(None, ()))  # type: ignore[arg-type]
@@ -217,11 +223,6 @@ def simulate(a: argparse.Namespace, rule: Rule, name: str, nodes: list[Node] | N
     }
 
 
-def zipf(modules: int, exponent: float = 1.0) -> np.ndarray:
-    shares = np.arange(1, modules + 1) ** -exponent
-    return shares / shares.sum()
-
-
 def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="where the results are kept")
@@ -244,7 +245,7 @@ def main(given: list[str] | None = None) -> None:
         "hash": by_hash,
         "two choices": of_two,
         "bounded": bounded,
-        "popularity": by_popularity(zipf(a.modules, a.exponent), a.engines),
+        "popularity": by_popularity(shares(a.modules, a.exponent), a.engines),
         "least loaded": least,
     }
     settings = {k: v for k, v in vars(a).items() if k not in ("out", "rules")}

@@ -65,14 +65,17 @@ class Tiered(fleet.Node):
         super().__init__(a)
         self.seconds, self.holds = seconds, holds
         self.tiers = {tier: OrderedDict.fromkeys(reversed(begins[:many])) for tier, many in holds.items()}
-        self.reads: Counter[str] = Counter()
-        self.steps = self.rows = self.different = 0
+        self.begin_to_count()
         for name in reversed(begins[: a.room]):
             there: Future[Any] = Future()
             there.set_result(name)
             self.there[name] = 0.0
             # As if it had been read: to have the cache read so many takes longer than all that is simulated.
             self.modules._resident[name] = Resident(Found(None, 1, there.result), there)  # type: ignore[arg-type]
+
+    def begin_to_count(self) -> None:
+        self.reads: Counter[str] = Counter()
+        self.steps = self.rows = self.different = 0
 
     def seconds_to_read(self, name: str) -> float:
         found = next((tier for tier in self.tiers if name in self.tiers[tier]), TIERS[-1])
