@@ -1,5 +1,7 @@
 """Stick-breaking attention (ModuleFormer, section 3.2; equations 3 to 5): reference, blocked, cached decode.
 
+On a GPU that Triton compiles for, `kernels/stickbreaking.py` computes the same.
+
 A query walks from the newest key to the oldest and takes from each a share of what is left of a stick:
 `beta[t,i] = sigmoid(q_t . k_i * scale)`, `p[t,i] = beta[t,i] * prod_{i<j<=t} (1 - beta[t,j])`. The weights sum to
 at most one; what is left over goes nowhere. Order is all the position there is: no embedding of positions is needed.
@@ -17,11 +19,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from growlm.layers.kernels import available
 
 # b batch, h heads of queries, g heads of keys and values, n = h / g, t queries, s keys, d head width, e width of values
 # x = s - 1 - i: keys counted from the newest
@@ -209,12 +214,20 @@ class _Walk:
         return torch.exp2(logits, out=self.buffer("taken", rows, logits.shape[-1]))
 
 
-@torch.library.custom_op("growlm::stickbreaking", mutates_args=())
-def _stickbreaking(
+def _kernels(query: Tensor, key: Tensor, value: Tensor) -> ModuleType | None:
+    """The Triton form, where it runs and takes these inputs."""
+    if not available(query.device):
+        return None
+    from growlm.layers.kernels import stickbreaking
+
+    return stickbreaking if stickbreaking.fits(query, key, value) else None
+
+
+def _blocked(
     query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None, documents: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output (b, h, t, e); the same in float32, where that is another dtype, for the backward pass; and how many blocks
-    of keys every panel of queries read."""
+    of keys every panel of queries read (nought where kernels computed it, which count for themselves)."""
     with torch.autocast(query.device.type, enabled=False):
         walk = _Walk(query, key, value, scale, mask, documents)
         exact = query.new_empty(*query.shape[:3], value.shape[-1], dtype=torch.float32)
@@ -238,6 +251,21 @@ def _stickbreaking(
         return exact.to(query.dtype), exact, read
 
 
+_stickbreaking = torch.library.custom_op("growlm::stickbreaking", _blocked, mutates_args=())
+
+
+@_stickbreaking.register_kernel("cuda")
+def _(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None, documents: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernels = _kernels(query, key, value)
+    if kernels is None:
+        return _blocked(query, key, value, scale, mask, documents)
+    out, exact = kernels.attention(query, key, value, scale, mask, documents)
+    read = torch.zeros((query.shape[2] + _PANEL - 1) // _PANEL, dtype=torch.int64)
+    return out, exact.new_empty(0) if exact is out else exact, read
+
+
 @_stickbreaking.register_fake
 def _(
     query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None, documents: Tensor | None
@@ -248,8 +276,7 @@ def _(
     return out, exact, torch.empty(panels, dtype=torch.int64, device="cpu")
 
 
-@torch.library.custom_op("growlm::stickbreaking_backward", mutates_args=())
-def _stickbreaking_backward(
+def _blocked_backward(
     grad: Tensor,
     out: Tensor,
     read: Tensor,
@@ -312,6 +339,27 @@ def _stickbreaking_backward(
             grad_key.to(key.dtype),
             grad_value.to(value.dtype),
         )
+
+
+_stickbreaking_backward = torch.library.custom_op("growlm::stickbreaking_backward", _blocked_backward, mutates_args=())
+
+
+@_stickbreaking_backward.register_kernel("cuda")
+def _(
+    grad: Tensor,
+    out: Tensor,
+    read: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    documents: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernels = _kernels(query, key, value)
+    if kernels is None:
+        return _blocked_backward(grad, out, read, query, key, value, scale, mask, documents)
+    return kernels.backward(grad, out, query, key, value, scale, mask, documents)
 
 
 @_stickbreaking_backward.register_fake
