@@ -255,7 +255,7 @@ _stickbreaking = torch.library.custom_op("growlm::stickbreaking", _blocked, muta
 
 
 @_stickbreaking.register_kernel("cuda")
-def _(
+def _triton(
     query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None, documents: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     kernels = _kernels(query, key, value)
@@ -345,7 +345,7 @@ _stickbreaking_backward = torch.library.custom_op("growlm::stickbreaking_backwar
 
 
 @_stickbreaking_backward.register_kernel("cuda")
-def _(
+def _triton_backward(
     grad: Tensor,
     out: Tensor,
     read: Tensor,
