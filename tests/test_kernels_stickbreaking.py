@@ -123,9 +123,8 @@ def test_16_bits_lose_no_more_than_their_inputs_do(dtype: torch.dtype, shift: fl
     found = run(q, k, v, cut=CUT._replace(rows=32))
     assert {x.dtype for x in found} == {dtype}
     digit = torch.finfo(dtype).eps * (2 if INTERPRETED and dtype == torch.bfloat16 else 1)
-    limits = (digit / 2, *[digit * 2] * 3)
-    for got, want, limit in zip(found, wanted(q, k, v), limits, strict=True):
-        assert apart(got, want) < limit * (2 if INTERPRETED else 1)
+    for got, want, limit in zip(found, wanted(q, k, v), (digit / 2, digit, digit, digit), strict=True):
+        assert apart(got, want) < limit
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -303,7 +302,7 @@ WIDTHS = [
 SPILLED = {
     ("float32", 64): 100, ("bfloat16", 64): 100,
     ("float32", 128): 200, ("bfloat16", 128): 400, ("float16", 128): 400,
-    ("float32", 256): 1200, ("bfloat16", 256): 400,
+    ("float32", 256): 1200, ("bfloat16", 256): 100,
 }  # fmt: skip
 
 

@@ -10,6 +10,10 @@ triangle takes it from registers and adds keys of the block / (2 widths) to the 
 these wait for exponentials and logarithms, of which a multiprocessor makes 16 a clock and a logit wants 3. Each summand
 goes in as two bfloat16 (16 bits of mantissa; the total that a block hands to the next is summed in float32). Of float32
 inputs, whose products are made without tensor cores, it is `tl.cumsum`: the triangle would cost as much as the logits.
+
+So do the weights where values are summed up: an error of the output is one of grad . out, which the backward pass takes
+from the gradient of every logit down to where the stick is broken. Of weights in one bfloat16 the gradient of a query
+was off by up to 2.5e-2 of its largest magnitude, where two leave 5e-3.
 """
 
 from __future__ import annotations
@@ -45,6 +49,16 @@ def _dot(a, b, NARROW: tl.constexpr):
     if NARROW:
         return tl.dot(a, b)
     return tl.dot(a, b, input_precision=_PRECISION)
+
+
+@triton.jit
+def _exact_dot(x, y, NARROW: tl.constexpr):
+    """The product of x, in float32, and y: if that is narrow, x goes in as two numbers of its dtype."""
+    high = x.to(y.dtype)
+    total = _dot(high, y, NARROW)
+    if NARROW:
+        total += _dot((x - high.to(tl.float32)).to(y.dtype), y, NARROW)
+    return total
 
 
 @triton.jit
@@ -121,9 +135,7 @@ def _triangle(KEYS: tl.constexpr):
 def _newer(x, triangle, NARROW: tl.constexpr):
     """Of every key, the sum over the newer keys of the block, (rows, keys)."""
     if NARROW:
-        high = x.to(tl.bfloat16)
-        low = (x - high.to(tl.float32)).to(tl.bfloat16)
-        return _dot(high, triangle, NARROW) + _dot(low, triangle, NARROW)
+        return _exact_dot(x, triangle, NARROW)
     return tl.cumsum(x, 1, reverse=True) - x
 
 
@@ -184,7 +196,7 @@ def forward_kernel(
                 taken = _taken(logits, NARROW)
                 weights = tl.exp2(logits - taken - _newer(taken, triangle, NARROW) - passed[:, None])
                 passed += tl.sum(taken, 1)
-                total += _dot(weights.to(values.dtype), values, NARROW)
+                total += _exact_dot(weights, values, NARROW)
             at -= count
             going = (at >= end) & (tl.min(passed, 0) <= _GONE)
 
@@ -252,7 +264,7 @@ def decode_kernel(
             taken = _taken(logits, NARROW)
             weights = tl.exp2(logits - taken - _newer(taken, triangle, NARROW) - passed[:, None])
             passed += tl.sum(taken, 1)
-            total += _dot(weights.to(values.dtype), values, NARROW)
+            total += _exact_dot(weights, values, NARROW)
         at -= count
         going = (at >= end) & (tl.min(passed, 0) <= _GONE)
 
