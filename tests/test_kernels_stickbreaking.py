@@ -128,11 +128,11 @@ def test_16_bits_lose_no_more_than_their_inputs_do(dtype: torch.dtype, shift: fl
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("s", "splits"), [(100, 1), (100, 3), (300, 20)])
-def test_decode_equals_the_whole_pass(dtype: torch.dtype, s: int, splits: int) -> None:
-    """The last queries of all. Splits end where much or little of the sticks is left; twenty are combined in two
+@pytest.mark.parametrize(("s", "splits", "shift"), [(100, 1, -3.0), (100, 3, -3.0), (540, 40, -6.0)])
+def test_decode_equals_the_whole_pass(dtype: torch.dtype, s: int, splits: int, shift: float) -> None:
+    """The last queries of all. Splits end where much or little of the sticks is left; forty are combined in three
     rounds."""
-    q, k, v = make(1, 4, 2, 3, s, shift=-3.0, dtype=dtype)
+    q, k, v = make(1, 4, 2, 3, s, shift=shift, dtype=dtype)
     scale = q.shape[-1] ** -0.5
     mask = torch.ones(1, 1, 3, s, dtype=torch.bool, device=DEVICE)
     mask[..., :40] = mask[:, :, 1, s - 20 : s - 10] = False
@@ -205,6 +205,15 @@ def test_a_stick_that_is_short_still_counts_where_values_are_large(nats: float) 
         limit = max(1e-2, math.exp(nats - stickbreaking._BROKEN))  # what is left where gradients count it for nothing
         assert apart(found[1], grads[0]) < limit
         assert apart(found[2], grads[1]) < limit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_keys_behind_a_broken_stick_get_no_rounding_errors(dtype: torch.dtype) -> None:
+    """Of 30 nats; what a gradient there consists of is smaller than the error of what is taken from it."""
+    q, k, v = make(1, 2, 1, 3, 67, 8, 4, dtype=dtype)
+    q[:], k[:] = 1.0, math.log(math.expm1(30 / 32)) / q.shape[-1] ** 0.5
+    found = run(q, k, v)
+    assert 0 < float(found[2][:, :, : 64 - 32].abs().max()) < math.exp(-25)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # it is looked for
