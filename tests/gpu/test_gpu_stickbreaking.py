@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from growlm.layers import stickbreaking
 from growlm.layers.stickbreaking import stickbreaking_attention
 
 pytestmark = pytest.mark.gpu
@@ -22,15 +25,25 @@ SHAPES: dict[str, dict[str, Any]] = {
     "one token": {"t": 1, "s": 1},
     "odd width": {"d": 7},
     "padding": {"padded": True},
+    "whole mask": {"masked": True},
     "documents": {"documents": True},
+    "many documents": {"documents": True, "t": 600, "s": 600},
+    "documents in no order": {"documents": True, "ordered": False},
+    "one query of a very long past": {"t": 1, "s": 5000, "last": True},
+    "decode, shared heads and documents": {"h": 6, "g": 2, "t": 4, "s": 2100, "documents": True},
+    "wide heads": {"d": 126},
+    "widest heads": {"d": 254, "t": 90, "s": 90},
+    "heads wider than kernels take": {"d": 260, "t": 90, "s": 90},
     "large logits": {"large": 30.0},
 }
 
 
 def arguments(
     dtype: torch.dtype, b: int = 2, h: int = 3, g: int = 3, t: int = 140, s: int = 140, d: int = 16,
-    padded: bool = False, documents: bool = False, large: float = 1.0,
+    padded: bool = False, masked: bool = False, documents: bool = False, ordered: bool = True, large: float = 1.0,
+    last: bool = False,
 ) -> tuple[list[Tensor], dict[str, Tensor]]:  # fmt: skip
+    """`last`: sticks that last, so that old keys count."""
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
         torch.randn(shape, generator=generator).to(dtype) for shape in ((b, h, t, d), (b, g, s, d), (b, g, s, d + 2))
@@ -38,8 +51,12 @@ def arguments(
     options: dict[str, Tensor] = {}
     if padded:
         options["mask"] = (torch.arange(s) >= torch.arange(b)[:, None] * 50)[:, None, None]
+    if masked:
+        options["mask"] = torch.rand(b, 1, t, s, generator=generator) < 0.8
     if documents:
-        options["documents"] = torch.arange(s).expand(b, s) // 37
+        options["documents"] = torch.arange(s).expand(b, s) // 37 if ordered else torch.arange(s).expand(b, s) % 3
+    if last:
+        query[..., 0], key[..., 0] = d**0.5, -7.0
     return [query * large, key, value], options
 
 
@@ -74,10 +91,30 @@ def test_decoding_with_a_cache_equals_the_whole_pass(device, near):
     near("stick-breaking: with a cache", torch.cat(parts, 2), whole)
 
 
-def test_the_same_input_gives_the_same_bits(device):
-    inputs, options = arguments(torch.bfloat16, t=600, s=600)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("t", [600, 3])
+def test_the_same_input_gives_the_same_bits(device, dtype, t):
+    inputs, options = arguments(dtype, t=t, s=600)
     inputs = [x.to(device) for x in inputs]
     assert all(torch.equal(a, b) for a, b in zip(run(inputs, options), run(inputs, options), strict=True))
+
+
+def test_gradients_by_bands_of_queries(device, near, monkeypatch):
+    """As of contexts whose states do not fit at once."""
+    kernels = pytest.importorskip("growlm.layers.kernels.stickbreaking", reason="Triton is not installed")
+    inputs, _ = arguments(torch.float32, t=300, s=300)
+    whole = run([x.to(device) for x in inputs], {})
+    monkeypatch.setattr(kernels, "STATE_BYTES", 1)
+    for one, other in zip(run([x.to(device) for x in inputs], {}), whole, strict=True):
+        near("stick-breaking: by bands", one, other)
+
+
+def test_kernels_compute_it_where_they_can(device):
+    if os.environ.get("GROWLM_TEST_DEVICE", "cuda") != "cuda":
+        return  # the processor does
+    inputs, _ = arguments(torch.bfloat16)
+    can = importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability() >= (8, 0)
+    assert (stickbreaking._kernels(*(x.to(device) for x in inputs)) is not None) == can
 
 
 def test_under_autocast(device, near):
