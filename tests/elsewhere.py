@@ -21,6 +21,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_leaves
 
+from growlm.layers import kernels
+
 THERE = torch.device("cuda", 0)
 _ANSWERS: dict[str, Callable[..., Any]] = {
     "is_available": lambda: True,
@@ -179,6 +181,7 @@ def pretended() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch, modes():
         patch.setattr(torch.backends.cuda, "is_built", lambda: True)
+        patch.setattr(kernels, "available", lambda tensor: False)  # Triton needs a real one
         for name, answer in _ANSWERS.items():
             patch.setattr(torch.cuda, name, answer)
         patch.setattr(torch, "Generator", _Generator)

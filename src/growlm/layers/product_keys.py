@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from growlm.layers import kernels
 from growlm.layers.collecting import Collector
 from growlm.layers.rows import Choices, table_gradient, weighted_sum
 from growlm.layers.tables import require_room
@@ -200,12 +202,15 @@ def best_keys(queries: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tensor
 class _BestKeys(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        scores = queries.new_empty(len(queries), k)
-        ids = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
-        size = max(_HELD // len(keys), 1)
-        for at in range(0, len(queries), size):
-            part = slice(at, at + size)
-            torch.topk(queries[part] @ keys.T, k, -1, out=(scores[part], ids[part]))
+        if fast := _kernels(k, queries, keys):
+            scores, ids = fast.best_keys(queries, keys, k)
+        else:
+            scores = queries.new_empty(len(queries), k)
+            ids = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
+            size = max(_HELD // len(keys), 1)
+            for at in range(0, len(queries), size):
+                part = slice(at, at + size)
+                torch.topk(queries[part] @ keys.T, k, -1, out=(scores[part], ids[part]))
         ctx.save_for_backward(queries, keys, ids)
         ctx.mark_non_differentiable(ids)
         return scores, ids
@@ -228,10 +233,21 @@ def best_sums(scores_a: Tensor, scores_b: Tensor, top_k: int) -> tuple[Tensor, T
     The sum at (i, j) is no larger than the (i+1)(j+1) sums at or before it, so that only pairs with (i+1)(j+1) <= k
     are compared: 50 of 256 for k = 16.
     """
+    if fast := _kernels(top_k, scores_a, scores_b):
+        return fast.best_sums(scores_a, scores_b, top_k)
     pairs = [(i, j) for i in range(scores_a.shape[1]) for j in range(min(top_k // (i + 1), scores_b.shape[1]))]
     i, j = torch.tensor(pairs, device=scores_a.device).T
     scores, best = (scores_a[:, i] + scores_b[:, j]).topk(top_k, -1)
     return scores, i[best], j[best]
+
+
+def _kernels(top_k: int, *tensors: Tensor) -> ModuleType | None:
+    """The same in Triton, where it can take them."""
+    if not kernels.available(tensors[0]):
+        return None
+    from growlm.layers.kernels import product_keys
+
+    return product_keys if product_keys.fits(top_k, *tensors) else None
 
 
 class MaskedBatchNorm(nn.BatchNorm1d):

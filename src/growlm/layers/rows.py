@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import functools
 import warnings
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from growlm.layers import kernels
 
 # n tokens, s choices of a token, m parts of a row, d width of a part, r rows that were read
 
@@ -25,12 +28,19 @@ class Choices:
 
     def __init__(self, ids: Tensor) -> None:
         self.ids = ids
+        self._ordered: tuple[Tensor, Tensor] | None = None
         self._by_row: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def ordered(self) -> tuple[Tensor, Tensor]:
+        """All ids in ascending order, and the choices n s sorted so."""
+        if self._ordered is None:
+            self._ordered = self.ids.flatten().sort(stable=True)
+        return self._ordered
 
     def by_row(self) -> tuple[Tensor, Tensor, Tensor]:
         """The rows (r,) in ascending order, the choices n s sorted by row, and each row's first among them (r,)."""
         if self._by_row is None:
-            ordered, order = self.ids.flatten().sort(stable=True)
+            ordered, order = self.ordered()
             rows, counts = torch.unique_consecutive(ordered, return_counts=True)
             self._by_row = rows, order, counts.cumsum(0) - counts
         return self._by_row
@@ -89,6 +99,8 @@ class _WeightedRows(torch.autograd.Function):
 
 def products(x: Tensor, table: Tensor, ids: Tensor) -> Tensor:
     """`row_products` without a gradient: (n, d), (N, m d), (n, s) -> (n, s, m)."""
+    if fast := _kernels(table, x):
+        return fast.products(x, table, ids)
     n, d = x.shape
     parts, ids = _parts(table, ids, d)
     out = x.new_empty(n, ids.shape[1])
@@ -104,9 +116,20 @@ def products(x: Tensor, table: Tensor, ids: Tensor) -> Tensor:
 
 def weighted_sum(weights: Tensor, table: Tensor, ids: Tensor) -> Tensor:
     """`weighted_rows` without a gradient: (n, s, m), (N, m d), (n, s) -> (n, d)."""
+    if fast := _kernels(table, weights):
+        return fast.weighted_sum(weights, table, ids)
     n, s, m = weights.shape
     parts, ids = _parts(table, ids, table.shape[1] // m)
     return _bags(parts, ids.flatten(), torch.arange(0, n * s * m, s * m, device=ids.device), weights.flatten())
+
+
+def _kernels(table: Tensor, *others: Tensor) -> ModuleType | None:
+    """The same in Triton, where it can take them."""
+    if not kernels.available(table):
+        return None
+    from growlm.layers.kernels import rows
+
+    return rows if rows.fits(table, *others) else None
 
 
 def _parts(table: Tensor, ids: Tensor, d: int) -> tuple[Tensor, Tensor]:
@@ -139,11 +162,18 @@ def _bags(table: Tensor, ids: Tensor, starts: Tensor, weights: Tensor | None) ->
 
 def table_gradient(weights: Tensor, tokens: Tensor, table: Tensor, choices: Choices, sparse: bool) -> Tensor:
     """The gradient `sum over (i, j) that chose the row of weights[i, j] tokens[i]`: (n, s, m), (n, d) -> (N, m d)."""
+    fast = _kernels(tokens, weights)
+    if fast and not sparse:
+        ordered, order = choices.ordered()
+        return fast.gradient_of_rows(weights, tokens, order, fast.starts_of(ordered, len(table)))
     rows, order, starts = choices.by_row()
-    chooser = order // weights.shape[1]
-    by_row = weights.flatten(0, 1)[order]  # (n s, m)
-    values = torch.cat([_bags(tokens, chooser, starts, by_row[:, part]) for part in range(weights.shape[2])], 1) \
-        if weights.shape[2] > 1 else _bags(tokens, chooser, starts, by_row[:, 0])  # fmt: skip
+    if fast:
+        values = fast.gradient_of_rows(weights, tokens, order, starts)
+    else:
+        chooser = order // weights.shape[1]
+        by_row = weights.flatten(0, 1)[order]  # (n s, m)
+        values = torch.cat([_bags(tokens, chooser, starts, by_row[:, part]) for part in range(weights.shape[2])], 1) \
+            if weights.shape[2] > 1 else _bags(tokens, chooser, starts, by_row[:, 0])  # fmt: skip
     if not sparse:
         return torch.zeros_like(table).index_copy_(0, rows, values)
     _warn_in_silence()

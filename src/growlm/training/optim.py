@@ -16,6 +16,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from growlm.layers import kernels
 from growlm.layers.rows import read_rows
 from growlm.layers.tables import untouched_zeros
 
@@ -214,6 +215,16 @@ def _update(p: Tensor, rows: Tensor, gradient: Tensor, state: dict[str, Tensor],
     state["row_steps"].index_copy_(0, rows, steps)
     size = (-lr / _bias(beta1, steps))[:, None]
     corrected = _bias(beta2, steps).sqrt_()[:, None]
+    if kernels.available(p):
+        from growlm.layers.kernels import row_update
+
+        if row_update.fits(p, first, second):
+            noise, shifts = _draws(p, len(rows)) if p.dtype == torch.bfloat16 else (None, None)
+            row_update.update_rows(
+                p, rows, gradient, first, second if by_row else second.flatten(1), size, corrected,
+                betas=(beta1, beta2), eps=eps, kept=kept, noise=noise, shifts=shifts,
+            )  # fmt: skip
+            return
     if by_row:
         square = _row_norms(gradient).square_().div_(gradient.shape[1])
         v = second.index_select(0, rows).lerp_(square, 1 - beta2)
@@ -268,6 +279,15 @@ class _Rounding:
         # Beyond the largest number it carries into the exponent, to infinity; infinity has no bits that it could carry.
         bits = noise.add_(x.view(torch.int32)).bitwise_and_(-(1 << 16))
         return bits.view(torch.float32).to(torch.bfloat16)
+
+
+def _draws(table: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """All that `_Rounding` draws for an update of so many rows, from the same generator in the same order: its noise,
+    as int16 of the same bits, and its shifts, on the device of the table."""
+    count = _rows_at_a_time(table)
+    noise = torch.randint(0, 1 << 16, (min(count, rows) * table[:1].numel(),), dtype=torch.int32)
+    shifts = torch.randint(0, 1 << 16, (-(-rows // count),), dtype=torch.int32)
+    return noise.to(torch.int16).to(table.device), shifts.to(table.device)
 
 
 def rows_of(gradient: Tensor) -> tuple[Tensor, Tensor]:
