@@ -317,6 +317,13 @@ def test_no_number_is_the_largest_score_and_ids_stay_those_of_keys() -> None:
     assert int(both[2].max()) < 4
 
 
+def test_zeros_of_both_signs_are_equal() -> None:
+    zeros = torch.tensor([[-0.0, 0.0, -0.0]], device=DEVICE)
+    scores, i, j = key_kernels.best_sums(zeros, zeros[:, :1], 3)
+    assert scores.tolist() == [[0, 0, 0]]
+    assert (i.tolist(), j.tolist()) == ([[0, 1, 2]], [[0, 0, 0]])
+
+
 @settings(max_examples=20)
 @given(
     a=st.integers(1, 40),
