@@ -37,14 +37,14 @@ def best_keys(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     ids = torch.empty(q, k, dtype=torch.int64, device=queries.device)
     if not scores.numel():
         return scores, ids
-    block_q, block_n = _QUERIES, max(_KEYS, _room(k))
+    block_q, block_n = _QUERIES, _KEYS
     block_z = min(max(triton.next_power_of_2(z), 16), _FEATURES)  # 16: the least of a product
     precision = "ieee" if torch.version.hip else "tf32x3"
     with torch.cuda.device_of(queries):
         _best_keys[triton.cdiv(q, block_q),](
             queries, keys, scores, ids, q, len(keys), *queries.stride(), *keys.stride(),
-            z=z, k=k, most=_room(k), precision=precision, block_q=block_q, block_n=block_n, block_z=block_z,
-            num_warps=4,
+            z=z, k=k, most=triton.next_power_of_2(k), precision=precision, block_q=block_q, block_n=block_n,
+            block_z=block_z, num_warps=4,
         )  # fmt: skip
     return scores, ids
 
@@ -66,8 +66,7 @@ class _BestSums(torch.autograd.Function):
             with torch.cuda.device_of(scores):
                 _best_sums[triton.cdiv(q, block_q),](
                     scores_a.contiguous(), scores_b.contiguous(), pairs, scores, at_a, at_b, q, k_a, k_b,
-                    pairs.shape[1], k=k, most=_room(k), block_q=block_q,
-                    block_p=max(triton.next_power_of_2(pairs.shape[1]), _room(k)), num_warps=4,
+                    pairs.shape[1], k=k, block_q=block_q, block_p=triton.next_power_of_2(pairs.shape[1]), num_warps=4,
                 )  # fmt: skip
         ctx.save_for_backward(at_a, at_b)
         ctx.sizes = k_a, k_b
@@ -105,30 +104,32 @@ def _pairs(k_a: int, k_b: int, k: int, device: torch.device) -> Tensor:
     return torch.tensor(pairs, dtype=torch.int32, device=device).T.contiguous()
 
 
-def _room(k: int) -> int:
-    """A power of two that Triton sorts: one alone is none."""
-    return max(triton.next_power_of_2(k), 2)
-
-
 @triton.jit
-def _ordered(scores, ids):
-    """64-bit integers in the order of float32 scores, and of equal ones smaller ids (from 0, below 2^31) larger."""
+def _ordered(scores):
+    """32-bit integers in the order of float32 scores; the smallest is that of none."""
     scores = tl.where(scores == 0, 0.0, scores)  # of two signs
     bits = scores.to(tl.int32, bitcast=True)
     bits = tl.where(scores == scores, bits, 0x7FFFFFFF)
-    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # larger magnitudes of negative numbers are smaller
-    return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - ids).to(tl.int64)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)  # larger magnitudes of negative numbers are smaller
 
 
 @triton.jit
-def _score_of(ordered):
-    bits = (ordered >> 32).to(tl.int32)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+def _scores(ordered):
+    return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _id_of(ordered):
-    return 0x7FFFFFFF - (ordered & 0x7FFFFFFF)
+def _best(found, ids):
+    """The largest of each row, and of equal ones the smallest id."""
+    best = tl.max(found, 1)
+    return best, tl.min(tl.where(found == best[:, None], ids, 0x7FFFFFFF), 1)
+
+
+@triton.jit
+def _worst(found, ids):
+    """The smallest of each row, and of equal ones the largest id."""
+    worst = tl.min(found, 1)
+    return worst, tl.max(tl.where(found == worst[:, None], ids, -0x7FFFFFFF), 1)
 
 
 @triton.jit
@@ -137,12 +138,16 @@ def _best_keys(
     z: tl.constexpr, k: tl.constexpr, most: tl.constexpr, precision: tl.constexpr,
     block_q: tl.constexpr, block_n: tl.constexpr, block_z: tl.constexpr,
 ):  # fmt: skip
-    """Some queries, all keys. The best so far ascend, the best of a block descend: the larger of both, place by place,
-    are the best of both (Batcher), in an order that one merge sorts."""
-    nothing = -(1 << 63)  # below -inf
+    """Some queries, all keys. While any query's best score of a block is better than the worst that it kept, all
+    queries' best scores take the place of their worst, where they are better: after the first blocks few are. Ids
+    ascend, so that what is kept is better than what comes later with the same score."""
+    nothing: tl.constexpr = -0x80000000  # below -inf
     query = tl.program_id(0).to(tl.int64) * block_q + tl.arange(0, block_q)
     asked = query < num_queries
-    best = tl.full((block_q, most), nothing, tl.int64)
+    place = tl.arange(0, most)[None, :]
+    kept = tl.full((block_q, most), nothing, tl.int32)
+    ids = tl.zeros((block_q, most), tl.int32) - 1 - place  # of none, each another
+    worst, worst_id = _worst(kept, ids)
     for first in range(0, num_keys, block_n):
         key = first + tl.arange(0, block_n)
         real = key < num_keys
@@ -159,22 +164,29 @@ def _best_keys(
                 real[None, :] & inside[:, None], 0,
             )  # fmt: skip
             scores = tl.dot(left, right, scores, input_precision=precision)
-        found = tl.where(real[None, :], _ordered(scores, key[None, :]), nothing)
-        best = tl.bitonic_merge(tl.maximum(best, tl.topk(found, most)))
-    best = tl.bitonic_merge(best, descending=True)
-    place = tl.arange(0, most)[None, :]
-    kept = asked[:, None] & (place < k)
-    to = query[:, None] * k + place
-    tl.store(out_scores + to, _score_of(best), kept)
-    tl.store(out_ids + to, _id_of(best), kept)
+        found = tl.where(real[None, :] & asked[:, None], _ordered(scores), nothing)
+        best, best_id = _best(found, key[None, :])
+        while tl.max((best > worst).to(tl.int32), 0) > 0:
+            taken = (best > worst)[:, None] & (kept == worst[:, None]) & (ids == worst_id[:, None])
+            kept = tl.where(taken, best[:, None], kept)
+            ids = tl.where(taken, best_id[:, None], ids)
+            found = tl.where(key[None, :] == best_id[:, None], nothing, found)
+            worst, worst_id = _worst(kept, ids)
+            best, best_id = _best(found, key[None, :])
+    for t in range(k):
+        best, best_id = _best(kept, ids)
+        tl.store(out_scores + query * k + t, _scores(best), asked)
+        tl.store(out_ids + query * k + t, best_id, asked)
+        kept = tl.where(ids == best_id[:, None], nothing, kept)
 
 
 @triton.jit
 def _best_sums(
     scores_a, scores_b, pairs, out_scores, out_a, out_b, num_queries, k_a, k_b, num_pairs,
-    k: tl.constexpr, most: tl.constexpr, block_q: tl.constexpr, block_p: tl.constexpr,
+    k: tl.constexpr, block_q: tl.constexpr, block_p: tl.constexpr,
 ):  # fmt: skip
     """Some queries, all pairs."""
+    nothing: tl.constexpr = -0x80000000
     query = tl.program_id(0).to(tl.int64) * block_q + tl.arange(0, block_q)
     asked = query < num_queries
     pair = tl.arange(0, block_p)
@@ -184,15 +196,14 @@ def _best_sums(
     both = asked[:, None] & real[None, :]
     a = tl.load(scores_a + query[:, None] * k_a + i[None, :], both, 0)
     b = tl.load(scores_b + query[:, None] * k_b + j[None, :], both, 0)
-    found = tl.where(real[None, :], _ordered(a + b, pair[None, :]), -(1 << 63))
-    best = tl.topk(found, most)
-    place = tl.arange(0, most)[None, :]
-    kept = asked[:, None] & (place < k)
-    to = query[:, None] * k + place
-    which = _id_of(best)
-    tl.store(out_scores + to, _score_of(best), kept)
-    tl.store(out_a + to, tl.load(pairs + which, kept, 0), kept)
-    tl.store(out_b + to, tl.load(pairs + num_pairs + which, kept, 0), kept)
+    found = tl.where(real[None, :], _ordered(a + b), nothing)
+    for t in range(k):
+        best, which = _best(found, pair[None, :])
+        to = query * k + t
+        tl.store(out_scores + to, _scores(best), asked)
+        tl.store(out_a + to, tl.load(pairs + which, asked, 0), asked)
+        tl.store(out_b + to, tl.load(pairs + num_pairs + which, asked, 0), asked)
+        found = tl.where(pair[None, :] == which[:, None], nothing, found)
 
 
 @triton.jit
