@@ -30,7 +30,7 @@ def fits(top_k: int, *tensors: Tensor) -> bool:
 def best_keys(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of `queries @ keys.T`, in descending order, and where: (q, z), (N, z) -> (q, k) twice.
 
-    Products are in three parts of TF32, which together are as exact as float32.
+    Products are in three parts of TF32, which together are about as exact as float32.
     """
     q, z = queries.shape
     scores = queries.new_empty(q, k)
@@ -132,7 +132,7 @@ def _worst(found, ids):
     return worst, tl.max(tl.where(found == worst[:, None], ids, -0x7FFFFFFF), 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_queries"])
 def _best_keys(
     queries, keys, out_scores, out_ids, num_queries, num_keys, query_stride, query_step, key_stride, key_step,
     z: tl.constexpr, k: tl.constexpr, most: tl.constexpr, precision: tl.constexpr,
@@ -180,7 +180,7 @@ def _best_keys(
         kept = tl.where(ids == best_id[:, None], nothing, kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_queries"])
 def _best_sums(
     scores_a, scores_b, pairs, out_scores, out_a, out_b, num_queries, k_a, k_b, num_pairs,
     k: tl.constexpr, block_q: tl.constexpr, block_p: tl.constexpr,
@@ -206,7 +206,7 @@ def _best_sums(
         found = tl.where(pair[None, :] == which[:, None], nothing, found)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_queries"])
 def _places(grad, at, out, num_queries, size, k: tl.constexpr, block_q: tl.constexpr, block: tl.constexpr):
     query = tl.program_id(0).to(tl.int64) * block_q + tl.arange(0, block_q)
     asked = query < num_queries

@@ -76,7 +76,7 @@ def _toward(value, other, weight: tl.constexpr):
         return other - (other - value) * (1 - weight)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["eps", "kept", "rows_at_a_time"])
 def _update_rows(
     table, rows, gradient, first, second, sizes, corrections, noise, shifts, eps, kept, rows_at_a_time,
     beta1: tl.constexpr, beta2: tl.constexpr, by_row: tl.constexpr, noisy: tl.constexpr,

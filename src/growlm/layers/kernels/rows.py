@@ -1,7 +1,8 @@
 """Rows of large tables in Triton: products with the rows that tokens chose, weighted sums, and gradients of tables.
 
 Sums are in float32, in an order that depends on shapes alone: nothing is added by two programs. Ids are not checked.
-Addresses of rows are 64-bit: a table has more elements than 32 bits count.
+Addresses of rows are 64-bit: a table has more elements than 32 bits count. Numbers that change from call to call are no
+reason to compile anew (`do_not_specialize`).
 """
 
 from __future__ import annotations
@@ -174,7 +175,7 @@ def _products_by_token(
     tl.store(out + token * s * m + slot, tl.sum(total, 1), real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def _products_by_expert(
     x, table, ordered, order, choosers, out, x_stride, table_stride, pairs,
     m: tl.constexpr, d: tl.constexpr, block_p: tl.constexpr, block_d: tl.constexpr,
@@ -225,7 +226,7 @@ def _weighted_sum(
     tl.store(out + token * d + column, total, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "num_rows"])
 def _gradient_of_rows(
     weights, tokens, order, choosers, starts, out, token_stride, pairs, num_rows, blocks,
     m: tl.constexpr, d: tl.constexpr, block_p: tl.constexpr, block_d: tl.constexpr,
