@@ -35,7 +35,11 @@ from growlm.layers.kernels import row_update as update_kernels
 from growlm.layers.kernels import rows as row_kernels
 
 # Padding times an infinite key is no number; numpy says so, a GPU does not.
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
+    # Of the interpreter of Triton 3.6.
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning"),
+]
 ROOT = Path(__file__).parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16]
