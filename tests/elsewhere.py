@@ -181,7 +181,7 @@ def pretended() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch, modes():
         patch.setattr(torch.backends.cuda, "is_built", lambda: True)
-        patch.setattr(kernels, "available", lambda tensor: False)  # Triton needs a real one
+        patch.setattr(kernels, "available", lambda device: False)  # Triton needs a real one
         for name, answer in _ANSWERS.items():
             patch.setattr(torch.cuda, name, answer)
         patch.setattr(torch, "Generator", _Generator)

@@ -280,7 +280,7 @@ def test_no_queries_are_an_empty_result() -> None:
 @pytest.mark.parametrize("t", [1, 20])
 def test_operators_return_what_the_blocked_form_does(dtype: torch.dtype, t: int, monkeypatch) -> None:
     """What is registered for CUDA, called as autograd calls it; long pasts of few queries are split."""
-    monkeypatch.setattr(stickbreaking, "available", lambda _: True)
+    monkeypatch.setattr("growlm.layers.kernels.available", lambda _: True)
     called = []
     real = kernels.decode
     monkeypatch.setattr(kernels, "decode", lambda *a: called.append(1) or real(*a))
@@ -305,7 +305,7 @@ def test_operators_return_what_the_blocked_form_does(dtype: torch.dtype, t: int,
 def test_what_the_kernels_do_not_take_is_left_to_the_blocked_form(monkeypatch) -> None:
     q, k, v = make()
     assert stickbreaking._kernels(q.cpu(), k.cpu(), v.cpu()) is None
-    monkeypatch.setattr(stickbreaking, "available", lambda _: True)
+    monkeypatch.setattr("growlm.layers.kernels.available", lambda _: True)
     assert stickbreaking._kernels(q, k, v) is kernels
     assert stickbreaking._kernels(q.double(), k.double(), v.double()) is None
     assert stickbreaking._kernels(q, k.bfloat16(), v) is None

@@ -243,7 +243,7 @@ def best_sums(scores_a: Tensor, scores_b: Tensor, top_k: int) -> tuple[Tensor, T
 
 def _kernels(top_k: int, *tensors: Tensor) -> ModuleType | None:
     """The same in Triton, where it can take them."""
-    if not kernels.available(tensors[0]):
+    if not kernels.available(tensors[0].device):
         return None
     from growlm.layers.kernels import product_keys
 

@@ -125,7 +125,7 @@ def weighted_sum(weights: Tensor, table: Tensor, ids: Tensor) -> Tensor:
 
 def _kernels(table: Tensor, *others: Tensor) -> ModuleType | None:
     """The same in Triton, where it can take them."""
-    if not kernels.available(table):
+    if not kernels.available(table.device):
         return None
     from growlm.layers.kernels import rows
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from growlm.layers.kernels import available
+from growlm.layers import kernels
 
 # b batch, h heads of queries, g heads of keys and values, n = h / g, t queries, s keys, d head width, e width of values
 # x = s - 1 - i: keys counted from the newest
@@ -216,7 +216,7 @@ class _Walk:
 
 def _kernels(query: Tensor, key: Tensor, value: Tensor) -> ModuleType | None:
     """The Triton form, where it runs and takes these inputs."""
-    if not available(query.device):
+    if not kernels.available(query.device):
         return None
     from growlm.layers.kernels import stickbreaking
 
@@ -258,10 +258,10 @@ _stickbreaking = torch.library.custom_op("growlm::stickbreaking", _blocked, muta
 def _triton(
     query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None, documents: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kernels = _kernels(query, key, value)
-    if kernels is None:
+    compiled = _kernels(query, key, value)
+    if compiled is None:
         return _blocked(query, key, value, scale, mask, documents)
-    out, exact = kernels.attention(query, key, value, scale, mask, documents)
+    out, exact = compiled.attention(query, key, value, scale, mask, documents)
     read = torch.zeros((query.shape[2] + _PANEL - 1) // _PANEL, dtype=torch.int64)
     return out, exact.new_empty(0) if exact is out else exact, read
 
@@ -356,10 +356,10 @@ def _triton_backward(
     mask: Tensor | None,
     documents: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kernels = _kernels(query, key, value)
-    if kernels is None:
+    compiled = _kernels(query, key, value)
+    if compiled is None:
         return _blocked_backward(grad, out, read, query, key, value, scale, mask, documents)
-    return kernels.backward(grad, out, query, key, value, scale, mask, documents)
+    return compiled.backward(grad, out, query, key, value, scale, mask, documents)
 
 
 @_stickbreaking_backward.register_fake

@@ -215,7 +215,7 @@ def _update(p: Tensor, rows: Tensor, gradient: Tensor, state: dict[str, Tensor],
     state["row_steps"].index_copy_(0, rows, steps)
     size = (-lr / _bias(beta1, steps))[:, None]
     corrected = _bias(beta2, steps).sqrt_()[:, None]
-    if kernels.available(p):
+    if kernels.available(p.device):
         from growlm.layers.kernels import row_update
 
         if row_update.fits(p, first, second):
