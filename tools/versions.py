@@ -68,8 +68,8 @@ class Environment:
             file.write_text(unbounded(file.read_text("utf-8")), encoding="utf-8")
 
     def versions(self) -> dict[str, str]:
-        """Of every package but growlm, pip and Triton, without a build's suffix such as +cpu. A build of torch for GPUs brings
-        a Triton of its own."""
+        """Of every package but growlm and pip, without a build's suffix such as +cpu; and but Triton, of which a torch
+        for GPUs brings its own."""
         found = json.loads(self._output("-m", "pip", "list", "--format=json"))
         kept = [p for p in found if p["name"] not in ("growlm", "pip", "triton")]
         return {p["name"]: p["version"].partition("+")[0] for p in sorted(kept, key=lambda p: p["name"].lower())}
