@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_leaves
 
+from growlm.engine import host_tier
 from growlm.layers import kernels
 
 THERE = torch.device("cuda", 0)
@@ -182,6 +183,8 @@ def pretended() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, modes():
         patch.setattr(torch.backends.cuda, "is_built", lambda: True)
         patch.setattr(kernels, "available", lambda device: False)  # Triton needs a real one
+        patch.setattr(host_tier, "copied_beside", lambda buffer, device: buffer.to(device))  # has no streams
+        patch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
         for name, answer in _ANSWERS.items():
             patch.setattr(torch.cuda, name, answer)
         patch.setattr(torch, "Generator", _Generator)

@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from growlm import router
+from growlm.disk.tensors import read_tensors
 from growlm.engine import Engine, Generation
 from growlm.errors import BudgetError
 from growlm.modules import ModuleSet
 from growlm.modules.peer import Peer, PeerConfig
 from growlm.modules.probe import probe
 from growlm.store import Store
+from growlm.store import store as store_module
 from stores import Watch, add_experts, domain_ids, domain_text, make_store
 from tiny import perturb, random_ids
 
@@ -178,6 +180,29 @@ def test_the_budget(device, store, monkeypatch):
         assert engine.generate(PROMPTS[0], module="pool", max_new_tokens=2).loaded == ["pool"]
     with pytest.raises(BudgetError, match="base"):
         Engine(store, device=device, memory=fixed - 1)
+
+
+def test_modules_come_back_from_main_memory_and_not_from_the_disk(device, store, reference, monkeypatch):
+    with Engine(store, device=device) as whole:
+        rooms = [store.module(name).bytes for name in ("letters", "digits")]
+        budget = whole.fixed_bytes + max(rooms) + 1
+    read: list[Any] = []
+    monkeypatch.setattr(
+        store_module, "read_tensors", lambda path, **given: read.append(path.parts[-3]) or read_tensors(path, **given)
+    )
+    found = {}
+    for kept in ("1GB", 0):
+        read.clear()
+        with Engine(store, device=device, host_memory=kept) as engine:
+            engine.modules.set_budget(budget - engine.fixed_bytes, "")
+            found[kept] = [
+                engine.generate(PROMPTS[0], module=name, max_new_tokens=TOKENS, temperature=0)
+                for name in ("letters", "digits", "letters", "digits")
+            ]
+            assert [answer.loaded for answer in found[kept]] == [["letters"], ["digits"]] * 2
+            assert (engine.host_bytes > 0) is (kept != 0)
+        assert read == (["letters", "digits"] if kept else ["letters", "digits"] * 2)
+    assert [answer.tokens for answer in found["1GB"]] == [answer.tokens for answer in found[0]]
 
 
 def test_what_is_counted_is_what_the_device_holds(device, store):

@@ -25,6 +25,7 @@ def open_engine(
     strict: bool = False,
     wanted: Sequence[str | None] = (),
     max_batch: int = 32,
+    host_memory: str | None = None,
 ) -> Engine:
     """The engine of a store; its weights are read with progress under the store's name.
 
@@ -33,7 +34,7 @@ def open_engine(
     """
     with reporting(name_of(store)):
         opened = open_store(store, *(name for name in wanted if name not in (None, "auto")))
-        for name, size in (("memory", memory), ("row_cache", row_cache)):
+        for name, size in (("memory", memory), ("row_cache", row_cache), ("host_memory", host_memory)):
             if size is not None:
                 parse_size(size, name)
         from growlm.engine import Engine
@@ -44,6 +45,7 @@ def open_engine(
             device=device,
             experts_on=experts_on,
             row_cache=row_cache,
+            host_memory=host_memory,
             strict=strict,
             max_batch=max_batch,
         )

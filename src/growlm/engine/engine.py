@@ -19,6 +19,7 @@ from growlm.engine.asking import Asking, sampling_of
 from growlm.engine.budget import Budget
 from growlm.engine.drafting import MOST as MOST_DRAFTS
 from growlm.engine.grammar import Grammars
+from growlm.engine.host_tier import HostTier
 from growlm.engine.kv import PrefixCache
 from growlm.engine.loading import Loader
 from growlm.engine.loop import Loop
@@ -36,6 +37,7 @@ from growlm.engine.sources import Quote, quotes
 from growlm.engine.workspace import row_bytes, workspace_bytes
 from growlm.errors import ConfigError, setting
 from growlm.layers.slabs import Slabs
+from growlm.layers.tables import free_bytes
 from growlm.layers.thin import allow_thin_products
 from growlm.modules import ModuleSet
 from growlm.progress import phase
@@ -44,6 +46,7 @@ from growlm.store import Store
 from growlm.units import format_size, parse_size
 
 _ROW_CACHE = "64MB"
+_HOST_SHARE = 0.25  # of what is free
 _ONE_TOKEN = SamplingConfig(max_new_tokens=1)  # of what is read and not answered
 
 
@@ -65,6 +68,8 @@ class Engine:
         router: kind of router, gaussian, product-key or transformer; by default the store's own.
         experts_on: where the tables of `peer` modules are: memory, or disk: only the rows that a text reads are read.
         row_cache: of each such module on the disk, memory for the rows that were read last; by default 64MB.
+        host_memory: of a GPU: main memory, e.g. "8GB", in which modules that leave the GPU stay, from which they come
+            back without a read from the disk; by default a quarter of what is free, 0 for none.
         strict: refuse a prompt that with its answer is longer than what the base's positions were made for; else a
             `GrowlmWarning` says so.
 
@@ -88,6 +93,7 @@ class Engine:
         router: str | None = None,
         experts_on: str = "memory",
         row_cache: str | int | None = None,
+        host_memory: str | int | None = None,
         strict: bool = False,
     ) -> None:
         if experts_on not in ("memory", "disk"):
@@ -127,9 +133,10 @@ class Engine:
         self._account = Account(left, token, self.base.hidden_size * self.base.dtype.itemsize, row_bytes(self.base))
         self._prefixes, self._prefix_bytes = PrefixCache(self._room_for_prefixes), parse_size(prefix_bytes)
         self._slabs = Slabs(self._room_for_slabs)
+        self._host = None if found.type != "cuda" else HostTier(found, _host_bytes(host_memory))
         self.modules = ModuleCache(
             left,
-            Loader(store, self.base, self._row_cache).find,
+            Loader(store, self.base, self._row_cache, self._host).find,
             reserved=self._budget.spoken_for(self._routing.num_bytes()),
             hint="" if self._row_cache is None else f", or lower --row-cache, {format_size(self._row_cache)}",
             idle=idle,
@@ -180,6 +187,11 @@ class Engine:
         there is no bound)."""
         kept = self._prefixes.num_bytes() + self._slabs.num_bytes()
         return self.resident_bytes + self.workspace_bytes + self._loop.num_bytes() + kept
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of main memory that keep modules for a GPU."""
+        return 0 if self._host is None else self._host.num_bytes
 
     def _room_for_prefixes(self) -> int:
         left = self._account.left(self.modules.resident_bytes + self._slabs.num_bytes())
@@ -567,6 +579,12 @@ class Engine:
         finally:
             self._loop.cancel([request])
         return _result(request)
+
+
+def _host_bytes(given: str | int | None) -> int:
+    if given is not None:
+        return parse_size(given, "host_memory")
+    return int((free_bytes(torch.device("cpu")) or 0) * _HOST_SHARE)
 
 
 def _result(request: Request) -> Any:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from growlm.base import Base
+from growlm.engine.host_tier import HostTier
 from growlm.engine.module_cache import Found
 from growlm.errors import IntegrityError, UnknownModuleError
 from growlm.layers.thin import allow_thin_products
@@ -18,10 +19,11 @@ class Loader:
 
     Args:
         row_cache: bytes of memory for rows of each module whose tables stay on the disk; None where they do not.
+        tier: keeps in main memory what goes to a GPU.
     """
 
-    def __init__(self, store: Store, base: Base, row_cache: int | None) -> None:
-        self._store, self._base, self._row_cache = store, base, row_cache
+    def __init__(self, store: Store, base: Base, row_cache: int | None, tier: HostTier | None = None) -> None:
+        self._store, self._base, self._row_cache, self._tier = store, base, row_cache, tier
         self._verified: set[tuple[str, int, int, int]] = set()
 
     def find(self, name: str) -> Found:
@@ -53,6 +55,7 @@ class Loader:
             version=stored.version,
             verify=not marks <= self._verified,
             row_cache=self._row_cache,
+            bring=None if self._tier is None else self._tier.bring,
         )
         counted = stored.bytes_with(self._row_cache)
         if module.num_bytes() != counted:

@@ -9,7 +9,7 @@ import difflib
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -307,6 +307,7 @@ class Store(StoreBase):
         version: int | None = None,
         verify: bool = True,
         row_cache: int | None = None,
+        bring: Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]] | None = None,
     ) -> KnowledgeModule:
         """A module, ready to run on `base`.
 
@@ -314,6 +315,8 @@ class Store(StoreBase):
             verify: compare the weights' hash with the manifest's; once a file was checked, it need not be again.
             row_cache: leave tables on the disk and keep rows of them in so many bytes; None reads them whole. (Kinds
                 without tables are read whole.)
+            bring: gives tensors on the base's device, of a file with this hash that the function reads; by default they
+                are read and moved.
 
         Raises:
             UnknownModuleError: the store does not hold it.
@@ -331,7 +334,9 @@ class Store(StoreBase):
         digest = manifest.files[WEIGHTS]
         expected = digest if verify else None
         on_disk = kind.is_table if row_cache is not None else _no_table
-        if row_cache is None:
+        if row_cache is None and bring is not None:
+            tensors = bring(digest, lambda: read_tensors(Path(where), sha256=expected))
+        elif row_cache is None:
             tensors = read_tensors(Path(where), sha256=expected)
         else:
             tensors = map_tensors(Path(where), kind.is_table, sha256=expected)

@@ -44,6 +44,15 @@ def serve(
     device: Device = "auto",
     experts_on: ExpertsOn = "memory",
     row_cache: RowCache = None,
+    host_memory: Annotated[
+        str | None,
+        typer.Option(
+            "--host-memory",
+            metavar="SIZE",
+            help="With a GPU: main memory that keeps modules which leave it; a quarter of what is free by default.",
+            show_default=False,
+        ),
+    ] = None,
     max_batch: Annotated[int, typer.Option("--max-batch", help="Answers that are written together.")] = 32,
     max_queued: Annotated[
         int, typer.Option("--max-queued", help="Requests that may wait besides; more are refused with 503.")
@@ -183,10 +192,12 @@ def serve(
             from growlm.cluster.serving import serving_on
 
             settings: dict[str, Any] = {"memory": memory, "device": device, "experts_on": experts_on}
-            settings |= {"row_cache": row_cache, "strict": True, "max_batch": max_batch}
+            settings |= {"row_cache": row_cache, "host_memory": host_memory, "strict": True, "max_batch": max_batch}
             place = f"{socket.gethostname()}:{listening.getsockname()[1]}"
             order = leaving.enter_context(serving_on(str(ray), store, settings, number, drain=drain, place=place))
-        engine = open_engine(store, memory, device, experts_on, row_cache, strict=True, max_batch=max_batch)
+        engine = open_engine(
+            store, memory, device, experts_on, row_cache, strict=True, max_batch=max_batch, host_memory=host_memory
+        )
         leaving.callback(engine.close)
         if order is None or number is None:
             service = Service(engine, **bounds)

@@ -1,0 +1,111 @@
+"""Host tier: modules' weights in main memory, between the disk and a GPU: what leaves the GPU is back in a moment.
+
+It has a budget of bytes of its own, in which what was used last stays. A module lies there in one piece of page-locked
+memory, from which the GPU copies by itself, on a stream beside that of the engine's passes. Knows tensors by the hash
+of their file; nothing of modules.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+
+
+class HostTier:
+    """Of one GPU.
+
+    Args:
+        num_bytes: at the most; 0 keeps nothing, and what is read goes on to the GPU.
+    """
+
+    def __init__(self, device: torch.device, num_bytes: int) -> None:
+        self._device, self._room = device, num_bytes
+        self._kept: OrderedDict[str, Tensors] = OrderedDict()  # the least recently used first
+        self._lock = threading.Lock()
+
+    @property
+    def num_bytes(self) -> int:
+        """Of main memory that it takes."""
+        with self._lock:
+            return sum(map(_size, self._kept.values()))
+
+    def bring(self, digest: str, read: Callable[[], Tensors]) -> Tensors:
+        """The tensors of a file on the GPU.
+
+        Args:
+            digest: of the file.
+            read: gives them in main memory, views of one buffer.
+        """
+        with self._lock:
+            found = self._kept.get(digest)
+            if found is not None:
+                self._kept.move_to_end(digest)
+        if found is None:
+            found = self._keep(digest, read())
+        return self._copied(found)
+
+    def _keep(self, digest: str, tensors: Tensors) -> Tensors:
+        size = _size(tensors)
+        if not size or size > self._room:
+            return tensors
+        with self._lock:
+            while self._kept and sum(map(_size, self._kept.values())) + size > self._room:
+                self._kept.popitem(last=False)
+        try:
+            locked = page_locked(tensors)
+        except RuntimeError:  # the system gives no more of such memory
+            return tensors
+        with self._lock:
+            self._kept[digest] = locked
+        return locked
+
+    def _copied(self, tensors: Tensors) -> Tensors:
+        """By one copy. Whoever reads next on the engine's stream finds them whole."""
+        if not tensors:
+            return {}
+        buffer = _buffer(tensors)
+        return _views(tensors, buffer, copied_beside(buffer, self._device))
+
+
+def page_locked(tensors: Tensors) -> Tensors:
+    """The same in memory that the GPU reads by itself."""
+    buffer = _buffer(tensors)
+    return _views(tensors, buffer, buffer.pin_memory())
+
+
+def copied_beside(buffer: Tensor, device: torch.device) -> Tensor:
+    """A copy on a GPU, made beside what its own stream computes."""
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream(device)
+        with torch.cuda.stream(stream):
+            there = buffer.to(device, non_blocking=True)
+        # It is let go of while passes that read it may still be to come: its memory is not given away before these.
+        there.record_stream(torch.cuda.default_stream(device))
+        stream.synchronize()  # of the thread that reads modules alone
+    return there
+
+
+def _buffer(tensors: Mapping[str, Tensor]) -> Tensor:
+    """The bytes that all of them are views of."""
+    storage = next(iter(tensors.values())).untyped_storage()
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
+
+
+def _views(tensors: Tensors, old: Tensor, new: Tensor) -> Tensors:
+    """The same places of another buffer."""
+    found = {}
+    for name, tensor in tensors.items():
+        start = tensor.data_ptr() - old.data_ptr() if tensor.numel() else 0
+        part = new[start : start + tensor.numel() * tensor.element_size()]
+        found[name] = part.view(tensor.dtype).view(tensor.shape)
+    return found
+
+
+def _size(tensors: Mapping[str, Tensor]) -> int:
+    return _buffer(tensors).numel() if tensors else 0
