@@ -68,6 +68,11 @@ def reporting(subject: str, show: bool | None = None, *, long: bool = False) -> 
             own.close()
 
 
+def log_seconds() -> float:
+    """Between two lines in a log."""
+    return _LOG_SECONDS
+
+
 def say(line: str) -> None:
     """A remark, where progress is shown."""
     report = _report.get()

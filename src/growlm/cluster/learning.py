@@ -12,9 +12,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from growlm.cluster.board import Board
 from growlm.cluster.plan import Learning, taken
 from growlm.errors import ConfigError, Interrupted
 from growlm.progress import say
@@ -43,7 +45,8 @@ class Outcome:
         return asdict(self)
 
 
-Runner = Callable[[Path, Sequence[Learning]], Iterator[Outcome]]
+Tell = Callable[[str, str], None]  # what a module's learning has said
+Runner = Callable[[Path, Sequence[Learning], Tell], Iterator[Outcome]]
 
 
 def learn_all(store: Store, plan: Sequence[Learning], run: Runner | None = None) -> list[Outcome]:
@@ -65,24 +68,25 @@ def learn_all(store: Store, plan: Sequence[Learning], run: Runner | None = None)
     found = {one.name: Outcome(one.name, THERE) for one in there}
     if there:
         say(f"{len(there)} of {len(plan)} modules are there already: {', '.join(one.name for one in there)}")
-    for outcome in (run or here)(store.path, left):
-        found[outcome.name] = outcome
-        told = outcome.error if outcome.state == FAILED else _gain(outcome) if outcome.result else "saved before"
-        say(f"{len(found)} of {len(plan)}: {outcome.name} {outcome.state} after {outcome.seconds:,.0f} s: {told}")
+    with Board([one.name for one in left]) as board:
+        for outcome in (run or here)(store.path, left, board.tell):
+            found[outcome.name] = outcome
+            told = outcome.error if outcome.state == FAILED else _gain(outcome) if outcome.result else "saved before"
+            board.end(outcome.name, outcome.state, f"after {outcome.seconds:,.0f} s: {told}")
     return [found[one.name] for one in plan]
 
 
-def here(store: Path, left: Sequence[Learning]) -> Iterator[Outcome]:
-    """One after another, each by a process of its own, whose progress is seen."""
+def here(store: Path, left: Sequence[Learning], tell: Tell) -> Iterator[Outcome]:
+    """One after another, each by a process of its own."""
     for one in left:
-        yield in_process(store, one, lines=None)
+        yield in_process(store, one, lines=partial(tell, one.name))
 
 
-def in_process(store: Path, one: Learning, *, lines: Callable[[str], None] | None) -> Outcome:
+def in_process(store: Path, one: Learning, *, lines: Callable[[str], None]) -> Outcome:
     """Learns a module in a process of its own.
 
     Args:
-        lines: given each line that it says; None lets it say them itself.
+        lines: given each line that it says.
 
     Raises:
         Interrupted: it was stopped by the user.
@@ -105,10 +109,7 @@ def in_process(store: Path, one: Learning, *, lines: Callable[[str], None] | Non
             process.stdin.flush()  # and kept open: the process ends with this one
             for line in process.stderr:
                 last = line.rstrip() or last
-                if lines is not None:
-                    lines(line.rstrip())
-                else:
-                    print(line, end="", file=sys.stderr, flush=True)
+                lines(line.rstrip())
             printed = process.stdout.read()
             status = process.wait()
         except KeyboardInterrupt:
