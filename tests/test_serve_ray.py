@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,12 +22,16 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.exceptions import ActorDiedError
 
 from growlm.cli import main
+from growlm.cluster.edge import EdgeService
 from growlm.cluster.preference import preferred
+from growlm.cluster.replica import Order, Told
 from growlm.cluster.serving import replica_range
 from growlm.engine import Engine
 from growlm.errors import ConfigError
+from growlm.server.refusals import Refusal
 from growlm.store import Store
 from servers import wait_for
 from stores import PLAIN, add_module, domain_text, make_store
@@ -180,6 +183,30 @@ def test_a_new_version_is_served_by_all_once_it_is_by_one_and_never_mixed(cluste
         assert set(answers[changed:]) == {new[number]}  # an engine that was behind has not answered since
 
 
+def test_a_version_that_is_withdrawn_is_served_by_none_and_one_that_is_learned_again_by_all(cluster):
+    store, asked = Store.open(cluster.store), [(prompt, "letters") for prompt in PROMPTS[:2]]
+    first = alone(cluster.store, asked)
+    add_module(store, store.load_base(), "letters", 77)
+    second = alone(cluster.store, asked)
+    wait_for(lambda: [cluster.streamed(*one) for one in asked] == second, 60)
+    store.remove("letters", version=2)
+    assert [cluster.streamed(*one) for one in asked] == first
+    store.remove("letters")
+    add_module(store, store.load_base(), "letters", 78)  # version 1 again, of other weights
+    third = alone(cluster.store, asked)
+    assert third not in (first, second)
+    assert [cluster.streamed(*one) for one in asked] == third
+
+
+def test_prompts_are_echoed_with_their_probabilities_in_streams_too(cluster):
+    body = {"prompt": PROMPTS[0], "model": "signs", "echo": True, "logprobs": 1, "max_tokens": 5, "temperature": 0}
+    whole = cluster.http.post("completions", json=body).json()["choices"][0]["logprobs"]["tokens"]
+    with cluster.http.stream("POST", "completions", json={**body, "stream": True}) as response:
+        lines = [json.loads(line[6:]) for line in response.iter_lines() if line and line != "data: [DONE]"]
+    told = [chunk["choices"][0]["logprobs"] for chunk in lines]
+    assert [token for one in told if one for token in one["tokens"]] == whole
+
+
 def test_bad_requests_and_unknown_modules_are_told_as_by_one_engine(cluster):
     refused = cluster.http.post("completions", json={"prompt": "ab", "model": "nobody"})
     assert refused.status_code == 404
@@ -192,10 +219,113 @@ def test_bad_requests_and_unknown_modules_are_told_as_by_one_engine(cluster):
     with Engine(Store.open(cluster.store), device="cpu") as engine:
         drawn = engine.choices(PROMPTS[0], 2, module="letters", temperature=1.0, seed=3, max_new_tokens=24)
     assert [choice["text"] for choice in both["choices"]] == [answer.text for answer in drawn]
-    assert [len(choice["logprobs"]["tokens"]) for choice in both["choices"]] == [24, 24]
+    lengths = [len(choice["logprobs"]["tokens"]) for choice in both["choices"]]
+    assert lengths == [len(answer.tokens) for answer in drawn]
 
 
 # Without a cluster
+
+
+class Lost:
+    """Replicas of which each tells something and is lost, or answers."""
+
+    def __init__(self, *tries: list[Told]) -> None:
+        self.tries, self.orders = list(tries), []
+
+    def __call__(self, order: Order) -> Lost:
+        self.orders.append(order)
+        self._items = self.tries.pop(0)
+        return self
+
+    async def __aiter__(self):
+        for item in self._items:
+            yield item
+        if not self._items or (self._items[-1].end is None and self._items[-1].other is None):
+            raise ActorDiedError
+
+    def cancel(self) -> None:
+        pass
+
+
+def written_by(store: Path, *tries: list[Told]) -> tuple[Any, Lost]:
+    """What one request comes to, an answer or an error, by replicas that tell these things."""
+    replicas = Lost(*tries)
+
+    async def ask() -> Any:
+        with Engine(Store.open(store), device="cpu") as engine:
+            service = EdgeService(engine, replicas, lambda: 1, places=4)
+            service.start()
+            try:
+                asked = await service.ask([PROMPTS[0]], module="signs", temperature=0, max_new_tokens=4)
+                return (await asked.whole())[0]
+            except Refusal as refusal:
+                return refusal
+            finally:
+                service.close()
+
+    return asyncio.run(ask()), replicas
+
+
+def test_an_order_goes_on_behind_what_was_told_or_ends_with_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("growlm.cluster.edge._PAUSE", 0.01)
+    store = make_store(tmp_path, "llama", PLAIN).path
+    with Engine(Store.open(store), device="cpu") as engine:
+        whole = engine.generate(PROMPTS[0], module="signs", temperature=0, max_new_tokens=4)
+    first, rest = whole.tokens[:2], whole.tokens[2:]
+    end = Told(0, rest, [], end=whole)
+    answer, _ = written_by(store, [Told(0, first, [])], [Told(0, first, []), end])
+    assert (answer.text, answer.tokens, answer.module) == (whole.text, whole.tokens, "signs")
+    longer = [Told(0, whole.tokens[:3], []), Told(0, whole.tokens[3:], [], end=whole)]
+    answer, _ = written_by(store, [Told(0, first, [])], [], longer)
+    assert answer.tokens == whole.tokens
+    otherwise = [first[0], (first[1] + 1) % 300]
+    refused, _ = written_by(store, [Told(0, first, [])], [Told(0, otherwise, []), end])
+    assert (refused.status, refused.code) == (503, "no_replica")
+    assert "would write it otherwise" in refused.message
+    refused, _ = written_by(store, [Told(0, first, [])], [Told(0, [], [], other="signs")])
+    assert (refused.status, refused.code) == (503, "module_changed")
+    answer, replicas = written_by(store, [Told(0, [], [], other="signs")], [Told(0, first, []), end])
+    assert answer.tokens == whole.tokens  # nothing was told: it is asked for as the store is by now
+    assert len(replicas.orders) == 2
+    refused, _ = written_by(store, *[[]] * 5)
+    assert (refused.status, refused.code) == (503, "no_replica")
+
+
+def test_where_no_engine_runs_nobody_waits(tmp_path, monkeypatch):
+    for name, value in (("_LOOK", 0.01), ("_WITHOUT", 0.05)):
+        monkeypatch.setattr(f"growlm.cluster.edge.{name}", value)
+    store = make_store(tmp_path, "llama", PLAIN).path
+
+    class Waits:
+        async def __aiter__(self):
+            await asyncio.sleep(60)
+            yield None
+
+        def cancel(self) -> None:
+            pass
+
+    async def ask() -> None:
+        with Engine(Store.open(store), device="cpu") as engine:
+            running = [1]
+            service = EdgeService(engine, lambda order: Waits(), lambda: running[0], places=4)
+            service.start()
+            asked = await service.ask([PROMPTS[0]], module="signs")
+            running[0] = 0
+            with pytest.raises(Refusal, match="no engine of the cluster answers"):
+                await asyncio.wait_for(asked.whole(), 10)
+            with pytest.raises(Refusal, match="no engine of the cluster answers"):
+                service.require_whole()
+            running[0] = 1
+            while True:  # they come back
+                await asyncio.sleep(0.02)
+                try:
+                    service.require_whole()
+                    break
+                except Refusal:
+                    continue
+            service.close()
+
+    asyncio.run(asyncio.wait_for(ask(), 20))
 
 
 @given(st.sets(st.uuids().map(str), min_size=2, max_size=12), st.data())
@@ -213,9 +343,7 @@ def test_modules_are_spread_evenly():
 
 
 def test_the_base_alone_goes_to_whoever_has_least_to_do_and_a_module_to_its_own_first():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Ray's own
-        from growlm.cluster.by_module import ByModule
+    from growlm.cluster.by_module import ByModule
 
     replicas = [SimpleNamespace(replica_id=SimpleNamespace(unique_id=name)) for name in "abc"]
 

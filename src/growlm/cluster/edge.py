@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -26,6 +27,8 @@ from growlm.server.refusals import RETRY_AFTER, Refusal
 from growlm.server.service import Asked, Service
 
 _TRIES = 5  # of an order, each with a replica that may die
+_LOOK = 2.0  # seconds between two looks at whether there are replicas
+_WITHOUT = 10.0  # seconds without any after which nobody waits for one
 _PAUSE = 0.5  # seconds before the second, twice as long before each that follows
 _log = logging.getLogger("growlm.server")
 
@@ -35,12 +38,18 @@ class EdgeService(Service):
 
     Args:
         order: has a replica answer: what `Replica.answer` tells, to be left with its `cancel`.
+        running: how many replicas there are now.
         places: how many answers all replicas write together, at the most.
     """
 
-    def __init__(self, engine: Engine, order: Callable[[Order], Any], *, places: int, **settings: Any) -> None:
+    own_modules = False
+
+    def __init__(
+        self, engine: Engine, order: Callable[[Order], Any], running: Callable[[], int], *, places: int, **settings: Any
+    ) -> None:
         super().__init__(engine, **settings)
-        self._order, self._places = order, places
+        self._order, self._running, self._places = order, running, places
+        self._replicas_run = True
         self._following: dict[Asked, set[asyncio.Task[None]]] = {}
 
     @property
@@ -67,10 +76,9 @@ class EdgeService(Service):
                     wanted, scores = route.module, route.scores
                 settings = {"seed": random.getrandbits(63), **sampling}  # of each prompt another, where none is given
                 requests = await self.prepare(self._requests, prompt, n, wanted, salt, settings)
-                order = self._ordered(requests, salt)
                 asked.requests += requests
                 self._live |= dict.fromkeys(requests, asked)
-                following = asyncio.get_running_loop().create_task(self._follow(order, requests, scores))
+                following = asyncio.get_running_loop().create_task(self._follow(requests, salt, scores))
                 self._following.setdefault(asked, set()).add(following)
                 following.add_done_callback(lambda _: self._look())
         return asked
@@ -85,23 +93,27 @@ class EdgeService(Service):
         versions = {name: version_of(self.engine.store.module(name)) for name in first.names}
         return Order(first.tokens, len(requests), first.names, versions, salt, sampling)
 
-    async def _follow(self, order: Order, requests: Sequence[Request], scores: dict[str, float]) -> None:
-        """Brings what a replica tells to the requests, until all have ended."""
+    async def _follow(self, requests: Sequence[Request], salt: str, scores: dict[str, float]) -> None:
+        """Brings what replicas tell to the requests, until all have ended."""
         error: BaseException | None = None
+        order = self._ordered(requests, salt)
         try:
             for again in range(_TRIES):
                 try:
-                    if error is not None:
+                    if again:
                         await asyncio.sleep(_PAUSE * 2 ** (again - 1))
-                    await self._written(order, requests, scores)
-                    return
-                except (RayError, RayServeException) as lost:  # also where too many of them are busy
-                    error = lost
+                    other = await self._written(order, requests, scores)
+                    if other is None:
+                        return
+                    if any(request.answer.tokens for request in requests):
+                        told = f"{other} was changed while its answer was written, by an engine that is lost; ask again"
+                        raise Refusal(503, told, "module_changed", headers={"Retry-After": RETRY_AFTER})
+                    order = self._ordered(requests, salt)  # the store may have changed since
+                except (RayError, RayServeException) as lost:
                     _log.warning("a replica is lost, another one answers: %s", str(lost).splitlines()[0][:200])
-            told = "no replica of the engine answers; try again in a moment"
-            error = Refusal(503, told, "no_replica", headers={"Retry-After": RETRY_AFTER})
+            error = _no_replica()
         except asyncio.CancelledError:
-            error = None
+            error = None if self._replicas_run else _no_replica()
             raise
         except Exception as found:
             error = found
@@ -110,36 +122,77 @@ class EdgeService(Service):
                 if request.state is not State.FINISHED:
                     request.error, request.state = error, State.FINISHED
 
-    async def _written(self, order: Order, requests: Sequence[Request], scores: dict[str, float]) -> None:
+    async def _written(self, order: Order, requests: Sequence[Request], scores: dict[str, float]) -> str | None:
+        """Returns a module that the replica has in another version, where nothing was written for that."""
         told = [0] * len(requests)  # by this replica
         ended = 0
         stream = self._order(order)
         try:
-            async for item in _items(stream):
+            async for item in stream:
                 if item.error is not None:
                     raise item.error
-                request = requests[item.number]
-                new = slice(max(len(request.answer.tokens) - told[item.number], 0), None)
+                if item.other is not None:
+                    return str(item.other)
+                self._take(requests[item.number], item, told[item.number], scores)
                 told[item.number] += len(item.tokens)
-                self._take(request, item, new, scores)
                 ended += item.end is not None
                 self._look()
         finally:
             stream.cancel()
         assert ended == len(requests)
+        return None
 
-    def _take(self, request: Request, item: Told, new: slice, scores: dict[str, float]) -> None:
+    def _take(self, request: Request, item: Told, before: int, scores: dict[str, float]) -> None:
+        """
+        Args:
+            before: tokens that this replica has told already.
+        """
         if request.state is State.FINISHED:  # an earlier replica had come to its end
             return
         request.state = State.RUNNING
         assert request.sampler is not None
-        request.sampler.logprobs += item.logprobs[new]
-        for token in item.tokens[new]:
+        known = request.answer.tokens[before : before + len(item.tokens)]
+        if item.tokens[: len(known)] != known:
+            told = "the engine that wrote this answer is lost, and another one would write it otherwise; ask again"
+            raise Refusal(503, told, "no_replica", headers={"Retry-After": RETRY_AFTER})
+        request.sampler.logprobs += item.logprobs[len(known) :]
+        request.prompt_logprobs = request.prompt_logprobs or item.prompt_logprobs
+        for token in item.tokens[len(known) :]:
             request.answer.add(token)
         if item.end is not None:
             whole = request.answer.generation(request.config, item.end.modules, **_known(item.end))
-            request.prompt_logprobs = item.end.prompt_logprobs or []
             request.result, request.state = replace(whole, scores=scores), State.FINISHED
+
+    # Whether there are replicas
+
+    def start(self) -> None:
+        super().start()
+        self._watching_replicas = self._loop.create_task(self._look_at_the_replicas())
+
+    def close(self) -> None:
+        self._watching_replicas.cancel()
+        super().close()
+
+    async def _look_at_the_replicas(self) -> None:
+        """Those who wait for one are told where there is none for a while: Ray Serve itself waits without an end."""
+        none_since: float | None = None
+        while True:
+            await asyncio.sleep(_LOOK)
+            try:
+                running = await asyncio.to_thread(self._running)
+            except Exception:  # the cluster's head is busy, or gone
+                running = 0
+            now = time.monotonic()
+            none_since = None if running else none_since or now
+            self._replicas_run = none_since is None or now - none_since < _WITHOUT
+            if not self._replicas_run:
+                for following in [task for tasks in self._following.values() for task in tasks]:
+                    following.cancel()
+
+    def require_whole(self) -> None:
+        super().require_whole()
+        if not self._replicas_run:
+            raise _no_replica()
 
     def _leave(self, asked: Asked) -> None:
         for following in self._following.pop(asked, ()):
@@ -147,9 +200,9 @@ class EdgeService(Service):
         super()._leave(asked)
 
 
-async def _items(stream: Any) -> AsyncIterator[Told]:
-    async for item in stream:
-        yield item
+def _no_replica() -> Refusal:
+    told = "no engine of the cluster answers; try again in a moment"
+    return Refusal(503, told, "no_replica", headers={"Retry-After": RETRY_AFTER})
 
 
 def _known(end: Generation) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from growlm.errors import ConfigError
 from growlm.requirements import require_extra
 
 _PATIENCE = 10.0  # seconds for a cluster to answer
-_OWN = "local"  # no cluster, but one of this machine alone
 
 
 def connect(address: str) -> None:
@@ -32,7 +31,7 @@ def connect(address: str) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     _require_listening(address)
     try:
-        ray.init(address=None if address == _OWN else address, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         told = str(error).splitlines()[0][:200]
         raise ConfigError(f"--ray {address}: no cluster answers there ({told}); start one with ray start") from None

@@ -1,7 +1,7 @@
 """Replica: an engine on a machine of a cluster, which answers what an edge has taken in and routed.
 
-Of every module it serves the version that the edge has seen, or a later one, never an earlier. Knows a store and
-orders; nothing of HTTP, routing, or other replicas.
+Of every module it serves the version that the order names, and no other. Knows a store and orders; nothing of HTTP,
+routing, or other replicas.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import hashlib
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from growlm.engine import Engine, Generation
 from growlm.engine.sampling import TokenLogprob
-from growlm.errors import ConfigError, GrowlmError, StoreError
+from growlm.errors import GrowlmError, StoreError
 from growlm.server.refusals import Refusal
 from growlm.server.service import Service
 from growlm.store import Store, StoredModule
@@ -48,14 +48,18 @@ class Told:
 
     Attributes:
         tokens: since the last time, and their `logprobs` where these are asked for.
+        prompt_logprobs: with the first of an answer, where they are asked for.
         end: the whole answer.
+        other: in place of all else: a module of which the store here has another version than the order names.
         error: in place of all else: what the order ended with.
     """
 
     number: int
     tokens: list[int]
     logprobs: list[TokenLogprob]
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     end: Generation | None = None
+    other: str | None = None
     error: Exception | None = None
 
 
@@ -82,7 +86,9 @@ class Replica:
         """What is written of the answers, as it is written."""
         try:
             self._start()
-            await self._have(order.versions)
+            if (other := await self._other(order.versions)) is not None:
+                yield Told(0, [], [], other=other)
+                return
             asked = await self._service.ask(
                 [list(order.tokens)], order.n, module=order.names or None, salt=order.salt, **order.sampling
             )
@@ -93,7 +99,8 @@ class Replica:
                 tokens = request.answer.tokens[start:]
                 assert request.sampler is not None
                 logprobs = [] if request.config.logprobs is None else request.sampler.logprobs[start : told[number]]
-                yield Told(number, tokens, logprobs, item if isinstance(item, Generation) else None)
+                of_prompt = [] if start else request.prompt_logprobs
+                yield Told(number, tokens, logprobs, of_prompt, item if isinstance(item, Generation) else None)
         except (GrowlmError, Refusal) as error:  # as it is: an error of a cluster's task would be wrapped in others
             yield Told(0, [], [], error=error)
 
@@ -102,26 +109,21 @@ class Replica:
             self._started = True
             self._service.start()
 
-    async def _have(self, versions: Mapping[str, tuple[int, str]]) -> None:
-        """
-        Raises:
-            ConfigError: this machine does not see the modules' files.
-        """
+    async def _other(self, versions: Mapping[str, tuple[int, str]]) -> str | None:
+        """A module that is served here in another version, though the store was looked at anew."""
         for again in (True, False):
-            late = [name for name, wanted in versions.items() if self._is_late(name, wanted)]
-            if not late:
-                return
-            if again:
-                async with self._reloading:
-                    await self._service.reload()
-        raise ConfigError(f"{self._service.engine.store.path}: has not module {late[0]!r} as others see it")
+            other = next((name for name, wanted in versions.items() if self._served(name) != wanted), None)
+            if other is None or not again:
+                return other
+            async with self._reloading:
+                await self._service.reload()
+        return None
 
-    def _is_late(self, name: str, wanted: tuple[int, str]) -> bool:
+    def _served(self, name: str) -> tuple[int, str] | None:
         engine = self._service.engine
         with suppress(StoreError):  # what is in memory is served until it is looked for anew
-            mine = version_of(engine.modules.resident_version(name) or engine.store.module(name))
-            return mine != wanted and mine[0] <= wanted[0]
-        return True
+            return version_of(engine.modules.resident_version(name) or engine.store.module(name))
+        return None
 
     async def check_health(self) -> None:
         """As Ray Serve asks for it, which begins another replica in place of one that raises."""

@@ -30,6 +30,17 @@ def admin_paths(service: Service) -> APIRouter:
             raise Refusal(404, f"{name!r} is no module that was learned", "model_not_found")
         return wanted
 
+    def own(name: str) -> str:
+        """
+        Raises:
+            Refusal: no such module, or it is not in this process's memory that it answers.
+        """
+        if not service.own_modules:
+            raise Refusal(
+                409, "engines of a cluster answer, each with modules of its own: nothing is kept here", "remote"
+            )
+        return module(name)
+
     @paths.get("/status")
     def status() -> dict[str, Any]:
         running, waiting = service.running_and_waiting()
@@ -58,21 +69,21 @@ def admin_paths(service: Service) -> APIRouter:
     @paths.post("/modules/{name}/pin")
     async def pin(name: str) -> dict[str, Any]:
         """Brings a module into memory and keeps it there."""
-        name = module(name)
+        name = own(name)
         await asyncio.to_thread(engine.pin, name)
         return names.card(name)
 
     @paths.post("/modules/{name}/unpin")
     async def unpin(name: str) -> dict[str, Any]:
         """Lets a module be evicted again."""
-        name = module(name)
+        name = own(name)
         engine.unpin(name)
         return names.card(name)
 
     @paths.post("/modules/{name}/evict")
     async def evict(name: str) -> dict[str, Any]:
         """Lets go of a module."""
-        name = module(name)
+        name = own(name)
         if name in engine.modules.kept:
             raise Refusal(409, f"{name} is pinned; unpin it first", "pinned")
         engine.modules.drop(name)

@@ -54,7 +54,12 @@ class Service:
         max_queued: requests that may wait beside the engine's `max_batch`; more are refused.
         timeout: seconds that an answer may take, from when it is asked for; None for no bound.
         watch: seconds between two looks at whether the store has changed on the disk; None for none.
+
+    Attributes:
+        own_modules: whether the modules that answer are in the memory of `engine`.
     """
+
+    own_modules = True
 
     def __init__(
         self, engine: Engine, *, max_queued: int = 128, timeout: float | None = None, watch: float | None = None

@@ -15,11 +15,11 @@ from typing import Any
 
 from growlm import router
 from growlm.base import Base
-from growlm.errors import BaseModelError, IntegrityError, StoreError
+from growlm.errors import BaseModelError, ConfigError, IntegrityError, StoreError
 from growlm.modules import KnowledgeModule, ModuleSet, kind_of
 from growlm.modules.probe import probe
 from growlm.progress import reporting, say
-from growlm.store import MANIFEST, Store, StoredModule
+from growlm.store import MANIFEST, ROUTER_TRAINED, Store, StoredModule
 from growlm.training.admission import Comparison, require_better, require_no_worse
 from growlm.training.config import AUTO, LearnConfig
 from growlm.training.corpus import Tokens
@@ -174,6 +174,11 @@ def learn(
     with joined() as ranks, reporting(name, progress if ranks.first else False):
         if shard_base:
             ranks.require_several()
+            if store.manifest.router == ROUTER_TRAINED:
+                raise ConfigError(
+                    f"{store.path}: its router is a transformer that is trained with the whole base; --shard-base is "
+                    'for stores of another router ("growlm router --help")'
+                )
         run = LearnRun.prepare(
             store, name, data, config or LearnConfig(), update=update, ranks=ranks, shard_base=shard_base
         )

@@ -72,9 +72,11 @@ def what_fits(
     needed, free = (0, 0) if one_row is None else added_on_device(device, one_row)
     if needed is None:
         return f"{told}; a row of {length} tokens alone does not fit beside them: give {cures}"
+    fit = min(max(free // needed, 1), rows) if needed else 0
+    if rows == 1 or fit == rows:  # not the rows of a step are what is too much
+        return f"{told}; give {cures}"
     if not needed:
         return f"{told}; give a larger --gradient-accumulation-steps, {cures}"
-    fit = min(max(free // needed, 1), rows)
     row = f"a row of {length} tokens needs {format_size(needed)} of the {format_size(free)} that are left"
     return f"{told}; {row}, so that {fit} of {rows} fit: give --gradient-accumulation-steps {-(-rows // fit)}, {cures}"
 

@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from growlm.training.memory import what_fits
 from growlm.training.optim import clip_gradients, make_optimizer
 from growlm.training.parallel import ALONE, Ranks
 from growlm.training.rates import Trial, find_rate, trials_for
-from growlm.training.upper import Upper
+from growlm.training.upper import Upper, unchanged
 from growlm.training.validation import Validation
 
 _ROWS = "rows.json"
@@ -378,12 +378,22 @@ class ModuleTraining:
                 given = self._features(rows)
             else:
                 given = self._cache.get(rows, self._features).to(self.base.device)
-            if step < self._imitated:
-                with imitation() as errors:
-                    self._upper.states(given, self._weights())
-                yield share * torch.stack(errors).sum()
-            else:
-                yield share * self._loss_of(given, labels)
+            # A part without a share is there for what other ranks gather, and leaves nothing else.
+            with self._traceless() if share == 0 else nullcontext():
+                if step < self._imitated:
+                    with imitation() as errors:
+                        self._upper.states(given, self._weights())
+                    yield share * torch.stack(errors).sum()
+                else:
+                    yield share * self._loss_of(given, labels)
+
+    @contextmanager
+    def _traceless(self) -> Iterator[None]:
+        """Running statistics and random numbers go on as if nothing had been computed inside."""
+        device = self.base.device
+        random = torch.random.fork_rng([device] if device.type == "cuda" else [])
+        with random, unchanged(dict(self.module.named_buffers())):
+            yield
 
     def _weights(self) -> dict[str, Tensor]:
         """The module's weights are float32; each step runs on a copy of them in the dtype of the matrix products.

@@ -56,7 +56,7 @@ class Upper(nn.Module):
 
     def _once(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """For a layer that is computed and computed once more: statistics count its batch once."""
-        return nullcontext(), _unchanged(dict(self.module.named_buffers()))
+        return nullcontext(), unchanged(dict(self.module.named_buffers()))
 
 
 def _one(base: Base, layer: LayerToRun, shared: Pass, hidden: Tensor) -> Tensor:
@@ -64,7 +64,8 @@ def _one(base: Base, layer: LayerToRun, shared: Pass, hidden: Tensor) -> Tensor:
 
 
 @contextmanager
-def _unchanged(buffers: Mapping[str, Tensor]) -> Iterator[None]:
+def unchanged(buffers: Mapping[str, Tensor]) -> Iterator[None]:
+    """They are afterwards what they were before, whatever is computed inside."""
     before = {name: buffer.clone() for name, buffer in buffers.items()}
     try:
         yield

@@ -187,24 +187,27 @@ def serve(
     bounds: dict[str, Any] = {"max_queued": max_queued, "timeout": timeout, "watch": watch or None}
     with ExitStack() as leaving:
         leaving.callback(listening.close)
-        order = None
         if number is not None:
-            from growlm.cluster.serving import serving_on
+            from growlm.cluster.serving import on_cluster
 
-            settings: dict[str, Any] = {"memory": memory, "device": device, "experts_on": experts_on}
-            settings |= {"row_cache": row_cache, "host_memory": host_memory, "strict": True, "max_batch": max_batch}
-            place = f"{socket.gethostname()}:{listening.getsockname()[1]}"
-            order = leaving.enter_context(serving_on(str(ray), store, settings, number, drain=drain, place=place))
+            signal.signal(signal.SIGTERM, _leave)  # not without what has been begun elsewhere
+            leaving.enter_context(on_cluster(str(ray), store, number[0]))
         engine = open_engine(
             store, memory, device, experts_on, row_cache, strict=True, max_batch=max_batch, host_memory=host_memory
         )
         leaving.callback(engine.close)
-        if order is None or number is None:
+        if number is None:
             service = Service(engine, **bounds)
         else:
             from growlm.cluster.edge import EdgeService
+            from growlm.cluster.serving import Replicas
 
-            service = EdgeService(engine, order, places=number[1] * max_batch, **bounds)
+            settings: dict[str, Any] = {"memory": memory, "device": device, "experts_on": experts_on}
+            settings |= {"row_cache": row_cache, "strict": True, "max_batch": max_batch, "host_memory": host_memory}
+            place = f"{socket.gethostname()}:{listening.getsockname()[1]}"
+            note(f"beginning {counted(number[0], 'engine')} on the cluster")
+            engines = leaving.enter_context(Replicas(store, settings, number, drain=drain, place=place))
+            service = EdgeService(engine, engines.order, engines.running, places=number[1] * max_batch, **bounds)
         jobs = Jobs(str(store), memory=job_bytes, ended=service.reload)
         web = create_app(
             service, keys=keys, admin_keys=admin_keys, own_keys=Keys([own] if own else []),
@@ -253,6 +256,10 @@ def serve(
         except KeyboardInterrupt:
             if server.force_exit or not server.should_exit:
                 raise
+
+
+def _leave(sig: int, frame: Any) -> None:
+    sys.exit(0)
 
 
 def _answered_by(number: tuple[int, int] | None) -> str:
