@@ -41,11 +41,16 @@ def save_base(folder: Path, config: Qwen2Config) -> Path:
     """A checkpoint with random weights and a tokenizer of one token a byte or word."""
     torch.manual_seed(0)
     save_model(AutoModelForCausalLM.from_config(config), folder)
-    vocabulary = {"<|endoftext|>": 0} | {f"w{i}": i for i in range(1, config.vocab_size)}
+    save_tokenizer(folder, config.vocab_size)
+    return folder
+
+
+def save_tokenizer(folder: Path, vocab_size: int) -> None:
+    """One token a word: w1, w2 and so on."""
+    vocabulary = {"<|endoftext|>": 0} | {f"w{i}": i for i in range(1, vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|endoftext|>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
-    return folder
 
 
 def interleaved(sides: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, float]:

@@ -26,12 +26,18 @@ def _grouped(rows: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> 
     return 2 * rows[0] * weight[1] * weight[2]
 
 
+def _grouped_backward(grad: Sequence[int], rows: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    """Gradients of rows and of weights: as many products as forward, each."""
+    return 2 * _grouped(rows, weight)
+
+
 def _attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
     return sdpa_flop_count(query, key, value)
 
 
-_FORMULAS = {
+FORMULAS = {
     torch.ops.growlm.grouped_product: _grouped,
+    torch.ops.growlm.grouped_product_backward: _grouped_backward,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
 }
 
@@ -46,7 +52,7 @@ def forward_flops(model: nn.Module, length: int) -> float:
     """Of a token, mean over a text of `length` tokens, for a model with softmax attention."""
     tables = [m for m in model.modules() if isinstance(m, PEER | ProductKeyMemory)]
     ids = torch.zeros(1, length, dtype=torch.long, device=next(model.parameters()).device)
-    with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter, retrievals() as found:
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter, retrievals() as found:
         model.eval()(ids, use_cache=False)
     total = counter.get_total_flops()
     total += sum(row_flops(layer, r.experts.numel()) for layer, r in zip(tables, found, strict=True))

@@ -1,0 +1,128 @@
+"""Load: a module of a gigabyte from the disk to its first use, against the bare copy of its file: disk, pinned memory,
+device. And a swap: two such modules in turn where there is room for one.
+
+`bare` reads the file by several threads into pinned memory that was there before, then copies it; `bare, overlapped`
+copies each piece while the next is read. Cold means that the system was told to forget the file's pages, which some
+containers do not do: then cold is as fast as warm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from benchmarks.stages.bases import add_modules, prompts_of, store_of
+from benchmarks.stages.bench import Bench, Side, ms, nothing, ratio
+from benchmarks.stages.machine import drop_pages, host_buffer, read, read_piece
+from growlm.base import Base
+from growlm.base.rooms import Rooms
+from growlm.engine import Engine
+from growlm.modules import ModuleSet
+from growlm.store import WEIGHTS, Store
+
+NAMES = ["large-0", "large-1"]
+LAYERS = 10  # of 103 MB each
+PROMPT = 16
+_PIECE = 64 << 20
+ASKED = 1.2
+
+
+def run(bench: Bench) -> None:
+    store = store_of(bench)
+    base = store.load_base(device=bench.device)
+    add_modules(store, base, "blocks", NAMES, {"num_layers": _layers(bench)})
+    bench.tidy()
+    _load(bench, store, base)
+    del base
+    bench.tidy()
+    if not bench.over("swap"):
+        _swap(bench, store)
+
+
+def _layers(bench: Bench) -> int:
+    return 8 if bench.tiny else LAYERS
+
+
+def _load(bench: Bench, store: Store, base: Base) -> None:
+    path = store.module(NAMES[0]).folder / WEIGHTS
+    size = path.stat().st_size
+    host, there = host_buffer(bench, size), torch.empty(size, dtype=torch.uint8, device=bench.device)
+    ids = torch.tensor(prompts_of(base.vocab_size, 1, PROMPT), device=bench.device)
+
+    def bare() -> None:
+        read(path, host)
+        there.copy_(host)
+
+    @torch.inference_mode()
+    def used(verify: bool = False) -> None:
+        ModuleSet(base, [store.load(NAMES[0], base, verify=verify)]).logits(ids)
+
+    sides: dict[str, Side] = {
+        "bare": bare,
+        "bare, overlapped": lambda: _overlapped(path, host, there),
+        "load": lambda: store.load(NAMES[0], base, verify=False),
+        "load, first use": used,
+    }
+    whole: dict[str, tuple[dict[str, Side], Callable[[], None]]] = {
+        "warm": (sides | {"load with its hash, first use": partial(used, True)}, nothing),
+        "cold": (sides, partial(drop_pages, path)),
+    }
+    for name, (here, before) in whole.items():
+        if bench.over(name):
+            break
+        taken = bench.turns(name, here, seconds=bench.left() / 3, rounds=5, warmup=1, before=before)
+        floor = size / bench.floors["cached" if name == "warm" else "disk"] + size / bench.floors["host"]
+        for side, seconds in taken.items():
+            bench.tell(f"{name}, {side}", {
+                "ms": ms(seconds), "MB": size / 1e6, "GB/s": size / seconds / 1e9, "floor ms": ms(floor),
+                "times the bare copy": ratio(seconds, taken.get("bare")),
+            })  # fmt: skip
+        for side in ("load", "load, first use"):
+            against = ratio(taken.get(side), taken.get("bare"))
+            bench.ask(f"load, {name}: {side}, over the bare copy", ASKED, against)
+
+
+def _overlapped(path: Path, host: torch.Tensor, there: torch.Tensor) -> None:
+    view = memoryview(host.numpy()).cast("B")
+    with open(path, "rb", buffering=0) as f:
+        for at in range(0, len(view), _PIECE):
+            read_piece(f.fileno(), view[at : at + _PIECE], at)
+            there[at : at + _PIECE].copy_(host[at : at + _PIECE], non_blocking=True)
+
+
+def _swap(bench: Bench, store: Store) -> None:
+    """A token of an answer whose module must be read first, in place of the other; and of one whose module is there."""
+    with Engine(store, memory="900GB", max_batch=1, prefix_bytes=0, device=bench.device) as engine:
+        slots = engine.base.num_layers + _layers(bench)
+        texts = 2 * Rooms.bytes_for([(PROMPT + 1, slots)], engine._account._slot_bytes)
+        memory = engine.fixed_bytes + engine.workspace_bytes + texts + store.module(NAMES[0]).bytes * 5 // 4
+    bench.tidy()
+    path = store.module(NAMES[0]).folder / WEIGHTS
+    with Engine(store, memory=memory, max_batch=1, prefix_bytes=0, device=bench.device) as engine:
+        (prompt,) = prompts_of(engine.base.vocab_size, 1, PROMPT)
+        host, there = host_buffer(bench, path.stat().st_size), torch.empty(path.stat().st_size, dtype=torch.uint8)
+        there = there.to(bench.device)
+
+        def ask(other: bool) -> None:
+            resident = engine.modules.resident
+            name = next(name for name in NAMES if (name in resident) != other)
+            engine.generate(prompt, module=name, max_new_tokens=1)
+
+        def bare() -> None:
+            read(path, host)
+            there.copy_(host)
+
+        for name in NAMES:  # whose hash is compared when they are read first
+            engine.generate(prompt, module=name, max_new_tokens=1)
+        loads = engine.modules.counts.loads
+        sides = {"swap": partial(ask, True), "no swap": partial(ask, False), "bare": bare}
+        taken = bench.turns("swap", sides, seconds=bench.left(), rounds=7)
+        counts = {"loads": engine.modules.counts.loads - loads, "budget GB": memory / 1e9}
+    for side, seconds in taken.items():
+        bench.tell(side, {"ms": ms(seconds), "times the bare copy": ratio(seconds, taken.get("bare")), **counts})
+    if len(taken) == len(sides):
+        more = taken["swap"] - taken["no swap"]
+        bench.ask("swap: what it adds to an answer, over the bare copy", ASKED, ratio(more, taken["bare"]))
