@@ -32,6 +32,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_cross_entropy(device, near, monkeypatch, softcap, rows, dtype):
     monkeypatch.setattr(cross_entropy, "_CHUNK", 20 * V)  # several chunks
+    monkeypatch.setattr(cross_entropy, "_ON_GPU", 1)
     labels = torch.randint(V, (N,), generator=torch.Generator().manual_seed(9))
     given = [draw(N, D).to(dtype), draw(V, D, seed=1).to(dtype), draw(len(IDS), D, seed=2).to(dtype)]
     results = []
