@@ -94,3 +94,18 @@ def test_a_system_that_gives_no_page_locked_memory_costs_speed_alone(tmp_path, m
     tier, read = HostTier(CPU, 10_000), Read(file_of(tmp_path, 0))
     assert torch.equal(tier.bring("0", read)["a"], read_tensors(read.path)["a"])
     assert tier.num_bytes == 0
+
+
+@pytest.mark.parametrize("ids", [1, 2, 3])
+def test_every_tensor_begins_where_kernels_of_a_gpu_want_it(tmp_path, ids):
+    """Ids of an odd number of rows come first in a file, and what follows begins in the middle of 16 bytes."""
+    wanted = {"weight": torch.randn(3, 8).bfloat16(), "ids": torch.arange(ids), "on": torch.tensor(True)}
+    write_tensors(tmp_path / "file.safetensors", wanted | {"none": torch.empty(0, 2)})
+    read = Read(tmp_path / "file.safetensors")
+    for tier in (HostTier(CPU, 10_000), HostTier(CPU, 0)):
+        found = tier.bring("0", read)
+        assert found.keys() == wanted.keys() | {"none"}
+        for name, tensor in wanted.items():
+            assert found[name].data_ptr() % 16 == 0
+            assert found[name].dtype == tensor.dtype
+            assert torch.equal(found[name], tensor)

@@ -110,6 +110,17 @@ def test_grouped_products_with_experts_that_nobody_chose(device, near, sizes, dt
         near(f"grouped product {sizes[0]} x {sizes[1]}: {name}", one, other, dtype)
 
 
+def test_a_grouped_product_of_weights_in_the_middle_of_sixteen_bytes(device, near):
+    """As a view of a file has them."""
+    dtype = torch.bfloat16
+    rows, weight = torch.randn(8, 16).to(dtype), torch.randn(2, 16, 24).to(dtype)
+    ends = torch.tensor([3, 8], dtype=torch.int32)
+    moved = torch.empty(weight.nbytes + 8, dtype=torch.uint8, device=device)[8:].view(dtype).view(weight.shape)
+    moved.copy_(weight)
+    near("grouped product: unaligned", grouped_product(rows.to(device), moved, ends.to(device)),
+         grouped_product(rows.float(), weight.float(), ends), dtype)  # fmt: skip
+
+
 def test_a_grouped_product_of_no_rows(device):
     weight = draw(E, D, D).to(device).requires_grad_()
     out = grouped_product(torch.empty(0, D, device=device), weight, torch.zeros(E, dtype=torch.int32, device=device))

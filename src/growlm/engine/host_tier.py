@@ -7,6 +7,7 @@ of their file; nothing of modules.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
+_ALIGNED = 16  # bytes: what a GPU reads at once, and torch's grouped product refuses less
 
 
 class HostTier:
@@ -47,7 +49,7 @@ class HostTier:
             if found is not None:
                 self._kept.move_to_end(digest)
         if found is None:
-            found = self._keep(digest, read())
+            found = self._keep(digest, aligned(read()))
         return self._copied(found)
 
     def _keep(self, digest: str, tensors: Tensors) -> Tensors:
@@ -71,6 +73,22 @@ class HostTier:
             return {}
         buffer = _buffer(tensors)
         return _views(tensors, buffer, copied_beside(buffer, self._device))
+
+
+def aligned(tensors: Tensors) -> Tensors:
+    """The same, each where a GPU's kernels want it to begin. A file packs its tensors as close as their dtypes allow;
+    where one of them does not happen to fit, all are copied."""
+    if not tensors:
+        return tensors
+    start = _buffer(tensors).data_ptr()
+    if all((tensor.data_ptr() - start) % _ALIGNED == 0 for tensor in tensors.values() if tensor.numel()):
+        return tensors
+    ends = itertools.accumulate(-(-tensor.nbytes // _ALIGNED) * _ALIGNED for tensor in tensors.values())
+    starts = [0, *ends]
+    buffer, found = torch.empty(starts.pop(), dtype=torch.uint8), {}
+    for (name, tensor), at in zip(tensors.items(), starts, strict=True):
+        found[name] = buffer[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    return found
 
 
 def page_locked(tensors: Tensors) -> Tensors:

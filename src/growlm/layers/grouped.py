@@ -100,8 +100,10 @@ def grouped_product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 def _aligned(*matrices: Tensor) -> bool:
-    """Whether torch's grouped product takes them: rows of a multiple of 16 bytes, and some of them."""
-    return all(m.shape[-1] * m.element_size() % 16 == 0 and len(m) for m in matrices)
+    """Whether torch's grouped product takes them: rows of a multiple of 16 bytes, some of them, and on a GPU the first
+    one at such a place."""
+    rows = all(m.shape[-1] * m.element_size() % 16 == 0 and len(m) for m in matrices)
+    return rows and all(m.device.type == "cpu" or m.data_ptr() % 16 == 0 for m in matrices)
 
 
 def _parts(ends: Tensor) -> list[slice]:
