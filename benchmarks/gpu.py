@@ -38,6 +38,7 @@ from benchmarks.lib.common import machine
 from benchmarks.stages.bench import Bench, TimeOver, rounded
 from growlm.base.placement import find_device
 from growlm.disk.files import write_atomic
+from growlm.errors import ConfigError
 
 # Seconds of each, of the five minutes; kernels that are compiled count.
 STAGES = {"machine": 18, "stickbreaking": 45, "peer": 25, "learn": 82, "load": 60, "engine": 50, "graphs": 18}
@@ -61,7 +62,10 @@ def main() -> None:
     if unknown := sorted(set(wanted) - STAGES.keys()):
         raise SystemExit(f"no stage {', '.join(unknown)}; stages are {', '.join(STAGES)}")
     a.out.mkdir(parents=True, exist_ok=True)
-    bench = Bench(find_device(a.device), a.tiny, a.out)
+    try:
+        bench = Bench(find_device(a.device), a.tiny, a.out)
+    except ConfigError as error:
+        raise SystemExit(str(error)) from None
     if bench.device.index is not None:
         torch.cuda.set_device(bench.device)  # what kernels and events run on, where nobody says
     failed: list[str] = []

@@ -55,7 +55,7 @@ def test_every_stage_runs_to_its_end(monkeypatch, capsys, tmp_path):
         assert found["learn"][f"tiny, blocks, {form}"]["against PEFT LoRA"] > 0
     # Without the base below, and with it.
     assert 0 < found["learn"]["tiny, blocks, cached"]["TFLOP"] < found["learn"]["tiny, blocks, first epoch"]["TFLOP"]
-    assert found["load"]["swap"]["loads"] == 3, "each of its turns, and no other, reads a module"
+    assert found["load"]["from the disk, swap"]["loads"] == 3, "each of its turns, and no other, reads a module"
     asked = json.loads(summary.read_text())["asked"]
     assert {one["what"].split(":")[0].split(",")[0] for one in asked} == {
         "stickbreaking", "peer", "learn tiny", "load", "swap",
@@ -78,6 +78,10 @@ def test_nothing_mixes_tensors_of_the_gpu_and_the_processor(monkeypatch, capsys,
         status, lines = run(monkeypatch, capsys, tmp_path, "--device", "cuda", "--stages", stages)
     assert status == 0, lines
     assert cases(tmp_path, "graphs")["2 texts, graph"]["ms"] > 0
+    loads = cases(tmp_path, "load")
+    assert loads["from the disk, swap"]["host GB"] == 0
+    assert loads["kept in main memory, swap"]["host GB"] > 0
+    assert loads["warm, load, kept"]["ms"] > 0
 
 
 def test_a_stage_that_fails_leaves_the_others(monkeypatch, capsys, tmp_path):

@@ -1,6 +1,9 @@
 """Load: a module of a gigabyte from the disk to its first use, against the bare copy of its file: disk, pinned memory,
 device. And a swap: two such modules in turn where there is room for one.
 
+From the disk, a module goes the way of an engine that keeps nothing in main memory; `kept` is one that the engine's tier
+of page-locked memory holds, and `first of the tier` one that is put there on its way.
+
 `bare` reads the file by several threads into pinned memory that was there before, then copies it; `bare, overlapped`
 copies each piece while the next is read. Cold means that the system was told to forget the file's pages, which some
 containers do not do: then cold is as fast as warm.
@@ -11,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,7 +24,8 @@ from benchmarks.stages.machine import drop_pages, host_buffer, read, read_piece
 from growlm.base import Base
 from growlm.base.rooms import Rooms
 from growlm.engine import Engine
-from growlm.modules import ModuleSet
+from growlm.engine.host_tier import HostTier
+from growlm.modules import KnowledgeModule, ModuleSet
 from growlm.store import WEIGHTS, Store
 
 NAMES = ["large-0", "large-1"]
@@ -38,8 +43,9 @@ def run(bench: Bench) -> None:
     _load(bench, store, base)
     del base
     bench.tidy()
-    if not bench.over("swap"):
-        _swap(bench, store)
+    for host_memory in ("0", "4GB") if bench.cuda else ("0",):
+        if not bench.over(f"swap, host memory {host_memory}"):
+            _swap(bench, store, host_memory)
 
 
 def _layers(bench: Bench) -> int:
@@ -56,18 +62,27 @@ def _load(bench: Bench, store: Store, base: Base) -> None:
         read(path, host)
         there.copy_(host)
 
-    @torch.inference_mode()
-    def used(verify: bool = False) -> None:
-        ModuleSet(base, [store.load(NAMES[0], base, verify=verify)]).logits(ids)
+    def load(tier: HostTier | None, verify: bool = False) -> KnowledgeModule:
+        return store.load(NAMES[0], base, verify=verify, bring=None if tier is None else tier.bring)
 
+    @torch.inference_mode()
+    def used(tier: HostTier | None, verify: bool = False) -> None:
+        ModuleSet(base, [load(tier, verify)]).logits(ids)
+
+    passing, keeping = (HostTier(bench.device, room) if bench.cuda else None for room in (0, 2 * size))
     sides: dict[str, Side] = {
         "bare": bare,
         "bare, overlapped": lambda: _overlapped(path, host, there),
-        "load": lambda: store.load(NAMES[0], base, verify=False),
-        "load, first use": used,
+        "load": lambda: load(passing),
+        "load, first use": lambda: used(passing),
     }
+    warm: dict[str, Side] = {"load with its hash, first use": lambda: used(passing, verify=True)}
+    if bench.cuda:
+        warm["load, first of the tier"] = lambda: load(HostTier(bench.device, 2 * size))
+        warm["load, kept"] = lambda: load(keeping)
+        warm["bare, kept"] = lambda: there.copy_(host)
     whole: dict[str, tuple[dict[str, Side], Callable[[], None]]] = {
-        "warm": (sides | {"load with its hash, first use": partial(used, True)}, nothing),
+        "warm": (sides | warm, nothing),
         "cold": (sides, partial(drop_pages, path)),
     }
     for name, (here, before) in whole.items():
@@ -83,6 +98,9 @@ def _load(bench: Bench, store: Store, base: Base) -> None:
         for side in ("load", "load, first use"):
             against = ratio(taken.get(side), taken.get("bare"))
             bench.ask(f"load, {name}: {side}, over the bare copy", ASKED, against)
+        if "load, kept" in here:
+            over = ratio(taken.get("load, kept"), taken.get("bare, kept"))
+            bench.ask("load, kept in main memory, over the bare copy from there", ASKED, over)
 
 
 def _overlapped(path: Path, host: torch.Tensor, there: torch.Tensor) -> None:
@@ -93,15 +111,17 @@ def _overlapped(path: Path, host: torch.Tensor, there: torch.Tensor) -> None:
             there[at : at + _PIECE].copy_(host[at : at + _PIECE], non_blocking=True)
 
 
-def _swap(bench: Bench, store: Store) -> None:
+def _swap(bench: Bench, store: Store, host_memory: str) -> None:
     """A token of an answer whose module must be read first, in place of the other; and of one whose module is there."""
+    kept = "kept in main memory" if host_memory != "0" else "from the disk"
     with Engine(store, memory="900GB", max_batch=1, prefix_bytes=0, device=bench.device) as engine:
         slots = engine.base.num_layers + _layers(bench)
         texts = 2 * Rooms.bytes_for([(PROMPT + 1, slots)], engine._account._slot_bytes)
         memory = engine.fixed_bytes + engine.workspace_bytes + texts + store.module(NAMES[0]).bytes * 5 // 4
     bench.tidy()
     path = store.module(NAMES[0]).folder / WEIGHTS
-    with Engine(store, memory=memory, max_batch=1, prefix_bytes=0, device=bench.device) as engine:
+    options: dict[str, Any] = {"prefix_bytes": 0, "host_memory": host_memory, "device": bench.device}
+    with Engine(store, memory=memory, max_batch=1, **options) as engine:
         (prompt,) = prompts_of(engine.base.vocab_size, 1, PROMPT)
         host, there = host_buffer(bench, path.stat().st_size), torch.empty(path.stat().st_size, dtype=torch.uint8)
         there = there.to(bench.device)
@@ -112,17 +132,22 @@ def _swap(bench: Bench, store: Store) -> None:
             engine.generate(prompt, module=name, max_new_tokens=1)
 
         def bare() -> None:
-            read(path, host)
+            if host_memory == "0":
+                read(path, host)
             there.copy_(host)
 
         for name in NAMES:  # whose hash is compared when they are read first
             engine.generate(prompt, module=name, max_new_tokens=1)
         loads = engine.modules.counts.loads
         sides = {"swap": partial(ask, True), "no swap": partial(ask, False), "bare": bare}
-        taken = bench.turns("swap", sides, seconds=bench.left(), rounds=7)
-        counts = {"loads": engine.modules.counts.loads - loads, "budget GB": memory / 1e9}
+        taken = bench.turns(kept, sides, seconds=bench.left() / 2, rounds=7)
+        counts = {
+            "loads": engine.modules.counts.loads - loads, "budget GB": memory / 1e9, "host GB": engine.host_bytes / 1e9,
+        }  # fmt: skip
     for side, seconds in taken.items():
-        bench.tell(side, {"ms": ms(seconds), "times the bare copy": ratio(seconds, taken.get("bare")), **counts})
+        bench.tell(
+            f"{kept}, {side}", {"ms": ms(seconds), "times the bare copy": ratio(seconds, taken.get("bare")), **counts}
+        )
     if len(taken) == len(sides):
         more = taken["swap"] - taken["no swap"]
-        bench.ask("swap: what it adds to an answer, over the bare copy", ASKED, ratio(more, taken["bare"]))
+        bench.ask(f"swap, {kept}: what it adds to an answer, over the bare copy", ASKED, ratio(more, taken["bare"]))
