@@ -1,8 +1,8 @@
 """Load: a module of a gigabyte from the disk to its first use, against the bare copy of its file: disk, pinned memory,
 device. And a swap: two such modules in turn where there is room for one.
 
-From the disk, a module goes the way of an engine that keeps nothing in main memory; `kept` is one that the engine's tier
-of page-locked memory holds, and `first of the tier` one that is put there on its way.
+From the disk, a module goes the way of an engine that keeps nothing in main memory; `kept` is one that the engine's
+tier of page-locked memory holds, and `first of the tier` one that is put there on its way.
 
 `bare` reads the file by several threads into pinned memory that was there before, then copies it; `bare, overlapped`
 copies each piece while the next is read. Cold means that the system was told to forget the file's pages, which some
@@ -89,10 +89,11 @@ def _load(bench: Bench, store: Store, base: Base) -> None:
         if bench.over(name):
             break
         taken = bench.turns(name, here, seconds=bench.left() / 3, rounds=5, warmup=1, before=before)
-        floor = size / bench.floors["cached" if name == "warm" else "disk"] + size / bench.floors["host"]
+        tier = bench.floors.get("cached" if name == "warm" else "disk")  # a slow disk may have had no time to show
+        floor = size / tier + size / bench.floors["host"] if tier else None
         for side, seconds in taken.items():
             bench.tell(f"{name}, {side}", {
-                "ms": ms(seconds), "MB": size / 1e6, "GB/s": size / seconds / 1e9, "floor ms": ms(floor),
+                "ms": ms(seconds), "MB": size / 1e6, "GB/s": size / seconds / 1e9, "floor ms": floor and ms(floor),
                 "times the bare copy": ratio(seconds, taken.get("bare")),
             })  # fmt: skip
         for side in ("load", "load, first use"):
