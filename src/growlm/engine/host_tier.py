@@ -7,6 +7,7 @@ of their file; nothing of modules.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 from collections import OrderedDict
@@ -100,13 +101,19 @@ def page_locked(tensors: Tensors) -> Tensors:
 def copied_beside(buffer: Tensor, device: torch.device) -> Tensor:
     """A copy on a GPU, made beside what its own stream computes."""
     with torch.cuda.device(device):
-        stream = torch.cuda.Stream(device)
+        stream = _stream(device)
         with torch.cuda.stream(stream):
             there = buffer.to(device, non_blocking=True)
         # It is let go of while passes that read it may still be to come: its memory is not given away before these.
         there.record_stream(torch.cuda.default_stream(device))
         stream.synchronize()  # of the thread that reads modules alone
     return there
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Always the same: memory of one stream is never given to another, and what a module leaves is for the next one."""
+    return torch.cuda.Stream(device)
 
 
 def _buffer(tensors: Mapping[str, Tensor]) -> Tensor:
