@@ -289,6 +289,9 @@ def test_an_order_goes_on_behind_what_was_told_or_ends_with_an_error(tmp_path, m
     assert len(replicas.orders) == 2
     refused, _ = written_by(store, *[[]] * 5)
     assert (refused.status, refused.code) == (503, "no_replica")
+    monkeypatch.setattr("growlm.cluster.edge.version_of", lambda stored: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # what goes wrong before an order is given is heard as well
+        written_by(store, [])
 
 
 def test_where_no_engine_runs_nobody_waits(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 from ray.exceptions import RayError
@@ -80,7 +81,7 @@ class EdgeService(Service):
                 self._live |= dict.fromkeys(requests, asked)
                 following = asyncio.get_running_loop().create_task(self._follow(requests, salt, scores))
                 self._following.setdefault(asked, set()).add(following)
-                following.add_done_callback(lambda _: self._look())
+                following.add_done_callback(partial(self._followed, requests))
         return asked
 
     def _requests(self, prompt: Prompt, n: int, wanted: Wanted, salt: str, settings: dict[str, Any]) -> list[Request]:
@@ -94,33 +95,36 @@ class EdgeService(Service):
         return Order(first.tokens, len(requests), first.names, versions, salt, sampling)
 
     async def _follow(self, requests: Sequence[Request], salt: str, scores: dict[str, float]) -> None:
-        """Brings what replicas tell to the requests, until all have ended."""
-        error: BaseException | None = None
+        """Brings what replicas tell to the requests.
+
+        Raises:
+            What those end with that have no answer by then.
+        """
         order = self._ordered(requests, salt)
-        try:
-            for again in range(_TRIES):
-                try:
-                    if again:
-                        await asyncio.sleep(_PAUSE * 2 ** (again - 1))
-                    other = await self._written(order, requests, scores)
-                    if other is None:
-                        return
-                    if any(request.answer.tokens for request in requests):
-                        told = f"{other} was changed while its answer was written, by an engine that is lost; ask again"
-                        raise Refusal(503, told, "module_changed", headers={"Retry-After": RETRY_AFTER})
-                    order = self._ordered(requests, salt)  # the store may have changed since
-                except (RayError, RayServeException) as lost:
-                    _log.warning("a replica is lost, another one answers: %s", str(lost).splitlines()[0][:200])
-            error = _no_replica()
-        except asyncio.CancelledError:
-            error = None if self._replicas_run else _no_replica()
-            raise
-        except Exception as found:
-            error = found
-        finally:
-            for request in requests:
-                if request.state is not State.FINISHED:
-                    request.error, request.state = error, State.FINISHED
+        for again in range(_TRIES):
+            try:
+                if again:
+                    await asyncio.sleep(_PAUSE * 2 ** (again - 1))
+                other = await self._written(order, requests, scores)
+                if other is None:
+                    return
+                if any(request.answer.tokens for request in requests):
+                    told = f"{other} was changed while its answer was written, by an engine that is lost; ask again"
+                    raise Refusal(503, told, "module_changed", headers={"Retry-After": RETRY_AFTER})
+                order = self._ordered(requests, salt)  # the store may have changed since
+            except (RayError, RayServeException) as lost:
+                _log.warning("a replica is lost, another one answers: %s", str(lost).splitlines()[0][:200])
+        raise _no_replica()
+
+    def _followed(self, requests: Sequence[Request], following: asyncio.Task[None]) -> None:
+        if following.cancelled():
+            error: BaseException | None = None if self._replicas_run else _no_replica()
+        else:
+            error = following.exception()
+        for request in requests:
+            if request.state is not State.FINISHED:
+                request.error, request.state = error, State.FINISHED
+        self._look()
 
     async def _written(self, order: Order, requests: Sequence[Request], scores: dict[str, float]) -> str | None:
         """Returns a module that the replica has in another version, where nothing was written for that."""
