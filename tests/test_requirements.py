@@ -134,7 +134,7 @@ def test_constraints_are_of_the_range_and_name_no_place():
     pinned = {name.lower().replace("-", "_"): Version(version) for name, version in (x.split("==") for x in lines)}
     for line in [*PROJECT["dependencies"], *chain(*PROJECT["optional-dependencies"].values())]:
         asked = Requirement(line)
-        if asked.name != "growlm":
+        if asked.name not in ("growlm", "triton"):  # of which a torch for GPUs brings its own
             assert pinned[asked.name.lower().replace("-", "_")] in asked.specifier, line
 
 

@@ -82,17 +82,17 @@ class Baseline:
         order = text_data.schedule(len(packed), config.batch_size, wanted=wanted, seed=config.seed)
         dtype = Placement.of("cpu", config.precision).dtype
 
-        def loss_of_step(step: int) -> torch.Tensor:
+        def losses_of_step(step: int) -> list[torch.Tensor]:
             batch = packed[order[step]]
             with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
                 hidden = self.base.norm(ModuleSet(self.base).hidden(batch[:, :-1])).to(dtype)
-            return linear_cross_entropy(hidden.flatten(0, 1), self.base.head_weight, batch[:, 1:].flatten())
+            return [linear_cross_entropy(hidden.flatten(0, 1), self.base.head_weight, batch[:, 1:].flatten())]
 
         self.model.train()
         with reporting(title):
             _, seconds = train(
                 self.parameters,
-                loss_of_step,
+                losses_of_step,
                 len(order),
                 lambda step: len(order[step]) * config.sequence_length,
                 config,
