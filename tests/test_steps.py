@@ -154,6 +154,8 @@ def test_a_full_memory_says_what_is_resident_and_what_would_fit(tmp_path, monkey
         "--gradient-accumulation-steps 3, ",
         told(),
     )
+    monkeypatch.setattr(memory, "added_on_device", lambda device, compute: (1000, 1_000_000))
+    assert "--gradient-accumulation-steps" not in told()  # all rows would fit: something else is too much
     monkeypatch.setattr(memory, "added_on_device", lambda device, compute: (None, 1000))
     assert "a row of 16 tokens alone does not fit beside them" in told()
 
