@@ -1,7 +1,7 @@
 """Compiles the kernels of stick-breaking attention for capability 9.0, without a GPU: a line of JSON for each.
 
-`python tests/ahead_of_time.py float32 64`, without TRITON_INTERPRET. `shared` and `cubin` are bytes; `spilled`, bytes of
-registers that are kept in memory, is null where no assembler tells.
+`python tests/ahead_of_time.py float32 64`, without TRITON_INTERPRET. `shared` and `cubin` are in bytes, and `spilled`
+too: registers that are kept in memory, null where no assembler tells.
 """
 
 from __future__ import annotations
