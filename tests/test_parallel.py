@@ -171,6 +171,7 @@ def test_a_run_of_two_that_is_interrupted_goes_on_where_it_was(store):
         os.killpg(run.pid, signal.SIGINT)
         _, said = run.communicate(timeout=60)
     assert run.returncode == 130
+    assert "starting" not in said.partition("training")[2]  # who has begun the ranks says nothing beside them
     assert re.search(r"growlm: stopped after step \d+ of \d+; run the same command again", said.splitlines()[-1])
     assert list(work.glob("signs-*/step-*.safetensors"))
 

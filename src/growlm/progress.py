@@ -68,6 +68,13 @@ def reporting(subject: str, show: bool | None = None, *, long: bool = False) -> 
             own.close()
 
 
+def leave_to_others() -> None:
+    """Shows nothing more of the verb that reports: another process goes on and speaks for itself."""
+    report = _report.get()
+    if report is not None and report.display is not None:
+        report.display.close()
+
+
 def log_seconds() -> float:
     """Between two lines in a log."""
     return _LOG_SECONDS

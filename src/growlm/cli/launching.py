@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from growlm.errors import ConfigError
 from growlm.following import end_with_parent
+from growlm.progress import leave_to_others
 
 _LOOK = 0.1  # seconds between two looks at whether all are well
 _LEAVES = 30.0  # seconds in which the others may end by themselves once one has
@@ -51,6 +52,7 @@ def run_on(devices: int) -> None:
         return None
     if 0 < num_gpus() < devices:
         raise ConfigError(f"--devices is {devices}; this machine has {num_gpus()}")
+    leave_to_others()
     sys.exit(_Launch([sys.executable, "-m", "growlm", *sys.argv[1:]], devices).wait())
 
 
