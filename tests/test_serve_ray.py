@@ -83,8 +83,15 @@ class Cluster:
 
     def engines(self) -> list[int]:
         """Processes of this server's engines."""
-        found = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout.splitlines()
-        return [int(line.split()[0]) for line in found if "ray::ServeReplica" in line]
+        listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout.splitlines()[1:]
+        rows = [line.split(None, 2) for line in listed]
+        parent = {int(pid): int(before) for pid, before, *_ in rows}
+
+        def mine(pid: int) -> bool:  # another server's may run beside it
+            return pid == self._process.pid or (pid in parent and mine(parent[pid]))
+
+        replicas = [int(pid) for pid, _, *called in rows if called and "ray::ServeReplica" in called[0]]
+        return [pid for pid in replicas if mine(pid)]
 
     def stop(self) -> None:
         self.http.close()
