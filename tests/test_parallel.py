@@ -183,6 +183,20 @@ def test_torchrun_starts_the_ranks_as_well(store):
     assert list(Store.open(store).modules) == ["letters", "signs"]
 
 
+def test_a_base_in_parts_is_not_rounded_for_a_kind_that_is_not_trained(store):
+    options = ["--data", str(store.parent / "signs.txt"), "--separator", "\\n\\n", "--samples", "0", "--json"]
+    options += ["--kind", "recall", "--precision", "bfloat16", "--sequence-length", "64", "--devices", "2"]
+    found = []
+    for name, more in (("whole", []), ("parts", ["--shard-base"])):
+        line = [sys.executable, "-m", "growlm", "learn", str(store), name, *options, *more]
+        run = subprocess.run(line, capture_output=True, text=True, timeout=120)
+        assert run.returncode == 0, run.stderr
+        found.append(json.loads(run.stdout))
+    assert [found[0][key] for key in ("loss_before", "loss_after")] == [
+        found[1][key] for key in ("loss_before", "loss_after")
+    ]
+
+
 def test_parts_of_a_base_need_several_devices(store):
     run = subprocess.run(
         command(store, "signs", "--kind", "lora", "--shard-base"), capture_output=True, text=True, timeout=60

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields, replace
@@ -57,35 +56,25 @@ class EdgeService(Service):
     def room(self) -> int:
         return self._places + self.max_queued
 
-    async def ask(
+    async def _ask_one(
         self,
-        prompts: Sequence[Prompt],
-        n: int = 1,
-        *,
-        module: Wanted = None,
-        among: Collection[str] | None = None,
-        within: Asked | None = None,
-        salt: str = "",
-        **sampling: Any,
-    ) -> Asked:
-        asked = self.begin(len(prompts) * n) if within is None else within
-        with asked.left_where_it_fails():
-            for prompt in prompts:
-                wanted, scores = module, {}
-                if module == AUTO:
-                    route = await self.route(prompt, salt=salt, among=among, within=asked)
-                    wanted, scores = route.module, route.scores
-                settings = {"seed": random.getrandbits(63), **sampling}  # of each prompt another, where none is given
-                requests = await self.prepare(self._requests, prompt, n, wanted, salt, settings)
-                asked.requests += requests
-                self._live |= dict.fromkeys(requests, asked)
-                following = asyncio.get_running_loop().create_task(self._follow(requests, salt, scores))
-                self._following.setdefault(asked, set()).add(following)
-                following.add_done_callback(partial(self._followed, requests))
-        return asked
-
-    def _requests(self, prompt: Prompt, n: int, wanted: Wanted, salt: str, settings: dict[str, Any]) -> list[Request]:
-        return self.engine.requests(prompt, n, module=wanted, stream=True, salt=salt, **settings)
+        asked: Asked,
+        prompt: Prompt,
+        n: int,
+        module: Wanted,
+        among: Collection[str] | None,
+        settings: dict[str, Any],
+    ) -> None:
+        salt, scores = settings.get("salt", ""), {}
+        if module == AUTO:
+            route = await self.route(prompt, salt=salt, among=among, within=asked)
+            module, scores = route.module, route.scores
+        requests = await self.prepare(partial(self.engine.requests, prompt, n, module=module, stream=True, **settings))
+        asked.requests += requests
+        self._live |= dict.fromkeys(requests, asked)
+        following = asyncio.get_running_loop().create_task(self._follow(requests, salt, scores))
+        self._following.setdefault(asked, set()).add(following)
+        following.add_done_callback(partial(self._followed, requests))
 
     def _ordered(self, requests: Sequence[Request], salt: str) -> Order:
         first = requests[0]

@@ -68,3 +68,17 @@ def _require_listening(address: str) -> None:
         reason = getattr(error, "strerror", None) or str(error)
         told = f"--ray {address}: no cluster answers there ({reason}); start one with ray start"
         raise ConfigError(told) from None
+
+
+def places() -> tuple[str, int]:
+    """What each piece of work takes of the cluster, a GPU where it has some and else a core, and how many there are."""
+    import ray
+
+    resources = ray.cluster_resources()
+    what = "GPU" if resources.get("GPU") else "CPU"
+    return what, int(resources.get(what, 0))
+
+
+def one_of(what: str) -> dict[str, int]:
+    """As options of Ray."""
+    return {f"num_{what.lower()}s": 1}

@@ -8,9 +8,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from growlm.cluster.joining import connect, seen_file
+from growlm.cluster.joining import connect, one_of, places, seen_file
 from growlm.cluster.learning import FAILED, THERE, Outcome, Runner, Tell, in_process
 from growlm.cluster.plan import Learning
 from growlm.errors import Interrupted
@@ -52,17 +51,15 @@ def on_ray(address: str) -> Runner:
         store = store.resolve()
         try:
             with seen_file(Store.open(store).work) as seen:
-                gpus = ray.cluster_resources().get("GPU", 0)
-                options: dict[str, Any] = {"num_gpus": 1} if gpus else {}
+                what, number = places()
                 # Where this process is: a machine that dies takes no other's word with it.
                 mine = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
                 said = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": mine})
                 names = {
-                    task.options(**options).remote(str(store), _absolute(one), str(seen), said): one.name
+                    task.options(**one_of(what)).remote(str(store), _absolute(one), str(seen), said): one.name
                     for one in left
                 }
-                places = int(gpus) or int(ray.cluster_resources()["CPU"])
-                say(f"{len(names)} modules on {counted(len(ray.nodes()), 'machine')}, {places} at a time")
+                say(f"{len(names)} modules on {counted(len(ray.nodes()), 'machine')}, {number} at a time")
                 waiting = list(names)
                 while waiting:
                     ended, waiting = ray.wait(waiting, num_returns=1, timeout=_LOOK)

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
-from growlm.cluster.joining import connect, seen_file
+from growlm.cluster.joining import connect, one_of, places, seen_file
 from growlm.errors import ConfigError
 from growlm.store import Store
 
@@ -51,10 +51,8 @@ def on_cluster(address: str, store: Path, fewest: int) -> Iterator[None]:
     connect(address)
     import ray
 
-    for name in ("ray", "ray.serve"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        what, room = _places()
+        what, room = places()
         if fewest > room:
             told = f"--replicas: {fewest} engines take a {what} each, and the cluster has {room}"
             raise ConfigError(f"{told}; ask for fewer, or add machines")
@@ -87,6 +85,8 @@ class Replicas:
     def __enter__(self) -> Self:
         from ray import serve
 
+        for name in ("ray", "ray.serve"):  # which is louder again once it is imported
+            logging.getLogger(name).setLevel(logging.ERROR)
         try:
             serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False, "log_level": "ERROR"})
             application = self._engines().bind(str(self._store), self._settings)
@@ -128,7 +128,7 @@ class Replicas:
             graceful_shutdown_timeout_s=self._drain,
             health_check_period_s=2.0,
             health_check_timeout_s=30.0,
-            ray_actor_options={"num_gpus": 1} if _places()[0] == "GPU" else {"num_cpus": 1},
+            ray_actor_options=one_of(places()[0]),
             request_router_config=RequestRouterConfig(request_router_class=ByModule),  # type: ignore[arg-type]
             **how_many,
         )
@@ -152,15 +152,6 @@ class Replicas:
 
         with suppress(Exception):  # there may be nothing to delete, or nobody to ask
             serve.delete(self._name, _blocking=False)  # answers have had their time to end
-
-
-def _places() -> tuple[str, int]:
-    """What an engine takes of the cluster, and how many of that there are."""
-    import ray
-
-    resources = ray.cluster_resources()
-    what = "GPU" if resources.get("GPU") else "CPU"
-    return what, int(resources.get(what, 0))
 
 
 def _require_shared(store: Path, seen: Path) -> None:

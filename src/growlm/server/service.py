@@ -251,17 +251,27 @@ class Service:
             Refusal: there is no place.
             GrowlmError: as `Engine.generate` raises it.
         """
-
-        def submit(prompt: Prompt) -> list[Request]:
-            settings = {"seed": random.getrandbits(63), **sampling}  # of each prompt another, where none is given
-            return self.engine.submit_several(prompt, n, module=module, stream=True, among=among, **settings)
-
         asked = self.begin(len(prompts) * n) if within is None else within
         with asked.left_where_it_fails():
             await self._require_router(among)
             for prompt in prompts:
-                await self._add(asked, lambda prompt=prompt: submit(prompt))  # type: ignore[misc]
+                settings = {"seed": random.getrandbits(63), **sampling}  # of each prompt another, where none is given
+                await self._ask_one(asked, prompt, n, module, among, settings)
         return asked
+
+    async def _ask_one(
+        self,
+        asked: Asked,
+        prompt: Prompt,
+        n: int,
+        module: Wanted,
+        among: Collection[str] | None,
+        settings: dict[str, Any],
+    ) -> None:
+        def submit() -> list[Request]:
+            return self.engine.submit_several(prompt, n, module=module, stream=True, among=among, **settings)
+
+        await self._add(asked, submit)
 
     async def _require_router(self, among: Collection[str] | None) -> None:
         """Sees to a router of some modules, which may have to wait for room: nobody else waits for that."""

@@ -215,14 +215,15 @@ def _along(run: LearnRun, ranks: Ranks) -> LearnResult:
 def _base_to_train_on(run: LearnRun, ranks: Ranks, tokens: Tokens, tokenizer: Any) -> Base:
     # The router is only shown what the engine will show it: the base in the store's dtype.
     unshown = ranks.first_says(not router.has_general(run.store))
-    base = run.load_base(dtype=None if unshown else run.placement.dtype)
+    rounded = run.placement.dtype if kind_of(run.config.kind).trains else None
+    base = run.load_base(dtype=None if unshown else rounded)
     run.require_fit(base, tokens, tokenizer)
     if unshown and ranks.first:
         ensure_general(run.store, base, tokenizer)
-    if unshown and run.shared_by is not None and run.rounds_base:
+    if unshown and run.shared_by is not None and run.rounds_base and rounded is not None:
         ranks.first_says(None)  # until then the others give their parts of this one
         del base
-        base = run.load_base(dtype=run.placement.dtype)
+        base = run.load_base(dtype=rounded)
     return base
 
 
