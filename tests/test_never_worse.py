@@ -33,7 +33,7 @@ from growlm.training.corpus import beginnings, halves
 from growlm.training.finetune import finetune
 from growlm.training.grow import grow
 from growlm.training.rates import between, find_rate, rounds, trials_for
-from growlm.training.validation import Validation
+from growlm.training.validation import Validation, read_best
 from growlm.units import format_size
 from interruptions import at_step, interrupt, steps_of
 from stores import make_store, store_with_texts
@@ -186,7 +186,11 @@ class Scored:
             self.scored.append(int(self.now))
             return losses[due[int(self.now)]]
 
-        self.validation = Validation(folder, {"step": self.now}, score)
+        self.folder, self.validation = folder, Validation(folder, lambda: {"step": self.now}, score)
+
+    def keep_best(self) -> None:
+        if (digest := self.validation.to_put_back) is not None:
+            self.now.copy_(read_best(self.folder, digest)["step"])
 
     def run(self, done: int = 0, stop: int | None = None) -> int:
         self.now.fill_(done)
@@ -202,21 +206,21 @@ def test_the_best_step_is_put_back(tmp_path):
     run = Scored(tmp_path, [3.0, 2.0, 1.0, 1.5, 0.9, 0.95])
     assert run.run() == 50
     assert run.scored == [0, 10, 20, 30, 40, 50]
-    run.validation.keep_best()
+    run.keep_best()
     assert run.now == run.validation.best == 40
 
 
 def test_a_run_ends_where_it_no_longer_helps(tmp_path):
     run = Scored(tmp_path, [3.0, 2.0, 2.5, 2.2, 0.1, 0.1])
     assert run.run() == 30
-    run.validation.keep_best()
+    run.keep_best()
     assert run.now == 10
 
 
 def test_what_became_no_number_is_not_the_best(tmp_path):
     run = Scored(tmp_path, [3.0, math.nan, 2.5, math.inf, 2.6, 2.7])
     run.run()
-    run.validation.keep_best()
+    run.keep_best()
     assert run.now == 20
 
 
@@ -231,7 +235,7 @@ def test_a_run_that_was_killed_scores_and_keeps_the_same(tmp_path, stop, lost):
     again = Scored(tmp_path / "killed", losses)
     again.run(done=max(stop - lost, 0))
     assert again.validation.losses == whole.validation.losses
-    again.validation.keep_best()
+    again.keep_best()
     assert again.now == 40
 
 
@@ -260,7 +264,7 @@ def test_a_best_step_that_is_damaged_is_named(tmp_path, damage):
     else:
         flip(file)
     with pytest.raises(IntegrityError, match=r"best\.safetensors: this part of a stopped run is .*--restart"):
-        run.validation.keep_best()
+        run.keep_best()
 
 
 @pytest.mark.slow

@@ -31,6 +31,7 @@ from growlm.progress import phase
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 DTYPES = ("float32", "bfloat16", "float16")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
@@ -346,17 +347,21 @@ def load_model(folder: Path, dtype: str) -> Any:
     return model
 
 
-def save_model(model: Any, folder: Path) -> None:
-    """Writes a transformers checkpoint, without a progress bar of its own."""
+def save_model(model: Any, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Writes a transformers checkpoint, without a progress bar of its own.
+
+    Args:
+        weights: by the names of the model's own, which are written by default.
+    """
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     folder.mkdir(parents=True, exist_ok=True)
     with phase("writing the checkpoint"):
-        model.save_pretrained(folder)
-    for weights in folder.glob("*.safetensors"):
+        model.save_pretrained(folder, state_dict=weights)
+    for file in folder.glob("*.safetensors"):
         # safetensors lets their owner alone read them; they are as public as the folder that they are in.
-        weights.chmod(0o666 & (folder.stat().st_mode | 0o600))
+        file.chmod(0o666 & (folder.stat().st_mode | 0o600))
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -45,6 +45,14 @@ Devices = Annotated[
         help="Train on so many devices of this machine, a process each; the rows of a step are shared among them.",
     ),
 ]
+ShardModel = Annotated[
+    bool,
+    typer.Option(
+        "--shard-model",
+        help="Of several devices each holds a part of the model's layers, gradients and optimiser state: for a model "
+        "that is too large for one.",
+    ),
+]
 ModuleChoice = Annotated[
     list[str] | None,
     typer.Option(

@@ -1,15 +1,18 @@
 """Checkpoints: parameters, buffers, optimiser state and random state of a run, whole or not at all, the newest alone.
 
-Knows tensors and a folder; not what is trained, nor when a checkpoint is due.
+Of several ranks the first writes a file, or where they have parts, each its own into a folder. Knows tensors and where
+they go; not what is trained, nor when a checkpoint is due.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +21,10 @@ from growlm.disk.files import read_json, write_atomic
 from growlm.disk.tensors import read_tensors, write_tensors
 from growlm.errors import IntegrityError
 from growlm.training.optim import RowAdamW
+from growlm.training.parallel import ALONE, Ranks, in_parts
 
 _POINTER = "checkpoint.json"
+_RANDOM = "random"  # what the keys of random states begin with
 
 
 def saved_step(folder: Path) -> int:
@@ -48,7 +53,7 @@ def _pointer(folder: Path) -> _Pointer | None:
         pointer = _Pointer(**read_json(path))
         types = [type(value) for value in astuple(pointer)]
         bounded = types == [int, float, str, str] and pointer.step > 0 and pointer.seconds >= 0
-        if not bounded or pointer.file != _file_of(pointer.step):
+        if not bounded or pointer.file not in (_file_of(pointer.step), _folder_of(pointer.step)):
             raise ValueError(f"not what a run writes: {pointer}")
     except FileNotFoundError:
         return None
@@ -68,6 +73,10 @@ def _file_of(step: int) -> str:
     return f"step-{step}.safetensors"
 
 
+def _folder_of(step: int) -> str:
+    return f"step-{step}"
+
+
 def save(
     folder: Path,
     parameters: Mapping[str, nn.Parameter],
@@ -75,15 +84,21 @@ def save(
     optimizer: torch.optim.Optimizer,
     step: int,
     seconds: float,
+    ranks: Ranks = ALONE,
 ) -> None:
-    """Writes the checkpoint after `step` steps that took `seconds`, and deletes the one before.
+    """Writes the checkpoint after `step` steps that took `seconds`, and deletes the one before. All ranks call it.
 
     Raises:
         StoreError: no room for it.
+        RankError: another rank has ended.
     """
-    tensors: dict[str, Tensor] = {"random": torch.get_rng_state()}
+    parted = in_parts(parameters.values())
+    if not (ranks.first or parted):
+        return
+    random = _random_keys(ranks, parted)
+    tensors: dict[str, Tensor] = {random.cpu: torch.get_rng_state()}
     if (cuda := _on_cuda(parameters)) is not None:
-        tensors["random.cuda"] = torch.cuda.get_rng_state(cuda)
+        tensors[random.cuda] = torch.cuda.get_rng_state(cuda)
     for name, p in parameters.items():
         tensors[f"parameter.{name}"] = p
         for key, value in optimizer.state[p].items():
@@ -91,13 +106,20 @@ def save(
     for name, buffer in buffers.items():
         tensors[f"buffer.{name}"] = buffer
     folder.mkdir(parents=True, exist_ok=True)
-    file = _file_of(step)
-    digest = write_tensors(folder / file, tensors)
-    # The pointer is written last: what it names is complete.
-    write_atomic(folder / _POINTER, json.dumps(asdict(_Pointer(step, seconds, file, digest))).encode())
-    for old in folder.glob("step-*.safetensors"):
-        if old.name != file:
-            old.unlink(missing_ok=True)
+    if parted:
+        from growlm.training.checkpoint_parts import write_parts
+
+        file = _folder_of(step)
+        digest = write_parts(folder / file, tensors, ranks)
+    else:
+        file = _file_of(step)
+        digest = write_tensors(folder / file, tensors)
+    if ranks.first:
+        # The pointer is written last: what it names is complete.
+        write_atomic(folder / _POINTER, json.dumps(asdict(_Pointer(step, seconds, file, digest))).encode())
+        for old in folder.glob("step-*"):
+            if old.name != file:
+                shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
 
 
 @torch.no_grad()
@@ -107,22 +129,34 @@ def restore(
     buffers: Mapping[str, Tensor],
     optimizer: RowAdamW,
     num_steps: int,
+    ranks: Ranks = ALONE,
 ) -> tuple[int, float]:
     """Puts back what the newest checkpoint in `folder` holds, and returns its step and seconds; zeros if there is none.
+    All ranks call it.
 
     Raises:
         IntegrityError: it is damaged, or of a run of fewer than `num_steps`.
+        RankError: another rank has ended.
     """
     pointer = _pointer(folder)
     if pointer is None:
         return 0, 0.0
     if pointer.step > num_steps:  # more than this run has: not its checkpoint
         raise damaged(folder / _POINTER)
-    path = folder / pointer.file
+    path, parted = folder / pointer.file, in_parts(parameters.values())
+    random = _random_keys(ranks, parted)
     try:
-        tensors = read_tensors(path, sha256=pointer.sha256)
-        torch.set_rng_state(tensors.pop("random").clone())
-        of_gpu = tensors.pop("random.cuda", None)
+        if parted:
+            from growlm.training.checkpoint_parts import read_parts
+
+            def wanted(name: str) -> bool:
+                return name in random or not name.startswith(_RANDOM)
+
+            tensors = read_parts(path, parameters, wanted, ranks, sha256=pointer.sha256)
+        else:
+            tensors = read_tensors(path, sha256=pointer.sha256)
+        torch.set_rng_state(tensors.pop(random.cpu).clone())
+        of_gpu = tensors.pop(random.cuda, None)
         if of_gpu is not None and (cuda := _on_cuda(parameters)) is not None:
             torch.cuda.set_rng_state(of_gpu.clone(), cuda)
         states: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
@@ -145,3 +179,16 @@ def _on_cuda(parameters: Mapping[str, nn.Parameter]) -> torch.device | None:
     """The GPU that is trained on, whose draws are then its own."""
     device = next(iter(parameters.values())).device
     return device if device.type == "cuda" else None
+
+
+class _RandomKeys(NamedTuple):
+    """Which tensors hold random states."""
+
+    cpu: str
+    cuda: str
+
+
+def _random_keys(ranks: Ranks, parted: bool) -> _RandomKeys:
+    """Where ranks have parts, each has a state of its own."""
+    own = f".of_{ranks.rank}" if parted else ""
+    return _RandomKeys(f"{_RANDOM}{own}", f"{_RANDOM}.cuda{own}")

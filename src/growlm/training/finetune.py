@@ -35,6 +35,7 @@ def finetune(
     config: FinetuneConfig | None = None,
     *,
     restart: bool = False,
+    shard_model: bool = False,
     progress: bool | None = None,
 ) -> TrainedModel:
     """Trains a checkpoint on `data` and saves the result to `out`, in float32.
@@ -43,6 +44,7 @@ def finetune(
     (ModuleFormer, equation 8), so that it comes to use fewer experts.
 
     Args:
+        shard_model: of several ranks each has a part of the model's layers, of their gradients and optimiser state.
         progress: False is silent; by default there are bars on stderr, or where it is no terminal, lines, one in ten
             seconds at most.
 
@@ -79,6 +81,7 @@ def finetune(
             restart=restart,
             never_worse=not config.load_concentration,  # which trades loss for fewer experts
             ranks=ranks,
+            shard_model=shard_model,
         )
 
 

@@ -173,7 +173,7 @@ def learn(
     """
     with joined() as ranks, reporting(name, progress if ranks.first else False):
         if shard_base:
-            ranks.require_several()
+            ranks.require_several("--shard-base")
             if store.manifest.router == ROUTER_TRAINED:
                 raise ConfigError(
                     f"{store.path}: its router is a transformer that is trained with the whole base; --shard-base is "

@@ -24,8 +24,8 @@ from growlm.training.config import TrainConfig
 from growlm.training.history import History
 from growlm.training.memory import kept_pages
 from growlm.training.optim import clip_gradients, make_optimizer
-from growlm.training.parallel import ALONE, Ranks
-from growlm.training.validation import Validation
+from growlm.training.parallel import ALONE, Ranks, fill
+from growlm.training.validation import Validation, read_best
 
 _MIN_RATE = 0.1  # share of the peak that the cosine ends at
 
@@ -87,7 +87,7 @@ def train(
     """
     optimizer = make_optimizer(parameters, lr=learning_rate, weight_decay=config.weight_decay, decay=decay)
     buffers = buffers or {}
-    done, spent = checkpoints.restore(folder, parameters, buffers, optimizer, num_steps)
+    done, spent = checkpoints.restore(folder, parameters, buffers, optimizer, num_steps, ranks)
     ranks.begin_equal({**parameters, **buffers})
     if validation is not None:
         validation.begin(done, num_steps)
@@ -123,22 +123,24 @@ def train(
                 heldout = f", validation {validation.losses[max(validation.losses)]:.3f}"
                 if max(validation.losses):
                     heldout += f" (at first {validation.losses[0]:.3f})"
-            last = ranks.first_says(last)
+            now = time.monotonic()
+            stopping = stopping or (ranks.size == 1 and stop.is_set())  # of several, all stop after the same step
+            due = stopping or last or now - saved > config.checkpoint_seconds
+            last, due = ranks.first_says([last, due])
             scored = validation.losses.get(done) if validation is not None else None
             if history is not None:
                 history.add(done, before + tokens, value, rate, scored)
-            now = time.monotonic()
             training.advance(note=f"loss {smooth:.3f}{heldout}, {tokens / max(now - started, 1e-9):,.0f} tokens/s")
-            stopping = stopping or (ranks.size == 1 and stop.is_set())  # of several, all stop after the same step
-            if ranks.first and (stopping or last or now - saved > config.checkpoint_seconds):
-                checkpoints.save(folder, parameters, buffers, optimizer, done, spent + now - started)
+            if due:
+                checkpoints.save(folder, parameters, buffers, optimizer, done, spent + now - started, ranks)
                 saved = time.monotonic()
             if stopping and not last:
                 raise Interrupted(f"stopped after step {done} of {num_steps}; {resume_hint}")
         if done < num_steps:
             say(f"ends after {done:,} of {num_steps:,} steps: more did not help on held-out text")
-    if validation is not None:
-        validation.keep_best()
+    best = ranks.first_says(validation.to_put_back if validation is not None else None)
+    if best is not None:
+        fill({**parameters, **buffers}, read_best(folder, best))
     return done, spent + time.monotonic() - started
 
 

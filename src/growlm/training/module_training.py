@@ -175,7 +175,7 @@ class ModuleTraining:
         buffers = dict(self.module.named_buffers())
         start = time.monotonic()
         score = self._validation.loss if self._validation else None
-        validation = Validation(self.work, {**trained, **buffers}, score) if score else None
+        validation = Validation(self.work, lambda: {**trained, **buffers}, score) if score else None
         try:
             found = self._given_or_found_rate(trained, buffers, decay) if self.ranks.first else None
             self.rate = self.ranks.first_says(found)

@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from growlm.layers import kernels
 from growlm.layers.rows import read_rows
@@ -54,8 +56,11 @@ def make_optimizer(
         raise TypeError("parameters have no names; give the model itself, or its named_parameters()")
     trained = [(name, p) for name, p in parameters if p.requires_grad]
     groups = [
-        {"params": [p for name, p in trained if decay(name, p)], "weight_decay": weight_decay},
-        {"params": [p for name, p in trained if not decay(name, p)], "weight_decay": 0.0},
+        # What ranks have in parts apart from the rest: torch's fused step takes one or the other.
+        {"params": [p for name, p in trained if decay(name, p) == decays and isinstance(p, DTensor) == parted]}
+        | {"weight_decay": weight_decay if decays else 0.0}
+        for decays in (True, False)
+        for parted in (False, True)
     ]
     return RowAdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=eps, second_moment=second_moment)
 
@@ -262,6 +267,11 @@ def _row_norms(values: Tensor) -> Tensor:
     return torch.cat([torch.linalg.vector_norm(part.float(), dim=1) for part in parts])
 
 
+def _norm(gradient: Tensor) -> Tensor:
+    """Float32, over all of its elements."""
+    return _row_norms(gradient.flatten(1) if gradient.ndim > 1 else gradient.reshape(1, -1)).norm()
+
+
 class _Rounding:
     """Rounds float32 to bfloat16, up or down with the probability that keeps the mean.
 
@@ -303,22 +313,31 @@ def rows_of(gradient: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scales all gradients, those of tables included, so that their norm together is at most `max_norm`.
+    """Scales all gradients, those of tables included, so that their norm together is at most `max_norm`. Of gradients
+    in parts, each rank scales its own.
 
     Returns:
         The norm that they had.
     """
     parameters = [p for p in parameters if p.grad is not None]
     tables = [p for p in parameters if p.grad is not None and p.grad.is_sparse]
-    if not tables:
+    parted = [p.grad for p in parameters if isinstance(p.grad, DTensor)]
+    if not tables and not parted:
         return nn.utils.clip_grad_norm_(parameters, max_norm)
     for p in tables:
         assert p.grad is not None
         rows, values = rows_of(p.grad)
         if values is not p.grad._values():
             p.grad = torch.sparse_coo_tensor(rows[None], values, p.shape, is_coalesced=True, check_invariants=False)
-    gradients = [p.grad._values() if p.grad.is_sparse else p.grad for p in parameters if p.grad is not None]
-    wide = [_row_norms(g.flatten(1) if g.ndim > 1 else g.reshape(1, -1)).norm() for g in gradients if g.numel()]
+    own = [g.to_local() for g in parted]
+    wholes = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
+    wholes = [g._values() if g.is_sparse else g for g in wholes]
+    gradients = wholes + own
+    wide = [_norm(g) for g in wholes if g.numel()]
+    if parted:
+        squares = torch.stack([_norm(g).square() for g in own]).sum()
+        dist.all_reduce(squares, group=parted[0].device_mesh.get_group())
+        wide.append(squares.sqrt())
     if not wide:
         return torch.zeros(())
     norm = torch.linalg.vector_norm(torch.stack([w.to(wide[0].device) for w in wide]))

@@ -13,7 +13,7 @@ import json
 import os
 import socket
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 import growlm
 from growlm.base.placement import out_of_memory, use_own_gpu
@@ -114,7 +115,7 @@ class Ranks:
 
     def first_says(self, value: T) -> T:
         """What rank 0 gives, as JSON has it; what others give is passed over."""
-        return value if self.size == 1 else self._told(value)[0]
+        return value if self.size == 1 else self.of_all(value)[0]
 
     def require_same(self, told: Mapping[str, object]) -> None:
         """
@@ -127,7 +128,7 @@ class Ranks:
         if self.size == 1:
             return
         told = {"growlm": growlm.__version__, "torch": torch.__version__, **told}
-        of_all = self._told({"host": socket.gethostname(), **told})
+        of_all = self.of_all({"host": socket.gethostname(), **told})
         for rank, theirs in enumerate(of_all):
             different = [what for what in told if theirs[what] != of_all[0][what]]
             if different:
@@ -146,8 +147,8 @@ class Ranks:
         if self.first:
             (folder / name).touch()
         try:
-            self._told(None)  # it is there by now
-            seen = self._told({"host": socket.gethostname(), "sees": (folder / name).exists()})
+            self.of_all(None)  # it is there by now
+            seen = self.of_all({"host": socket.gethostname(), "sees": (folder / name).exists()})
         finally:
             if self.first:
                 (folder / name).unlink(missing_ok=True)
@@ -168,23 +169,25 @@ class Ranks:
 
     @torch.no_grad()
     def begin_equal(self, tensors: Mapping[str, Tensor]) -> None:
-        """Gives all ranks the numbers of rank 0."""
+        """Gives all ranks the numbers of rank 0, but for tensors of which each has a part of its own."""
         if self.size > 1:
             self.calls.end(self.rank)
             with peers():
                 for tensor in tensors.values():
-                    dist.broadcast(tensor, 0)
+                    if not isinstance(tensor, DTensor):
+                        dist.broadcast(tensor, 0)
 
     @torch.no_grad()
     def add_up(self, parameters: Sequence[nn.Parameter], loss: float, stop: bool) -> tuple[float, bool]:
         """Sums gradients over ranks, in place, and losses; whether any rank has been told to stop.
 
         Of a parameter that only some ranks have a gradient of, the others count as zeros; gradients of tables are
-        joined by rows.
+        joined by rows. Gradients in parts are sums already.
         """
         if self.size == 1:
             return loss, stop
         device = parameters[0].device
+        parameters = [p for p in parameters if not isinstance(p, DTensor)]
         kinds = [_NONE if p.grad is None else _ROWS if p.grad.is_sparse else _DENSE for p in parameters]
         said = torch.tensor([stop, *kinds], dtype=torch.int32)
         total = torch.tensor([loss], dtype=torch.float64)
@@ -213,7 +216,7 @@ class Ranks:
             values = torch.empty(0, *p.shape[1:], dtype=p.dtype, device=device)
         else:
             rows, values = rows_of(p.grad)
-        counts = self._told(len(rows))
+        counts = self.of_all(len(rows))
         most = max(counts)
         if most == 0:
             return torch.sparse_coo_tensor(rows[None], values, p.shape, check_invariants=False)
@@ -229,7 +232,7 @@ class Ranks:
         both = torch.cat([v[:n] for v, n in zip(of_values, counts, strict=True)])
         return torch.sparse_coo_tensor(every[None], both, p.shape, check_invariants=False).coalesce()
 
-    def _told(self, value: object) -> list[Any]:
+    def of_all(self, value: object) -> list[Any]:
         """What every rank gives, as JSON has it."""
         mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         self.calls.end(self.rank)
@@ -243,13 +246,13 @@ class Ranks:
             dist.all_gather(texts, padded)
         return [json.loads(bytes(t[: int(n)].tolist())) for t, n in zip(texts, sizes, strict=True)]
 
-    def require_several(self) -> None:
+    def require_several(self, option: str) -> None:
         """
         Raises:
-            ConfigError: there is nobody to share a base with.
+            ConfigError: there is nobody to share layers with, as an option says.
         """
         if self.size == 1:
-            raise ConfigError("--shard-base is for several devices, and there is one; give --devices 2 or more as well")
+            raise ConfigError(f"{option} is for several devices, and there is one; give --devices 2 or more as well")
 
     def require_divisor(self, batch: int) -> None:
         """
@@ -263,6 +266,22 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def in_parts(tensors: Iterable[Tensor]) -> bool:
+    """Whether of some of them this rank has a part, and others the rest."""
+    return any(isinstance(tensor, DTensor) for tensor in tensors)
+
+
+@torch.no_grad()
+def fill(tensors: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> None:
+    """Copies whole tensors into those of the same names, of which this rank may have parts. Each rank calls it with the
+    same."""
+    for name, tensor in tensors.items():
+        full = whole[name]
+        if isinstance(tensor, DTensor):
+            full = distribute_tensor(full, tensor.device_mesh, tensor.placements, src_data_rank=None)
+        tensor.copy_(full)
 
 
 def launched() -> bool:

@@ -32,6 +32,7 @@ def pretrain(
     config: PretrainConfig | None = None,
     *,
     restart: bool = False,
+    shard_model: bool = False,
     progress: bool | None = None,
 ) -> TrainedModel:
     """Trains a tokenizer and a model on `data` and saves them to `out` as a transformers checkpoint.
@@ -40,6 +41,7 @@ def pretrain(
     those of `train_whole`.
 
     Args:
+        shard_model: of several ranks each has a part of the model's layers, of their gradients and optimiser state.
         progress: False is silent; by default there are bars on stderr, or where it is no terminal, lines, one in ten
             seconds at most.
     """
@@ -55,7 +57,17 @@ def pretrain(
 
     out = Path(out).expanduser()
     with joined() as ranks, reporting(out.name, progress if ranks.first else False):
-        return train_whole(out, data, config, make, verb="pretrain", rate=default_rate, restart=restart, ranks=ranks)
+        return train_whole(
+            out,
+            data,
+            config,
+            make,
+            verb="pretrain",
+            rate=default_rate,
+            restart=restart,
+            ranks=ranks,
+            shard_model=shard_model,
+        )
 
 
 def new_model(model_config: Any, seed: int) -> nn.Module:

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from growlm.disk.files import read_json, write_atomic
@@ -31,14 +30,14 @@ class Validation:
 
     Args:
         folder: of the run.
-        tensors: what is kept of the best step: parameters and buffers as they are trained.
+        tensors: gives what is kept of the best step: parameters and buffers as they are now.
         score: held-out loss in nats a token with these as they are now.
 
     Attributes:
         losses: by the number of steps done; of 0 too, where training begins.
     """
 
-    def __init__(self, folder: Path, tensors: Mapping[str, Tensor], score: Callable[[], float]) -> None:
+    def __init__(self, folder: Path, tensors: Callable[[], Mapping[str, Tensor]], score: Callable[[], float]) -> None:
         self._folder, self._tensors, self._score = folder, tensors, score
         self.losses: dict[int, float] = {}
         self._digest: str | None = None  # of the best step's file
@@ -90,22 +89,23 @@ class Validation:
         loss = self._score()
         self.losses[step] = loss if math.isfinite(loss) else _NO_NUMBER
         if step and self.best == step:
-            self._digest = write_tensors(self._folder / _BEST, dict(self._tensors))
+            self._digest = write_tensors(self._folder / _BEST, self._tensors())
         told = {"losses": {str(step): loss for step, loss in self.losses.items()}, "sha256": self._digest}
         write_atomic(self._folder / _SCORES, json.dumps(told).encode())
 
-    @torch.no_grad()
-    def keep_best(self) -> None:
-        """Puts the tensors of the best step back.
+    @property
+    def to_put_back(self) -> str | None:
+        """The digest of the best step's tensors; None where they are those of the last one."""
+        return self._digest if self.losses and self.best != max(self.losses) else None
 
-        Raises:
-            IntegrityError: their file is damaged.
-        """
-        if not self.losses or self.best == max(self.losses):
-            return
-        try:
-            kept = read_tensors(self._folder / _BEST, sha256=self._digest)
-        except IntegrityError:
-            raise _damaged(self._folder / _BEST) from None
-        for name, tensor in self._tensors.items():
-            tensor.copy_(kept[name])
+
+def read_best(folder: Path, digest: str) -> dict[str, Tensor]:
+    """The tensors of the best step of the run in a folder.
+
+    Raises:
+        IntegrityError: their file is damaged.
+    """
+    try:
+        return read_tensors(folder / _BEST, sha256=digest)
+    except IntegrityError:
+        raise _damaged(folder / _BEST) from None

@@ -112,6 +112,7 @@ def train_whole(
     restart: bool = False,
     never_worse: bool = False,
     ranks: Ranks = ALONE,
+    shard_model: bool = False,
 ) -> TrainedModel:
     """Trains all parameters of a model on `data` and saves it to `out`, as a transformers checkpoint.
 
@@ -126,6 +127,7 @@ def train_whole(
         never_worse: what `make` gives knows something: half of the held-out text chooses the step that is kept, and by
             the other half the result must be no worse.
         ranks: that train it together; the first of them writes.
+        shard_model: each of them has a part of the model's layers.
 
     Raises:
         NotBetterError: it is worse; nothing is saved.
@@ -139,6 +141,8 @@ def train_whole(
     refuse_existing(out)
     assert config.batch_size is not None
     ranks.require_divisor(config.batch_size)
+    if shard_model:
+        ranks.require_several("--shard-model")
     placement = Placement.of(config.device, config.precision)
     corpus = text_data.read(data, **config.reading)
     train_documents, heldout_documents = text_data.split(corpus, at_most=_HELDOUT_DOCUMENTS, seed=config.seed)
@@ -147,7 +151,8 @@ def train_whole(
     settings |= {"precision": str(placement.dtype)}
     for key in ("checkpoint_seconds", "admit_anyway"):
         settings.pop(key, None)
-    told = [corpus.digest, settings, *([identity] if identity else []), *([ranks.size] if ranks.size > 1 else [])]
+    among = [ranks.size, *(["parts"] if shard_model else [])] if ranks.size > 1 else []
+    told = [corpus.digest, settings, *([identity] if identity else []), *among]
     run = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
     folder = out.parent / f".{out.name}-{run}"
     busy = f"{out}: the same {verb} is running already"
@@ -158,8 +163,8 @@ def train_whole(
         if ranks.first:
             work.mkdir(parents=True, exist_ok=True)
         result = _run(
-            out, work, corpus, train_documents, heldout_documents, config, model.to(placement.device), tokenizer,
-            placement, verb, rate, never_worse, ranks,
+            out, work, corpus, train_documents, heldout_documents, config, model, tokenizer, placement, verb, rate,
+            never_worse, ranks, shard_model,
         )  # fmt: skip
         found: dict[str, Any] = ranks.first_says({} if result is None else result.to_json())
     return result or TrainedModel(**{**found, "pools": [PoolUse(**pool) for pool in found["pools"]]})
@@ -179,6 +184,7 @@ def _run(
     rate: Callable[[int], float],
     never_worse: bool,
     ranks: Ranks,
+    shard_model: bool,
 ) -> TrainedModel | None:
     """What rank 0 finds; the others train along."""
     learned = config.loss if isinstance(config, ConversationConfig) else "all"
@@ -224,6 +230,12 @@ def _run(
     assert config.batch_size is not None
     order = text_data.schedule(len(packed), config.batch_size, wanted=wanted, seed=config.seed)
 
+    if shard_model:
+        from growlm.training.sharding import gather, parallelize
+
+        parallelize(base, placement, ranks)
+    else:
+        model.to(placement.device)
     if config.activation_checkpointing:
         base.checkpoint_activations()
 
@@ -257,7 +269,11 @@ def _run(
     saved = model.state_dict(keep_vars=True)
     parameters = dict(model.named_parameters())
     buffers = {name: b for name, b in model.named_buffers() if name in saved}
-    chosen = Validation(work, {**parameters, **buffers}, score) if scored and ranks.first else None
+
+    def now() -> dict[str, Tensor]:
+        return gather(base, {**parameters, **buffers}) if shard_model else {**parameters, **buffers}
+
+    chosen = Validation(work, now, score) if scored and ranks.first else None
     steps, seconds = train(
         parameters,
         losses_of_step,
@@ -298,7 +314,8 @@ def _run(
     for pool in result.pools:
         say(pool.line())
     record = {**result.to_json(), "settings": config.to_json(), **placement.record()}
-    _save(out, work, model, tokenizer, heldout_documents, record, corpus, verb)
+    weights = gather(base, model.state_dict(keep_vars=True)) if shard_model else None
+    _save(out, work, model, weights, tokenizer, heldout_documents, record, corpus, verb)
     return result
 
 
@@ -306,16 +323,21 @@ def _save(
     out: Path,
     work: Path,
     model: Any,
+    weights: dict[str, Tensor] | None,
     tokenizer: Any,
     heldout: list[text_data.Document],
     record: dict[str, Any],
     corpus: text_data.TextData,
     verb: str,
 ) -> None:
-    """The checkpoint appears by one rename: `out` is complete or absent."""
+    """The checkpoint appears by one rename: `out` is complete or absent.
+
+    Args:
+        weights: the model's, where it has parts of them itself.
+    """
     ready = work / "checkpoint"
     shutil.rmtree(ready, ignore_errors=True)
-    save_model(model.to("cpu"), ready)
+    save_model(model.to("cpu") if weights is None else model, ready, weights)
     tokenizer.save_pretrained(ready)
     lines = [json.dumps({"text": d.plain}, ensure_ascii=False) for d in heldout]
     (ready / HELDOUT_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -15,6 +15,7 @@ from growlm.cli.options import (
     Json,
     OutPath,
     Restart,
+    ShardModel,
     from_config,
 )
 from growlm.cli.output import print_json, reports
@@ -32,6 +33,7 @@ def finetune(
     config: Any,
     restart: Restart = False,
     devices: Devices = 1,
+    shard_model: ShardModel = False,
     as_json: Json = False,
 ) -> None:
     """Train all parameters of a checkpoint further.
@@ -50,7 +52,7 @@ def finetune(
     run_on(devices)
     from growlm.training.finetune import finetune as run
 
-    result = run(source, out, data, config, restart=restart)
+    result = run(source, out, data, config, restart=restart, shard_model=shard_model)
     if as_json:
         return print_json(result.to_json())
     print(

@@ -7,7 +7,7 @@ from typing import Any
 from growlm.cli.app import app
 from growlm.cli.asking import require_data
 from growlm.cli.launching import run_on
-from growlm.cli.options import DataPaths, Devices, Json, OutPath, Restart, from_config
+from growlm.cli.options import DataPaths, Devices, Json, OutPath, Restart, ShardModel, from_config
 from growlm.cli.output import print_json, reports
 from growlm.training.config import PretrainConfig
 from growlm.units import format_count
@@ -22,6 +22,7 @@ def pretrain(
     config: Any,
     restart: Restart = False,
     devices: Devices = 1,
+    shard_model: ShardModel = False,
     as_json: Json = False,
 ) -> None:
     """Train a small base model and its tokenizer from scratch. The result is a transformers checkpoint like any other.
@@ -38,7 +39,7 @@ def pretrain(
     run_on(devices)
     from growlm.training.pretrain import pretrain as run
 
-    result = run(out, data, config, restart=restart)
+    result = run(out, data, config, restart=restart, shard_model=shard_model)
     if as_json:
         return print_json(result.to_json())
     print(
