@@ -435,6 +435,9 @@ def beginning(template: str, **special: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+STARTING = beginning("<s> $A", bos_token="<s>")
+
+
 def test_texts_begin_as_the_tokenizer_by_itself_begins_them() -> None:
     llama = beginning("<s> $A", bos_token="<s>")
     assert start_tokens(llama) == [llama.bos_token_id]
@@ -443,14 +446,35 @@ def test_texts_begin_as_the_tokenizer_by_itself_begins_them() -> None:
     assert start_tokens(beginning(f"$A {EOS}", bos_token="<s>")) == []
 
 
+@fast
+@given(texts=st.lists(words, max_size=12), length=st.integers(1, 24), limit=st.none() | st.integers(24, 60))
+def test_every_row_begins_with_the_start_token_and_has_the_next_of_the_stream(texts, length, limit) -> None:
+    tokenizer = STARTING
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    stream = [t for text in texts for t in (start, *TOKENIZER(text, verbose=False)["input_ids"], end)]
+    if len(stream) <= length:
+        with pytest.raises(DataError, match=f"{len(stream)} tokens, sequence length {length}"):
+            pack(as_data(texts).documents, tokenizer, length, max_tokens=limit)
+        return
+    packed, at = pack(as_data(texts).documents, tokenizer, length, max_tokens=limit), 0
+    assert packed.tokens.shape[1] == length + 1
+    for row in packed.tokens.tolist():
+        own = row if stream[at] == start else row[1:]
+        assert row[0] == start
+        assert own == stream[at : at + len(own)]
+        at += len(own)
+    if limit is None:
+        assert len(stream) - at < length + 1  # less than one more row
+    else:
+        assert len(packed) == limit // length or len(stream) - at < length + 1
+        assert packed.num_tokens <= limit
+
+
 def test_every_document_and_every_piece_of_one_begins_with_the_start_token() -> None:
     tokenizer = beginning("<s> $A", bos_token="<s>")
-    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    start = tokenizer.bos_token_id
     texts = ["the law of the land", "a", "x" * 11]
     ids = [TOKENIZER(text)["input_ids"] for text in texts]
-    packed = pack(as_data(texts).documents, tokenizer, 4)
-    stream = [token for text in ids for token in (start, *text, end)]
-    assert packed.tokens[:, :-1].ravel().tolist() == stream[: packed.num_tokens]
     found = passages(as_data(texts).documents, tokenizer, 4)
     pieces = [(number, text[at : at + 3]) for number, text in enumerate(ids) for at in range(0, len(text), 3)]
     assert [(p.document_index, p.tokens) for p in found] == [(number, [start, *piece]) for number, piece in pieces]

@@ -37,8 +37,8 @@ NOT_COUNTED = -1  # as a label
 class PackedTokens:
     """Rows of token ids: `tokens` (N, T + 1) int32, read-only, T the sequence length.
 
-    Row i holds the inputs `[:-1]` and the labels `[1:]`. Rows of texts overlap by one token, so that every token of
-    the stream but the first is a label exactly once.
+    Row i holds the inputs `[:-1]` and the labels `[1:]`. Every token of the stream of texts is a label exactly once,
+    but for start tokens that begin a row, or where there are none, for the first: such rows overlap by one token.
 
     Attributes:
         counted: (N, T + 1) bool: which tokens are learned as labels, at least one in each row; None for all.
@@ -95,7 +95,8 @@ def pack(
     loss: str = "answers",
 ) -> PackedTokens:
     """Rows of `sequence_length` labels: windows over all texts, each between `start_tokens` and end-of-text, then those
-    of conversations.
+    of conversations. Every row begins with `start_tokens`, as every prompt does: a base that expects one reads text
+    without it as no text that it knows, and an adapter would learn to mend that instead of learning the text.
 
     `tokenizer` is a `PreTrainedTokenizerFast`; special tokens written out in a text are letters. Texts of more than
     about thirty thousand characters are tokenized in pieces. At most `max_tokens` labels of texts and as many of
@@ -146,14 +147,36 @@ def _windows(
             more = len(begin) + len(ids) + 1
             total += more
             tokenizing.advance(1 if max_tokens is None else more)
-            if max_tokens is not None and total > max_tokens:
+            # One more for each row, which may begin with a start token of the stream.
+            if max_tokens is not None and total > max_tokens + len(begin) * (max_tokens // sequence_length):
                 break
     if total <= sequence_length:
         found = f"{total} tokens, sequence length {sequence_length}"
         raise DataError(f"less than one sequence: {found}; give more text or a smaller --sequence-length")
-    stream = np.concatenate(parts)[: None if max_tokens is None else max_tokens + 1]
-    windows = np.lib.stride_tricks.sliding_window_view(stream, sequence_length + 1)
+    stream = np.concatenate(parts)
+    if len(begin):
+        return PackedTokens(_begun_rows(stream, begin, sequence_length, max_tokens))
+    windows = np.lib.stride_tricks.sliding_window_view(
+        stream[: None if max_tokens is None else max_tokens + 1], sequence_length + 1
+    )
     return PackedTokens(windows[::sequence_length])
+
+
+def _begun_rows(stream: np.ndarray, begin: np.ndarray, sequence_length: int, max_tokens: int | None) -> np.ndarray:
+    """Rows (N, T + 1) that each begin with the start token, one of the stream's own where it stands there."""
+    most = len(stream) if max_tokens is None else max_tokens // sequence_length
+    rows: list[np.ndarray] = []
+    at = 0
+    while len(rows) < most:
+        own = begin[: 0 if at < len(stream) and stream[at] == begin[0] else None]
+        taken = sequence_length + 1 - len(own)
+        if at + taken > len(stream):
+            break
+        rows.append(np.concatenate([own, stream[at : at + taken]]))
+        at += taken
+    found = np.stack(rows)
+    found.flags.writeable = False
+    return found
 
 
 def _rows(
