@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def _no_gpu(monkeypatch):
-    monkeypatch.setattr(host_tier, "copied_beside", lambda buffer, device: buffer.clone())
+    monkeypatch.setattr(host_tier, "copied_beside", lambda buffer, pieces, device: (buffer.clone(), None))
     monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
 
 
@@ -37,6 +37,10 @@ def file_of(folder: Path, seed: int, rows: int = 4) -> Path:
     return path
 
 
+def bring(tier: HostTier, digest: str, read: Read) -> dict[str, Tensor]:
+    return tier.bring(digest, read, lambda name: None)[0]
+
+
 class Read:
     def __init__(self, path: Path) -> None:
         self.path, self.times = path, 0
@@ -50,7 +54,7 @@ def test_what_is_brought_is_what_the_file_has_and_a_copy_each_time(tmp_path):
     tier, read = HostTier(CPU, 10_000), Read(file_of(tmp_path, 0))
     wanted = read_tensors(read.path)
     for _ in range(3):
-        found = tier.bring("0", read)
+        found = bring(tier, "0", read)
         assert found.keys() == wanted.keys()
         for name, tensor in wanted.items():
             assert found[name].dtype == tensor.dtype
@@ -65,12 +69,12 @@ def test_the_last_ones_that_fit_are_kept(tmp_path_factory, asked, room):
     folder = tmp_path_factory.mktemp("files")
     reads = [Read(file_of(folder, seed)) for seed in range(6)]
     size = HostTier(CPU, 1 << 20)
-    size.bring("x", reads[0])
+    bring(size, "x", reads[0])
     tier, kept = HostTier(CPU, room * size.num_bytes), []
     reads[0].times = 0
     for number in asked:
         before = reads[number].times
-        found = tier.bring(str(number), reads[number])
+        found = bring(tier, str(number), reads[number])
         assert torch.equal(found["a"], read_tensors(reads[number].path)["a"])
         assert reads[number].times == before + (number not in kept)
         kept = ([k for k in kept if k != number] + [number])[-room:] if room else []
@@ -80,9 +84,9 @@ def test_the_last_ones_that_fit_are_kept(tmp_path_factory, asked, room):
 def test_what_is_larger_than_the_tier_goes_through_and_drives_nothing_out(tmp_path):
     small, large = Read(file_of(tmp_path, 0)), Read(file_of(tmp_path, 1, rows=4000))
     tier = HostTier(CPU, 1000)
-    tier.bring("small", small)
-    assert len(tier.bring("large", large)["a"]) == 4000
-    tier.bring("small", small)
+    bring(tier, "small", small)
+    assert len(bring(tier, "large", large)["a"]) == 4000
+    bring(tier, "small", small)
     assert (small.times, large.times) == (1, 1)
 
 
@@ -92,7 +96,7 @@ def test_a_system_that_gives_no_page_locked_memory_costs_speed_alone(tmp_path, m
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", refused)
     tier, read = HostTier(CPU, 10_000), Read(file_of(tmp_path, 0))
-    assert torch.equal(tier.bring("0", read)["a"], read_tensors(read.path)["a"])
+    assert torch.equal(bring(tier, "0", read)["a"], read_tensors(read.path)["a"])
     assert tier.num_bytes == 0
 
 
@@ -103,7 +107,7 @@ def test_every_tensor_begins_where_kernels_of_a_gpu_want_it(tmp_path, ids):
     write_tensors(tmp_path / "file.safetensors", wanted | {"none": torch.empty(0, 2)})
     read = Read(tmp_path / "file.safetensors")
     for tier in (HostTier(CPU, 10_000), HostTier(CPU, 0)):
-        found = tier.bring("0", read)
+        found = bring(tier, "0", read)
         assert found.keys() == wanted.keys() | {"none"}
         for name, tensor in wanted.items():
             assert found[name].data_ptr() % 16 == 0

@@ -1,13 +1,11 @@
 """Host tier: modules' weights in main memory, between the disk and a GPU: what leaves the GPU is back in a moment.
 
 It has a budget of bytes of its own, in which what was used last stays. A module lies there in one piece of page-locked
-memory, from which the GPU copies by itself, on a stream beside that of the engine's passes. Knows tensors by the hash
-of their file; nothing of modules.
+memory, from which the GPU copies by itself (`arrival`). Knows tensors by the hash of their file; nothing of modules.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import threading
 from collections import OrderedDict
@@ -15,6 +13,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
+
+from growlm.engine.arrival import Arrival, StageOf, copied_beside, pieces_of
 
 Tensors = dict[str, Tensor]
 _ALIGNED = 16  # bytes: what a GPU reads at once, and torch's grouped product refuses less
@@ -38,12 +38,16 @@ class HostTier:
         with self._lock:
             return sum(map(_size, self._kept.values()))
 
-    def bring(self, digest: str, read: Callable[[], Tensors]) -> Tensors:
-        """The tensors of a file on the GPU.
+    def bring(self, digest: str, read: Callable[[], Tensors], stage_of: StageOf) -> tuple[Tensors, Arrival | None]:
+        """The tensors of a file on the GPU, or on their way there.
 
         Args:
             digest: of the file.
             read: gives them in main memory, views of one buffer.
+            stage_of: of their names.
+
+        Returns:
+            Them, of which those of no stage are there, and what to wait for before the others are read.
         """
         with self._lock:
             found = self._kept.get(digest)
@@ -51,7 +55,11 @@ class HostTier:
                 self._kept.move_to_end(digest)
         if found is None:
             found = self._keep(digest, aligned(read()))
-        return self._copied(found)
+        if not found:
+            return {}, None
+        buffer = _buffer(found)
+        there, arrival = copied_beside(buffer, pieces_of(found, buffer.data_ptr(), stage_of), self._device)
+        return _views(found, buffer, there), arrival
 
     def _keep(self, digest: str, tensors: Tensors) -> Tensors:
         size = _size(tensors)
@@ -67,13 +75,6 @@ class HostTier:
         with self._lock:
             self._kept[digest] = locked
         return locked
-
-    def _copied(self, tensors: Tensors) -> Tensors:
-        """By one copy. Whoever reads next on the engine's stream finds them whole."""
-        if not tensors:
-            return {}
-        buffer = _buffer(tensors)
-        return _views(tensors, buffer, copied_beside(buffer, self._device))
 
 
 def aligned(tensors: Tensors) -> Tensors:
@@ -96,24 +97,6 @@ def page_locked(tensors: Tensors) -> Tensors:
     """The same in memory that the GPU reads by itself."""
     buffer = _buffer(tensors)
     return _views(tensors, buffer, buffer.pin_memory())
-
-
-def copied_beside(buffer: Tensor, device: torch.device) -> Tensor:
-    """A copy on a GPU, made beside what its own stream computes."""
-    with torch.cuda.device(device):
-        stream = _stream(device)
-        with torch.cuda.stream(stream):
-            there = buffer.to(device, non_blocking=True)
-        # It is let go of while passes that read it may still be to come: its memory is not given away before these.
-        there.record_stream(torch.cuda.default_stream(device))
-        stream.synchronize()  # of the thread that reads modules alone
-    return there
-
-
-@functools.cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    """Always the same: memory of one stream is never given to another, and what a module leaves is for the next one."""
-    return torch.cuda.Stream(device)
 
 
 def _buffer(tensors: Mapping[str, Tensor]) -> Tensor:

@@ -296,6 +296,8 @@ class ModuleCache:
         """`acquire` and `release` around a block. Keep no reference beyond it: what is evicted must be gone."""
         held = self.acquire(names)
         modules = {name: resident.module() for name, resident in held.items()}
+        for module in modules.values():
+            module.arrive()
         try:
             yield modules
         finally:

@@ -140,6 +140,8 @@ class Runner:
             if not on:
                 continue
             stairs = stairs or _Staircase(base, on)
+            for modules, _ in stairs.groups:
+                modules.arrive(stage)
             self._beside(stairs, stage)
             if stage < base.num_layers:
                 used.add(self._layer(stairs, stage))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from growlm.base import Base, LayerToRun
 from growlm.base.anatomy import anatomy_of
 from growlm.errors import IntegrityError
-from growlm.modules.contract import KnowledgeModule
+from growlm.modules.contract import KnowledgeModule, numbered
 from growlm.modules.shapes import BlocksConfig
 from growlm.modules.vocabulary import VocabularyRows
 
@@ -60,6 +60,11 @@ class Blocks(KnowledgeModule):
         if not config.fits(base.num_layers):
             raise IntegrityError(f"{where}: its config places layers that a base of {base.num_layers} does not have")
         return super().restore(base, config, tensors, where)
+
+    @classmethod
+    def stage_of(cls, base: Base, config: BlocksConfig, name: str) -> int | None:
+        number = numbered("layers", name)
+        return None if number is None else dict(enumerate(config.resolve(base.num_layers).after)).get(number)
 
     def extend(self, layers: Sequence[LayerToRun]) -> list[LayerToRun]:
         return between(layers, self.layers, self._patterns, self.config.after)

@@ -10,7 +10,7 @@ import itertools
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,14 @@ from growlm.recall.memory import Memory, widened
 _made = itertools.count()  # modules in the order in which this process made them
 
 
+class Arriving(Protocol):
+    """Weights on their way to the device that they are used on."""
+
+    def wait(self, stage: int | None) -> bool:
+        """What is computed from now on begins once the weights are there that are read up to one of the base's stages;
+        by default, all. Returns whether all are there by now."""
+
+
 class KnowledgeModule(nn.Module, ABC):
     """New parameters for one base.
 
@@ -35,6 +43,7 @@ class KnowledgeModule(nn.Module, ABC):
         shape: family, layers, width and vocabulary of the base that it was made for.
         identity: tells it from every other module and version; part of the key of its key-value caches. Modules that
             are active together run in its order.
+        arriving: where not all of its weights are on its device yet.
     """
 
     kind: ClassVar[str]
@@ -49,6 +58,7 @@ class KnowledgeModule(nn.Module, ABC):
     memory: Memory | None
     identity: str
     shape: tuple[str, int, int, int]
+    arriving: Arriving | None = None
 
     @abstractmethod
     def __init__(self, base: Base, config: Any, rows: VocabularyRows) -> None:
@@ -64,6 +74,18 @@ class KnowledgeModule(nn.Module, ABC):
     @abstractmethod
     def create(cls, base: Base, config: Any, row_ids: Tensor | None = None) -> Self:
         """A new module in float32 that leaves the base's logits bit-equal. `row_ids` (r,): tokens with own rows."""
+
+    @classmethod
+    def stage_of(cls, base: Base, config: Any, name: str) -> int | None:
+        """The first of the base's layers, with what runs before it, whose pass reads a saved tensor of this name;
+        `num_layers` of the base is behind the last. None: it may be read at any time, and when the module is made."""
+        return None
+
+    def arrive(self, stage: int | None = None) -> None:
+        """Has what is computed from now on wait for those of the weights that are read up to a stage, and are on their
+        way; by default, for all."""
+        if self.arriving is not None and self.arriving.wait(stage):
+            self.arriving = None
 
     @classmethod
     def restore(cls, base: Base, config: Any, tensors: dict[str, Tensor], where: str) -> Self:
@@ -186,3 +208,9 @@ def assign(skeleton: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
             )
     skeleton.load_state_dict(tensors, assign=True)
     skeleton.requires_grad_(False)
+
+
+def numbered(part: str, name: str) -> int | None:
+    """Which of a list's parts a tensor belongs to; None where it is of no such list."""
+    first, number, *_ = f"{name}..".split(".")
+    return int(number) if first == part and number.isdecimal() else None

@@ -20,7 +20,7 @@ from growlm.layers.around import variant
 from growlm.layers.experts import AttentionExperts, SparseFeedForward
 from growlm.layers.insertion import AttentionUnion, Beside, FeedForwardUnion, NewExperts
 from growlm.layers.losses import routing_regularisation
-from growlm.modules.contract import KnowledgeModule
+from growlm.modules.contract import KnowledgeModule, numbered
 from growlm.modules.shapes import ExpertsConfig
 from growlm.modules.vocabulary import VocabularyRows
 
@@ -87,6 +87,11 @@ class Experts(KnowledgeModule):
             elif isinstance(part, SparseFeedForward):
                 total = total.to(part.down.weight.device) + routing_regularisation(part.router.embeddings)
         return total
+
+    @classmethod
+    def stage_of(cls, base: Base, config: ExpertsConfig, name: str) -> int | None:
+        number = numbered("layers", name)
+        return None if number is None else config.first_layer + number
 
     def extend(self, layers: Sequence[LayerToRun]) -> list[LayerToRun]:
         first = self.config.first_layer

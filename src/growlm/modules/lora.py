@@ -22,7 +22,7 @@ from growlm.errors import ConfigError, setting
 from growlm.layers.around import Around, variant
 from growlm.layers.slabs import LowRank
 from growlm.layers.thin import add_thin, made_up
-from growlm.modules.contract import KnowledgeModule
+from growlm.modules.contract import KnowledgeModule, numbered
 from growlm.modules.shapes import LoraConfig, is_called
 from growlm.modules.vocabulary import VocabularyRows
 
@@ -172,6 +172,10 @@ class Lora(KnowledgeModule):
             for path, part in inside.named_modules():
                 if isinstance(part, Adapter):
                     yield int(index), path, part
+
+    @classmethod
+    def stage_of(cls, base: Base, config: LoraConfig, name: str) -> int | None:
+        return numbered("layers", name)
 
     def extend(self, layers: Sequence[LayerToRun]) -> list[LayerToRun]:
         changed = list(layers)

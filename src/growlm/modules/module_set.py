@@ -64,6 +64,11 @@ class ModuleSet:
         names = "\n".join(m.identity for m in modules)
         self.digest = hashlib.sha256(names.encode()).hexdigest() if modules else "base"
 
+    def arrive(self, stage: int | None = None) -> None:
+        """As `KnowledgeModule.arrive`, of all of them. Whoever runs `stages` or `layers` by himself calls it before."""
+        for module in self.modules:
+            module.arrive(stage)
+
     def embed(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
         return self.rows.embed(self.base, hidden, input_ids)
 
@@ -91,6 +96,7 @@ class ModuleSet:
 
     def hidden(self, input_ids: Tensor, *, visible: Tensor | None = None) -> Tensor:
         """The last layer's output (b, t, d), before the final norm, without a cache."""
+        self.arrive()
         hidden, shared = self.base.begin(input_ids, visible=visible)
         hidden = self.base.embed_positions(self.embed(hidden, input_ids), shared.positions)
         return self.base.run(hidden, self.layers, shared)

@@ -22,7 +22,7 @@ from growlm.layers.peer import PEER
 from growlm.layers.pools import WithPools
 from growlm.layers.row_cache import CachedPool, cache_bytes
 from growlm.layers.tables import require_room_for_rows
-from growlm.modules.contract import KnowledgeModule
+from growlm.modules.contract import KnowledgeModule, numbered
 from growlm.modules.shapes import PeerConfig
 from growlm.modules.vocabulary import VocabularyRows
 
@@ -207,6 +207,11 @@ class Peer(KnowledgeModule):
     def imitation_share(self) -> float:
         # What joins a pool later has nothing to imitate: the pool does it already.
         return _IMITATION if self.config.replace_feed_forward and len(self.config.steps) == 1 else 0.0
+
+    @classmethod
+    def stage_of(cls, base: Base, config: PeerConfig, name: str) -> int | None:
+        number = numbered("pools", name)
+        return None if number is None else dict(enumerate(config.completed(base).layers or ())).get(number)
 
     def extend(self, layers: Sequence[LayerToRun]) -> list[LayerToRun]:
         extended = list(layers)

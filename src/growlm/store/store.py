@@ -6,6 +6,7 @@ A module is a folder that appears by one rename, its manifest written last. Noth
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 import shutil
 import warnings
@@ -56,6 +57,11 @@ if TYPE_CHECKING:
 
     from growlm.base import Base
     from growlm.modules import KnowledgeModule
+    from growlm.modules.contract import Arriving
+
+    Tensors = dict[str, Tensor]
+    # Of a file's hash, what reads it in main memory, and `KnowledgeModule.stage_of`, the tensors elsewhere.
+    Bring = Callable[[str, Callable[[], Tensors], Callable[[str], int | None]], tuple[Tensors, Arriving | None]]
 
 _FEW = 64  # names that are looked up one by one
 _LISTED = 20  # names in a message
@@ -307,7 +313,7 @@ class Store(StoreBase):
         version: int | None = None,
         verify: bool = True,
         row_cache: int | None = None,
-        bring: Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]] | None = None,
+        bring: Bring | None = None,
     ) -> KnowledgeModule:
         """A module, ready to run on `base`.
 
@@ -316,7 +322,7 @@ class Store(StoreBase):
             row_cache: leave tables on the disk and keep rows of them in so many bytes; None reads them whole. (Kinds
                 without tables are read whole.)
             bring: gives tensors on the base's device, of a file with this hash that the function reads; by default they
-                are read and moved.
+                are read and moved. Those of a stage (`KnowledgeModule.stage_of`) may be on their way still.
 
         Raises:
             UnknownModuleError: the store does not hold it.
@@ -334,8 +340,10 @@ class Store(StoreBase):
         digest = manifest.files[WEIGHTS]
         expected = digest if verify else None
         on_disk = kind.is_table if row_cache is not None else _no_table
+        arriving: Arriving | None = None
         if row_cache is None and bring is not None:
-            tensors = bring(digest, lambda: read_tensors(Path(where), sha256=expected))
+            stage_of = functools.partial(kind.stage_of, base, config)
+            tensors, arriving = bring(digest, lambda: read_tensors(Path(where), sha256=expected), stage_of)
         elif row_cache is None:
             tensors = read_tensors(Path(where), sha256=expected)
         else:
@@ -356,7 +364,7 @@ class Store(StoreBase):
             module.memory.require_numbers(where)
             module.memory.text = RecalledText.open(stored.folder, stored.text_files, base.vocab_size, verify=verify)
             digest = sha256("\n".join([digest, *stored.text_files.values()]).encode()).hexdigest()
-        module.identity = f"{name}@{stored.version}:{digest}"
+        module.identity, module.arriving = f"{name}@{stored.version}:{digest}", arriving
         return module
 
     # The router's files
