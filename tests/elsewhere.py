@@ -8,7 +8,7 @@ processor's. What this cannot show is what kernels do: numbers, their order, wha
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_leaves
 
 from growlm.engine import host_tier
+from growlm.engine.arrival import Arrival, Piece
 from growlm.layers import kernels
 
 THERE = torch.device("cuda", 0)
@@ -183,7 +184,7 @@ def pretended() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, modes():
         patch.setattr(torch.backends.cuda, "is_built", lambda: True)
         patch.setattr(kernels, "available", lambda device: False)  # Triton needs a real one
-        patch.setattr(host_tier, "copied_beside", lambda buffer, device: buffer.to(device))  # has no streams
+        patch.setattr(host_tier, "copied_beside", copied_late)
         patch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
         for name, answer in _ANSWERS.items():
             patch.setattr(torch.cuda, name, answer)
@@ -192,6 +193,37 @@ def pretended() -> Iterator[None]:
             patch.setattr(torch, name, _of_the_processor(getattr(torch, name)))
         patch.setattr(threading.Thread, "run", run_in_it)
         yield
+
+
+class Late:
+    """The place behind copies that are made where it is waited for, and not before: the latest that a GPU may be."""
+
+    def __init__(self, copies: Sequence[Callable[[], object]]) -> None:
+        self._copies, self._made = copies, False
+
+    def query(self) -> bool:
+        return self._made
+
+    def wait(self) -> None:
+        if not self._made:
+            for copy in self._copies:
+                copy()
+        self._made = True
+
+
+def copied_late(
+    buffer: Tensor, pieces: Sequence[Piece], device: torch.device, marks: list[Late] | None = None
+) -> tuple[Tensor, Arrival]:
+    """As `arrival.copied_beside`. What has not come yet are bytes that make no numbers."""
+    there, copies, found = torch.full_like(buffer, 0xFF, device=device), [], []
+    for piece in pieces:
+        for start, end in piece.places:
+            copies.append(lambda at=slice(start, end): there[at].copy_(buffer[at]))
+        found.append((piece.stage, Late(tuple(copies))))
+    found[0][1].wait()
+    if marks is not None:
+        marks.extend(mark for _, mark in found)
+    return there, Arrival([(stage, mark) for stage, mark in found[1:] if stage is not None])
 
 
 class _Generator(torch.Generator):

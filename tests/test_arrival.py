@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from elsewhere import Late, copied_late
 from growlm.base.rooms import Rooms
 from growlm.engine import host_tier
-from growlm.engine.arrival import Arrival, Piece, pieces_of
+from growlm.engine.arrival import pieces_of
 from growlm.engine.host_tier import HostTier
 from growlm.engine.runner import Runner, Work
 from growlm.modules import ModuleSet
@@ -32,38 +34,11 @@ MODULES: dict[str, dict[str, Any]] = {
 }
 
 
-class Late:
-    """The place behind a copy that is made where it is waited for, and not before."""
-
-    def __init__(self, copies: Sequence[Callable[[], object]]) -> None:
-        self._copies, self._made = copies, False
-
-    def query(self) -> bool:
-        return self._made
-
-    def wait(self) -> None:
-        if not self._made:
-            for copy in self._copies:
-                copy()
-        self._made = True
-
-
 @pytest.fixture
 def late(monkeypatch) -> list[Late]:
     """The marks of all copies, whose bytes are numbers that are none until they are waited for."""
     marks: list[Late] = []
-
-    def copied_beside(buffer: Tensor, pieces: Sequence[Piece], device: torch.device) -> tuple[Tensor, Arrival]:
-        there, copies, found = torch.full_like(buffer, 0xFF), [], []
-        for piece in pieces:
-            for start, end in piece.places:
-                copies.append(lambda at=slice(start, end): there[at].copy_(buffer[at]))
-            found.append((piece.stage, Late(tuple(copies))))
-        found[0][1].wait()
-        marks.extend(mark for _, mark in found)
-        return there, Arrival([(stage, mark) for stage, mark in found[1:] if stage is not None])
-
-    monkeypatch.setattr(host_tier, "copied_beside", copied_beside)
+    monkeypatch.setattr(host_tier, "copied_beside", partial(copied_late, marks=marks))
     monkeypatch.setattr("growlm.engine.arrival._PIECE", 1)
     return marks
 
