@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from elsewhere import Late, copied_late
+from elsewhere import Late, copied_late, pretended
 from growlm.base.rooms import Rooms
-from growlm.engine import host_tier
+from growlm.engine import Engine, host_tier
 from growlm.engine.arrival import pieces_of
 from growlm.engine.host_tier import HostTier
 from growlm.engine.runner import Runner, Work
@@ -101,6 +101,19 @@ def test_whoever_runs_a_module_by_himself_waits_for_all_of_it(store, late):
     for name in ("blocks", "lora", "peer", "experts"):
         wanted = bring(store, base, [name]).logits(ids)
         assert torch.equal(bring(store, base, [name], HostTier(CPU, 0)).logits(ids), wanted)
+
+
+def test_an_engine_answers_at_once_from_what_has_just_begun_to_come(store):
+    def answers(engine: Engine) -> dict[str, list[int]]:
+        return {
+            name: engine.generate(f"abc {number}", module=name, temperature=0, max_new_tokens=6).tokens
+            for number, name in enumerate(MODULES)
+        }
+
+    with Engine(store) as engine:
+        wanted = answers(engine)
+    with pretended(), Engine(store, device="cuda") as engine:
+        assert answers(engine) == wanted
 
 
 @given(
