@@ -23,7 +23,8 @@ from growlm.base.rooms import Rooms
 from growlm.engine import AUTO, Engine, Generation
 from growlm.engine.fetching import Fetcher
 from growlm.engine.kv import BLOCK
-from growlm.engine.module_cache import Found, ModuleCache
+from growlm.engine.module_cache import ModuleCache
+from growlm.engine.resident import Found
 from growlm.engine.runner import Runner, Work
 from growlm.engine.workspace import Watch as Allocations
 from growlm.engine.workspace import workspace_bytes
@@ -578,11 +579,20 @@ def test_a_batch_begins_with_what_is_in_memory(home, monkeypatch, wanted):
 # The module cache by itself
 
 
+class Named(str):
+    """What stands for a module."""
+
+    __slots__ = ()
+
+    def arrive(self) -> None:
+        pass
+
+
 def cache_of(budget: int | None, sizes: dict[str, int], loads: list[str] | None = None) -> ModuleCache:
     def load(name: str):
         if loads is not None:
             loads.append(name)
-        return name
+        return Named(name)
 
     def find(name: str) -> Found:
         if sizes[name] < 0:

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from growlm.base.rooms import Rooms
 from growlm.engine.account import Account, Footprint
 from growlm.engine.answers import Answer
-from growlm.engine.module_cache import Found, ModuleCache
+from growlm.engine.module_cache import ModuleCache
 from growlm.engine.request import Request, State
+from growlm.engine.resident import Found
 from growlm.engine.sampling import SamplingConfig
 from growlm.engine.scheduler import PATIENCE, Scheduler
 from growlm.errors import BudgetError, UnknownModuleError

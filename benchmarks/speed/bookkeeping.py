@@ -35,7 +35,8 @@ from benchmarks.speed.store_scale import fill
 from growlm import router
 from growlm.disk.files import sha256_file, write_atomic
 from growlm.engine import Engine
-from growlm.engine.module_cache import Found, ModuleCache
+from growlm.engine.module_cache import ModuleCache
+from growlm.engine.resident import Found
 from growlm.modules.lora import Lora
 from growlm.modules.shapes import LoraConfig
 from growlm.router import ProductKeyRouter

@@ -37,8 +37,9 @@ from benchmarks.lib.planning import shares
 from growlm.disk.files import write_atomic
 from growlm.engine.account import Account, Footprint
 from growlm.engine.answers import Answer
-from growlm.engine.module_cache import Found, ModuleCache
+from growlm.engine.module_cache import ModuleCache
 from growlm.engine.request import Request
+from growlm.engine.resident import Found
 from growlm.engine.sampling import SamplingConfig
 from growlm.engine.scheduler import Scheduler
 from growlm.progress import reporting, track

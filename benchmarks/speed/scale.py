@@ -33,7 +33,7 @@ from benchmarks.lib.common import machine
 from benchmarks.lib.planning import BASES, Machine, Plan, copies, hit_rate, separation, shares, taken_for_one
 from benchmarks.speed import fleet
 from growlm.disk.files import write_atomic
-from growlm.engine.module_cache import Found, Resident
+from growlm.engine.resident import Found, Resident
 from growlm.router import load_router
 from growlm.router.cells import squared_distances
 from growlm.router.gaussian import GaussianRouter

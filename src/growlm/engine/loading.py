@@ -7,7 +7,7 @@ from pathlib import Path
 
 from growlm.base import Base
 from growlm.engine.host_tier import HostTier
-from growlm.engine.module_cache import Found
+from growlm.engine.resident import Found
 from growlm.errors import IntegrityError, UnknownModuleError
 from growlm.layers.thin import allow_thin_products
 from growlm.modules import KnowledgeModule

@@ -14,68 +14,20 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from growlm.engine.fetching import Fetcher
-from growlm.errors import BudgetError, GrowlmError, UnknownModuleError, setting
+from growlm.engine.fitting import Room
+from growlm.engine.resident import Found, Resident
+from growlm.errors import GrowlmError, UnknownModuleError
 from growlm.modules import KnowledgeModule
-from growlm.units import format_size
 
 if TYPE_CHECKING:
     from growlm.store import StoredModule
 
 
 _TENDED = 1.0  # seconds between two looks at whether others hang
-
-
-@dataclass(frozen=True)
-class Found:
-    """One version of a module on the disk.
-
-    Attributes:
-        stored: which.
-        bytes: what it takes once loaded.
-        load: reads exactly this one.
-        mark: tells it from any other.
-    """
-
-    stored: StoredModule
-    bytes: int
-    load: Callable[[], KnowledgeModule]
-    mark: Any = None
-
-
-@dataclass(eq=False)
-class Resident:
-    """One version of a module in memory, or on its way there.
-
-    Attributes:
-        found: which.
-        future: the module, once it has been read.
-        pins: how often it is held.
-        used: when it was let go of last; None for never.
-        retired: whether the disk has another version by now: it goes as soon as nobody holds it.
-    """
-
-    found: Found
-    future: Future[KnowledgeModule]
-    pins: int = 0
-    used: float | None = None
-    retired: bool = False
-
-    @property
-    def read(self) -> bool:
-        """Whether it is there, or could not be read."""
-        return self.future.done()
-
-    def module(self) -> KnowledgeModule:
-        """The module, which must have been read.
-
-        Raises:
-            What it could not be read for.
-        """
-        return self.future.result()
 
 
 @dataclass
@@ -111,11 +63,10 @@ class ModuleCache:
         held: Callable[[], int] = lambda: 0,
         make_way: Callable[[], None] = lambda: None,
     ) -> None:
-        self._budget, self._held, self._make_way = budget, held, make_way
+        self._room, self._held, self._make_way = Room(budget, reserved, hint), held, make_way
         self._idle = idle
         self._kept: set[str] = set()
         self._find = find
-        self._reserved, self._hint = reserved, hint
         self._resident: OrderedDict[str, Resident] = OrderedDict()
         self._retired: list[Resident] = []  # held by those who began with them
         self._lock = threading.Condition()
@@ -160,40 +111,13 @@ class ModuleCache:
         Raises:
             BudgetError: they do not fit together; nothing has changed.
         """
-        if self._budget is None:
+        if self._room.num_bytes is None:
             return True
         with self._lock:
-            pinned = sorted(name for name in self._kept - set(names) if name in self._resident)
-            room = self._budget - beside - sum(self._resident[name].found.bytes for name in pinned)
+            pinned = {n: self._resident[n].found.bytes for n in self._kept - set(names) if n in self._resident}
             sizes = {name: self.found(name).bytes for name in names}
-            smaller = self._smaller_on_disk(sizes) if sum(sizes.values()) > room else {}
-            replaced: list[str] = []
-            for name in sorted(smaller, key=lambda n: smaller[n] - sizes[n]):
-                if sum(sizes.values()) <= room:
-                    break
-                sizes[name] = smaller[name]
-                replaced.append(name)
-            if sum(sizes.values()) > room:
-                text = f"keys and values of this text {format_size(beside)}" if beside else ""
-                listed = ", ".join([*(f"{n} {format_size(b)}" for n, b in sizes.items()), *[text] * bool(beside)])
-                what = (
-                    "does not fit"
-                    if not beside and len(sizes) == 1
-                    else "do not fit"
-                    if not sizes
-                    else "do not fit together"
-                )
-                stay = f", less what is pinned ({', '.join(pinned)})" if pinned else ""
-                shorter = (
-                    f", or ask for fewer tokens with {setting('max_new_tokens')}"
-                    if beside and room + beside >= sum(sizes.values())
-                    else ""
-                )
-                raise BudgetError(
-                    f"{listed} {what}: {format_size(self._budget)} are left for modules, keys and values"
-                    f"{self._reserved}{stay}; raise --memory by at least {format_size(sum(sizes.values()) - room)}"
-                    f"{shorter}{self._hint}"
-                )
+            over = sum(sizes.values()) + beside + sum(pinned.values()) > self._room.num_bytes
+            replaced = self._room.fitted(sizes, self._smaller_on_disk(sizes) if over else {}, beside, pinned)
             if waits:
                 self._settle(replaced)
             elif not all(self._resident[name].read for name in replaced):
@@ -259,7 +183,7 @@ class ModuleCache:
         with self._lock:
             missing = [name for name in names if name not in self._resident and name not in mine]
             current = {name: self._find(name) for name in missing}
-            if self._budget is not None:
+            if self._room.num_bytes is not None:
                 needed = sum(found.bytes for found in current.values())
                 spare = sum(self._resident[name].found.bytes for name in self._evictable(set(names)))
                 if self._free() + spare < needed:
@@ -343,7 +267,7 @@ class ModuleCache:
     def set_budget(self, budget: int | None, reserved: str) -> None:
         """Another budget from now on, and what the rest is for; what is over it and not in use goes."""
         with self._lock:
-            self._budget, self._reserved = budget, reserved
+            self._room = replace(self._room, num_bytes=budget, reserved=reserved)
             for name in self._evictable(set()):
                 if budget is None or self._free() >= 0:
                     break
@@ -476,11 +400,11 @@ class ModuleCache:
         return sum(resident.found.bytes for resident in (*self._resident.values(), *self._retired))
 
     def _free(self) -> int:
-        assert self._budget is not None
-        return self._budget - self._held() - self._taken()
+        assert self._room.num_bytes is not None
+        return self._room.num_bytes - self._held() - self._taken()
 
     def _make_room(self, needed: int, keep: set[str]) -> None:
-        if self._budget is None:
+        if self._room.num_bytes is None:
             return
         free = self._free()
         candidates = self._evictable(keep)
@@ -490,12 +414,7 @@ class ModuleCache:
             late = keep | self.hanging()
             waiting = [n for n in self._unused() if n not in late and not self._resident[n].read]
             if not waiting:
-                pinned = ", ".join(sorted(set(self._resident) - set(self._unused()))) or "none"
-                raise BudgetError(
-                    f"{format_size(needed)} more do not fit: {format_size(self._budget)} are left for modules, keys "
-                    f"and values{self._reserved}, in use are: {pinned}, and {format_size(self._held())} of keys and "
-                    "values; raise --memory"
-                )
+                raise self._room.taken(needed, self._held(), set(self._resident) - set(self._unused()))
             self._settle(waiting)
             self._make_room(needed, keep)
             return

@@ -20,7 +20,7 @@ from growlm.engine.sampling import Sampler, SamplingConfig, TokenLogprob
 from growlm.router import Route
 
 if TYPE_CHECKING:
-    from growlm.engine.module_cache import Resident
+    from growlm.engine.resident import Resident
     from growlm.modules import ModuleSet
 
 Names = tuple[str, ...]  # the modules that are active for a request, in their order; none for the base

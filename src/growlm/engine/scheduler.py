@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from growlm.engine.account import Account, Footprint
-from growlm.engine.module_cache import ModuleCache, Resident
+from growlm.engine.module_cache import ModuleCache
 from growlm.engine.request import Names, Request, State
+from growlm.engine.resident import Resident
 
 PATIENCE = 64  # later requests that may be admitted while one waits for room
 MOST_TOKENS = 512  # of a prompt in a pass, where nobody else waits for it
