@@ -195,6 +195,9 @@ def pretended() -> Iterator[None]:
         yield
 
 
+_STREAM = object()
+
+
 class Late:
     """The place behind copies that are made where it is waited for, and not before: the latest that a GPU may be."""
 
@@ -204,7 +207,8 @@ class Late:
     def query(self) -> bool:
         return self._made
 
-    def wait(self) -> None:
+    def wait(self, stream: object) -> None:
+        assert stream is _STREAM
         if not self._made:
             for copy in self._copies:
                 copy()
@@ -220,10 +224,10 @@ def copied_late(
         for start, end in piece.places:
             copies.append(lambda at=slice(start, end): there[at].copy_(buffer[at]))
         found.append((piece.stage, Late(tuple(copies))))
-    found[0][1].wait()
+    found[0][1].wait(_STREAM)
     if marks is not None:
         marks.extend(mark for _, mark in found)
-    return there, Arrival([(stage, mark) for stage, mark in found[1:] if stage is not None])
+    return there, Arrival([(stage, mark) for stage, mark in found[1:] if stage is not None], lambda: _STREAM)
 
 
 class _Generator(torch.Generator):

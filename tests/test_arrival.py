@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import elsewhere
 from elsewhere import Late, copied_late, pretended
 from growlm.base.rooms import Rooms
 from growlm.engine import Engine, host_tier
-from growlm.engine.arrival import pieces_of
+from growlm.engine.arrival import Arrival, pieces_of
 from growlm.engine.host_tier import HostTier
 from growlm.engine.runner import Runner, Work
 from growlm.modules import ModuleSet
@@ -114,6 +115,39 @@ def test_an_engine_answers_at_once_from_what_has_just_begun_to_come(store):
         wanted = answers(engine)
     with pretended(), Engine(store, device="cuda") as engine:
         assert answers(engine) == wanted
+
+
+def test_texts_that_are_being_answered_wait_for_no_weights_of_another(store, monkeypatch):
+    passes, marks = [], []
+    monkeypatch.setattr(elsewhere, "copied_late", partial(copied_late, marks=marks))
+    with pretended(), Engine(store, device="cuda") as engine:
+        run = engine._loop.runner.run
+        monkeypatch.setattr(engine._loop.runner, "run", lambda works: passes.append(len(works)) or run(works))
+        first = engine.stream("abc", module=None, temperature=0, max_new_tokens=8)
+        next(first)
+        other = engine.submit("abc", module="lora", temperature=0, max_new_tokens=2)
+        for _ in first:
+            assert not any(mark.query() for mark in marks[1:])
+        while engine.step():
+            pass
+    assert max(passes) == 1
+    with Engine(store) as engine:
+        assert engine.generate("abc", module="lora", temperature=0, max_new_tokens=2).tokens == other.answer.tokens
+
+
+def test_each_device_waits_by_a_stream_of_its_own():
+    asked: list[object] = []
+
+    class Mark:
+        def query(self) -> bool:
+            return False
+
+        def wait(self, stream: object) -> None:
+            asked.append(stream)
+
+    marks = [Mark(), Mark()]
+    assert not Arrival([(0, marks[0]), (2, marks[1])], lambda: "of the second device").wait(1)
+    assert asked == ["of the second device"]
 
 
 @given(

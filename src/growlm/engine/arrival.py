@@ -1,8 +1,9 @@
 """Arrival: a module's weights on their way to a GPU, in the order in which a pass reads them.
 
 They are copied in pieces, on a stream beside that of the engine's passes. A pass waits for those that its next layer
-reads, and it waits on the GPU: what runs before runs while they are copied, the first prompt's own layers among it.
-Knows bytes and stages; nothing of modules.
+reads, and it waits on the GPU: what runs before runs while they are copied, the first prompt's own layers among it. A
+pass that others share would hold these up: who shares one joins it once all are there. Knows bytes and stages; nothing
+of modules.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ class Mark(Protocol):
 
     def query(self) -> bool: ...
 
-    def wait(self) -> None: ...
+    def wait(self, stream: Any) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -52,19 +53,26 @@ class Arrival:
     Args:
         marks: of each piece, in the order in which they come: the first stage that reads of it, and the place behind
             its copy.
+        stream: gives the one that computes with them: of their device, which need not be the thread's.
     """
 
-    def __init__(self, marks: Sequence[tuple[int, Mark]]) -> None:
-        self._left = list(marks)
+    def __init__(self, marks: Sequence[tuple[int, Mark]], stream: Callable[[], Any]) -> None:
+        self._left, self._stream = list(marks), stream
+
+    def there(self) -> bool:
+        """Whether all have come."""
+        self._left = [(first, mark) for first, mark in self._left if not mark.query()]
+        return not self._left
 
     def wait(self, stage: int | None) -> bool:
-        """What the current stream does from now on begins once the pieces are there that are read up to a stage; by
-        default, all. Returns whether all are there by now."""
-        self._left = [(first, mark) for first, mark in self._left if not mark.query()]
+        """What is computed from now on begins once the pieces are there that are read up to a stage; by default, all.
+        Returns whether all are there by now."""
+        if self.there():
+            return True
         wanted = [mark for first, mark in self._left if stage is None or first <= stage]
         if wanted:
-            wanted[-1].wait()  # those before it are there by then
-        return not self._left
+            wanted[-1].wait(self._stream())  # those before it are there by then
+        return False
 
 
 def pieces_of(tensors: Mapping[str, Tensor], start: int, stage_of: StageOf) -> list[Piece]:
@@ -103,7 +111,8 @@ def copied_beside(buffer: Tensor, pieces: Sequence[Piece], device: torch.device)
         there.record_stream(torch.cuda.default_stream(device))
         marks[0].synchronize()  # of the thread that reads modules alone
     rest = zip(pieces[1:], marks[1:], strict=True)
-    return there, Arrival([(piece.stage, mark) for piece, mark in rest if piece.stage is not None])
+    left = [(piece.stage, mark) for piece, mark in rest if piece.stage is not None]
+    return there, Arrival(left, functools.partial(torch.cuda.current_stream, device))
 
 
 @functools.cache

@@ -215,7 +215,8 @@ class Loop:
             self._make_way()
         for request in admitted:
             self._with(request, self.reading.begin)
-        for request in [r for r in self.scheduler.active if r.arrived]:
+        shared = any(request.unread for request in self.scheduler.active)
+        for request in [r for r in self.scheduler.active if r.arrived and (r.here or not shared)]:
             self._with(request, self._start)
         if self.drafts:
             self._draft()

@@ -160,6 +160,11 @@ class Request:
             and all(load.read for load in self.loads.values())
         )
 
+    @property
+    def here(self) -> bool:
+        """Whether all weights of its modules are where they are used."""
+        return all(load.here for load in (self.loads or {}).values())
+
     def take_back(self, tokens: int) -> None:
         """Its newest so many tokens were drafts that did not come true."""
         self.read -= tokens

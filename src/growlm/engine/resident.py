@@ -54,6 +54,14 @@ class Resident:
         """Whether it is there, or could not be read."""
         return self.future.done()
 
+    @property
+    def here(self) -> bool:
+        """Whether all of it is on its device, or could not be read."""
+        if not self.future.done() or self.future.cancelled() or self.future.exception() is not None:
+            return self.future.done()
+        arriving = self.future.result().arriving
+        return arriving is None or arriving.there()
+
     def module(self) -> KnowledgeModule:
         """The module, which must have been read.
 

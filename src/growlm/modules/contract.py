@@ -27,6 +27,9 @@ _made = itertools.count()  # modules in the order in which this process made the
 class Arriving(Protocol):
     """Weights on their way to the device that they are used on."""
 
+    def there(self) -> bool:
+        """Whether all have come."""
+
     def wait(self, stage: int | None) -> bool:
         """What is computed from now on begins once the weights are there that are read up to one of the base's stages;
         by default, all. Returns whether all are there by now."""
@@ -84,7 +87,8 @@ class KnowledgeModule(nn.Module, ABC):
     def arrive(self, stage: int | None = None) -> None:
         """Has what is computed from now on wait for those of the weights that are read up to a stage, and are on their
         way; by default, for all."""
-        if self.arriving is not None and self.arriving.wait(stage):
+        arriving = self.arriving
+        if arriving is not None and arriving.wait(stage):
             self.arriving = None
 
     @classmethod
