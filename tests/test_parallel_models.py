@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import traceback
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
+from growlm.cli.launching import GONE
 from growlm.disk.tensors import read_tensors
+from growlm.errors import StoreError
+from growlm.training.checkpoint_parts import write_parts
 from servers import wait_for
-from test_parallel import children, environment
+from test_parallel import children, environment, ranks, told
 from test_server_jobs import text_of
 
 OPTIONS = ["--separator", "\\n\\n", "--sequence-length", "64", "--batch-size", "4", "--precision", "float32", "--json"]
@@ -80,6 +87,80 @@ def test_the_best_step_of_a_model_in_parts_is_kept_and_gradients_are_clipped_tog
     assert whole[0]["best_step"] == parts[0]["best_step"] < parts[0]["steps"]
     for key, tensor in whole[1].items():
         torch.testing.assert_close(parts[1][key], tensor, rtol=1e-4, atol=1e-5)
+
+
+DIES = """
+import os, runpy, sys
+import torch.distributed.checkpoint as dcp
+from growlm.training import parallel, sharding
+where, kind = {
+    "gradients": (sharding, "_reduce_scatter"), "norm": (parallel.Ranks, "total"), "checkpoint": (dcp, "save"),
+}[sys.argv.pop(1)]
+real, times = getattr(where, kind), [0]
+def dies(*given, **named):
+    times[0] += 1
+    if times[0] == 2:
+        os.kill(os.getpid(), 9)
+    return real(*given, **named)
+if os.environ["RANK"] == "1":
+    setattr(where, kind, dies)
+runpy.run_module("growlm", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("where", ["gradients", "norm", "checkpoint"])
+def test_a_rank_that_dies_where_parts_are_exchanged_leaves_one_line(text, where):
+    options = ["--preset", "peer-tiny", "--tokens", "2000", PARTS, "--checkpoint-seconds", "0"]
+    asked = command(text, "pretrain", "out", *options)[3:]
+    (status, _, said), (killed, *_) = told(ranks([[sys.executable, "-c", DIES, where, *asked]] * 2))
+    assert (status, killed) == (GONE, -signal.SIGKILL)
+    assert "Traceback" not in said
+    assert said.strip().splitlines()[-1].startswith("growlm: another rank has ended or cannot be reached")
+
+
+def test_what_a_run_of_parts_goes_on_from_is_what_the_first_rank_had(text):
+    """Statistics of a batch are each rank's own."""
+    options = ["--preset", "peer-tiny", "--tokens", "1500", "--devices", "2", PARTS]
+    _, whole = trained(text, "pretrain", "whole", *options)
+    begun = [*command(text, "pretrain", "out", *options, "--checkpoint-seconds", "0")]
+    with subprocess.Popen(begun, stderr=subprocess.PIPE, text=True, start_new_session=True) as run:
+        wait_for(lambda: list(text.parent.glob(".out-*/checkpoint.json")), 60)
+        os.killpg(run.pid, signal.SIGTERM)
+        _, said = run.communicate(timeout=60)
+    assert re.search(r"growlm: stopped after step \d+ of \d+", said), said
+    _, resumed = trained(text, "pretrain", "out", *options)
+    assert all(torch.equal(tensor, resumed[key]) for key, tensor in whole.items())
+
+
+class Alone:
+    """What `Ranks` is to who writes parts by himself."""
+
+    rank, first = 0, True
+
+    def of_all(self, value: object) -> list[object]:
+        return [value]
+
+
+@pytest.mark.parametrize(
+    ("cause", "error"),
+    [
+        (OSError(28, "No space left on device"), StoreError),
+        (RuntimeError("unexpected pos 704 vs 598"), StoreError),  # as torch's writer has it
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (PermissionError("not yours"), PermissionError),
+    ],
+)
+def test_what_goes_wrong_while_parts_are_written_is_told_and_leaves_nothing(tmp_path, monkeypatch, cause, error):
+    def save(tensors: object, *, checkpoint_id: Path) -> None:
+        checkpoint_id.mkdir()
+        (checkpoint_id / "__0_0.distcp").write_bytes(b"half")
+        raise dcp.CheckpointException("write", {0: (cause, traceback.extract_stack())})
+
+    monkeypatch.setattr(dcp, "save", save)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=100))
+    with pytest.raises(error, match=None if error is not StoreError else r"no room to write 400 bytes \(100 free"):
+        write_parts(tmp_path / "step-1", {"a": torch.zeros(100)}, Alone())  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_in_parts_goes_on_from_the_parts_of_its_checkpoint(text):

@@ -164,19 +164,18 @@ def _windows(
 
 def _begun_rows(stream: np.ndarray, begin: np.ndarray, sequence_length: int, max_tokens: int | None) -> np.ndarray:
     """Rows (N, T + 1) that each begin with the start token, one of the stream's own where it stands there."""
-    most = len(stream) if max_tokens is None else max_tokens // sequence_length
-    rows: list[np.ndarray] = []
-    at = 0
-    while len(rows) < most:
-        own = begin[: 0 if at < len(stream) and stream[at] == begin[0] else None]
-        taken = sequence_length + 1 - len(own)
+    most = (len(stream) if max_tokens is None else max_tokens) // sequence_length
+    found = np.empty((most, sequence_length + 1), dtype=stream.dtype)
+    row = at = 0
+    while row < most:
+        own = 0 if at < len(stream) and stream[at] == begin[0] else 1
+        taken = sequence_length + 1 - own
         if at + taken > len(stream):
             break
-        rows.append(np.concatenate([own, stream[at : at + taken]]))
-        at += taken
-    found = np.stack(rows)
+        found[row, :own], found[row, own:] = begin[:own], stream[at : at + taken]
+        row, at = row + 1, at + taken
     found.flags.writeable = False
-    return found
+    return found[:row]
 
 
 def _rows(

@@ -6,6 +6,7 @@ so that nothing is read before its bytes are known to be those that were written
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import shutil
 from collections.abc import Callable, Mapping
@@ -29,14 +30,14 @@ def write_parts(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> st
         StoreError: no room for them.
         RankError: another rank has ended.
     """
-    if ranks.first:
-        shutil.rmtree(folder, ignore_errors=True)  # half written by a run that was killed
-    ranks.of_all(None)
+    ranks.of_all(None)  # the first has made room
     try:
         with peers():
             dcp.save({name: t.detach() for name, t in tensors.items()}, checkpoint_id=folder)
     except dcp.CheckpointException as error:
-        raise _cause(error, folder, sum(t.nbytes for t in tensors.values())) from error
+        if ranks.first:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise _cause(error, folder, sum(_own(t).nbytes for t in tensors.values())) from error
     return _digest(folder, ranks)
 
 
@@ -81,11 +82,21 @@ def _digest(folder: Path, ranks: Ranks) -> str:
     return hashlib.sha256(repr(told).encode()).hexdigest()
 
 
-def _cause(error: dcp.CheckpointException, folder: Path, num_bytes: int) -> Exception:
+def _cause(error: dcp.CheckpointException, folder: Path, num_bytes: int) -> BaseException:
     """What failed on a rank, as it would have been said there."""
     causes = [wrapped[0] for wrapped in error.failures.values()]
     for cause in causes:
-        if isinstance(cause, OSError):
-            raise_if_full(cause, folder, num_bytes)
-    first = next(iter(causes), error)
-    return first if isinstance(first, Exception) else RuntimeError(str(first))
+        if not isinstance(cause, Exception):
+            return cause  # Ctrl-C
+        full = OSError(errno.ENOSPC, str(cause))  # torch's writer says "unexpected pos", and not why
+        written_short = isinstance(cause, RuntimeError) and _full(folder, num_bytes)
+        raise_if_full(full if written_short else cause, folder, num_bytes)
+    return next(iter(causes), error)
+
+
+def _full(folder: Path, num_bytes: int) -> bool:
+    return shutil.disk_usage(folder if folder.exists() else folder.parent).free < num_bytes
+
+
+def _own(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

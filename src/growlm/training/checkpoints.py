@@ -103,9 +103,12 @@ def save(
         tensors[f"parameter.{name}"] = p
         for key, value in optimizer.state[p].items():
             tensors[f"{key}.{name}"] = value
-    for name, buffer in buffers.items():
-        tensors[f"buffer.{name}"] = buffer
+    if ranks.first:  # others may have seen other rows, and go on from the first one's
+        tensors |= {f"buffer.{name}": buffer for name, buffer in buffers.items()}
     folder.mkdir(parents=True, exist_ok=True)
+    if ranks.first:  # half written by a run that was killed
+        kept = _pointer(folder)
+        _remove_others(folder, kept.file if kept else "")
     if parted:
         from growlm.training.checkpoint_parts import write_parts
 
@@ -117,9 +120,14 @@ def save(
     if ranks.first:
         # The pointer is written last: what it names is complete.
         write_atomic(folder / _POINTER, json.dumps(asdict(_Pointer(step, seconds, file, digest))).encode())
-        for old in folder.glob("step-*"):
-            if old.name != file:
-                shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+        _remove_others(folder, file)
+
+
+def _remove_others(folder: Path, kept: str) -> None:
+    """All checkpoints but one."""
+    for old in folder.glob("step-*"):
+        if old.name != kept:
+            shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
 
 
 @torch.no_grad()
@@ -166,11 +174,11 @@ def restore(
                 states[name][key] = tensor
         for name, p in parameters.items():
             p.copy_(tensors.pop(f"parameter.{name}"))
-            if states[name]:
-                optimizer.load_parameter_state(p, states[name])
+            if name in states:
+                optimizer.load_parameter_state(p, states.pop(name), copied=not parted)
         for name, buffer in buffers.items():
             buffer.copy_(tensors[f"buffer.{name}"])
-    except (IntegrityError, KeyError, RuntimeError, ValueError) as error:
+    except (IntegrityError, KeyError, RuntimeError, ValueError, OSError) as error:
         raise damaged(path) from error
     return pointer.step, pointer.seconds
 

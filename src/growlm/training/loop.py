@@ -109,7 +109,7 @@ def train(
                     own += float(loss.detach())
             value, stopping = ranks.add_up(list(parameters.values()), own, stop.is_set())
             require_finite(f"the loss at step {done + 1} of {num_steps}", value)
-            norm = clip_gradients(parameters.values(), config.clip or math.inf)
+            norm = clip_gradients(parameters.values(), config.clip or math.inf, ranks.total)
             require_finite(f"the gradient's norm at step {done + 1} of {num_steps}", float(norm))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

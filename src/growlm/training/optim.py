@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, overload
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -179,8 +178,11 @@ class RowAdamW(torch.optim.AdamW):
                 self.load_parameter_state(p, tables[i])
 
     @torch.no_grad()
-    def load_parameter_state(self, p: nn.Parameter, tensors: Mapping[str, Tensor]) -> None:
-        """Goes on from one parameter's state, which is copied; of a table only the rows that were ever read.
+    def load_parameter_state(self, p: nn.Parameter, tensors: Mapping[str, Tensor], *, copied: bool = True) -> None:
+        """Goes on from one parameter's state; of a table only the rows that were ever read.
+
+        Args:
+            copied: False takes the tensors over where they are on the parameter's device, and are nobody else's.
 
         Raises:
             ValueError: it is the state of a parameter of another shape.
@@ -192,7 +194,7 @@ class RowAdamW(torch.optim.AdamW):
             if not fits:
                 raise ValueError(f"{key} is {tuple(tensor.shape)}, which is no state of a parameter {tuple(p.shape)}")
             if read is None:
-                state[key] = tensor.to(p.device, copy=True)
+                state[key] = tensor.to(p.device, copy=copied)
             else:
                 state[key] = untouched_zeros(tuple(tensor.shape), tensor.dtype, p.device)
                 for part in read.split(_rows_at_a_time(tensor)):
@@ -312,9 +314,14 @@ def rows_of(gradient: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+def clip_gradients(
+    parameters: Iterable[nn.Parameter], max_norm: float, total: Callable[[Tensor], Tensor] = lambda own: own
+) -> Tensor:
     """Scales all gradients, those of tables included, so that their norm together is at most `max_norm`. Of gradients
     in parts, each rank scales its own.
+
+    Args:
+        total: the sum over ranks of what each has, in place.
 
     Returns:
         The norm that they had.
@@ -335,9 +342,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     gradients = wholes + own
     wide = [_norm(g) for g in wholes if g.numel()]
     if parted:
-        squares = torch.stack([_norm(g).square() for g in own]).sum()
-        dist.all_reduce(squares, group=parted[0].device_mesh.get_group())
-        wide.append(squares.sqrt())
+        wide.append(total(torch.stack([_norm(g).square() for g in own]).sum()).sqrt())
     if not wide:
         return torch.zeros(())
     norm = torch.linalg.vector_norm(torch.stack([w.to(wide[0].device) for w in wide]))

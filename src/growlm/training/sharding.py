@@ -12,6 +12,7 @@ their parts (`Ranks.calls`). Knows a base and ranks; nothing of modules or of tr
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,7 @@ from growlm.training.parallel import Ranks, peers
 
 # As it is called from torch 2.13 on, or before.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class _Gather:
@@ -47,10 +49,24 @@ class _Gather:
             return _all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
 
 
+class _Scatter:
+    """How gradients of a layer are summed, each rank's part of them, as `FSDPModule.set_custom_reduce_scatter` takes
+    it."""
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+    ) -> dist.Work | None:
+        with peers():
+            return _reduce_scatter(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
+
+
 def parallelize(base: Base, placement: Placement, ranks: Ranks) -> None:
     """Moves a base from main memory to this rank's device, in place: all of it but its layers, and its part of these.
 
-    Frozen weights get the dtype of the placement, trained ones keep theirs. What is computed is what the whole base
+    Frozen weights get the dtype of the placement, trained ones keep theirs. What a layer computes is what the whole one
     computes, to the bit. The gradient of a trained layer is the sum of all ranks', of which each has its part.
 
     Args:
@@ -68,6 +84,7 @@ def parallelize(base: Base, placement: Placement, ranks: Ranks) -> None:
         layer.set_gradient_divide_factor(1)  # a rank's loss is weighted by its share already
         layer.set_force_sum_reduction_for_comms(True)  # gloo has no other
         layer.set_custom_all_gather(_Gather(ranks, number))  # type: ignore[arg-type]
+        layer.set_custom_reduce_scatter(_Scatter())  # type: ignore[arg-type]
         # Of itself, which is none: by default it would be of what ran before, which of rank 0 is more than of others.
         layer.set_modules_to_backward_prefetch([layer])
     share_comm_ctx([layer for layer in base.layers if isinstance(layer, FSDPModule)])
