@@ -4,6 +4,7 @@ test.txt, documents between blank lines."""
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
@@ -26,6 +27,10 @@ class OnPublished:
     @cached_property
     def base(self) -> Base:
         return Base(load_model(self.a.base, "float32"), str(self.a.base))
+
+    def begun(self, text: Sequence[int]) -> list[int]:
+        """A text as the base expects one to begin."""
+        return [*text_data.start_tokens(self.tokenizer), *text]
 
     def documents(self, domain: str, split: str) -> list[text_data.Document]:
         return text_data.read([self.a.data / domain / f"{split}.txt"], separator="\n\n").documents

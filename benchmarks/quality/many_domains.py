@@ -131,7 +131,11 @@ class ManyDomains(OnPublished):
     def router(self, pieces: Sequence[Piece]) -> GaussianRouter:
         """Modules are named by their numbers."""
         gather = partial(gather_evidence, self.base, layer=self.layer, seed=self.a.seed)
-        evidence = [gather(p.shown, p.heldout) for p in track(pieces, "showing domains", "domains")]
+        begun = self.begun
+        evidence = [
+            gather(list(map(begun, p.shown)), list(map(begun, p.heldout)))
+            for p in track(pieces, "showing domains", "domains")
+        ]
         gram = torch.stack([gram_of(k["vectors"]) for k in [*evidence, self.general]]).sum(0)
         fitted = fit([partial(files_of(k).__getitem__, EVIDENCE) for k in evidence], self.general, gram)
         names = [str(number) for number in range(len(pieces))]
@@ -161,9 +165,10 @@ class ManyDomains(OnPublished):
     def _pooled(self, text: tuple[int, ...]) -> Tensor:
         """(1, d); a passage is read once for all its beginnings, which are asked the longest first."""
         if text not in self._pools:
-            hidden, _ = base_states(self.base, [text], self.layer)
+            hidden, _ = base_states(self.base, [self.begun(text)], self.layer)
+            begin = hidden.shape[1] - len(text)
             for n in {len(text), *LENGTHS}:
-                self._pools[text[:n]] = mean_pool(hidden[:, :n])
+                self._pools[text[:n]] = mean_pool(hidden[:, : begin + n])
         return self._pools[text]
 
     def forget(self, text: Sequence[int]) -> None:

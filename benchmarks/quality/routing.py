@@ -152,11 +152,12 @@ class Routing(OnPublished):
 
         def make() -> dict[str, Tensor]:
             found: dict[int, list[Tensor]] = {n: [] for n in _lengths(prompts)}
+            begin = len(self.begun([]))
             with torch.no_grad():
                 for text in track(prompts.texts, prompts.name, "prompts"):
-                    hidden, _ = base_states(self.base, [text], self.layer)
+                    hidden, _ = base_states(self.base, [self.begun(text)], self.layer)
                     for n, pools in found.items():
-                        pools.append(mean_pool(hidden[:, :n]))
+                        pools.append(mean_pool(hidden[:, : begin + n]))
             return {str(n): torch.cat(pools) for n, pools in found.items()}
 
         return self.states(prompts.name, make, of=prompts.texts)[str(length)]
