@@ -7,16 +7,18 @@ import math
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from growlm.errors import Interrupted
+from growlm.errors import ConfigError, Interrupted
 from growlm.layers import PEER, retrievals
 from growlm.training import checkpoints, loop, optim
 from growlm.training.config import TrainConfig
 from growlm.training.optim import RowAdamW, _Rounding, clip_gradients, make_optimizer, rows_of, untouched_zeros
+from growlm.training.runs import require_same_rows
 from interruptions import in_new_process, kill_everywhere
 
 
@@ -437,3 +439,19 @@ def test_a_checkpoint_that_a_kill_cut_short_is_the_one_before(tmp_path):
         found.append(step)
     assert set(found) == {1, 2}
     assert len(found) > 4
+
+
+def test_a_stopped_run_goes_on_with_the_rows_that_it_began_with(tmp_path):
+    net, rows = nn.Linear(3, 3), np.arange(12).reshape(3, 4)
+    require_same_rows(tmp_path, rows, [])  # it begins
+    require_same_rows(tmp_path, rows[:2], [])  # and again, since there is no checkpoint
+    require_same_rows(tmp_path, rows, [])
+    checkpoints.save(tmp_path, dict(net.named_parameters()), {}, make_optimizer(net, lr=0.01), 1, 1.0)
+    require_same_rows(tmp_path, rows, [])
+    for others in (rows + 1, rows[:2]):
+        with pytest.raises(ConfigError, match=r"begun by another version of growlm.*--restart"):
+            require_same_rows(tmp_path, others, [])
+    (tmp_path / "text.sha256").unlink()  # as before there was one
+    require_same_rows(tmp_path, rows, [])
+    with pytest.raises(ConfigError, match="--restart"):
+        require_same_rows(tmp_path, rows, [2])

@@ -41,6 +41,7 @@ from growlm.training.memory import what_fits
 from growlm.training.optim import clip_gradients, make_optimizer
 from growlm.training.parallel import ALONE, Ranks
 from growlm.training.rates import Trial, find_rate, trials_for
+from growlm.training.runs import require_same_rows
 from growlm.training.upper import Upper, unchanged
 from growlm.training.validation import Validation
 
@@ -93,7 +94,7 @@ class ModuleTraining:
         whole: Callable[[], Base] | None = None,
     ) -> None:
         self.ranks = ranks
-        self.base, self.config, self.text, self.work = base, config, packed, work
+        self.base, self.config, self.text, self.work, self._begin = base, config, packed, work, begin
         self.dtype = Placement.of(base.device, config.precision).dtype
         torch.manual_seed(config.seed)
         # Parameters alone change their dtype: buffers, the frequencies of rotary positions among them, stay as exact as
@@ -173,6 +174,8 @@ class ModuleTraining:
         self.work.mkdir(parents=True, exist_ok=True)
         trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         buffers = dict(self.module.named_buffers())
+        if self.ranks.first:
+            require_same_rows(self.work, self.text.tokens, self._begin)
         start = time.monotonic()
         score = self._validation.loss if self._validation else None
         validation = Validation(self.work, lambda: {**trained, **buffers}, score) if score else None

@@ -10,17 +10,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from growlm.base.placement import Placement
-from growlm.disk.files import bytes_in, locked
-from growlm.errors import NotBetterError, StoreError, TrainingError
+from growlm.disk.files import bytes_in, locked, write_atomic
+from growlm.errors import ConfigError, NotBetterError, StoreError, TrainingError
 from growlm.progress import say
 from growlm.store import REFUSED, Store
 from growlm.training.checkpoints import saved_step
 from growlm.training.config import ModuleTrainConfig
 from growlm.training.parallel import ALONE, Ranks
 from growlm.units import format_size
+
+_ROWS = "text.sha256"
 
 
 @contextmanager
@@ -56,6 +59,27 @@ def run_folder(folder: Path, busy: str, *, restart: bool) -> Iterator[Path]:
                 )
             raise
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def require_same_rows(folder: Path, rows: np.ndarray, begin: Sequence[int]) -> None:
+    """What a run began with it goes on with: rows are cut as this version of growlm cuts them.
+
+    Args:
+        rows: (N, T + 1) that are trained on.
+        begin: what each begins with; before there was a record of them, rows without any were the same.
+
+    Raises:
+        ConfigError: a stopped run in the folder has read others.
+    """
+    record, first = folder / _ROWS, np.ascontiguousarray(rows[:, 0])
+    found = hashlib.sha256(f"{rows.shape} ".encode() + first.tobytes()).hexdigest()
+    if not saved_step(folder):
+        write_atomic(record, found.encode())
+    elif record.read_text() != found if record.exists() else begin:
+        raise ConfigError(
+            f"{folder}: this run was begun by another version of growlm, which cuts the text into other rows; use "
+            "--restart to begin anew"
+        )
 
 
 def _drop_refused(folder: Path) -> None:

@@ -34,7 +34,7 @@ from growlm.training.corpus import beginnings, deciding_tokens, halves, validati
 from growlm.training.general import HELDOUT_FILE
 from growlm.training.loop import require_finite, train
 from growlm.training.parallel import ALONE, Ranks
-from growlm.training.runs import run_folder
+from growlm.training.runs import require_same_rows, run_folder
 from growlm.training.segments import check_segments, document_ids, final_states
 from growlm.training.validation import Validation
 from growlm.usage.pools import PoolCounts, count_pools
@@ -264,6 +264,8 @@ def _run(
         model.train()
         return loss
 
+    if ranks.first:
+        require_same_rows(work, packed.tokens, text_data.start_tokens(tokenizer))
     before, pools_before = measure() if ranks.first else (torch.empty(0), [])
     model.train()
     saved = model.state_dict(keep_vars=True)
