@@ -24,7 +24,7 @@ from growlm.training.config import TrainConfig
 from growlm.training.history import History
 from growlm.training.memory import kept_pages
 from growlm.training.optim import clip_gradients, make_optimizer
-from growlm.training.parallel import ALONE, Ranks, fill
+from growlm.training.parallel import ALONE, Ranks, fill, in_parts
 from growlm.training.validation import Validation, read_best
 
 _MIN_RATE = 0.1  # share of the peak that the cosine ends at
@@ -139,7 +139,7 @@ def train(
         if done < num_steps:
             say(f"ends after {done:,} of {num_steps:,} steps: more did not help on held-out text")
     best = ranks.first_says(validation.to_put_back if validation is not None else None)
-    if best is not None:
+    if best is not None and (ranks.first or in_parts(parameters.values())):  # who has no part of it need not have it
         fill({**parameters, **buffers}, read_best(folder, best))
     return done, spent + time.monotonic() - started
 
