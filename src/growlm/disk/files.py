@@ -256,6 +256,23 @@ def refuse_existing(out: Path) -> None:
         raise StoreError(f"{out}: exists already; choose another folder, or remove it")
 
 
+def size_of(path: Path) -> int | None:
+    """Bytes of a file; None where there is none, or none any more."""
+    try:
+        return path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def folders_in(folder: Path) -> list[Path]:
+    """The folders in a folder, sorted; none where it is not there, or not any more."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(Path(entry.path) for entry in entries if entry.is_dir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
 def bytes_in(folder: Path) -> int:
     """Of all files in a folder, in which some may appear and go meanwhile."""
     total = 0

@@ -30,21 +30,20 @@ class Loader:
         """The current version of a module."""
         stored = self._store.module(name)
         mark = _mark(stored.folder / MANIFEST)
-        return Found(stored, stored.bytes_with(self._row_cache), lambda: self._unless_gone(stored, mark), mark)
+        return Found(stored, stored.bytes_with(self._row_cache), lambda: self._unless_other(stored, mark), mark)
 
-    def _unless_gone(self, stored: StoredModule, mark: tuple[str, int, int, int]) -> KnowledgeModule:
+    def _unless_other(self, stored: StoredModule, mark: tuple[str, int, int, int]) -> KnowledgeModule:
         """
         Raises:
-            UnknownModuleError: it was removed since it was found.
+            UnknownModuleError: it was removed since it was found, or is another by now, learned under the same name.
             IntegrityError: a file is damaged or missing, and nobody has removed it.
         """
         try:
             return self._load(stored)
-        except IntegrityError:
+        except (IntegrityError, UnknownModuleError):
             if _mark(stored.folder / MANIFEST) == mark:
                 raise
-            told = f"{self._store.path}: module {stored.name!r} was removed while it was read; ask again"
-            raise UnknownModuleError(told) from None
+            raise stored.removed() from None
 
     def _load(self, stored: StoredModule) -> KnowledgeModule:
         """Reads one version of a module; its hash is compared once for a file that does not change."""

@@ -12,6 +12,7 @@ from growlm.engine import Engine
 from growlm.errors import BudgetError, GrowlmError
 from growlm.router import Router, load_router
 from growlm.store import ROUTER_TRAINED, Store, StoredModule
+from growlm.store.versions import listed_versions
 from growlm.units import format_size
 
 
@@ -20,13 +21,14 @@ def in_order(store: Store) -> list[StoredModule]:
     earliest version that is still there."""
 
     def learned(module: StoredModule) -> tuple[str, str]:
-        folders = module.folder.parent.iterdir()
-        for version in sorted(int(f.name) for f in folders if f.name.isdecimal() and int(f.name) < module.version):
-            with suppress(GrowlmError):  # incomplete or damaged: `verify` says so
-                return store.module(module.name, version).manifest.created, module.name
+        for version in listed_versions(module.folder.parent):
+            if version < module.version:
+                with suppress(GrowlmError):  # incomplete or damaged: `verify` says so
+                    return store.module(module.name, version).manifest.created, module.name
         return module.manifest.created, module.name
 
-    return sorted(store.modules.values(), key=learned)
+    found = sorted(store.read_each(learned), key=lambda each: each[1])
+    return [module for module, _ in found]
 
 
 def earlier_stages(order: Sequence[str], measured: Collection[str]) -> list[list[str]]:
@@ -67,5 +69,5 @@ def _largest(engine: Engine) -> int:
     if engine.router.kind == "transformer":
         trained = engine.store.router_files(ROUTER_TRAINED)
         for version in trained.versions():
-            sizes += [file.stat().st_size for file in (trained.folder / str(version)).glob("*.safetensors")]
+            sizes.append(trained.num_bytes(version))
     return max(sizes)

@@ -127,7 +127,8 @@ def read_evidence(module: StoredModule, file: str, width: int) -> dict[str, Tens
     digest = module.manifest.files.get(file)
     if digest is None:
         raise IntegrityError(f"{module.folder}: holds no {file}; learn {module.name!r} again")
-    kept = read_tensors(module.folder / file, sha256=digest)
+    with module.reading():
+        kept = read_tensors(module.folder / file, sha256=digest)
     require_kinds(module.folder / file, kept, _KINDS[file])
     count = kept.get("count", torch.ones(1))
     if len(count) != 1 or count[0] < 1 or any(t.shape[-1] != width for name, t in kept.items() if name != "count"):

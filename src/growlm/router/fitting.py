@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from growlm.disk.tensors import as_bytes
-from growlm.errors import GrowlmError, GrowlmWarning, IntegrityError, StoreError
+from growlm.errors import GrowlmError, GrowlmWarning, IntegrityError, StoreError, UnknownModuleError
 from growlm.progress import phase, track
 from growlm.router.derived import read_derived
 from growlm.router.evidence import EVIDENCE, SCALE, VECTORS, read_evidence, read_general, require_same_states
@@ -85,12 +85,8 @@ def load_gaussian(store: Store, among: Collection[str] | None = None) -> Gaussia
         modules = [m for m in store.modules.values() if among is None or m.name in among]
         try:
             return _load(store, modules, whole=among is None)
-        except FileNotFoundError:
+        except UnknownModuleError:
             continue  # a module went between the listing and the look at it
-        except IntegrityError:
-            # A module that was removed or replaced meanwhile is not a damaged one.
-            if all((m.folder / MANIFEST).exists() for m in modules):
-                raise
 
 
 def _load(store: Store, modules: Sequence[StoredModule], *, whole: bool) -> GaussianRouter:
@@ -263,7 +259,8 @@ def _mark(store: Store, modules: Sequence[StoredModule], general: str | None) ->
     layer = store.manifest.routing_layer
     digest = hashlib.sha256(f"fit {_FIT}, layer {layer}, general {general}".encode())
     for module in modules:
-        stat = (module.folder / MANIFEST).stat()
+        with module.reading():
+            stat = (module.folder / MANIFEST).stat()
         digest.update(f"\n{module.name}/{module.version} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}".encode())
     return int.from_bytes(digest.digest(), "big")
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from growlm.base.sizes import tensor_bytes
+from growlm.disk.files import size_of
 from growlm.disk.tensors import map_tensors
 from growlm.errors import GrowlmError, IntegrityError
 from growlm.progress import track
@@ -233,7 +234,7 @@ def _counts(module: StoredModule) -> np.ndarray | None:
     share = len(module.text_files)
     for name, digest in module.text_files.items():
         path = module.folder / name
-        tensors = map_tensors(path, lambda _: True, sha256=digest if path.stat().st_size <= _HASHED else None)
+        tensors = map_tensors(path, lambda _: True, sha256=digest if (size_of(path) or 0) <= _HASHED else None)
         text = tensors.get("text", torch.empty(0)).numpy()
         if text.ndim != 1 or not len(text) or text.dtype not in (np.uint16, np.int32):
             raise IntegrityError(f"{path}: holds no text; restore it or learn it again")

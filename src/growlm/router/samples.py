@@ -67,4 +67,5 @@ def read_samples(module: StoredModule) -> list[list[int]]:
     digest = module.manifest.files.get(SAMPLES)
     if digest is None:
         return []
-    return unpack_samples(read_tensors(module.folder / SAMPLES, sha256=digest), module.folder / SAMPLES)
+    with module.reading():
+        return unpack_samples(read_tensors(module.folder / SAMPLES, sha256=digest), module.folder / SAMPLES)

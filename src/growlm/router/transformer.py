@@ -20,7 +20,7 @@ from growlm.modules import assign
 from growlm.modules.blocks import Blocks, BlocksConfig
 from growlm.router.interface import NONE, Route, Router
 from growlm.router.samples import SAMPLES
-from growlm.store import MANIFEST, ROUTER_TRAINED
+from growlm.store import ROUTER_TRAINED
 from growlm.store.manifests import as_written
 
 if TYPE_CHECKING:
@@ -206,19 +206,16 @@ def compare(store: Store, manifest: RouterManifest | None) -> Comparison:
     """
     found = Comparison([], [], [])
     samples = samples_of(manifest)
-    for name, module in store.modules.items():
-        try:
-            if name not in samples:
-                found.unknown.append(module)
-            elif module.manifest.files.get(SAMPLES) == samples[name]:
-                found.known.append(module)
-            elif manifest is not None and _earlier(store, name, manifest.modules[name][0]) == samples[name]:
-                found.outdated.append(module)
-            else:
-                found.unknown.append(module)
-        except IntegrityError:
-            if (module.folder / MANIFEST).exists():  # not one that was removed meanwhile
-                raise
+    for module, kept in store.read_each(lambda m: m.manifest.files.get(SAMPLES) if m.name in samples else None):
+        name = module.name
+        if name not in samples:
+            found.unknown.append(module)
+        elif kept == samples[name]:
+            found.known.append(module)
+        elif manifest is not None and _earlier(store, name, manifest.modules[name][0]) == samples[name]:
+            found.outdated.append(module)
+        else:
+            found.unknown.append(module)
     return found
 
 

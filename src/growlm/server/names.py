@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from growlm.engine import AUTO, Engine, Wanted
-from growlm.errors import GrowlmError, shortened
+from growlm.errors import GrowlmError, UnknownModuleError, shortened
 from growlm.server.keys import caller
 from growlm.server.refusals import Refusal
 from growlm.store import MANIFEST, StoredModule
@@ -19,10 +20,17 @@ BASE = "base"
 
 def _about(stored: StoredModule) -> dict[str, Any]:
     """What is known of a module; of one that cannot be read, that it is damaged. A page asks for it all the time: what
-    was read of a version is kept."""
+    was read of a version is kept.
+
+    Raises:
+        UnknownModuleError: it was removed meanwhile.
+    """
     try:
-        stat = (stored.folder / MANIFEST).stat()
+        with stored.reading():
+            stat = (stored.folder / MANIFEST).stat()
         return _read(stored.name, stored.version, stored.folder, (stat.st_ino, stat.st_mtime_ns))
+    except UnknownModuleError:
+        raise
     except (GrowlmError, OSError):
         return {"version": stored.version, "damaged": True}
 
@@ -79,24 +87,39 @@ class Names:
 
     def cards(self) -> list[dict[str, Any]]:
         """Of all models that there are for who asks, as `/v1/models` lists them."""
+        seen = [stored for name, stored in self._store.modules.items() if caller().sees(name)]
         resident, pinned = set(self._engine.modules.resident), set(self._engine.modules.kept)
-
-        def card(name: str, **more: Any) -> dict[str, Any]:
-            own = {"id": name, "object": "model", "created": 0, "owned_by": "growlm", "max_model_len": self.length}
-            return {**own, "root": self.store, "parent": None, **more}
-
-        cards = [card(AUTO, kind="router"), card(BASE, kind="base", bytes=self._engine.base_bytes, resident=True)]
-        for name, stored in self._store.modules.items():
-            if caller().sees(name):
-                there = {"resident": name in resident, "pinned": name in pinned}
-                cards.append({**card(name, parent=BASE), **_about(stored), **there})
-        return cards
+        of_modules = self._store.read_each(lambda stored: self._card_of(stored, resident, pinned), seen)
+        return [self._card_of_auto(), self._card_of_base(), *(card for _, card in of_modules)]
 
     def card(self, model: str) -> dict[str, Any]:
         """
         Raises:
             Refusal: no such model.
+            UnknownModuleError: it is removed meanwhile.
         """
         wanted = self.wanted(model)
-        name = AUTO if wanted == AUTO else wanted or BASE
-        return {**next(card for card in self.cards() if card["id"] == name), "id": model}
+        if wanted is None:
+            card = self._card_of_base()
+        elif wanted == AUTO:
+            card = self._card_of_auto()
+        else:
+            assert isinstance(wanted, str)
+            modules = self._engine.modules
+            card = self._card_of(self._store.module(wanted), modules.resident, modules.kept)
+        return {**card, "id": model}
+
+    def _card_of_auto(self) -> dict[str, Any]:
+        return self._card(AUTO, kind="router")
+
+    def _card_of_base(self) -> dict[str, Any]:
+        return self._card(BASE, kind="base", bytes=self._engine.base_bytes, resident=True)
+
+    def _card_of(self, stored: StoredModule, resident: Collection[str], pinned: Collection[str]) -> dict[str, Any]:
+        about = _about(stored)
+        there = {"resident": stored.name in resident, "pinned": stored.name in pinned}
+        return {**self._card(stored.name, parent=BASE), **about, **there}
+
+    def _card(self, name: str, **more: Any) -> dict[str, Any]:
+        own = {"id": name, "object": "model", "created": 0, "owned_by": "growlm", "max_model_len": self.length}
+        return {**own, "root": self.store, "parent": None, **more}

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from growlm.base import checkpoint, tensor_bytes
 from growlm.base.gguf import is_gguf
@@ -22,6 +22,7 @@ from growlm.disk.files import (
     HashMemo,
     bytes_in,
     clear_scratch,
+    folders_in,
     locked,
     make_folders,
     new_folder,
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     # Of a file's hash, what reads it in main memory, and `KnowledgeModule.stage_of`, the tensors elsewhere.
     Bring = Callable[[str, Callable[[], Tensors], Callable[[str], int | None]], tuple[Tensors, Arriving | None]]
 
+_Found = TypeVar("_Found")
 _FEW = 64  # names that are looked up one by one
 _LISTED = 20  # names in a message
 _KEPT = "2MB"  # of every domain's text, where a router is trained on it
@@ -176,6 +178,24 @@ class Store(StoreBase):
         """The current version of every module, by name, in the names' order. Lists folders, opens no file."""
         return {name: self._current(name, versions) for name, versions in self.versions()}
 
+    def read_each(
+        self, read: Callable[[StoredModule], _Found], modules: Iterable[StoredModule] | None = None
+    ) -> Iterator[tuple[StoredModule, _Found]]:
+        """Each module, of all unless told, with what `read` finds in it. Of one that is removed meanwhile the version
+        that is current then, if any is left."""
+        for module in self.modules.values() if modules is None else modules:
+            current: StoredModule | None = module
+            while current is not None:
+                try:
+                    found = read(current)
+                except UnknownModuleError:
+                    if current.folder.exists():
+                        raise  # another that it needs is unknown
+                    current = self.find(module.name)
+                else:
+                    yield current, found
+                    break
+
     def versions(self) -> Iterator[tuple[str, list[int]]]:
         """Every module's name and complete versions, in the names' order."""
         folder = self.path / "modules"
@@ -217,7 +237,7 @@ class Store(StoreBase):
 
     def _instead_of(self, name: str) -> str:
         """What to say of a name that no module has: the nearest that one has, or some of them all."""
-        known, wanted = [existing for existing, _ in self.versions()], str(name).lower()
+        known, wanted = [existing for existing, _ in self.versions() if existing != name], str(name).lower()
         beginnings = [existing for existing in known if wanted and existing.startswith(wanted)]
         alike = known if len(known) <= _COMPARED else [e for e in known if e[:2] == wanted[:2]][:_COMPARED]
         if close := difflib.get_close_matches(wanted, alike, n=1) or beginnings:
@@ -331,7 +351,13 @@ class Store(StoreBase):
             ConfigError: `row_cache` is too small for what one token reads.
         """
         stored = self.module(name, version)
-        manifest = stored.manifest
+        with stored.reading():
+            return self._load(stored, base, verify, row_cache, bring)
+
+    def _load(
+        self, stored: StoredModule, base: Base, verify: bool, row_cache: int | None, bring: Bring | None
+    ) -> KnowledgeModule:
+        name, manifest = stored.name, stored.manifest
         where = str(stored.folder / WEIGHTS)
         self._check_base(manifest, base)
         kind, config = stored.shape()
@@ -428,23 +454,24 @@ class Store(StoreBase):
         """What the store holds: base, modules, parameters in all, and at most active for a prompt; and what trainings
         that are under way, were stopped or did not do better keep there to go on."""
         base = checkpoint.num_parameters(self.base_folder)
-        versions = dict(self.versions())
-        found = [self._current(name, numbers) for name, numbers in versions.items()]
-        modules = [
-            {
-                "name": m.name,
-                "version": m.version,
-                "older_versions": versions[m.name][:-1],
-                "kind": m.kind,
-                "bytes": m.bytes,
-                "parameters": m.parameters,
-                "about": m.about(),
-                "text_bytes": m.text_bytes,
-                "holds_text": m.holds_text,
+
+        def described(module: StoredModule) -> dict[str, Any]:
+            versions = complete_versions(module.folder.parent, MANIFEST)
+            return {
+                "name": module.name,
+                "version": module.version,
+                "older_versions": [version for version in versions if version < module.version],
+                "kind": module.kind,
+                "bytes": module.bytes,
+                "parameters": module.parameters,
+                "about": module.about(),
+                "text_bytes": module.text_bytes,
+                "holds_text": module.holds_text,
             }
-            for m in track(found, "reading manifests", "modules")
-        ]
-        sizes = [m.parameters for m in found]
+
+        found = track(list(self.modules.values()), "reading manifests", "modules")
+        modules = [told for _, told in self.read_each(described, found)]
+        sizes = [each["parameters"] for each in modules]
         return {
             "base": self.manifest.base,
             "base_parameters": base,
@@ -453,7 +480,7 @@ class Store(StoreBase):
             "active_parameters": base + max(sizes, default=0),
             "runs": [
                 {"folder": str(folder.relative_to(self.path)), "bytes": kept, "refused": (folder / REFUSED).exists()}
-                for folder in sorted(self.work.glob("*/"))
+                for folder in folders_in(self.work)
                 if (kept := bytes_in(folder))
             ],
         }

@@ -1,11 +1,14 @@
 """Stored module: one version of a module on disk, and the names that modules can have.
 
-Reads a manifest when it is first asked for; knows nothing of the store around it.
+Reads a manifest when it is first asked for; knows nothing of the store around it. Another process may remove the module
+at any moment: that it is gone is never taken for damage.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from growlm.disk.files import size_of
 from growlm.disk.tensors import outline
-from growlm.errors import ConfigError, IntegrityError, StoreError, first_error
+from growlm.errors import ConfigError, IntegrityError, StoreError, UnknownModuleError, first_error
 from growlm.modules.shapes import RECALLING
 from growlm.recall import is_text
 from growlm.store.manifests import ModuleManifest, as_written, read_manifest
@@ -31,11 +35,32 @@ _RESERVED = ("auto", "base", "general", "none")
 
 @dataclass(frozen=True)
 class StoredModule:
-    """One version of a module on disk. Its manifest is read when first asked for."""
+    """One version of a module on disk. Its manifest is read when first asked for. Whatever reads its files raises
+    UnknownModuleError if it is removed meanwhile."""
 
     name: str
     version: int
     folder: Path
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Around what reads its files: one that is removed meanwhile is gone, not damaged. (A folder goes with all its
+        files; one that has lost some is damaged.)
+
+        Raises:
+            UnknownModuleError: it is not there any more.
+        """
+        try:
+            yield
+        except (IntegrityError, FileNotFoundError):
+            if self.folder.exists():
+                raise
+            raise self.removed() from None
+
+    def removed(self) -> UnknownModuleError:
+        """What to say when it is."""
+        told = f"{self.folder.parents[2]}: module {self.name!r} was removed while it was read; ask again"
+        return UnknownModuleError(told)
 
     @cached_property
     def manifest(self) -> ModuleManifest:
@@ -44,7 +69,8 @@ class StoredModule:
             IntegrityError: the manifest is missing, malformed, has unknown keys, or belongs elsewhere.
             StoreError: a newer format.
         """
-        manifest = read_manifest(self.folder / MANIFEST, ModuleManifest)
+        with self.reading():
+            manifest = read_manifest(self.folder / MANIFEST, ModuleManifest)
         if (manifest.name, manifest.version) != (self.name, self.version):
             raise IntegrityError(
                 f"{self.folder / MANIFEST}: says {manifest.name}/{manifest.version}; folders were moved by hand"
@@ -72,7 +98,7 @@ class StoredModule:
     @property
     def text_bytes(self) -> int:
         """Bytes on the disk of the text that it recalls, sorted."""
-        return sum(path.stat().st_size for file in self.text_files if (path := self.folder / file).is_file())
+        return sum(size_of(self.folder / file) or 0 for file in self.text_files)
 
     @property
     def bytes(self) -> int:
@@ -81,8 +107,8 @@ class StoredModule:
         Raises:
             IntegrityError: more than the file has.
         """
-        weights = self.folder / WEIGHTS
-        if weights.is_file() and self.manifest.bytes > (size := weights.stat().st_size):
+        size = size_of(self.folder / WEIGHTS)
+        if size is not None and self.manifest.bytes > size:
             raise IntegrityError(
                 f"{self.folder / MANIFEST}: bytes is {self.manifest.bytes}, {WEIGHTS} has {size} in all; restore it or "
                 f"learn {self.name!r} again"
@@ -112,7 +138,8 @@ class StoredModule:
         if row_cache is None:
             return self.bytes
         kind, config = self.shape()
-        return kind.bytes_from_disk(config, outline(self.folder / WEIGHTS), row_cache)
+        with self.reading():
+            return kind.bytes_from_disk(config, outline(self.folder / WEIGHTS), row_cache)
 
     def shape(self) -> tuple[type[KnowledgeModule], Any]:
         """Its kind, and the kind's config as it was saved.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from growlm.base import checkpoint, tensor_bytes
-from growlm.disk.files import sha256_file
+from growlm.disk.files import bytes_in, folders_in, sha256_file, size_of
 from growlm.disk.tensors import outline
 from growlm.errors import GrowlmError
 from growlm.progress import phase
@@ -32,11 +33,7 @@ def _bytes_on_disk(store: Store) -> int:
     base = []
     with suppress(GrowlmError):
         base = checkpoint.weight_files(store.base_folder)
-    size = 0
-    for path in (*base, *store.router_path.glob("*/*/*"), *(store.path / "modules").glob("*/*/*")):
-        with suppress(OSError):  # taken away meanwhile
-            size += path.stat().st_size
-    return size
+    return sum(size_of(file) or 0 for file in base) + bytes_in(store.router_path) + bytes_in(store.path / "modules")
 
 
 def _problems(store: Store) -> list[str]:
@@ -53,34 +50,63 @@ def _problems(store: Store) -> list[str]:
         config = checkpoint.read_config(folder)
     except GrowlmError as error:
         problems.append(str(error))
-    for folder in sorted(store.router_path.glob("*/*")):
-        try:
-            problems += _check_files(folder, read_manifest(folder / ROUTER_MANIFEST, RouterManifest).files)
-        except GrowlmError as error:
-            problems.append(str(error))
+    for folder in _versions_in(store.router_path):
+        problems += _unless_gone(folder, _check_router)
     if store.modules and not store.router_files(GENERAL).versions():
         problems.append(f"{store.router_path / GENERAL}: is missing; restore it, or make the store again")
-    # A folder appears with all its files and goes with all of them: one without a manifest has lost it.
-    whole = (store.path / "modules").glob("*/*/")
-    problems += [f"{path / MANIFEST}: file is missing" for path in sorted(whole) if not (path / MANIFEST).exists()]
-    for name, versions in store.versions():
-        for version in versions:
-            folder = store.path / "modules" / name / str(version)
-            stored = StoredModule(name, version, folder)
-            try:
-                manifest = stored.manifest
-            except GrowlmError as error:
-                problems.append(str(error))
-                continue
-            problems += _check_files(folder, manifest.files) or _check_contents(stored, config)
-            for field in ("base_fingerprint", "tokenizer_fingerprint", "dtype", "routing_layer"):
-                if getattr(manifest, field) != getattr(store.manifest, field):
-                    problems.append(f"{folder / MANIFEST}: {field} is not the store's")
-            known = {MANIFEST, *manifest.files}
-            problems += [
-                f"{file}: not named in the manifest" for file in sorted(folder.iterdir()) if file.name not in known
-            ]
+    complete = {store.path / "modules" / name / str(version) for name, found in store.versions() for version in found}
+    for folder in _versions_in(store.path / "modules"):
+        if folder in complete:
+            problems += _unless_gone(folder, partial(_check_module, store, config))
+        else:
+            problems += _unless_gone(folder, _check_incomplete)
     return problems
+
+
+def _versions_in(folder: Path) -> list[Path]:
+    return [version for named in folders_in(folder) for version in folders_in(named)]
+
+
+def _unless_gone(folder: Path, check: Callable[[Path], list[str]]) -> list[str]:
+    """What is wrong with a version; nothing if it was removed meanwhile, with all its files."""
+    try:
+        problems = check(folder)
+    except GrowlmError as error:
+        problems = [str(error)]
+    except FileNotFoundError:
+        problems = []
+        if folder.exists():
+            raise
+    return problems if folder.exists() else []
+
+
+def _check_router(folder: Path) -> list[str]:
+    return _check_files(folder, read_manifest(folder / ROUTER_MANIFEST, RouterManifest).files)
+
+
+def _check_incomplete(folder: Path) -> list[str]:
+    # A folder appears with all its files and goes with all of them: one without a manifest has lost it.
+    return [] if (folder / MANIFEST).exists() else [f"{folder / MANIFEST}: file is missing"]
+
+
+def _check_module(store: Store, config: Any, folder: Path) -> list[str]:
+    """
+    Args:
+        config: of the base; None where it cannot be read.
+
+    Raises:
+        GrowlmError: its manifest cannot be read.
+    """
+    stored = StoredModule(folder.parent.name, int(folder.name), folder)
+    manifest = stored.manifest
+    problems = _check_files(folder, manifest.files) or _check_contents(stored, config)
+    for field in ("base_fingerprint", "tokenizer_fingerprint", "dtype", "routing_layer"):
+        if getattr(manifest, field) != getattr(store.manifest, field):
+            problems.append(f"{folder / MANIFEST}: {field} is not the store's")
+    known = {MANIFEST, *manifest.files}
+    return problems + [
+        f"{file}: not named in the manifest" for file in sorted(folder.iterdir()) if file.name not in known
+    ]
 
 
 def _check_gguf(store: Store) -> list[str]:
@@ -95,9 +121,12 @@ def _check_files(folder: Path, files: Mapping[str, str]) -> list[str]:
     problems = []
     for name, digest in files.items():
         path = folder / name
-        if not path.is_file():
+        try:
+            found = sha256_file(path)
+        except (FileNotFoundError, IsADirectoryError):
             problems.append(f"{path}: file is missing")
-        elif (found := sha256_file(path)) != digest:
+            continue
+        if found != digest:
             problems.append(f"{path}: sha256 {found[:12]}..., manifest says {digest[:12]}...")
     return problems
 

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from growlm.disk.files import new_folder, remove_folder
+from growlm.disk.files import new_folder, remove_folder, size_of
 from growlm.disk.tensors import read_tensors, write_tensors
 from growlm.errors import IntegrityError
 from growlm.store.manifests import RouterManifest, read_manifest
@@ -86,6 +86,10 @@ class TensorVersions:
                 if self._current(version) == folder:
                     raise
         return None
+
+    def num_bytes(self, version: int) -> int:
+        """Of the tensors' file of a version, 0 where it is gone."""
+        return size_of(self.folder / str(version) / _TENSORS) or 0
 
     def digest(self) -> str | None:
         """The hash of the current tensors; None if there are none.

@@ -219,7 +219,7 @@ def _prunable(
 ) -> tuple[StoredModule, Callable[..., tuple[KnowledgeModule, list[dict[str, Any]]]]]:
     kinds = " or ".join(_PRUNERS)
     if name is None:
-        known = [m.name for m in store.modules.values() if m.kind in _PRUNERS]
+        known = [m.name for m, kind in store.read_each(lambda m: m.kind) if kind in _PRUNERS]
         raise ConfigError(
             f"{store.path}: is a store, whose base stays as it is; name a module of kind {kinds} with --module: "
             f"{', '.join(known) or 'it has none yet'}"

@@ -310,11 +310,12 @@ def evidence_beside(stored: StoredModule) -> Files:
     Raises:
         IntegrityError: a file is not what its manifest says.
     """
-    return {
-        file: read_tensors(stored.folder / file, sha256=digest)
-        for file, digest in stored.manifest.files.items()
-        if file != WEIGHTS and file not in stored.text_files
-    }
+    with stored.reading():
+        return {
+            file: read_tensors(stored.folder / file, sha256=digest)
+            for file, digest in stored.manifest.files.items()
+            if file != WEIGHTS and file not in stored.text_files
+        }
 
 
 def joined(old: Files, new: Files) -> tuple[Files, dict[str, int]]:

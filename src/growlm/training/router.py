@@ -244,7 +244,8 @@ def require_samples(store: Store, modules: Sequence[StoredModule]) -> None:
     Raises:
         StoreError: text of a module was not kept, so that no router can be trained on it.
     """
-    _require_kept(store, [m.name for m in modules if SAMPLES not in m.manifest.files])
+    found = store.read_each(lambda m: SAMPLES in m.manifest.files, modules)
+    _require_kept(store, [module.name for module, kept in found if not kept])
 
 
 def _require_kept(store: Store, without: Sequence[str]) -> None:
@@ -295,7 +296,8 @@ def last_config(store: Store, device: str = "auto") -> RouterConfig:
 
 def _known(store: Store, samples: Mapping[str, str]) -> set[str]:
     """Modules of the store whose kept text is, by name, the one with these hashes."""
-    return {m.name for m in store.modules.values() if samples.get(m.name, "") == m.manifest.files.get(SAMPLES)}
+    found = store.read_each(lambda m: m.manifest.files.get(SAMPLES))
+    return {module.name for module, kept in found if kept == samples.get(module.name, "")}
 
 
 def _result(version: int, manifest: RouterManifest) -> RouterResult:
@@ -324,7 +326,7 @@ def describe_router(store: Store) -> dict[str, Any]:
                     "version": number,
                     "modules": len(manifest.modules),
                     "accuracy": manifest.training.get("accuracy"),
-                    "bytes": sum(p.stat().st_size for p in (files.folder / str(number)).glob("*.safetensors")),
+                    "bytes": files.num_bytes(number),
                 }
             )
     outdated: list[str] = []
@@ -332,9 +334,8 @@ def describe_router(store: Store) -> dict[str, Any]:
         found = compare(store, files.manifest())
         unknown, outdated = [m.name for m in found.unknown], [m.name for m in found.outdated]
     else:
-        unknown = [
-            m.name for m in store.modules.values() if EVIDENCE not in m.manifest.files or not of_same_states(store, m)
-        ]
+        reads = store.read_each(lambda m: EVIDENCE in m.manifest.files and of_same_states(store, m))
+        unknown = [m.name for m, known in reads if not known]
     return {
         "kind": store.manifest.router,
         "modules": len(names),
