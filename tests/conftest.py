@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import random
@@ -40,6 +41,18 @@ def pytest_fixture_setup() -> None:
 
 
 pytest_pyfunc_call = pytest_fixture_setup
+
+
+def _may_leave_open(item: pytest.Item | None) -> bool:
+    return item is not None and any("ignore::ResourceWarning" in m.args for m in item.iter_markers("filterwarnings"))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """What tests left open that may is closed while they are there to be blamed: the collector comes at any time, and
+    other tests may not."""
+    if _may_leave_open(item) and not _may_leave_open(nextitem):
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -215,20 +215,22 @@ def test_a_stop_text_is_never_half_sent(served, alone):
 
 
 def test_openais_own_client_finds_what_it_expects(served, alone):
-    client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
-    assert {model.id for model in client.models.list()} == {"auto", "base", *SHAPES}
-    assert client.models.retrieve("digits").id == "digits"
-    messages: Any = [{"role": "user", "content": DIGITS}]
-    whole = client.chat.completions.create(model="auto", messages=messages, **GREEDY)
-    stream = client.chat.completions.create(model="auto", messages=messages, stream=True, **GREEDY)
-    text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
-    assert text == whole.choices[0].message.content
-    wanted = alone.generate("abc", module="letters", max_new_tokens=8).text
-    assert client.completions.create(model="letters", prompt="abc", **GREEDY).choices[0].text == wanted
-    with pytest.raises(openai.NotFoundError, match="no model 'nobody'; there are auto, base, digits, letters, signs"):
-        client.chat.completions.create(model="nobody", messages=messages)
-    with pytest.raises(openai.BadRequestError, match="temperature is -1"):
-        client.chat.completions.create(model="auto", messages=messages, temperature=-1)
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+        assert {model.id for model in client.models.list()} == {"auto", "base", *SHAPES}
+        assert client.models.retrieve("digits").id == "digits"
+        messages: Any = [{"role": "user", "content": DIGITS}]
+        whole = client.chat.completions.create(model="auto", messages=messages, **GREEDY)
+        stream = client.chat.completions.create(model="auto", messages=messages, stream=True, **GREEDY)
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+        assert text == whole.choices[0].message.content
+        wanted = alone.generate("abc", module="letters", max_new_tokens=8).text
+        assert client.completions.create(model="letters", prompt="abc", **GREEDY).choices[0].text == wanted
+        with pytest.raises(
+            openai.NotFoundError, match="no model 'nobody'; there are auto, base, digits, letters, signs"
+        ):
+            client.chat.completions.create(model="nobody", messages=messages)
+        with pytest.raises(openai.BadRequestError, match="temperature is -1"):
+            client.chat.completions.create(model="auto", messages=messages, temperature=-1)
 
 
 # Bad input

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import anthropic
@@ -34,13 +35,15 @@ def said(made) -> list[Any]:
 
 
 @pytest.fixture
-def claude(served) -> anthropic.Anthropic:
-    return anthropic.Anthropic(base_url=served.url, api_key="none", max_retries=0)
+def claude(served) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(base_url=served.url, api_key="none", max_retries=0) as client:
+        yield client
 
 
 @pytest.fixture
-def gpt(served) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+def gpt(served) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
 
 
 def test_messages_are_answered_as_in_a_chat(claude, said):
@@ -136,9 +139,9 @@ def test_an_error_in_mid_stream_is_an_event_of_its_form(served, monkeypatch):
 def test_a_key_is_asked_for_in_each_form(made):
     with serving(made, keys=Keys(["right"])) as served:
         for key, right in (("wrong", False), ("right", True)):
-            client = anthropic.Anthropic(base_url=served.url, api_key=key, max_retries=0)
-            if right:
-                assert client.messages.create(model="auto", max_tokens=1, messages=TURNS).content
-            else:
-                with pytest.raises(anthropic.AuthenticationError):
-                    client.messages.create(model="auto", max_tokens=1, messages=TURNS)
+            with anthropic.Anthropic(base_url=served.url, api_key=key, max_retries=0) as client:
+                if right:
+                    assert client.messages.create(model="auto", max_tokens=1, messages=TURNS).content
+                else:
+                    with pytest.raises(anthropic.AuthenticationError):
+                        client.messages.create(model="auto", max_tokens=1, messages=TURNS)
