@@ -19,6 +19,8 @@ from growlm.engine.answers import Answer
 from growlm.engine.request import State
 from growlm.engine.runner import Runner
 from growlm.engine.scheduler import PATIENCE
+from growlm.engine.second_look import LONGEST
+from growlm.engine.workspace import row_bytes
 from growlm.errors import ClosedError, GrowlmError, IntegrityError, UnknownModuleError
 from growlm.modules import KnowledgeModule, ModuleSet
 from growlm.store import Store
@@ -419,7 +421,8 @@ def test_logits_and_routes_are_there_while_a_stream_is_read(engine):
 # The drill
 
 
-def test_whatever_comes_goes_or_changes_every_answer_is_that_of_a_request_alone(home, monkeypatch):
+@pytest.mark.parametrize("second_look", [False, True])
+def test_whatever_comes_goes_or_changes_every_answer_is_that_of_a_request_alone(home, monkeypatch, second_look):
     """Requests of four threads, some of which leave early, while modules are updated and removed."""
     requests = int(os.environ.get("GROWLM_DRILL", "150"))
     store = Store.open(home / "store")
@@ -427,10 +430,10 @@ def test_whatever_comes_goes_or_changes_every_answer_is_that_of_a_request_alone(
     sizes = [stored.bytes for stored in store.modules.values()]
     with Engine(store) as engine:
         weights = engine.fixed_bytes + max(sizes) + sorted(sizes)[-2]
-    memory = with_texts(store, weights, texts=3, tokens=256)
+    memory = with_texts(store, weights, texts=3, tokens=256) + LONGEST * row_bytes(base)
     answers: list[tuple[str, Generation]] = []
     refused: list[GrowlmError] = []
-    with Engine(store, memory=memory, max_batch=6) as engine:
+    with Engine(store, memory=memory, max_batch=6, second_look=second_look) as engine:
         engine._loop.writer.end_tokens = set()
         watch, most = Watch(monkeypatch), 0
 

@@ -113,7 +113,10 @@ class Way:
 
     def __init__(self, given: str, a: argparse.Namespace) -> None:
         self.name, _, where = given.partition("=")
-        path, _, self.module = where.partition(":")
+        path, _, asked = where.partition(":")
+        self.module, _, look = asked.partition(":")
+        if look not in ("", "look"):
+            raise SystemExit(f"--ways {given}: behind the module there may be :look, and is :{look}")
         if not self.module:
             self.module, checkpoint = "base", Path(path)
             store = a.out / "stores" / slug(self.name, fingerprint(checkpoint)[:12])
@@ -122,7 +125,8 @@ class Way:
             path = str(store)
         self.path, self.a = path, a
         versions = {m.name: m.manifest.created for m in growlm.Store.open(path).modules.values()}
-        self.where = [str(Path(path).resolve()), self.module, versions if self.module != "base" else {}]
+        self.look = bool(look)
+        self.where = [str(Path(path).resolve()), self.module + look, versions if self.module != "base" else {}]
         self._model: HarnessModel | None = None
 
     def answered(self, task: str) -> dict[str, Any]:
@@ -131,8 +135,9 @@ class Way:
         def asked() -> dict[str, Any]:
             if self._model is None:
                 self._model = HarnessModel(
-                    self.path, module=self.module, allow_contaminated=self.a.allow_contaminated, device="cpu"
-                )
+                    self.path, module=self.module, allow_contaminated=self.a.allow_contaminated, device="cpu",
+                    second_look=self.look,
+                )  # fmt: skip
             self._model._chosen.clear()
             found = lm_eval.simple_evaluate(
                 model=self._model, tasks=[config_of(task, rows_of(task, self.a.data, self.a.items, self.a.seed))],
@@ -182,7 +187,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="a folder a task")
     parser.add_argument("--out", type=Path, required=True, help="results, and stores of checkpoints")
-    parser.add_argument("--ways", nargs="+", required=True, metavar="NAME=STORE:MODULE", help="or NAME=CHECKPOINT")
+    parser.add_argument(
+        "--ways",
+        nargs="+",
+        required=True,
+        metavar="NAME=STORE:MODULE",
+        help="MODULE may be auto:look, with a second look; or NAME=CHECKPOINT",
+    )
     parser.add_argument("--tasks", nargs="+", default=TASKS, choices=list(_FILES), metavar="TASK")
     parser.add_argument("--items", type=int, default=200, help="of each task")
     parser.add_argument("--seed", type=int, default=0, help="which items")

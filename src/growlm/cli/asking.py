@@ -26,6 +26,7 @@ def open_engine(
     wanted: Sequence[str | None] = (),
     max_batch: int = 32,
     host_memory: str | None = None,
+    second_look: bool = False,
 ) -> Engine:
     """The engine of a store; its weights are read with progress under the store's name.
 
@@ -48,6 +49,7 @@ def open_engine(
             host_memory=host_memory,
             strict=strict,
             max_batch=max_batch,
+            second_look=second_look,
         )
 
 

@@ -81,6 +81,14 @@ Strict = Annotated[
     bool,
     typer.Option("--strict", help="Refuse a prompt that is longer than what the base was made for; else warn of it."),
 ]
+SecondLook = Annotated[
+    bool,
+    typer.Option(
+        "--second-look",
+        help="Keep the module that the router chooses only where it reads the beginning of the prompt better than the "
+        "base; else the base answers.",
+    ),
+]
 TopP = Annotated[
     float, typer.Option("--top-p", help="Keep the likeliest tokens that hold this probability; 1 keeps all.")
 ]

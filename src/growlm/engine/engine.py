@@ -32,6 +32,7 @@ from growlm.engine.routing import Routing
 from growlm.engine.runner import slot_bytes
 from growlm.engine.sampling import SamplingConfig
 from growlm.engine.scheduler import MOST_TOKENS
+from growlm.engine.second_look import LONGEST
 from growlm.engine.selection import AUTO, Wanted
 from growlm.engine.sources import Quote, quotes
 from growlm.engine.workspace import row_bytes, workspace_bytes
@@ -72,6 +73,9 @@ class Engine:
             back without a read from the disk; by default a quarter of what is free, 0 for none.
         strict: refuse a prompt that with its answer is longer than what the base's positions were made for; else a
             `GrowlmWarning` says so.
+        second_look: of a prompt that is routed, once and to one module, the module and the base read the beginning, and
+            where the module predicts it no better the base answers: a check of `route` too. It takes about one more
+            reading of up to 64 tokens by each.
 
     Raises:
         BudgetError: base and router do not fit the budget.
@@ -95,6 +99,7 @@ class Engine:
         row_cache: str | int | None = None,
         host_memory: str | int | None = None,
         strict: bool = False,
+        second_look: bool = False,
     ) -> None:
         if experts_on not in ("memory", "disk"):
             raise ConfigError(f"{setting('experts_on')} is {experts_on!r}, expected memory or disk")
@@ -126,7 +131,8 @@ class Engine:
         ends = self.base.end_tokens(self.tokenizer)
         grammars = Grammars(self.tokenizer, self.base.vocab_size, ends)
         if self.memory is not None:
-            self._budget.workspace = workspace_bytes(self.base, MOST_TOKENS, max_batch + MOST_DRAFTS)
+            logits = max(max_batch + MOST_DRAFTS, LONGEST if second_look else 0)
+            self._budget.workspace = workspace_bytes(self.base, MOST_TOKENS, logits)
             self._budget.require(self._routing.num_bytes())
         left = self._budget.left(self._routing.num_bytes())
         token = [] if left is None else slot_bytes(self.base)
@@ -155,8 +161,10 @@ class Engine:
         )
         self._reloading = Reloading(store, parts, self._loop, self._budget, self._make_way)
         self._asking = Asking(
-            store, self.base, self.tokenizer, self._prompts, grammars, self.modules, self._routing, self._reloading
-        )
+            store, self.base, self.tokenizer, self._prompts, grammars, self.modules, self._routing, self._reloading,
+            second_look=second_look,
+        )  # fmt: skip
+        self._second_look = second_look
 
     # What is in memory
 
@@ -465,7 +473,9 @@ class Engine:
         """As `submit` for `route`: the request's `route` is what the router says."""
         self._loop.require_open()
         tokens, answer, among = self.tokens_of(prompt), Answer(self.tokenizer, ()), self._asking.among(among)
-        request = Request(tokens, None, _ONE_TOKEN, answer, salt=salt, among=among, only_routes=True)
+        request = Request(
+            tokens, None, _ONE_TOKEN, answer, salt=salt, among=among, only_routes=True, looks=self._second_look
+        )
         self._loop.add([request])
         return request
 

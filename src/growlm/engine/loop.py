@@ -26,6 +26,7 @@ from growlm.engine.reading import Reading
 from growlm.engine.request import Branch, Request, State
 from growlm.engine.runner import Runner, Work, come_to
 from growlm.engine.scheduler import Part, Scheduler
+from growlm.engine.second_look import reads_better
 from growlm.engine.turns import Turns
 from growlm.engine.writing import Writer
 from growlm.errors import ClosedError, GrowlmError
@@ -318,7 +319,8 @@ class Loop:
         newest = WINDOW if request.reroute else read.shape[1]
         text = request.text[: read.shape[1]]
         (request.route,) = self.routing.routes(read[:, -newest:], text[-newest:], request.among)
-        if request.only_routes:
+        request.looks = request.looks and request.route.module is not None
+        if request.only_routes and not request.looks:
             self._end(request)
             return
         if request.mix > 1:
@@ -381,6 +383,8 @@ class Loop:
         else:
             each = [list(held.values())]
         sets = [self._set_of(modules) for modules in each]
+        if request.looks and self._looks(request, sets[0]):
+            return
         if request.call is not None:
             self._end(request, request.call(sets[0]))
             return
@@ -396,6 +400,20 @@ class Loop:
             request.cache = None
         request.begin(self.reading.read_before(request))
         request.resident = max(request.resident, self._resident())
+
+    def _looks(self, request: Request, modules: ModuleSet) -> bool:
+        """Whether it takes another turn: its module reads the prompt no better than the base, or it is only routed."""
+        request.looks = False
+        (better,) = reads_better(modules, [request.tokens])
+        if not better:
+            self._choose(request, Route(None, request.route.scores))
+            request.route = Route(None, request.route.scores)
+        if request.only_routes:
+            self._end(request)
+        elif not better:
+            self._release(request)
+            self.scheduler.park(request)
+        return request.only_routes or not better
 
     def _branch(self, request: Request, modules: ModuleSet, last: bool) -> Branch:
         level = max((at for at in request.states if at <= modules.fork), default=0)
@@ -509,7 +527,7 @@ class Loop:
             if other.state is State.FINISHED:
                 continue
             if not (request.mix > 1 or request.reroute):
-                other.names, other.route = request.names, request.route
+                other.names, other.route, other.looks = request.names, request.route, False
                 if request.loads:  # the same versions, whatever the disk has by then
                     self.modules.hold(request.loads.values())
                     other.loads = dict(request.loads)

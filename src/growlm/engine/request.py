@@ -69,6 +69,7 @@ class Request:
         call: in place of an answer: is given the module set, once its modules are in memory; what it returns is the
             result. Nothing is read.
         only_routes: ends once the router has chosen.
+        looks: the module that the router chooses must read the prompt better than the base, or else none does.
         sampler: what chooses its tokens.
         drafter, drafts: what may come next, and is read with the newest token.
         followers: requests of the same prompt, which begin once this one writes.
@@ -107,6 +108,7 @@ class Request:
     reader: Callable[[ModuleSet, Tensor], Any] | None = None
     call: Callable[[ModuleSet], Any] | None = None
     only_routes: bool = False
+    looks: bool = False
     sampler: Sampler | None = None
     followers: list[Request] = field(default_factory=list)
     drafter: Drafter = field(default_factory=Drafter)

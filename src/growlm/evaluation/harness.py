@@ -22,6 +22,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from growlm.base.placement import find_device, out_of_memory
 from growlm.data import start_tokens
 from growlm.engine import AUTO, Engine
+from growlm.engine.second_look import looked_again
 from growlm.errors import ConfigError, GrowlmError
 from growlm.evaluation.contamination import require_unlearned
 from growlm.evaluation.tasks import FOLDER
@@ -65,6 +66,7 @@ class HarnessModel(TemplateLM):
         module: str = AUTO,
         max_length: int | None = None,
         allow_contaminated: bool | str = False,
+        second_look: bool | str = False,
         batch_size: Any = None,
         device: str | None = None,
         **unknown: Any,
@@ -74,7 +76,7 @@ class HarnessModel(TemplateLM):
         if names:
             raise ConfigError(
                 f"--model_args: {names[0]!r} is not known; known are store, memory, module, max_length, "
-                "allow_contaminated"
+                "allow_contaminated, second_look"
             )
         opened = Store.open(store)
         self._module = None if module == "base" else module
@@ -95,6 +97,7 @@ class HarnessModel(TemplateLM):
         self._routed = min(_ROUTED, limit or _ROUTED)
         self._chosen: dict[tuple[int, ...], str | None] = {}  # by the tokens that were routed
         self._allow_contaminated = _switch("allow_contaminated", allow_contaminated)
+        self._second_look = _switch("second_look", second_look)
         self._unlearned: set[tuple[str, int]] = set()  # rows of tasks that were looked for
 
     # Tokens
@@ -262,7 +265,7 @@ class HarnessModel(TemplateLM):
         while gone := self._gone(names):  # withdrawn while the harness runs
             router = router.without(gone)
             names = [route.module for route in router.route(*states, texts)]
-        return names
+        return looked_again(self.engine, names, texts) if self._second_look else names
 
     def _gone(self, names: Iterable[str | None]) -> set[str]:
         return {name for name in set(names) if name is not None and self.engine.store.find(name) is None}

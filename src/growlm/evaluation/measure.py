@@ -21,6 +21,7 @@ from torch import Tensor
 from growlm import __version__
 from growlm import data as text_data
 from growlm.engine import Engine
+from growlm.engine.second_look import looked_again
 from growlm.errors import ConfigError, DataError
 from growlm.evaluation.beginnings import Beginnings
 from growlm.evaluation.config import EvalConfig
@@ -31,7 +32,7 @@ from growlm.evaluation.statistics import Bootstrap, calibration
 from growlm.modules import ModuleSet
 from growlm.modules.scoring import passage_losses
 from growlm.progress import phase, reporting
-from growlm.router import NONE, names_of
+from growlm.router import NONE, Route, names_of
 from growlm.store import Store, StoredModule
 
 _STATES = 512_000_000  # bytes of the base's states that are kept from one router of the replay to the next
@@ -160,7 +161,7 @@ def _evaluate(
     ) as engine:
         _check_router(engine)
         domains = [_read(engine, name, documents, config) for name, documents in corpora.items()]
-        _route(engine, domains, stages)
+        _route(engine, domains, stages, config.second_look)
         speed = _score(engine, domains)
         largest_increase, forgetting_detail = forgetting(engine)
         memory_use = _memory(engine, order)
@@ -241,22 +242,30 @@ def _read(engine: Engine, name: str, documents: Sequence[text_data.Document], co
     return _Domain(name, [p.tokens for p in found], text_data.masks_of(found), owner, labels, beginnings)
 
 
-def _route(engine: Engine, domains: Sequence[_Domain], stages: Sequence[Sequence[str]]) -> None:
+def _route(engine: Engine, domains: Sequence[_Domain], stages: Sequence[Sequence[str]], second_look: bool) -> None:
     """Fills in the choices of the store's router, and of the router of each stage."""
+
+    def chosen(domain: _Domain, routes: Sequence[Route]) -> list[str]:
+        names = names_of(routes)
+        if second_look:
+            looked = looked_again(engine, [None if name == NONE else name for name in names], domain.beginnings)
+            names = [name or NONE for name in looked]
+        return names
+
     room = _STATES // len(domains) if stages else 0
     texts = [Beginnings(engine.base, domain.beginnings, room) for domain in domains]
     documents = sum(len(domain.beginnings) for domain in domains)
     with phase("routing", documents, "documents"):
         for domain, beginnings in zip(domains, texts, strict=True):
             routes = beginnings.routes(engine.router)
-            domain.choices.append(names_of(routes))
+            domain.choices.append(chosen(domain, routes))
             domain.confidence = torch.tensor([max(r.scores.values(), default=1.0) for r in routes])
     if not stages:
         return
     with phase("replaying the order of learning", documents * len(stages), "documents"):
         for router in routers(engine, stages):
             for domain, beginnings in zip(domains, texts, strict=True):
-                domain.choices.append(names_of(beginnings.routes(router)))
+                domain.choices.append(chosen(domain, beginnings.routes(router)))
             del router  # before the next one is read
 
 

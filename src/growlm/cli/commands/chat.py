@@ -16,6 +16,7 @@ from growlm.cli.options import (
     Memory,
     ModuleChoice,
     RowCache,
+    SecondLook,
     Seed,
     StorePath,
     Strict,
@@ -39,6 +40,7 @@ def chat(
     temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.7,
     top_p: TopP = 0.95,
     seed: Seed = 0,
+    second_look: SecondLook = False,
     strict: Strict = False,
 ) -> None:
     """Talk to a store. Every turn is routed anew; /module NAME fixes one, /module auto undoes it, /new begins anew.
@@ -48,7 +50,7 @@ def chat(
         growlm chat brain --memory 2GB
     """
     wanted = module_names(module)
-    with open_engine(store, memory, device, experts_on, row_cache, strict, wanted) as engine:
+    with open_engine(store, memory, device, experts_on, row_cache, strict, wanted, second_look=second_look) as engine:
         from growlm.engine.chat import Chat
 
         talk = Chat(engine, wanted, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)

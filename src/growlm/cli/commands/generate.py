@@ -18,6 +18,7 @@ from growlm.cli.options import (
     Memory,
     ModuleChoice,
     RowCache,
+    SecondLook,
     Seed,
     StorePath,
     Strict,
@@ -89,6 +90,7 @@ def generate(
     sources: Annotated[
         bool, typer.Option("--sources", help="Tell what of the answer stands in the text of a module that recalls.")
     ] = False,
+    second_look: SecondLook = False,
     strict: Strict = False,
     as_json: Json = False,
 ) -> None:
@@ -136,7 +138,7 @@ def generate(
     if number != 1 and sources:
         raise ConfigError("--sources are told of one answer; leave out --n")
     wanted = module_names(module)
-    with open_engine(store, memory, device, experts_on, row_cache, strict, wanted) as engine:
+    with open_engine(store, memory, device, experts_on, row_cache, strict, wanted, second_look=second_look) as engine:
         if number != 1:
             with reporting(name_of(store)), phase("answering"):
                 answers = engine.choices(prompt, number, module=wanted, mix=mix, reroute=reroute, **sampling)

@@ -9,7 +9,7 @@ import typer
 
 from growlm.cli.app import app
 from growlm.cli.asking import open_engine
-from growlm.cli.options import Device, ExpertsOn, Memory, RowCache, StorePath
+from growlm.cli.options import Device, ExpertsOn, Memory, RowCache, SecondLook, StorePath
 from growlm.cli.output import note
 from growlm.errors import ConfigError
 from growlm.requirements import require_extra
@@ -22,6 +22,7 @@ def mcp(
     device: Device = "auto",
     experts_on: ExpertsOn = "memory",
     row_cache: RowCache = None,
+    second_look: SecondLook = False,
     learn_from: Annotated[
         Path | None,
         typer.Option("--learn-from", metavar="FOLDER", help="Files in it may be learned; without it none may."),
@@ -49,7 +50,9 @@ def mcp(
         raise ConfigError(f"--learn-from {learn_from}: is no folder; name one with text to learn from")
 
     async def serve() -> None:
-        service = Service(open_engine(store, memory, device, experts_on, row_cache, strict=True), watch=2.0)
+        service = Service(
+            open_engine(store, memory, device, experts_on, row_cache, strict=True, second_look=second_look), watch=2.0
+        )
         jobs, files = Jobs(str(store), ended=service.reload), Files(learn_from)
         service.start()
         jobs.start()

@@ -12,6 +12,7 @@ from growlm.cli.options import (
     Device,
     Json,
     Memory,
+    SecondLook,
     StorePath,
     Strict,
 )
@@ -27,6 +28,7 @@ def route(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", show_default=False)],
     memory: Memory = None,
     device: Device = "auto",
+    second_look: SecondLook = False,
     strict: Strict = False,
     as_json: Json = False,
 ) -> None:
@@ -36,7 +38,7 @@ def route(
 
         growlm route brain "What does aspirin inhibit?"
     """
-    with open_engine(store, memory, device, strict=strict) as engine:
+    with open_engine(store, memory, device, strict=strict, second_look=second_look) as engine:
         answer = engine.route(prompt)
     best = max(answer.scores.values(), default=0.0)
     tied = [name for name, score in answer.scores.items() if best - score <= _TIE]

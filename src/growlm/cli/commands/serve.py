@@ -18,7 +18,7 @@ import typer
 
 from growlm.cli.app import app
 from growlm.cli.asking import open_engine
-from growlm.cli.options import Device, ExpertsOn, Memory, RowCache, StorePath
+from growlm.cli.options import Device, ExpertsOn, Memory, RowCache, SecondLook, StorePath
 from growlm.cli.output import note
 from growlm.errors import BudgetError, ConfigError
 from growlm.requirements import require_extra
@@ -44,6 +44,7 @@ def serve(
     device: Device = "auto",
     experts_on: ExpertsOn = "memory",
     row_cache: RowCache = None,
+    second_look: SecondLook = False,
     host_memory: Annotated[
         str | None,
         typer.Option(
@@ -179,6 +180,8 @@ def serve(
     number = None
     if replicas is not None and ray is None:
         raise ConfigError(f"--replicas is {replicas}, and there is no --ray; give the address of a cluster")
+    if ray is not None and second_look:
+        raise ConfigError("--second-look: with --ray prompts are routed where no module is; leave one of them out")
     if ray is not None:
         from growlm.cluster.serving import replica_range
 
@@ -193,8 +196,9 @@ def serve(
             signal.signal(signal.SIGTERM, _leave)  # not without what has been begun elsewhere
             leaving.enter_context(on_cluster(str(ray), store, number[0]))
         engine = open_engine(
-            store, memory, device, experts_on, row_cache, strict=True, max_batch=max_batch, host_memory=host_memory
-        )
+            store, memory, device, experts_on, row_cache, strict=True, max_batch=max_batch, host_memory=host_memory,
+            second_look=second_look,
+        )  # fmt: skip
         leaving.callback(engine.close)
         if number is None:
             service = Service(engine, **bounds)

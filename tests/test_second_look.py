@@ -1,0 +1,181 @@
+"""A second look at the router's choice: the module answers only what it reads better than the base does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from disk import write_jsonl
+from drills import nothing_is_left
+from growlm.cli import main
+from growlm.engine import Engine
+from growlm.engine.second_look import LONGEST, reads_better
+from growlm.engine.workspace import row_bytes
+from growlm.evaluation import EvalConfig, evaluate
+from growlm.evaluation.harness import HarnessModel
+from growlm.modules import ModuleSet
+from growlm.store import Store
+from servers import serving
+from stores import domain_ids, domain_text, greedy, make_store, with_texts
+
+# Those that have learned read their domain better than the base, the others, whose weights are drawn, worse.
+SHAPES: dict[str, dict[str, Any]] = {
+    "digits": {"steps": 40},
+    "signs": {"steps": 40, "kind": "lora", "r": 4},
+    "letters": {},
+    "other": {"kind": "lora", "r": 4, "strength": 0.5},
+}
+HELPS = {"digits": True, "signs": True, "letters": False, "other": False}
+PROMPTS = {name: [domain_text(name, 700 + n) for n in range(4)] for name in HELPS}
+TOKENS = 10
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    home = tmp_path_factory.mktemp("made")
+    make_store(home, modules=SHAPES)
+    return home / "store"
+
+
+@pytest.fixture
+def engine(made) -> Iterator[Engine]:
+    with Engine(Store.open(made), second_look=True) as opened:
+        yield opened
+        nothing_is_left(opened)
+
+
+def answer(engine: Engine, name: str, prompt: str) -> list[int]:
+    """What the module writes, or the base where the module reads the prompt no better."""
+    modules = [engine.store.load(name, engine.base)] if HELPS[name] else []
+    return greedy(engine.base, modules, engine.tokenizer.encode(prompt), TOKENS)
+
+
+def nats(modules: ModuleSet, ids: list[int]) -> float:
+    """Of all tokens but the first, by whole logits."""
+    with torch.no_grad():
+        logits = modules.logits(torch.tensor([ids]))[0, :-1].double()
+    return float(torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum"))
+
+
+@given(st.data())
+def test_a_module_reads_better_where_the_text_is_likelier_under_it(made, data):
+    store = Store.open(made)
+    base = store.load_base()
+    name = data.draw(st.sampled_from(sorted(HELPS)))
+    modules = ModuleSet(base, [store.load(name, base)])
+    rows = st.lists(st.integers(0, base.vocab_size - 1), min_size=1, max_size=LONGEST + 20)
+    texts = [*data.draw(st.lists(rows, min_size=1, max_size=4)), domain_ids(store.load_tokenizer(), name, 1)[0]]
+    wanted = []
+    for text in texts:
+        gain = nats(ModuleSet(base), text[:LONGEST]) - nats(modules, text[:LONGEST]) if len(text) > 1 else 1.0
+        wanted.append(None if abs(gain) < 1e-3 else gain > 0)
+    found = reads_better(modules, texts)
+    assert [better for better, sure in zip(found, wanted, strict=True) if sure is not None] == [
+        sure for sure in wanted if sure is not None
+    ]
+
+
+@pytest.mark.parametrize("name", HELPS)
+def test_a_route_is_none_where_the_module_reads_the_prompt_no_better(made, engine, name):
+    with Engine(Store.open(made)) as plain:
+        for prompt in PROMPTS[name]:
+            chosen, looked = plain.route(prompt), engine.route(prompt)
+            assert chosen.module == name
+            assert looked.module == (name if HELPS[name] else None)
+            assert looked.scores == pytest.approx(chosen.scores)
+
+
+def test_answers_are_the_modules_or_the_bases_own(engine):
+    asked = [(name, prompt) for name, prompts in PROMPTS.items() for prompt in prompts]
+    engine._loop.writer.end_tokens = set()
+    together = engine.generate_many([prompt for _, prompt in asked], max_new_tokens=TOKENS)
+    for (name, prompt), found in zip(asked, together, strict=True):
+        assert found.module == (name if HELPS[name] else None)
+        assert found.tokens == answer(engine, name, prompt)
+        assert engine.generate(prompt, max_new_tokens=TOKENS).tokens == found.tokens
+        *_, streamed = engine.stream(prompt, max_new_tokens=TOKENS)
+        assert (streamed.tokens, streamed.module) == (found.tokens, found.module)
+
+
+@pytest.mark.parametrize("name", HELPS)
+def test_several_answers_to_one_prompt_are_looked_at_once(engine, monkeypatch, name):
+    from growlm.engine import loop
+
+    looks = []
+    monkeypatch.setattr(loop, "reads_better", lambda *given: looks.append(given) or reads_better(*given))
+    found = engine.choices(PROMPTS[name][0], 3, max_new_tokens=TOKENS)
+    assert {one.module for one in found} == {name if HELPS[name] else None}
+    assert len(looks) == 1
+    looks.clear()
+    assert engine.generate(PROMPTS[name][0], module=name, max_new_tokens=1).module == name  # it was named
+    assert engine.generate("a", max_new_tokens=1, mix=2).tokens
+    assert engine.generate(PROMPTS[name][0], max_new_tokens=9, reroute=4).changes[0] == (0, name)
+    assert looks == []
+
+
+def test_many_threads_in_a_budget_get_what_each_alone_gets(made):
+    store = Store.open(made)
+    sizes = [stored.bytes for stored in store.modules.values()]
+    with Engine(store, second_look=True) as engine:
+        weights = engine.fixed_bytes + 2 * max(sizes)
+    memory = with_texts(store, weights, texts=2, tokens=256) + LONGEST * row_bytes(store.load_base())
+    with Engine(store, memory=memory, max_batch=4, second_look=True) as engine, ThreadPoolExecutor(4) as pool:
+        engine._loop.writer.end_tokens = set()
+        asked = [(name, prompt) for name, prompts in PROMPTS.items() for prompt in prompts] * 2
+        found = pool.map(lambda one: engine.generate(one[1], max_new_tokens=TOKENS), asked)
+        for (name, prompt), given in zip(asked, found, strict=True):
+            assert given.tokens == answer(engine, name, prompt)
+            assert engine.used_bytes <= memory
+        nothing_is_left(engine)
+
+
+def test_over_http_too(made):
+    with serving(made, engine={"second_look": True}) as served:
+        for name, helps in HELPS.items():
+            body = {"prompt": PROMPTS[name][0], "max_tokens": 4, "temperature": 0}
+            told = served.post("/v1/completions", model="auto", **body).json()["growlm"]
+            assert told["module"] == (name if helps else None)
+            assert served.post("/v1/completions", model=name, **body).json()["growlm"]["module"] == name
+
+
+def test_commands_take_it(made, capsys):
+    def said(*command: str, status: int = 0) -> Any:
+        with pytest.raises(SystemExit) as ended:
+            main([*command, "--second-look"])
+        assert ended.value.code == status
+        out, err = capsys.readouterr()
+        return err if status else json.loads(out)["module"]
+
+    for name, helps in HELPS.items():
+        assert said("route", str(made), PROMPTS[name][0], "--json") == (name if helps else None)
+        generated = said("generate", str(made), PROMPTS[name][0], "--json", "--max-new-tokens", "2")
+        assert generated == (name if helps else None)
+    assert "--second-look: with --ray" in said("serve", str(made), "--ray", "local", status=1)
+
+
+def test_evaluation_measures_what_it_does(made, tmp_path):
+    data = {name: [str(write_jsonl(tmp_path / f"{name}.jsonl", PROMPTS[name]))] for name in HELPS}
+    plain, looked = (evaluate(Store.open(made), data, EvalConfig(second_look=on)).to_json() for on in (False, True))
+    for name, helps in HELPS.items():
+        assert plain["routing"]["confusion"][name][name] == 4
+        assert looked["routing"]["confusion"][name][name if helps else "none"] == 4
+        row = looked["perplexity"][name]
+        assert row["routed"] == pytest.approx(min(row["base"], row["module"]))
+    assert looked["routing"]["retained_gain"] >= 1
+
+
+def test_the_harness_takes_it(made):
+    texts = [prompts[0] for prompts in PROMPTS.values()]
+    model = HarnessModel(str(made), max_length=200, second_look="true")
+    found = model._modules_of([model.tok_encode(text) for text in texts])
+    assert found == [name if helps else None for name, helps in HELPS.items()]
