@@ -19,7 +19,7 @@ from growlm.engine.answers import Answer
 from growlm.engine.request import State
 from growlm.engine.runner import Runner
 from growlm.engine.scheduler import PATIENCE
-from growlm.engine.second_look import LONGEST
+from growlm.engine.second_look import AT_A_TIME
 from growlm.engine.workspace import row_bytes
 from growlm.errors import ClosedError, GrowlmError, IntegrityError, UnknownModuleError
 from growlm.modules import KnowledgeModule, ModuleSet
@@ -430,7 +430,7 @@ def test_whatever_comes_goes_or_changes_every_answer_is_that_of_a_request_alone(
     sizes = [stored.bytes for stored in store.modules.values()]
     with Engine(store) as engine:
         weights = engine.fixed_bytes + max(sizes) + sorted(sizes)[-2]
-    memory = with_texts(store, weights, texts=3, tokens=256) + LONGEST * row_bytes(base)
+    memory = with_texts(store, weights, texts=3, tokens=256) + 2 * AT_A_TIME * row_bytes(base)
     answers: list[tuple[str, Generation]] = []
     refused: list[GrowlmError] = []
     with Engine(store, memory=memory, max_batch=6, second_look=second_look) as engine:

@@ -17,8 +17,8 @@ from disk import write_jsonl
 from drills import nothing_is_left
 from growlm.cli import main
 from growlm.engine import Engine
-from growlm.engine.second_look import LONGEST, reads_better
-from growlm.engine.workspace import row_bytes
+from growlm.engine.second_look import AT_A_TIME, LONGEST, reads_better
+from growlm.engine.workspace import Watch, row_bytes
 from growlm.evaluation import EvalConfig, evaluate
 from growlm.evaluation.harness import HarnessModel
 from growlm.modules import ModuleSet
@@ -79,7 +79,7 @@ def test_a_module_reads_better_where_the_text_is_likelier_under_it(made, data):
     for text in texts:
         gain = nats(ModuleSet(base), text[:LONGEST]) - nats(modules, text[:LONGEST]) if len(text) > 1 else 1.0
         wanted.append(None if abs(gain) < 1e-3 else gain > 0)
-    found = reads_better(modules, texts)
+    found = [reads_better(modules, text) for text in texts]
     assert [better for better, sure in zip(found, wanted, strict=True) if sure is not None] == [
         sure for sure in wanted if sure is not None
     ]
@@ -128,7 +128,7 @@ def test_many_threads_in_a_budget_get_what_each_alone_gets(made):
     sizes = [stored.bytes for stored in store.modules.values()]
     with Engine(store, second_look=True) as engine:
         weights = engine.fixed_bytes + 2 * max(sizes)
-    memory = with_texts(store, weights, texts=2, tokens=256) + LONGEST * row_bytes(store.load_base())
+    memory = with_texts(store, weights, texts=2, tokens=256) + 2 * AT_A_TIME * row_bytes(store.load_base())
     with Engine(store, memory=memory, max_batch=4, second_look=True) as engine, ThreadPoolExecutor(4) as pool:
         engine._loop.writer.end_tokens = set()
         asked = [(name, prompt) for name, prompts in PROMPTS.items() for prompt in prompts] * 2
@@ -179,3 +179,13 @@ def test_the_harness_takes_it(made):
     model = HarnessModel(str(made), max_length=200, second_look="true")
     found = model._modules_of([model.tok_encode(text) for text in texts])
     assert found == [name if helps else None for name, helps in HELPS.items()]
+
+
+@pytest.mark.parametrize("name", ["digits", "other"])
+def test_a_look_takes_no_more_than_what_is_set_aside_for_a_pass(made, name):
+    store = Store.open(made)
+    with Engine(store, memory="1GB", max_batch=1, second_look=True) as engine:
+        modules = ModuleSet(engine.base, [store.load(name, engine.base)])
+        with Watch() as watch:
+            reads_better(modules, list(range(100, 100 + 2 * LONGEST)))
+        assert 0 < watch.peak <= engine.workspace_bytes

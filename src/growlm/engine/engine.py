@@ -32,7 +32,7 @@ from growlm.engine.routing import Routing
 from growlm.engine.runner import slot_bytes
 from growlm.engine.sampling import SamplingConfig
 from growlm.engine.scheduler import MOST_TOKENS
-from growlm.engine.second_look import LONGEST
+from growlm.engine.second_look import AT_A_TIME
 from growlm.engine.selection import AUTO, Wanted
 from growlm.engine.sources import Quote, quotes
 from growlm.engine.workspace import row_bytes, workspace_bytes
@@ -46,6 +46,7 @@ from growlm.router import Route, Router, load_router
 from growlm.store import Store
 from growlm.units import format_size, parse_size
 
+_LOOKED = 2  # rows of a pass that one of a second look takes: probabilities with and without what is recalled
 _ROW_CACHE = "64MB"
 _HOST_SHARE = 0.25  # of what is free
 _ONE_TOKEN = SamplingConfig(max_new_tokens=1)  # of what is read and not answered
@@ -131,7 +132,7 @@ class Engine:
         ends = self.base.end_tokens(self.tokenizer)
         grammars = Grammars(self.tokenizer, self.base.vocab_size, ends)
         if self.memory is not None:
-            logits = max(max_batch + MOST_DRAFTS, LONGEST if second_look else 0)
+            logits = max(max_batch + MOST_DRAFTS, _LOOKED * AT_A_TIME if second_look else 0)
             self._budget.workspace = workspace_bytes(self.base, MOST_TOKENS, logits)
             self._budget.require(self._routing.num_bytes())
         left = self._budget.left(self._routing.num_bytes())

@@ -404,7 +404,7 @@ class Loop:
     def _looks(self, request: Request, modules: ModuleSet) -> bool:
         """Whether it takes another turn: its module reads the prompt no better than the base, or it is only routed."""
         request.looks = False
-        (better,) = reads_better(modules, [request.tokens])
+        better = reads_better(modules, request.tokens)
         if not better:
             self._choose(request, Route(None, request.route.scores))
             request.route = Route(None, request.route.scores)

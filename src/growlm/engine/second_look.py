@@ -12,42 +12,54 @@ from typing import TYPE_CHECKING
 import torch
 
 from growlm.modules import ModuleSet
-from growlm.modules.scoring import paired_losses
+from growlm.modules.scoring import label_losses
 
 if TYPE_CHECKING:
     from growlm.engine.engine import Engine
 
 LONGEST = 64  # tokens of a text that are read
+AT_A_TIME = 8  # of them, whose logits are held
+
+
+def reads_better(modules: ModuleSet, tokens: Sequence[int]) -> bool:
+    """Whether the modules give the first tokens of a text, `LONGEST` at most, a higher probability than the base alone
+    does. Of a single token nothing can be said, and they keep it."""
+    return len(tokens) < 2 or _nats(modules, tokens) < _nats(ModuleSet(modules.base), tokens)
 
 
 @torch.inference_mode()
-def reads_better(modules: ModuleSet, texts: Sequence[Sequence[int]]) -> list[bool]:
-    """Whether the modules give the first tokens of each text, `LONGEST` at most, a higher probability than the base
-    alone does. Of a single token nothing can be said, and they keep it."""
-    several = [number for number, text in enumerate(texts) if len(text) > 1]
-    better = [True] * len(texts)
-    if several:
-        modules.arrive()
-        some = [list(texts[number][:LONGEST]) for number in several]
-        alone, with_modules = paired_losses([ModuleSet(modules.base), modules], some)
-        for number, gain in zip(several, (alone - with_modules).tolist(), strict=True):
-            better[number] = gain > 0
-    return better
+def _nats(modules: ModuleSet, tokens: Sequence[int]) -> float:
+    """Log-loss of the first tokens but the very first."""
+    ids = torch.tensor([list(tokens[:LONGEST])], device=modules.base.device)
+    inputs, labels = ids[:, :-1], ids[0, 1:]
+    hidden, contexts = modules.hidden(inputs)[0], modules.contexts(inputs, inputs.shape[1])
+    total = 0.0
+    for at in range(0, len(labels), AT_A_TIME):
+        part = slice(at, at + AT_A_TIME)
+        own = None if contexts is None else contexts[0][part]
+        total += label_losses(modules, hidden[part], labels[part], own).double().sum().item()
+    return total
 
 
-def looked_again(engine: Engine, names: Sequence[str | None], texts: Sequence[Sequence[int]]) -> list[str | None]:
-    """The modules that a router chose for texts, without those that read theirs no better than the base.
+class SecondLooks:
+    """Looks again at what an engine's routers choose for many texts, at each text and module once."""
 
-    Raises:
-        As `ModuleCache.using`.
-    """
-    found = list(names)
-    for name in sorted({name for name in names if name is not None}):
-        numbers = [number for number, chosen in enumerate(names) if chosen == name]
-        with engine.modules.using([name]) as held:
-            modules = ModuleSet(engine.base, [held[name]])
-            better = reads_better(modules, [texts[number] for number in numbers])
-            del modules
-        for number, stays in zip(numbers, better, strict=True):
-            found[number] = name if stays else None
-    return found
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._better: dict[tuple[str, tuple[int, ...]], bool] = {}
+
+    def kept(self, names: Sequence[str | None], texts: Sequence[Sequence[int]]) -> list[str | None]:
+        """The chosen modules, one a text, without those that read theirs no better than the base.
+
+        Raises:
+            As `ModuleCache.using`.
+        """
+        asked = [(name, tuple(text[:LONGEST])) for name, text in zip(names, texts, strict=True)]
+        for name in sorted({name for name in names if name is not None}):
+            new = {text for chosen, text in asked if chosen == name and (name, text) not in self._better}
+            if new:
+                with self._engine.modules.using([name]) as held:
+                    modules = ModuleSet(self._engine.base, [held[name]])
+                    self._better |= {(name, text): reads_better(modules, text) for text in new}
+                    del modules
+        return [name if name is None or self._better[name, text] else None for name, text in asked]

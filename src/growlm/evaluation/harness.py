@@ -22,7 +22,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from growlm.base.placement import find_device, out_of_memory
 from growlm.data import start_tokens
 from growlm.engine import AUTO, Engine
-from growlm.engine.second_look import looked_again
+from growlm.engine.second_look import SecondLooks
 from growlm.errors import ConfigError, GrowlmError
 from growlm.evaluation.contamination import require_unlearned
 from growlm.evaluation.tasks import FOLDER
@@ -97,7 +97,7 @@ class HarnessModel(TemplateLM):
         self._routed = min(_ROUTED, limit or _ROUTED)
         self._chosen: dict[tuple[int, ...], str | None] = {}  # by the tokens that were routed
         self._allow_contaminated = _switch("allow_contaminated", allow_contaminated)
-        self._second_look = _switch("second_look", second_look)
+        self._looks = SecondLooks(self.engine) if _switch("second_look", second_look) else None
         self._unlearned: set[tuple[str, int]] = set()  # rows of tasks that were looked for
 
     # Tokens
@@ -265,7 +265,7 @@ class HarnessModel(TemplateLM):
         while gone := self._gone(names):  # withdrawn while the harness runs
             router = router.without(gone)
             names = [route.module for route in router.route(*states, texts)]
-        return looked_again(self.engine, names, texts) if self._second_look else names
+        return self._looks.kept(names, texts) if self._looks else names
 
     def _gone(self, names: Iterable[str | None]) -> set[str]:
         return {name for name in set(names) if name is not None and self.engine.store.find(name) is None}

@@ -21,7 +21,7 @@ from torch import Tensor
 from growlm import __version__
 from growlm import data as text_data
 from growlm.engine import Engine
-from growlm.engine.second_look import looked_again
+from growlm.engine.second_look import SecondLooks
 from growlm.errors import ConfigError, DataError
 from growlm.evaluation.beginnings import Beginnings
 from growlm.evaluation.config import EvalConfig
@@ -244,11 +244,12 @@ def _read(engine: Engine, name: str, documents: Sequence[text_data.Document], co
 
 def _route(engine: Engine, domains: Sequence[_Domain], stages: Sequence[Sequence[str]], second_look: bool) -> None:
     """Fills in the choices of the store's router, and of the router of each stage."""
+    looks = SecondLooks(engine)
 
     def chosen(domain: _Domain, routes: Sequence[Route]) -> list[str]:
         names = names_of(routes)
         if second_look:
-            looked = looked_again(engine, [None if name == NONE else name for name in names], domain.beginnings)
+            looked = looks.kept([None if name == NONE else name for name in names], domain.beginnings)
             names = [name or NONE for name in looked]
         return names
 
