@@ -197,11 +197,15 @@ def store_with_texts(home: Path, family: str) -> Store:
     return Store.create(home / "store", base)
 
 
-def with_texts(store: Store, weights: int, texts: int = 1, tokens: int = 128, copies: int = 1) -> int:
+def with_texts(
+    store: Store, weights: int, texts: int = 1, tokens: int = 128, copies: int = 1, slots: int | None = None
+) -> int:
     """The budget in which weights of so many bytes just fit, and keys and values of so many texts under any of the
-    store's modules."""
+    store's modules, or of so many layers."""
     base = store.load_base()
-    slots = base.num_layers + max((stored.shape()[1].new_layers for stored in store.modules.values()), default=0)
+    slots = slots or base.num_layers + max(
+        (stored.shape()[1].new_layers for stored in store.modules.values()), default=0
+    )
     states = len({*load_router(store).fork_layers, store.manifest.routing_layer, base.num_layers} - {0, None})
     footprint = Footprint(tokens, slots, states, copies)
     account = Account(0, slot_bytes(base), base.hidden_size * base.dtype.itemsize, row_bytes(base))

@@ -17,7 +17,7 @@ from disk import write_jsonl
 from drills import nothing_is_left
 from growlm.cli import main
 from growlm.engine import Engine
-from growlm.engine.second_look import AT_A_TIME, LONGEST, reads_better
+from growlm.engine.second_look import AT_A_TIME, LONGEST, newest, reads_better
 from growlm.engine.workspace import Watch, row_bytes
 from growlm.evaluation import EvalConfig, evaluate
 from growlm.evaluation.harness import HarnessModel
@@ -29,7 +29,7 @@ from stores import domain_ids, domain_text, greedy, make_store, with_texts
 # Those that have learned read their domain better than the base, the others, whose weights are drawn, worse.
 SHAPES: dict[str, dict[str, Any]] = {
     "digits": {"steps": 40},
-    "signs": {"steps": 40, "kind": "lora", "r": 4},
+    "signs": {"steps": 40, "kind": "lora+recall", "r": 4},
     "letters": {},
     "other": {"kind": "lora", "r": 4, "strength": 0.5},
 }
@@ -77,12 +77,19 @@ def test_a_module_reads_better_where_the_text_is_likelier_under_it(made, data):
     texts = [*data.draw(st.lists(rows, min_size=1, max_size=4)), domain_ids(store.load_tokenizer(), name, 1)[0]]
     wanted = []
     for text in texts:
-        gain = nats(ModuleSet(base), text[:LONGEST]) - nats(modules, text[:LONGEST]) if len(text) > 1 else 1.0
+        seen = text[-LONGEST:]
+        gain = nats(ModuleSet(base), seen) - nats(modules, seen) if len(seen) > 1 else 1.0
         wanted.append(None if abs(gain) < 1e-3 else gain > 0)
     found = [reads_better(modules, text) for text in texts]
     assert [better for better, sure in zip(found, wanted, strict=True) if sure is not None] == [
         sure for sure in wanted if sure is not None
     ]
+
+
+def test_of_a_long_text_the_newest_tokens_are_read_behind_those_that_begin_every_text():
+    assert newest(range(LONGEST), 1) == list(range(LONGEST))
+    assert newest(range(500), 0) == list(range(500 - LONGEST, 500))
+    assert newest(range(500), 1) == [0, *range(501 - LONGEST, 500)]
 
 
 @pytest.mark.parametrize("name", HELPS)
@@ -123,6 +130,32 @@ def test_several_answers_to_one_prompt_are_looked_at_once(engine, monkeypatch, n
     assert looks == []
 
 
+@pytest.mark.parametrize("steps", range(5))
+def test_those_that_follow_one_who_leaves_are_looked_at_all_the_same(engine, steps):
+    requests = engine.submit_several(PROMPTS["letters"][0], 3, max_new_tokens=TOKENS)
+    for _ in range(steps):
+        engine.step()
+    engine.cancel(requests[0])
+    while engine.step():
+        pass
+    assert [request.names for request in requests[1:]] == [(), ()]
+    wanted = answer(engine, "letters", PROMPTS["letters"][0])
+    assert [request.result.tokens for request in requests[1:] if request.config.temperature == 0] == [wanted] * 2
+
+
+def test_a_route_takes_room_for_no_more_than_the_module(made):
+    """What the text comes to under the module is not asked for."""
+    store, prompt = Store.open(made), domain_text("letters", 5, words=60)
+    with Engine(store) as engine:
+        fixed = engine.fixed_bytes + store.module("letters").bytes
+        tokens = len(engine.tokenizer.encode(prompt))
+    memory = with_texts(store, fixed, texts=1, tokens=tokens, slots=store.manifest.routing_layer or 3)
+    for second_look in (False, True):
+        with Engine(store, memory=memory, second_look=second_look) as engine:
+            assert engine.route(prompt).module == (None if second_look else "letters")
+            assert engine.used_bytes <= memory
+
+
 def test_many_threads_in_a_budget_get_what_each_alone_gets(made):
     store = Store.open(made)
     sizes = [stored.bytes for stored in store.modules.values()]
@@ -145,7 +178,11 @@ def test_over_http_too(made):
             body = {"prompt": PROMPTS[name][0], "max_tokens": 4, "temperature": 0}
             told = served.post("/v1/completions", model="auto", **body).json()["growlm"]
             assert told["module"] == (name if helps else None)
+            metric = f'growlm_module_loads_total{{module="{name}"}} 1.0'
+            assert metric in served.http.get("/metrics").text  # by the look
             assert served.post("/v1/completions", model=name, **body).json()["growlm"]["module"] == name
+            chat = {"messages": [{"role": "user", "content": PROMPTS[name][0]}], "max_tokens": 4}
+            assert served.post("/v1/chat/completions", **chat).json()["growlm"]["module"] == (name if helps else None)
 
 
 def test_commands_take_it(made, capsys):
@@ -160,6 +197,11 @@ def test_commands_take_it(made, capsys):
         assert said("route", str(made), PROMPTS[name][0], "--json") == (name if helps else None)
         generated = said("generate", str(made), PROMPTS[name][0], "--json", "--max-new-tokens", "2")
         assert generated == (name if helps else None)
+    main_said = "the router chose letters, which reads the prompt no better than the base"
+    for command in (["route"], ["generate", "--max-new-tokens", "2"]):
+        with pytest.raises(SystemExit):
+            main([command[0], str(made), PROMPTS["letters"][0], "--second-look", *command[1:]])
+        assert main_said in "".join(capsys.readouterr())
     assert "--second-look: with --ray" in said("serve", str(made), "--ray", "local", status=1)
 
 
@@ -172,6 +214,20 @@ def test_evaluation_measures_what_it_does(made, tmp_path):
         row = looked["perplexity"][name]
         assert row["routed"] == pytest.approx(min(row["base"], row["module"]))
     assert looked["routing"]["retained_gain"] >= 1
+    assert looked["routing"]["calibration"] == plain["routing"]["calibration"]  # the router's own
+
+
+@pytest.mark.parametrize("room", [1.0, 1.5, 4.0])
+def test_evaluation_fits_where_it_fits_without(made, tmp_path, monkeypatch, room):
+    """A router of the replay and a module that it chose never stand side by side."""
+    store = Store.open(made)
+    data = {name: [str(write_jsonl(tmp_path / f"{name}.jsonl", PROMPTS[name]))] for name in HELPS}
+    with Engine(store, memory="1GB") as engine:
+        fixed, largest = engine.fixed_bytes + engine.workspace_bytes, max(m.bytes for m in store.modules.values())
+        router = engine.router.num_bytes()
+    memory = int(fixed + max(room * largest, router))
+    found = [evaluate(store, data, EvalConfig(second_look=on), memory=memory).to_json() for on in (False, True)]
+    assert all(one["matrix"] for one in found)
 
 
 def test_the_harness_takes_it(made):
@@ -181,7 +237,7 @@ def test_the_harness_takes_it(made):
     assert found == [name if helps else None for name, helps in HELPS.items()]
 
 
-@pytest.mark.parametrize("name", ["digits", "other"])
+@pytest.mark.parametrize("name", ["digits", "other", "signs"])
 def test_a_look_takes_no_more_than_what_is_set_aside_for_a_pass(made, name):
     store = Store.open(made)
     with Engine(store, memory="1GB", max_batch=1, second_look=True) as engine:

@@ -991,3 +991,22 @@ def test_verify_names_a_version_that_lost_its_manifest(store, base):
     commit(store, "a", base, 5)
     (store.path / "modules" / "a" / "2" / "module.json").unlink()
     assert store.verify() == [f"{store.path / 'modules' / 'a' / '2' / 'module.json'}: file is missing"]
+
+
+def test_verify_names_what_is_no_file_or_no_folder(home):
+    store = Store.open(home / "store")
+    for put in (lambda path: path.symlink_to(path), os.mkfifo, os.mkdir):
+        weights = store.module("law").folder / "module.safetensors"
+        weights.rename(home / "kept")
+        put(weights)
+        assert store.verify() == [f"{weights}: file is missing"]
+        weights.rmdir() if weights.is_dir() else weights.unlink()
+        (home / "kept").rename(weights)
+    version = store.router_path / "general" / "1"
+    version.rename(home / "kept")
+    for put in (lambda path: path.symlink_to("nowhere"), lambda path: path.write_text("")):
+        put(version)
+        assert any(f"{version}/router.json" in problem for problem in store.verify())
+        version.unlink()
+    (home / "kept").rename(version)
+    assert store.verify() == []

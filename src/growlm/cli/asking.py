@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +85,14 @@ def require_data(data: Iterable[str], **reading: Any) -> None:
     from growlm.data import look_at
 
     look_at(data, **reading)
+
+
+def none_because(scores: Mapping[str, float]) -> str:
+    """Why no module answers, by the router's scores."""
+    best = next(iter(scores), "none")
+    if best == "none":
+        return "the router chose no module"
+    return f"the router chose {best}, which reads the prompt no better than the base"
 
 
 def module_names(names: Sequence[str] | None) -> list[str | None]:

@@ -264,13 +264,17 @@ def size_of(path: Path) -> int | None:
         return None
 
 
-def folders_in(folder: Path) -> list[Path]:
-    """The folders in a folder, sorted; none where it is not there, or not any more."""
+def entries_in(folder: Path) -> list[Path]:
+    """What lies in a folder, sorted; nothing where it is not there, or not any more."""
     try:
-        with os.scandir(folder) as entries:
-            return sorted(Path(entry.path) for entry in entries if entry.is_dir())
+        return sorted(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def folders_in(folder: Path) -> list[Path]:
+    """The folders in a folder, as `entries_in`."""
+    return [path for path in entries_in(folder) if path.is_dir()]
 
 
 def bytes_in(folder: Path) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from growlm.base.placement import find_device
+from growlm.data import start_tokens
 from growlm.engine.account import Account
 from growlm.engine.answers import Answer, Generation
 from growlm.engine.asking import Asking, sampling_of
@@ -74,9 +75,8 @@ class Engine:
             back without a read from the disk; by default a quarter of what is free, 0 for none.
         strict: refuse a prompt that with its answer is longer than what the base's positions were made for; else a
             `GrowlmWarning` says so.
-        second_look: of a prompt that is routed, once and to one module, the module and the base read the beginning, and
-            where the module predicts it no better the base answers: a check of `route` too. It takes about one more
-            reading of up to 64 tokens by each.
+        second_look: of a prompt that is routed, once and to one module, the module and the base read the newest 64
+            tokens, and where the module predicts them no better the base answers; `route` says none of these.
 
     Raises:
         BudgetError: base and router do not fit the budget.
@@ -157,6 +157,7 @@ class Engine:
             drafts=drafts,
             make_way=self._make_way,
             resident=lambda: self.resident_bytes,
+            start_tokens=len(start_tokens(self.tokenizer)),
             end_tokens=ends,
             where=str(store.path),
         )

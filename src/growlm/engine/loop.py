@@ -66,6 +66,7 @@ class Loop:
         drafts: bool,
         make_way: Callable[[], None],
         resident: Callable[[], int],
+        start_tokens: int,
         end_tokens: set[int],
         where: str,
     ) -> None:
@@ -78,7 +79,7 @@ class Loop:
         self.sets: WeakValueDictionary[tuple[str, ...], ModuleSet] = WeakValueDictionary()  # those that are in use
         self.stepping = Turns()  # held for a step
         self.closed = False
-        self.drafts = drafts
+        self.drafts, self._start_tokens = drafts, start_tokens
         self._resident, self._make_way, self._where = resident, make_way, where
         self._base_alone = ModuleSet(self.base)
         self._arriving: deque[Request] = deque()
@@ -404,7 +405,7 @@ class Loop:
     def _looks(self, request: Request, modules: ModuleSet) -> bool:
         """Whether it takes another turn: its module reads the prompt no better than the base, or it is only routed."""
         request.looks = False
-        better = reads_better(modules, request.tokens)
+        better = reads_better(modules, request.tokens, self._start_tokens)
         if not better:
             self._choose(request, Route(None, request.route.scores))
             request.route = Route(None, request.route.scores)
@@ -527,7 +528,7 @@ class Loop:
             if other.state is State.FINISHED:
                 continue
             if not (request.mix > 1 or request.reroute):
-                other.names, other.route, other.looks = request.names, request.route, False
+                other.names, other.route, other.looks = request.names, request.route, request.looks
                 if request.loads:  # the same versions, whatever the disk has by then
                     self.modules.hold(request.loads.values())
                     other.loads = dict(request.loads)

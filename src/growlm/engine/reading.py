@@ -29,7 +29,7 @@ class Reading:
     def footprint(self, request: Request) -> Footprint:
         """What a request comes to while it is routed, or where its modules are known, from then on."""
         states = self.num_kept
-        if request.call is not None:
+        if self._reads_nothing(request):
             return Footprint(0, 0)
         if request.names is None:
             return Footprint(len(request.text), self._routing.layer, states)
@@ -45,7 +45,7 @@ class Reading:
 
     def goal_of(self, request: Request) -> int:
         """The layer to which the base reads a prompt, whatever becomes of it there."""
-        if request.call is not None:
+        if self._reads_nothing(request):
             return 0
         if request.names is None:
             return self._routing.layer
@@ -118,6 +118,10 @@ class Reading:
         if modules.fork < modules.cache_slots and not (request.reroute and modules.fork == self._base.num_layers):
             slots = range(modules.fork, modules.cache_slots)
             self._prefixes.put(modules.digest, text, branch.cache, slots, salt=request.salt)
+
+    def _reads_nothing(self, request: Request) -> bool:
+        """Whether all that it needs is that its modules are there."""
+        return request.call is not None or (request.only_routes and request.names is not None)
 
     def _fork_of(self, request: Request, names: Names) -> int:
         """The layer up to which the base reads for these modules."""

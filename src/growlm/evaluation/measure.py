@@ -89,6 +89,7 @@ class _Domain:
     labels: Tensor  # (documents,) tokens scored
     beginnings: list[list[int]]  # of each document, as far as the router sees it
     choices: list[list[str]] = field(default_factory=list)  # by router, the store's first: each document's module
+    routed: list[str] = field(default_factory=list)  # each document's module by the full router, before a second look
     confidence: Tensor = field(default_factory=lambda: torch.empty(0))  # (documents,) the full router's
     losses: dict[str, Tensor] = field(default_factory=dict)  # by module: (documents,) summed; nan where not scored
 
@@ -260,14 +261,16 @@ def _route(engine: Engine, domains: Sequence[_Domain], stages: Sequence[Sequence
         for domain, beginnings in zip(domains, texts, strict=True):
             routes = beginnings.routes(engine.router)
             domain.choices.append(chosen(domain, routes))
+            domain.routed = names_of(routes)
             domain.confidence = torch.tensor([max(r.scores.values(), default=1.0) for r in routes])
     if not stages:
         return
     with phase("replaying the order of learning", documents * len(stages), "documents"):
         for router in routers(engine, stages):
-            for domain, beginnings in zip(domains, texts, strict=True):
-                domain.choices.append(chosen(domain, beginnings.routes(router)))
-            del router  # before the next one is read
+            found = [beginnings.routes(router) for beginnings in texts]
+            del router  # before the next one is read, and before a module is that it may have chosen
+            for domain, routes in zip(domains, found, strict=True):
+                domain.choices.append(chosen(domain, routes))
 
 
 def _score(engine: Engine, domains: Sequence[_Domain]) -> dict[str, float]:
@@ -359,7 +362,9 @@ def _routing(domains: Sequence[_Domain], draws: Bootstrap) -> dict[str, Any]:
         **_retained(domains, draws),
         **_none_cost(domains, draws),
         "none": shares,
-        "calibration": calibration(torch.cat([d.confidence for d in domains]), torch.cat(right)),
+        "calibration": calibration(
+            torch.cat([d.confidence for d in domains]), torch.tensor([c == d.name for d in domains for c in d.routed])
+        ),
     }
 
 

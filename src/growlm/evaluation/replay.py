@@ -48,12 +48,14 @@ def routers(engine: Engine, stages: Sequence[Collection[str]]) -> Iterator[Route
     if stages:
         _check_budget(engine)
     for stage in stages:
+        for name in engine.modules.resident:  # those that were looked at
+            engine.modules.retire(name)
         yield load_router(engine.store, stage, kind=engine.router.kind).bind(engine.base)
 
 
 def _check_budget(engine: Engine) -> None:
     largest = _largest(engine)
-    needed = engine.resident_bytes + engine.workspace_bytes + largest
+    needed = engine.fixed_bytes + engine.workspace_bytes + largest
     if engine.memory is not None and needed > engine.memory:
         raise BudgetError(
             f"--memory {format_size(engine.memory)} is too small to replay the order of learning: base "

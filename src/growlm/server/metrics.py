@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -57,9 +57,13 @@ class Metrics:
         self._written += len(answer.tokens)
         self._success.labels(answer.finish_reason).inc()
         self._by_module.labels(answer.module or "base").inc()
-        for name in answer.loaded:
-            self._loads.labels(name).inc()
+        self.loaded(answer.loaded)
         self._whole.observe(seconds)
+
+    def loaded(self, names: Iterable[str]) -> None:
+        """Modules were read from the disk."""
+        for name in names:
+            self._loads.labels(name).inc()
 
     @property
     def generated_tokens(self) -> int:

@@ -229,6 +229,7 @@ class Service:
             await self._add(asked, lambda: [self.engine.submit_route(prompt, salt=salt, among=among)])
             async for _ in asked.items():
                 pass
+        self.metrics.loaded(asked.requests[0].loaded)
         return asked.requests[0].route
 
     async def ask(

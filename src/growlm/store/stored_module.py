@@ -45,7 +45,7 @@ class StoredModule:
     @contextmanager
     def reading(self) -> Iterator[None]:
         """Around what reads its files: one that is removed meanwhile is gone, not damaged. (A folder goes with all its
-        files; one that has lost some is damaged.)
+        files; one that has lost some is damaged. One that another takes the place of within that moment looks so too.)
 
         Raises:
             UnknownModuleError: it is not there any more.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from growlm.base import checkpoint, tensor_bytes
-from growlm.disk.files import bytes_in, folders_in, sha256_file, size_of
+from growlm.disk.files import bytes_in, entries_in, folders_in, sha256_file, size_of
 from growlm.disk.tensors import outline
 from growlm.errors import GrowlmError
 from growlm.progress import phase
@@ -50,21 +51,17 @@ def _problems(store: Store) -> list[str]:
         config = checkpoint.read_config(folder)
     except GrowlmError as error:
         problems.append(str(error))
-    for folder in _versions_in(store.router_path):
+    for folder in [version for named in folders_in(store.router_path) for version in entries_in(named)]:
         problems += _unless_gone(folder, _check_router)
     if store.modules and not store.router_files(GENERAL).versions():
         problems.append(f"{store.router_path / GENERAL}: is missing; restore it, or make the store again")
     complete = {store.path / "modules" / name / str(version) for name, found in store.versions() for version in found}
-    for folder in _versions_in(store.path / "modules"):
+    for folder in [version for named in folders_in(store.path / "modules") for version in folders_in(named)]:
         if folder in complete:
             problems += _unless_gone(folder, partial(_check_module, store, config))
         else:
             problems += _unless_gone(folder, _check_incomplete)
     return problems
-
-
-def _versions_in(folder: Path) -> list[Path]:
-    return [version for named in folders_in(folder) for version in folders_in(named)]
 
 
 def _unless_gone(folder: Path, check: Callable[[Path], list[str]]) -> list[str]:
@@ -75,9 +72,9 @@ def _unless_gone(folder: Path, check: Callable[[Path], list[str]]) -> list[str]:
         problems = [str(error)]
     except FileNotFoundError:
         problems = []
-        if folder.exists():
+        if os.path.lexists(folder):
             raise
-    return problems if folder.exists() else []
+    return problems if os.path.lexists(folder) else []
 
 
 def _check_router(folder: Path) -> list[str]:
@@ -121,9 +118,12 @@ def _check_files(folder: Path, files: Mapping[str, str]) -> list[str]:
     problems = []
     for name, digest in files.items():
         path = folder / name
+        if not path.is_file():  # a folder, a pipe
+            problems.append(f"{path}: file is missing")
+            continue
         try:
             found = sha256_file(path)
-        except (FileNotFoundError, IsADirectoryError):
+        except FileNotFoundError:
             problems.append(f"{path}: file is missing")
             continue
         if found != digest:

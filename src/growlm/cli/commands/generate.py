@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from growlm.cli.app import app
-from growlm.cli.asking import module_names, open_engine
+from growlm.cli.asking import module_names, none_because, open_engine
 from growlm.cli.options import (
     Device,
     ExpertsOn,
@@ -165,7 +165,7 @@ def generate(
     elif len(result.changes) > 1:
         writers = ", ".join(f"{name or 'base'} from token {at}" for at, name in result.changes)
     elif not result.module and wanted == ["auto"] and len(result.scores) > 1:
-        writers = "base: the router chose no module; --module names one"
+        writers = f"base: {none_because(result.scores)}; --module names one"
     note(
         f"[{writers}; {format_size(result.resident_bytes)} of weights in memory"
         f"{'; loaded ' + ', '.join(result.loaded) if result.loaded else ''}]"

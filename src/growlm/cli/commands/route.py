@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from growlm.cli.app import app
-from growlm.cli.asking import open_engine
+from growlm.cli.asking import none_because, open_engine
 from growlm.cli.options import (
     Device,
     Json,
@@ -45,6 +45,8 @@ def route(
     if as_json:
         return print_json({"module": answer.module, "scores": answer.scores, "tied": tied if len(tied) > 1 else []})
     print(answer.module or "none of the modules")
+    if second_look and answer.module is None:
+        print(f"  {none_because(answer.scores)}")
     if len(tied) > 1:
         print(f"  {' and '.join(tied)} are as likely, as modules of the same text are; the first of them is chosen")
     for name, score in list(answer.scores.items())[:10]:
