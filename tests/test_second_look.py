@@ -19,9 +19,11 @@ from growlm.cli import main
 from growlm.engine import Engine
 from growlm.engine.second_look import AT_A_TIME, LONGEST, newest, reads_better
 from growlm.engine.workspace import Watch, row_bytes
-from growlm.evaluation import EvalConfig, evaluate
+from growlm.evaluation import EvalConfig, evaluate, measure
 from growlm.evaluation.harness import HarnessModel
+from growlm.evaluation.replay import routers
 from growlm.modules import ModuleSet
+from growlm.router import Router
 from growlm.store import Store
 from servers import serving
 from stores import domain_ids, domain_text, greedy, make_store, with_texts
@@ -178,11 +180,15 @@ def test_over_http_too(made):
             body = {"prompt": PROMPTS[name][0], "max_tokens": 4, "temperature": 0}
             told = served.post("/v1/completions", model="auto", **body).json()["growlm"]
             assert told["module"] == (name if helps else None)
-            metric = f'growlm_module_loads_total{{module="{name}"}} 1.0'
-            assert metric in served.http.get("/metrics").text  # by the look
             assert served.post("/v1/completions", model=name, **body).json()["growlm"]["module"] == name
+
+
+def test_what_a_chat_has_looked_at_is_counted(made):
+    with serving(made, engine={"second_look": True}) as served:
+        for name, helps in HELPS.items():
             chat = {"messages": [{"role": "user", "content": PROMPTS[name][0]}], "max_tokens": 4}
             assert served.post("/v1/chat/completions", **chat).json()["growlm"]["module"] == (name if helps else None)
+            assert f'growlm_module_loads_total{{module="{name}"}} 1.0' in served.http.get("/metrics").text
 
 
 def test_commands_take_it(made, capsys):
@@ -217,17 +223,25 @@ def test_evaluation_measures_what_it_does(made, tmp_path):
     assert looked["routing"]["calibration"] == plain["routing"]["calibration"]  # the router's own
 
 
-@pytest.mark.parametrize("room", [1.0, 1.5, 4.0])
+@pytest.mark.parametrize("room", ["one", "all"])
 def test_evaluation_fits_where_it_fits_without(made, tmp_path, monkeypatch, room):
-    """A router of the replay and a module that it chose never stand side by side."""
+    """A router of the replay and modules that it chose never stand side by side."""
     store = Store.open(made)
     data = {name: [str(write_jsonl(tmp_path / f"{name}.jsonl", PROMPTS[name]))] for name in HELPS}
+    sizes = [stored.bytes for stored in store.modules.values()]
     with Engine(store, memory="1GB") as engine:
-        fixed, largest = engine.fixed_bytes + engine.workspace_bytes, max(m.bytes for m in store.modules.values())
-        router = engine.router.num_bytes()
-    memory = int(fixed + max(room * largest, router))
-    found = [evaluate(store, data, EvalConfig(second_look=on), memory=memory).to_json() for on in (False, True)]
-    assert all(one["matrix"] for one in found)
+        fixed = engine.fixed_bytes + engine.workspace_bytes
+    memory, stages = fixed + (max(sizes) if room == "one" else sum(sizes)) + 100, []
+
+    def watched(engine: Engine, of: Any) -> Iterator[Router]:
+        for router in routers(engine, of):
+            stages.append(engine.resident_bytes + engine.workspace_bytes + router.num_bytes())
+            yield router
+
+    monkeypatch.setattr(measure, "routers", watched)
+    assert evaluate(store, data, EvalConfig(second_look=True), memory=memory).to_json()["matrix"]
+    assert len(stages) == 3
+    assert max(stages) <= memory
 
 
 def test_the_harness_takes_it(made):
