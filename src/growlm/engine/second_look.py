@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from growlm.engine.engine import Engine
 
 LONGEST = 64  # newest tokens of a text that are read
-AT_A_TIME = 8  # of them, whose logits are held
+AT_A_TIME = 16  # of them, whose logits are held
 
 
 def reads_better(modules: ModuleSet, tokens: Sequence[int], start: int = 0) -> bool:
