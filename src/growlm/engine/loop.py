@@ -407,8 +407,8 @@ class Loop:
         request.looks = False
         better = reads_better(modules, request.tokens, self._start_tokens)
         if not better:
-            self._choose(request, Route(None, request.route.scores))
             request.route = Route(None, request.route.scores)
+            self._choose(request, request.route)
         if request.only_routes:
             self._end(request)
         elif not better:

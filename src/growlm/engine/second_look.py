@@ -48,7 +48,9 @@ def _nats(modules: ModuleSet, tokens: list[int]) -> float:
     for at in range(0, len(labels), AT_A_TIME):
         part = slice(at, at + AT_A_TIME)
         own = None if contexts is None else contexts[0][part]
-        total += label_losses(modules, hidden[part], labels[part], own).double().sum().item()
+        total += (
+            label_losses(modules, hidden[part], labels[part], own).cpu().double().sum().item()
+        )  # not every device has float64
     return total
 
 
