@@ -6,7 +6,7 @@ import re
 import shutil
 import threading
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from growlm.engine import AUTO, Engine, Generation
 from growlm.engine.fetching import Fetcher
 from growlm.engine.kv import BLOCK
 from growlm.engine.module_cache import ModuleCache
-from growlm.engine.resident import Found
+from growlm.engine.resident import Found, Resident
 from growlm.engine.runner import Runner, Work
 from growlm.engine.workspace import Watch as Allocations
 from growlm.engine.workspace import workspace_bytes
@@ -810,6 +810,52 @@ def test_room_is_made_of_what_cannot_be_read_while_another_waits_for_its_turn():
     waiting.join(60)
     assert found == [{"c": "c"}]
     assert cache.resident == ["c"]
+    cache.close()
+
+
+def test_what_comes_at_the_very_moment_when_room_is_looked_for_makes_room(monkeypatch):
+    go = threading.Event()
+
+    def load(name: str) -> str:
+        assert name == "a" or go.wait(60)
+        return name
+
+    cache = ModuleCache(9, lambda name: Found(None, {"a": 1, "b": 9}[name], lambda: load(name)))  # type: ignore
+    assert begun(cache, "b")
+    looks: list[bool] = []
+
+    def looked(resident: Resident) -> bool:
+        looks.append(resident.future.done())
+        go.set()  # it was on its way when it was looked at, and is there a moment later
+        wait([resident.future], 60)
+        return looks[-1]
+
+    monkeypatch.setattr(Resident, "read", property(looked))
+    held = cache.acquire(["a"])
+    assert looks[0] is False
+    assert read(held) == {"a": "a"}
+    assert cache.resident == ["a"]
+    cache.close()
+
+
+@pytest.mark.parametrize("wanted", ["a", "b"])
+def test_a_version_that_is_retired_while_it_is_read_makes_room_once_it_is_there(wanted):
+    go = threading.Event()
+
+    def load(name: str) -> str:
+        assert go.wait(60)
+        return name
+
+    cache = ModuleCache(9, lambda name: Found(None, 5, lambda: load(name)))  # type: ignore
+    assert begun(cache, "a")
+    cache.retire("a")
+    assert (cache.resident, cache.resident_bytes) == ([], 5)
+    later = threading.Timer(0.05, go.set)
+    later.start()
+    held = cache.acquire([wanted])
+    assert read(held) == {wanted: wanted}
+    assert (cache.resident, cache.resident_bytes) == ([wanted], 5)
+    later.join()
     cache.close()
 
 

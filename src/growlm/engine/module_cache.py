@@ -119,7 +119,7 @@ class ModuleCache:
             over = sum(sizes.values()) + beside + sum(pinned.values()) > self._room.num_bytes
             replaced = self._room.fitted(sizes, self._smaller_on_disk(sizes) if over else {}, beside, pinned)
             if waits:
-                self._settle(replaced)
+                self._settle([self._resident[name] for name in replaced])
             elif not all(self._resident[name].read for name in replaced):
                 return False
             for name in replaced:
@@ -406,13 +406,18 @@ class ModuleCache:
     def _make_room(self, needed: int, keep: set[str]) -> None:
         if self._room.num_bytes is None:
             return
+        self._retired = [one for one in self._retired if one.pins or not one.read]
         free = self._free()
-        candidates = self._evictable(keep)
+        unused = [name for name in self._unused() if name not in keep]
+        read = {name for name in unused if self._resident[name].read}  # asked once: the next may be there at any moment
+        candidates = [name for name in unused if name in read]
         spare = sum(self._resident[n].found.bytes for n in candidates)
         if free + spare < needed:
             # A module that is only being read can go once it is there; nobody knows when one that hangs will be.
-            late = keep | self.hanging()
-            waiting = [n for n in self._unused() if n not in late and not self._resident[n].read]
+            coming = [self._resident[name] for name in unused if name not in read]
+            coming += [one for one in self._retired if not one.pins]
+            hanging = self._fetcher.hanging()
+            waiting = [one for one in coming if one.future not in hanging]
             if not waiting:
                 raise self._room.taken(needed, self._held(), set(self._resident) - set(self._unused()))
             self._settle(waiting)
@@ -437,9 +442,8 @@ class ModuleCache:
         self.counts.evictions += 1
         self.changes += 1
 
-    def _settle(self, names: Sequence[str]) -> None:
+    def _settle(self, residents: Sequence[Resident]) -> None:
         """Waits until modules have been read, or could not be. Without the lock, which the reader takes after each."""
-        residents = [self._resident[name] for name in names if name in self._resident]
         self._lock.wait_for(lambda: all(resident.read for resident in residents))
 
     def _is_read(self, name: str, future: Future[KnowledgeModule]) -> None:
