@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -140,3 +141,27 @@ def test_tasks_are_asked_of_every_way_and_what_was_learned_is_refused(monkeypatc
     assert float(routed.split()[0]) < float(remembered) - 0.5
     with pytest.raises(SystemExit, match=told):
         run("auto")  # what was allowed before is not told without it
+
+
+def test_a_second_look_tells_what_is_right_and_what_is_lost():
+    bench = import_module("benchmarks.quality.second_look")
+    prompts = import_module("benchmarks.lib.prompts").Prompts
+    yes, no = {"doubt": 3.0, "gain": 0.5}, {"doubt": 9.0, "gain": -0.25}
+    rows = {
+        ("question", "a", "a"): [{"wanted": "a", "chosen": "a", **yes}, {"wanted": "a", "chosen": "b", **no}],
+        ("question", "b", "b"): [{"wanted": "b", "chosen": "b", **no}],
+        ("other", "news", None): [
+            {"wanted": None, "chosen": "a", **no},
+            {"wanted": None, "chosen": None, "doubt": None, "gain": None},
+        ],
+        ("question", "left out", "c"): [{"wanted": None, "chosen": "a", **no}],
+    }
+    found = [(prompts(*of, []), each) for of, each in rows.items()]
+    told = {nats: bench.told(found, lambda row, nats=nats: bench.stays(nats, row)) for nats in (-1.0, 5.0, math.inf)}
+    for nats in (-1.0, 5.0):  # nobody is asked, or only who is sure already
+        assert told[nats]["question"] == {"right": 0.75}
+        assert told[nats]["other"] == {"right": 0.5, "lost": 0.125}
+        assert told[nats]["question of what was not learned"] == {"right": 0.0, "lost": 0.25}
+    assert told[math.inf]["question"] == {"right": 0.25}
+    assert told[math.inf]["other"] == {"right": 1.0, "lost": 0.0}
+    assert told[math.inf]["question of what was not learned"] == {"right": 1.0, "lost": 0.0}

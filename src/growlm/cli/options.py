@@ -85,8 +85,8 @@ SecondLook = Annotated[
     bool,
     typer.Option(
         "--second-look",
-        help="Keep the module that the router chooses only where it reads the beginning of the prompt better than the "
-        "base; else the base answers.",
+        help="Keep the module that the router chooses only where it reads the newest tokens of the prompt better than "
+        "the base; else the base answers.",
     ),
 ]
 TopP = Annotated[

@@ -44,7 +44,7 @@ class Asking:
         self._store, self._base, self._tokenizer = store, base, tokenizer
         self._prompts, self._grammars, self._modules = prompts, grammars, modules
         self._routing, self._reloading = routing, reloading
-        self._second_look = second_look
+        self.second_look = second_look
 
     def request(
         self,
@@ -103,7 +103,7 @@ class Asking:
         sampler = Sampler(config, tokens, self._base.device, self._grammars.matcher(config))
         answer = Answer(self._tokenizer, config.stop, streams=streams)
         once = names is None and asked.get("mix", 1) == 1 and not asked.get("reroute")
-        return Request(tokens, names, config, answer, **asked, sampler=sampler, looks=self._second_look and once)
+        return Request(tokens, names, config, answer, **asked, sampler=sampler, looks=self.second_look and once)
 
     def among(self, names: Collection[str] | None) -> Among:
         """The modules that a router is to choose among, which there is from now on.

@@ -166,7 +166,6 @@ class Engine:
             store, self.base, self.tokenizer, self._prompts, grammars, self.modules, self._routing, self._reloading,
             second_look=second_look,
         )  # fmt: skip
-        self._second_look = second_look
 
     # What is in memory
 
@@ -476,7 +475,7 @@ class Engine:
         self._loop.require_open()
         tokens, answer, among = self.tokens_of(prompt), Answer(self.tokenizer, ()), self._asking.among(among)
         request = Request(
-            tokens, None, _ONE_TOKEN, answer, salt=salt, among=among, only_routes=True, looks=self._second_look
+            tokens, None, _ONE_TOKEN, answer, salt=salt, among=among, only_routes=True, looks=self._asking.second_look
         )
         self._loop.add([request])
         return request

@@ -48,9 +48,8 @@ def _nats(modules: ModuleSet, tokens: list[int]) -> float:
     for at in range(0, len(labels), AT_A_TIME):
         part = slice(at, at + AT_A_TIME)
         own = None if contexts is None else contexts[0][part]
-        total += (
-            label_losses(modules, hidden[part], labels[part], own).cpu().double().sum().item()
-        )  # not every device has float64
+        losses = label_losses(modules, hidden[part], labels[part], own).cpu()  # not every device has float64
+        total += float(losses.double().sum())
     return total
 
 

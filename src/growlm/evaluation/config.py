@@ -22,7 +22,7 @@ class EvalConfig:
         experts_on: where the tables of peer modules are: memory, or disk: only the rows that a text reads are read.
         row_cache: of each such module on the disk, memory for rows read last; 64MB by default.
         device: where to compute: cpu, cuda, cuda:N, mps, or auto: a CUDA GPU where there is one, else the processor.
-        second_look: keep a module that is chosen only where it reads the document's beginning better than the base.
+        second_look: keep a chosen module only where it reads the end of what the router saw better than the base.
         matrix: replay the order of learning: what the router knew after each domain, and what that cost the others.
         text_key: key of the text in JSON, column in tables.
         separator: cuts text files into documents, e.g. a blank line; by default a file is one document.
