@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -121,3 +123,25 @@ def test_a_thread_that_has_nothing_to_do_ends(monkeypatch):
         thread.join(30)
     assert fetcher._threads == []
     assert fetcher.submit(lambda: 2).result(30) == 2
+
+
+ENDS = """
+import sys, threading, time
+import torch
+from growlm.engine.fetching import Fetcher
+begun, fetcher = threading.Event(), Fetcher()
+def fetch():
+    begun.set()
+    end = time.monotonic() + 0.5
+    while time.monotonic() < end:
+        torch.ones(2000) + 1  # without Python's lock
+    print("fetched", flush=True)
+fetcher.submit(fetch)
+begun.wait()
+sys.exit(3)
+"""
+
+
+def test_a_process_that_ends_while_something_is_fetched_ends_as_it_should():
+    done = subprocess.run([sys.executable, "-c", ENDS], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "fetched\n", "")

@@ -140,6 +140,40 @@ def test_a_device_that_dies_ends_the_run_with_one_line_and_the_same_command_goes
     assert all(torch.equal(tensor, resumed[key]) for key, tensor in whole.items())
 
 
+BUSY = """
+import atexit, runpy, sys, time
+def last():  # of all that Python calls before it shuts down
+    sys.setswitchinterval(60)  # the group's thread, which lets go of tensors now, does not get Python's lock before
+    group.allgather([tensors[1:]], tensors[:1])
+    end = time.monotonic() + 0.5
+    while time.monotonic() < end:
+        pass
+atexit.register(last)
+import torch
+import torch.distributed as dist
+from growlm.training import parallel
+end = dist.destroy_process_group
+def destroyed():
+    global group, tensors
+    group = dist.group.WORLD  # as the mesh of a base in parts holds it
+    tensors = [torch.ones(4) for _ in range(3)]
+    end()
+parallel.dist.destroy_process_group = destroyed
+runpy.run_module("growlm", run_name="__main__")
+"""
+
+
+def test_a_rank_whose_group_is_still_at_work_ends_as_it_should(store):
+    """Threads of a group that outlives the run abort a process of which Python shuts down."""
+    asked = command(store, "signs", "--kind", "lora", "--r", "4")[3:]
+    first, second = told(ranks([[sys.executable, "-c", BUSY, *asked]] * 2))
+    assert (first[0], second[0]) == (0, 0), first[2] + second[2]
+    assert "learned from" in first[1]
+    assert second[1] == ""
+    wrong = command(store, "bad name", "--kind", "lora", "--r", "4")[3:]
+    assert [status for status, _, _ in told(ranks([[sys.executable, "-c", BUSY, *wrong]] * 2))] == [1, 1]
+
+
 def test_ranks_end_with_whoever_has_begun_them(store):
     options = ["--kind", "lora", "--devices", "2", "--epochs", "100", "--tokens", "300k", "--checkpoint-seconds", "0.2"]
     with subprocess.Popen(command(store, "signs", *options), stderr=subprocess.PIPE, text=True) as run:

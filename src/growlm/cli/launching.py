@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from typing import NoReturn
 
 from growlm.errors import ConfigError
 from growlm.following import end_with_parent
@@ -26,12 +27,30 @@ _GOES_ON = "; the same command goes on from the last checkpoint"
 STARTED = "GROWLM_STARTED_RANKS"  # in the environment of those that are looked after here
 
 
+def of_several() -> bool:
+    """Whether this process is one of several ranks, whoever has started it."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
 def other_rank() -> str:
     """Of a rank that somebody else has started, but for the first, who it is, for messages; else nothing."""
-    environment = os.environ
-    if int(environment.get("WORLD_SIZE", "1")) < 2 or environment.get("RANK", "0") == "0" or STARTED in environment:
+    if not of_several() or os.environ["RANK"] == "0" or STARTED in os.environ:
         return ""
-    return f"rank {environment['RANK']} on {socket.gethostname()}: "
+    return f"rank {os.environ['RANK']} on {socket.gethostname()}: "
+
+
+def leave(status: int) -> NoReturn:
+    """Ends a rank at once, once what it has said is written.
+
+    Python does not shut down first: torch keeps the process group of a model in parts to the last, and a thread of it
+    that lets go of a tensor while Python shuts down aborts the process (github.com/pytorch/pytorch, issue 190489).
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # nobody reads it any more
+            status = status or 1
+    os._exit(status)
 
 
 def run_on(devices: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -13,7 +14,7 @@ from typing import Any
 import typer
 
 from growlm.cli.app import app
-from growlm.cli.launching import GONE, STARTED, other_rank
+from growlm.cli.launching import GONE, STARTED, leave, of_several, other_rank
 from growlm.cli.options import option, spread
 from growlm.cli.output import note
 from growlm.errors import GrowlmError, GrowlmWarning, Interrupted, RankError, settings_written
@@ -28,6 +29,24 @@ _RESUMED = ("pretrain", "learn", "finetune", "grow", "router", "demo")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: every error that a user or a file can cause becomes one line and a non-zero exit status."""
+    if arguments is None and of_several():
+        leave(_status(_main))
+    _main(arguments)
+
+
+def _status(call: Callable[[], None]) -> int:
+    """With which a process would exit that calls nothing else."""
+    try:
+        call()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     given = sys.argv[1:] if arguments is None else list(arguments)

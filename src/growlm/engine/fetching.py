@@ -6,8 +6,10 @@ process that ends does not wait for it. Knows functions; not what they read.
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -28,6 +30,7 @@ class Fetcher:
         self._threads: list[threading.Thread] = []
         self._at: dict[threading.Thread, tuple[float, Future[Any]]] = {}  # what each is at, and since when
         self._closed = False
+        _open.add(self)
 
     def submit(self, fetch: Callable[[], Any]) -> Future[Any]:
         """What it will return, or raise.
@@ -95,6 +98,16 @@ class Fetcher:
                 self._at[me] = time.monotonic(), future
             _call(future, fetch)
             del future, fetch  # a module is held by nobody but who asked for it
+
+
+_open: weakref.WeakSet[Fetcher] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """A thread that comes back from torch while Python shuts down aborts the process."""
+    for fetcher in list(_open):
+        fetcher.close()
 
 
 def _call(future: Future[Any], fetch: Callable[[], Any]) -> None:
