@@ -10,7 +10,8 @@ from growlm.store.router_files import (
     ROUTER_TRAINED,
     ROUTERS,
 )
-from growlm.store.store import MIN_SAMPLE_BYTES, REFUSED, Store
+from growlm.store.status import REFUSED
+from growlm.store.store import MIN_SAMPLE_BYTES, Store
 from growlm.store.stored_module import MANIFEST, WEIGHTS, StoredModule, check_name
 
 __all__ = [

@@ -20,9 +20,7 @@ from growlm.base import checkpoint, tensor_bytes
 from growlm.base.gguf import is_gguf
 from growlm.disk.files import (
     HashMemo,
-    bytes_in,
     clear_scratch,
-    folders_in,
     locked,
     make_folders,
     new_folder,
@@ -39,7 +37,6 @@ from growlm.errors import (
     StoreError,
     UnknownModuleError,
 )
-from growlm.progress import track
 from growlm.store.manifests import ModuleManifest, StoreManifest, read_manifest
 from growlm.store.router_files import (
     ROUTER_DERIVED,
@@ -47,6 +44,7 @@ from growlm.store.router_files import (
     ROUTERS,
     layer_to_read,
 )
+from growlm.store.status import status
 from growlm.store.store_base import HASHES, StoreBase, write_base, written_base
 from growlm.store.stored_module import MANIFEST, WEIGHTS, StoredModule, check_name, is_name
 from growlm.store.verify import verify
@@ -68,7 +66,6 @@ _Found = TypeVar("_Found")
 _FEW = 64  # names that are looked up one by one
 _LISTED = 20  # names in a message
 _KEPT = "2MB"  # of every domain's text, where a router is trained on it
-REFUSED = "refused"  # in the folder of a run that ended and was not admitted
 _COMPARED = 1000  # names with which an unknown one is compared: of many more it would take seconds
 MIN_SAMPLE_BYTES = 8  # bytes that a single token of text takes, with its length: fewer keep nothing
 
@@ -453,37 +450,7 @@ class Store(StoreBase):
     def status(self) -> dict[str, Any]:
         """What the store holds: base, modules, parameters in all, and at most active for a prompt; and what trainings
         that are under way, were stopped or did not do better keep there to go on."""
-        base = checkpoint.num_parameters(self.base_folder)
-
-        def described(module: StoredModule) -> dict[str, Any]:
-            versions = complete_versions(module.folder.parent, MANIFEST)
-            return {
-                "name": module.name,
-                "version": module.version,
-                "older_versions": [version for version in versions if version < module.version],
-                "kind": module.kind,
-                "bytes": module.bytes,
-                "parameters": module.parameters,
-                "about": module.about(),
-                "text_bytes": module.text_bytes,
-                "holds_text": module.holds_text,
-            }
-
-        found = track(list(self.modules.values()), "reading manifests", "modules")
-        modules = [told for _, told in self.read_each(described, found)]
-        sizes = [each["parameters"] for each in modules]
-        return {
-            "base": self.manifest.base,
-            "base_parameters": base,
-            "modules": modules,
-            "total_parameters": base + sum(sizes),
-            "active_parameters": base + max(sizes, default=0),
-            "runs": [
-                {"folder": str(folder.relative_to(self.path)), "bytes": kept, "refused": (folder / REFUSED).exists()}
-                for folder in folders_in(self.work)
-                if (kept := bytes_in(folder))
-            ],
-        }
+        return status(self)
 
     def verify(self) -> list[str]:
         """Reads every file and names each that is not what its manifest says, a line each; empty when all is well."""
