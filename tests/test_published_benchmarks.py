@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 
 from stores import domain_text, make_store
 from tiny import save_base
@@ -165,3 +166,17 @@ def test_a_second_look_tells_what_is_right_and_what_is_lost():
     assert told[math.inf]["question"] == {"right": 0.25}
     assert told[math.inf]["other"] == {"right": 1.0, "lost": 0.0}
     assert told[math.inf]["question of what was not learned"] == {"right": 1.0, "lost": 0.0}
+
+
+def test_what_is_gained_in_answering_is_told_by_how_questions_are_read():
+    bench = import_module("benchmarks.quality.reading_and_answering")
+    losses = -torch.tensor([0.5, 0.25, 0.125]).log()
+    assert bench.among(losses[1:2], 0) == pytest.approx(-math.log(0.25))  # one answer: as it is
+    assert bench.among(losses, 2) == pytest.approx(-math.log(0.125 / 0.875))
+    rows = [{"read": read, "answered": gain} for read, gain in ((0.5, 3.0), (0.25, 1.0), (0.0, -1.0), (-2.0, -1.0))]
+    told = bench.told(rows)
+    assert told["better"]["questions"] == 2
+    assert told["better"]["answered"] == pytest.approx(2.0)
+    assert told["no better"] == {"questions": 2, "answered": pytest.approx(-1.0), "interval": [-1.0, -1.0]}
+    assert told["spearman"] == pytest.approx(3 / math.sqrt(10))  # ranks 4, 3, 2, 1 and 4, 3, 1.5, 1.5
+    assert bench.told(rows[:1]) == {"better": {"questions": 1}, "no better": {"questions": 0}}

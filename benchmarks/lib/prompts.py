@@ -110,8 +110,8 @@ GREETINGS = [
     "Thanks, that was useful. One more thing.",
     "Sorry to bother you so late.",
 ]
-_MEDICINE = {"anatomy", "clinical_knowledge", "college_medicine", "medical_genetics", "professional_medicine"}
-_OTHER_SUBJECTS = {
+MEDICINE = {"anatomy", "clinical_knowledge", "college_medicine", "medical_genetics", "professional_medicine"}
+OTHER_SUBJECTS = {
     "astronomy", "high_school_world_history", "marketing", "nutrition", "philosophy", "sociology", "world_religions",
 }  # fmt: skip
 
@@ -166,13 +166,13 @@ def all_prompts(data: Path, tokenizer: Any, count: int, seed: int) -> Iterator[P
         return [json.loads(line) for line in (data / name / file).read_text().splitlines()]
 
     subjects = tasks("mmlu", "test.jsonl")
-    medicine = [q["question"] for q in subjects if q["subject"] in _MEDICINE]
+    medicine = [q["question"] for q in subjects if q["subject"] in MEDICINE]
     yield of("question", "mmlu of medicine", "medical_qa", medicine)
     sums = [q["question"] for q in tasks("gsm8k", "test.jsonl")]
     yield of("question", "gsm8k", "math_gsm8k", sums)
     yield of("question", "mbpp", "code_mbxp", [q["description"].strip() for q in tasks("mbpp", "mbpp.jsonl")])
     yield of("question", "xquad, vi", "vietnamese_wiki", [q["question"] for q in tasks("xquad", "vi.jsonl")])
-    others = [q["question"] for q in subjects if q["subject"] in _OTHER_SUBJECTS]
+    others = [q["question"] for q in subjects if q["subject"] in OTHER_SUBJECTS]
     yield Prompts("other", GENERAL, None, _novels(data, tokenizer, count, seed))
     yield of("other", "clinc150", None, [q["text"] for q in tasks("clinc150", "test.jsonl")])
     yield of("other", "boolq", None, [q["question"] for q in tasks("boolq_noctx", "test.jsonl")])
