@@ -72,7 +72,7 @@ def test_one_that_hangs_does_not_keep_it_from_closing(soon):
     assert begun.wait(30)
     start = time.monotonic()
     fetcher.close()
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30
     assert waits.cancelled()
     gate.set()
     assert hangs.result(30) is True

@@ -126,7 +126,7 @@ def test_a_device_that_dies_ends_the_run_with_one_line_and_the_same_command_goes
     whole = learned(store, "whole", *options)
     with subprocess.Popen(command(store, "signs", *options), stderr=subprocess.PIPE, text=True) as run:
         work = Store.open(store).work
-        wait_for(lambda: list(work.glob("signs-*/checkpoint.json")), 60)
+        wait_for(lambda: list(work.glob("signs-*/checkpoint.json")))
         (second,) = (p for p in children(run.pid) if b"RANK=1" in environment(p))
         os.kill(second, signal.SIGKILL)
         _, said = run.communicate(timeout=60)
@@ -178,11 +178,11 @@ def test_ranks_end_with_whoever_has_begun_them(store):
     options = ["--kind", "lora", "--devices", "2", "--epochs", "100", "--tokens", "300k", "--checkpoint-seconds", "0.2"]
     with subprocess.Popen(command(store, "signs", *options), stderr=subprocess.PIPE, text=True) as run:
         work = Store.open(store).work
-        wait_for(lambda: list(work.glob("signs-*/checkpoint.json")), 60)
+        wait_for(lambda: list(work.glob("signs-*/checkpoint.json")))
         begun = children(run.pid)
         run.kill()
     assert len(begun) == 2
-    wait_for(lambda: not any(Path(f"/proc/{rank}").exists() for rank in begun), 60)
+    wait_for(lambda: not any(Path(f"/proc/{rank}").exists() for rank in begun))
     assert list(work.glob("signs-*/step-*.safetensors"))
 
 
@@ -201,7 +201,7 @@ def test_a_run_of_two_that_is_interrupted_goes_on_where_it_was(store):
         command(store, "signs", *options), stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as run:
         work = Store.open(store).work
-        wait_for(lambda: list(work.glob("signs-*/checkpoint.json")), 60)
+        wait_for(lambda: list(work.glob("signs-*/checkpoint.json")))
         os.killpg(run.pid, signal.SIGINT)
         _, said = run.communicate(timeout=60)
     assert run.returncode == 130
