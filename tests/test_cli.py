@@ -124,7 +124,7 @@ def test_an_answer_that_ends_at_once_is_explained(home, run, monkeypatch):
 
 def test_route_json(home, answer):
     found = answer("route", "store", domain_text("letters", 9))
-    assert set(found) == {"module", "scores", "tied"}
+    assert set(found) == {"module", "refused", "scores", "tied"}
     assert found["module"] == "letters"
     assert scores_of(found)
     assert list(found["scores"].values()) == sorted(found["scores"].values(), reverse=True)
@@ -258,7 +258,7 @@ def test_results_are_on_stdout_and_remarks_on_stderr(home, run):
     assert err.count("\n") == 1
     assert run("route", "store", domain_text("general", 9))[1].startswith("none of the modules\n")
     told = run("generate", "store", domain_text("general", 9), "--max-new-tokens", "2")[2]
-    assert "[base: the router chose no module; --module names one; " in told
+    assert "[base: the router chose no module; name one with --module to have it all the same; " in told
     for arguments, word in [
         (("status", "store"), "letters"),
         (("verify", "store"), "3 modules"),

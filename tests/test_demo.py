@@ -441,7 +441,6 @@ def test_the_machine_is_measured_by_every_verb(short, tmp_path, monkeypatch):
     assert list(found) == ["tiny"]  # nothing larger can fit a second
     speeds = found["tiny"]
     assert all(0 < getattr(speeds, name) < 1 for name in ("byte", "pretrain", "learn", "read", "score"))
-    assert speeds.pretrain > speeds.read
     assert set(speeds.fixed) == {"text", "pretrain", "learn", "evaluate", "generate", "report"}
 
 

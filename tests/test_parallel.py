@@ -16,6 +16,7 @@ import torch
 
 from growlm.disk.tensors import read_tensors
 from growlm.store import Store
+from growlm.training.checkpoints import saved_step
 from servers import wait_for
 from stores import make_store
 from test_server_jobs import text_of
@@ -132,7 +133,8 @@ def test_a_device_that_dies_ends_the_run_with_one_line_and_the_same_command_goes
         _, said = run.communicate(timeout=60)
     assert run.returncode == 128 + signal.SIGKILL
     last = said.strip().splitlines()[-1]
-    assert last == "growlm: device 1: it was ended by signal 9; the same command goes on from the last checkpoint"
+    ended = "growlm: device 1: it was ended by signal 9"
+    assert last == f"{ended}; the same command goes on from the last checkpoint, if there is one"
     assert "Traceback" not in said
     kept = {name.partition(".")[2] for name in read_tensors(max(work.glob("signs-*/step-*.safetensors")))}
     assert kept - {""} == whole.keys()  # optimiser state of the module alone
@@ -198,16 +200,23 @@ def test_a_run_of_two_that_is_interrupted_goes_on_where_it_was(store):
     options = ["--kind", "lora", "--r", "4", "--devices", "2", "--epochs", "100", "--tokens", "300k"]
     options += ["--checkpoint-seconds", "0.2"]
     with subprocess.Popen(
-        command(store, "signs", *options), stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as run:
+        command(store, "signs", *options), stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,  # though the tests ignore it
+    ) as run:  # fmt: skip
         work = Store.open(store).work
         wait_for(lambda: list(work.glob("signs-*/checkpoint.json")))
-        os.killpg(run.pid, signal.SIGINT)
+        run.send_signal(signal.SIGINT)
         _, said = run.communicate(timeout=60)
     assert run.returncode == 130
     assert "starting" not in said.partition("training")[2]  # who has begun the ranks says nothing beside them
     assert re.search(r"growlm: stopped after step \d+ of \d+; run the same command again", said.splitlines()[-1])
     assert list(work.glob("signs-*/step-*.safetensors"))
+    (kept,) = work.glob("signs-*/")
+    other = subprocess.run(command(store, "signs", "--kind", "lora"), capture_output=True, text=True, timeout=120)
+    assert re.search(
+        rf"begins anew: a run of this name that was stopped after step \d+ .* goes on from {kept} ", other.stderr
+    )
+    assert saved_step(kept)
 
 
 def test_torchrun_starts_the_ranks_as_well(store):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +21,7 @@ from growlm.cli import main
 from growlm.engine import Engine
 from growlm.engine.second_look import AT_A_TIME, LONGEST, newest, reads_better
 from growlm.engine.workspace import Watch, row_bytes
+from growlm.errors import ConfigError
 from growlm.evaluation import EvalConfig, evaluate, measure
 from growlm.evaluation.harness import HarnessModel
 from growlm.evaluation.replay import routers
@@ -180,6 +183,7 @@ def test_over_http_too(made):
             body = {"prompt": PROMPTS[name][0], "max_tokens": 4, "temperature": 0}
             told = served.post("/v1/completions", model="auto", **body).json()["growlm"]
             assert told["module"] == (name if helps else None)
+            assert told.get("refused") == (None if helps else name)
             assert served.post("/v1/completions", model=name, **body).json()["growlm"]["module"] == name
 
 
@@ -187,28 +191,52 @@ def test_what_a_chat_has_looked_at_is_counted(made):
     with serving(made, engine={"second_look": True}) as served:
         for name, helps in HELPS.items():
             chat = {"messages": [{"role": "user", "content": PROMPTS[name][0]}], "max_tokens": 4}
-            assert served.post("/v1/chat/completions", **chat).json()["growlm"]["module"] == (name if helps else None)
+            told = served.post("/v1/chat/completions", **chat).json()["growlm"]
+            assert (told["module"], told.get("refused")) == ((name, None) if helps else (None, name))
             assert f'growlm_module_loads_total{{module="{name}"}} 1.0' in served.http.get("/metrics").text
 
 
-def test_commands_take_it(made, capsys):
+def test_commands_take_it(made, capsys, monkeypatch):
     def said(*command: str, status: int = 0) -> Any:
         with pytest.raises(SystemExit) as ended:
             main([*command, "--second-look"])
         assert ended.value.code == status
         out, err = capsys.readouterr()
-        return err if status else json.loads(out)["module"]
+        return err if status else tuple(json.loads(out)[key] for key in ("module", "refused"))
 
     for name, helps in HELPS.items():
-        assert said("route", str(made), PROMPTS[name][0], "--json") == (name if helps else None)
-        generated = said("generate", str(made), PROMPTS[name][0], "--json", "--max-new-tokens", "2")
-        assert generated == (name if helps else None)
+        wanted = (name, None) if helps else (None, name)
+        assert said("route", str(made), PROMPTS[name][0], "--json") == wanted
+        assert said("generate", str(made), PROMPTS[name][0], "--json", "--max-new-tokens", "2") == wanted
     main_said = "the router chose letters, which reads the prompt no better than the base"
     for command in (["route"], ["generate", "--max-new-tokens", "2"]):
         with pytest.raises(SystemExit):
             main([command[0], str(made), PROMPTS["letters"][0], "--second-look", *command[1:]])
         assert main_said in "".join(capsys.readouterr())
+    monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPTS["letters"][0]))
+    with pytest.raises(SystemExit):
+        main(["chat", str(made), "--second-look", "--max-new-tokens", "2"])
+    assert f"[base: {main_said}]" in capsys.readouterr().err
     assert "--second-look: with --ray" in said("serve", str(made), "--ray", "local", status=1)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", "abc", "--mix", "2"],
+        ["generate", "abc", "--reroute", "4"],
+        ["generate", "abc", "--module", "signs"],
+        ["chat", "--module", "base"],
+    ],
+    ids=" ".join,
+)
+def test_where_it_would_do_nothing_it_is_refused(made, capsys, command):
+    with pytest.raises(SystemExit) as ended:
+        main([command[0], str(made), *command[1:], "--second-look"])
+    assert ended.value.code == 1
+    assert f"--second-look: of no effect with {command[-2]}, " in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="second_look is of no effect where module is given"):
+        HarnessModel(str(made), module="signs", second_look="true")
 
 
 def test_evaluation_measures_what_it_does(made, tmp_path):
@@ -220,6 +248,8 @@ def test_evaluation_measures_what_it_does(made, tmp_path):
         row = looked["perplexity"][name]
         assert row["routed"] == pytest.approx(min(row["base"], row["module"]))
     assert looked["routing"]["retained_gain"] >= 1
+    assert [found["settings"]["second_look"] for found in (plain, looked)] == [False, True]
+    assert looked["settings"]["router"] == "gaussian"
     assert looked["routing"]["calibration"] == plain["routing"]["calibration"]  # the router's own
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from growlm.cli.output import name_of
-from growlm.errors import UnknownModuleError
+from growlm.errors import ConfigError, UnknownModuleError
 from growlm.progress import reporting
 from growlm.units import parse_size
 
@@ -87,12 +87,31 @@ def require_data(data: Iterable[str], **reading: Any) -> None:
     look_at(data, **reading)
 
 
-def none_because(scores: Mapping[str, float]) -> str:
-    """Why no module answers, by the router's scores."""
-    best = next(iter(scores), "none")
-    if best == "none":
+def none_because(refused: str | None) -> str:
+    """Why no module answers.
+
+    Args:
+        refused: the module that a second look has kept from it.
+    """
+    if refused is None:
         return "the router chose no module"
-    return f"the router chose {best}, which reads the prompt no better than the base"
+    return f"the router chose {refused}, which reads the prompt no better than the base"
+
+
+def require_looks(second_look: bool, **others: bool) -> None:
+    """
+    Args:
+        others: whether an option is given, by name, with which the router does not choose one module, once.
+
+    Raises:
+        ConfigError: there would be nothing to look at again.
+    """
+    given = [f"--{name}" for name, there in others.items() if there]
+    if second_look and given:
+        raise ConfigError(
+            f"--second-look: of no effect with {' and '.join(given)}, where the router does not choose one module, "
+            "once; leave one of them out"
+        )
 
 
 def module_names(names: Sequence[str] | None) -> list[str | None]:

@@ -23,7 +23,7 @@ _LOOK = 0.1  # seconds between two looks at whether all are well
 _LEAVES = 30.0  # seconds in which the others may end by themselves once one has
 _KEPT = 4000  # characters of what a rank has said
 GONE = 75  # exit status of a rank that ends because another one has
-_GOES_ON = "; the same command goes on from the last checkpoint"
+_GOES_ON = "; the same command goes on from the last checkpoint, if there is one"
 STARTED = "GROWLM_STARTED_RANKS"  # in the environment of those that are looked after here
 
 
@@ -95,7 +95,7 @@ class _Launch:
                 stdin=subprocess.PIPE,  # which ends with this process, and they do then
                 stdout=None if rank == 0 else subprocess.DEVNULL,
                 stderr=None if rank == 0 else subprocess.PIPE,
-                start_new_session=rank > 0,  # Ctrl-C is for the first, which tells the others
+                start_new_session=True,  # Ctrl-C is told to the first alone, which tells the others
             )
             self._ranks.append(process)
             if rank:
@@ -105,20 +105,19 @@ class _Launch:
 
     def wait(self) -> int:
         """The exit status: that of the first rank, or of the one that has failed before it."""
-        before = signal.signal(signal.SIGTERM, lambda *_: self._tell(signal.SIGTERM))
+        told = [signal.SIGTERM]
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as of what runs in the background
+            told.append(signal.SIGINT)
+        before = {number: signal.signal(number, lambda number, _: self._tell(number)) for number in told}
         try:
             return self._wait()
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _wait(self) -> int:
-        while True:
-            try:
-                while not self._over():
-                    time.sleep(_LOOK)
-                break
-            except KeyboardInterrupt:
-                continue  # the first rank has been told as well, and ends the run as it should
+        while not self._over():
+            time.sleep(_LOOK)
         deadline = time.monotonic() + _LEAVES
         while any(rank.poll() is None for rank in self._ranks) and time.monotonic() < deadline:
             time.sleep(_LOOK)

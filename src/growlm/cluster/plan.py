@@ -11,7 +11,7 @@ Paths are relative to the file's folder. All that is wrong with a plan is told a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from growlm.training.config import LearnConfig
 
 _HUB = "hub:"
 _OWN = ("data", "update")  # what a module has besides settings
+# Options of `growlm learn` alone.
+_OF_ONE = {"devices", "shard_base", "restart", "report", "samples", "dry_run", "json"}
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ def read_plan(path: Path) -> list[Learning]:
     try:
         plan = yaml.load(path.read_text(encoding="utf-8"), _Strict)
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or 'is not UTF-8'}") from None
+        told = getattr(error, "strerror", None) or "is not UTF-8"
+        raise ConfigError(f"{path}: {told}; give a plan, as growlm learn-all --help shows one") from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     except yaml.YAMLError as error:
@@ -119,16 +122,28 @@ def _learning(name: Any, defaults: Mapping[str, Any], asked: Any, folder: Path) 
             if not place.exists():
                 faults.append(f"{name}: {place}: no such file")
     settings = {**_of_kind(defaults, asked), **{key: value for key, value in asked.items() if key not in _OWN}}
+    for key in sorted(settings.keys() & _OF_ONE):
+        del settings[key]
+        faults.append(f"{name}: {key} is for growlm learn alone; in a plan each module has one process and one device")
     update = asked.get("update", False)
     if not isinstance(update, bool):
         faults.append(f"{name}: update is {update!r}; it is true or false")
     learning = Learning(name, tuple(data), settings, bool(update))
+    if told := _wrong(learning):
+        kind = {key: settings[key] for key in ("kind",) if key in settings}
+        each = [_wrong(replace(learning, settings=kind | {key: value})) for key, value in settings.items()]
+        faults += [f"{name}: {one}" for one in dict.fromkeys(filter(None, each)) or [told]]
+    return learning, faults
+
+
+def _wrong(learning: Learning) -> str | None:
+    """What is told of settings that cannot be; of several the first."""
     try:
         with settings_written(str):
             _ = learning.config
     except (GrowlmError, TypeError) as error:
-        faults.append(f"{name}: {error}")
-    return learning, faults
+        return str(error)
+    return None
 
 
 def _of_kind(defaults: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,8 @@ class Generation:
         scores: the router's, best first; empty where the module was given.
         resident_bytes: weights in memory when it was written: base, router and modules.
         loaded: modules that were read from the disk for it.
+        refused: the module that the router chose, and that a second look found to read the prompt no better than the
+            base.
         mixture: with `mix`, how much each module counted at the end; they sum to 1.
         changes: with `reroute`, every change of module: tokens written before it, and the module.
         tokens: ids of the answer.
@@ -39,6 +41,7 @@ class Generation:
     prompt_tokens: int
     finish_reason: str
     stop: str | None = None
+    refused: str | None = None
     mixture: dict[str, float] = field(default_factory=dict)
     changes: list[tuple[int, str | None]] = field(default_factory=list)
     modules: list[str] = field(default_factory=list)

@@ -14,6 +14,7 @@ from growlm.engine.prompts import Prompt
 from growlm.engine.sampling import SamplingConfig
 from growlm.engine.selection import AUTO, Wanted, select
 from growlm.errors import BaseModelError
+from growlm.router import Route
 
 _STOP = "\nUser:"
 
@@ -75,13 +76,13 @@ class Chat:
         """A user's turn; yields the answer as `Engine.stream` does. A turn that fails or is left is forgotten."""
         said = [*self.messages, {"role": "user", "content": text}]
         turns = [Turn(m["role"], m["content"]) for m in said]
-        module, scores = self._module, {}
+        module, route = self._module, Route(None, {})
         if module == AUTO:
             route = self._engine.route(routed_text(turns))
-            module, scores = route.module, route.scores
+            module = route.module
         prompt, stop = conversation_prompt(self._engine, turns)
         for piece in self._engine.stream(prompt, module=module, seed=seed, stop=stop, **self._sampling):
             if isinstance(piece, Generation):
                 self.messages = [*said, {"role": "assistant", "content": piece.text}]
-                piece = replace(piece, scores=scores)
+                piece = replace(piece, scores=route.scores, refused=route.refused)
             yield piece

@@ -407,7 +407,7 @@ class Loop:
         request.looks = False
         better = reads_better(modules, request.tokens, self._start_tokens)
         if not better:
-            request.route = Route(None, request.route.scores)
+            request.route = Route(None, request.route.scores, refused=request.route.module)
             self._choose(request, request.route)
         if request.only_routes:
             self._end(request)
@@ -499,6 +499,7 @@ class Loop:
             config,
             modules=names,
             scores=request.route.scores,
+            refused=request.route.refused,
             resident_bytes=max(request.resident, self._resident()) if request.reroute else self._resident(),
             loaded=request.loaded,
             prompt_tokens=len(request.tokens),

@@ -82,6 +82,9 @@ class HarnessModel(TemplateLM):
         self._module = None if module == "base" else module
         if self._module not in (None, AUTO):
             opened.module(str(self._module))
+        looks = _switch("second_look", second_look)
+        if looks and self._module != AUTO:
+            raise ConfigError("--model_args: second_look is of no effect where module is given; leave one of them out")
         with reporting(_SUBJECT):
             self.engine = Engine(opened, memory=memory, device=device)
         self.tokenizer = self.engine.tokenizer
@@ -97,7 +100,7 @@ class HarnessModel(TemplateLM):
         self._routed = min(_ROUTED, limit or _ROUTED)
         self._chosen: dict[tuple[int, ...], str | None] = {}  # by the tokens that were routed
         self._allow_contaminated = _switch("allow_contaminated", allow_contaminated)
-        self._looks = SecondLooks(self.engine) if _switch("second_look", second_look) else None
+        self._looks = SecondLooks(self.engine) if looks else None
         self._unlearned: set[tuple[str, int]] = set()  # rows of tasks that were looked for
 
     # Tokens

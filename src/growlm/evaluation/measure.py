@@ -60,6 +60,7 @@ class EvalResult:
             the share of *none* on text of no domain and on the domains' text.
         memory: bytes of base, router and modules; resident with the largest module, and in total.
         compute: parameters of base, active and in total; tokens a second while scoring.
+        settings: that it was measured with, as `EvalConfig` has them; of the router, the kind that chose.
     """
 
     store: str
@@ -71,6 +72,7 @@ class EvalResult:
     routing: dict[str, Any]
     memory: dict[str, Any]
     compute: dict[str, Any]
+    settings: dict[str, Any]
     growlm: str = __version__
     date: str = field(default_factory=lambda: date.today().isoformat())
 
@@ -186,6 +188,7 @@ def _evaluate(
             "total_parameters": status["total_parameters"],
             "tokens_per_second": speed,
         },
+        settings=asdict(config) | {"router": config.router or store.manifest.router},
     )
 
 

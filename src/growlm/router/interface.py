@@ -29,10 +29,13 @@ class Route:
         module: the chosen module's name, or None for none of these.
         scores: probability of every module and of `"none"`, best first; they sum to 1. A router of very many modules
             gives the best of them only.
+        refused: the module that was chosen at first, and that a second look found to read the text no better than the
+            base.
     """
 
     module: str | None
     scores: dict[str, float]
+    refused: str | None = None
 
 
 class Router(ABC):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -62,9 +62,16 @@ def usage_of(read: int, written: int) -> dict[str, int]:
     return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
 
-def about(answer: Generation, scores: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """What is told of an answer beside it: who wrote it, how sure the router was, and what was read from the disk."""
-    return {"module": answer.module, "scores": dict(scores or answer.scores), "loaded": answer.loaded}
+def about(answer: Generation, route: Route | None = None) -> dict[str, Any]:
+    """What is told of an answer beside it: who wrote it, how sure the router was, what was read from the disk, and
+    whom a second look has kept from answering.
+
+    Args:
+        route: by which the module was named, where another request has asked for it.
+    """
+    asked = route or answer
+    refused = {} if asked.refused is None else {"refused": asked.refused}
+    return {"module": answer.module, "scores": dict(asked.scores), "loaded": answer.loaded, **refused}
 
 
 def headers_of(asked: Asked) -> dict[str, str]:

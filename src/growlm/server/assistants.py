@@ -20,7 +20,7 @@ from starlette.routing import BaseRoute, Route
 from growlm import __version__
 from growlm.data import Turn
 from growlm.errors import first_error
-from growlm.server.answering import Answering
+from growlm.server.answering import Answering, about
 from growlm.server.conversation import Conversation
 from growlm.server.files import Files
 from growlm.server.jobs import DONE, Jobs
@@ -77,13 +77,15 @@ def assistant(service: Service, jobs: Jobs, kept: Files, *, owner: bool = False)
             raise Refusal(400, f"max_tokens is {max_tokens}; it must be at least 1")
         asked = await conversation.ask({"temperature": 0.0}, max_tokens)
         (answer,) = await asked.whole()
-        scores = dict(conversation.scores or answer.scores)
-        return {"answer": answer.text, "module": answer.module or "base", "scores": scores}
+        told = about(answer, conversation.route)
+        del told["loaded"]
+        return {"answer": answer.text, **told, "module": answer.module or "base"}
 
     async def route(text: str, context: Context) -> dict[str, Any]:
         """Which module knows about a text, and how likely each is; none where none does."""
         found = await answering.route(text)
-        return {"module": found.module or "none", "scores": dict(found.scores)}
+        refused = {} if found.refused is None else {"refused": found.refused}
+        return {"module": found.module or "none", "scores": dict(found.scores), **refused}
 
     async def list_modules(context: Context) -> list[dict[str, Any]]:
         """The bodies of text that were learned, with their sizes."""

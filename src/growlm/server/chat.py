@@ -50,7 +50,7 @@ class ChatCompletion:
             **self._head("chat.completion"),
             "choices": choices,
             "usage": self._usage(answers),
-            "growlm": about(answers[0], self._conversation.scores),
+            "growlm": about(answers[0], self._conversation.route),
         }
 
     async def chunks(self, asked: Asked) -> AsyncGenerator[dict[str, Any], None]:
@@ -69,7 +69,7 @@ class ChatCompletion:
                     yield self._chunk(number, {"tool_calls": [{"index": index, **call.to_json()}]})
                 chunk = self._chunk(number, {}, "tool_calls" if calls else item.finish_reason)
                 chunk["choices"][0] |= self._body.ids_of(asked.requests[number], item)
-                yield {**chunk, "growlm": about(item, self._conversation.scores)}
+                yield {**chunk, "growlm": about(item, self._conversation.route)}
             else:
                 said = self._logprobs(item.logprobs) if self._body.logprobs else None
                 text = begun[number].add(item.text) if self._calls else item.text

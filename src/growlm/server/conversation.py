@@ -11,6 +11,7 @@ from growlm.engine import AUTO
 from growlm.engine.chat import conversation_prompt, routed_text
 from growlm.engine.prompts import Prompt
 from growlm.errors import BaseModelError, UnknownModuleError
+from growlm.router import Route
 from growlm.server.answering import TRIES, Answering
 from growlm.server.fields import ContentPart, Message, called_as_fields, room_for_answer
 from growlm.server.refusals import Refusal, module_gone
@@ -25,7 +26,7 @@ class Conversation:
     """One that is to be gone on with.
 
     Attributes:
-        scores: the router's, once it was asked; empty where the module is named.
+        route: the router's answer, once it was asked; None where the module is named.
         ends: texts that end a turn where the base has no template for one, and that nobody asked for.
     """
 
@@ -38,7 +39,7 @@ class Conversation:
         """
         self._answering, self._turns, self._field, self._tools = answering, turns, field, tools
         self._wanted = answering.names.wanted(model)
-        self.scores: dict[str, float] = {}
+        self.route: Route | None = None
         self.ends: tuple[str, ...] = ()
 
     async def ask(self, settings: dict[str, Any], most: int | None, number: int = 1) -> Asked:
@@ -69,8 +70,8 @@ class Conversation:
         with asked.left_where_it_fails():
             prompt = await self.prompt()
             if routed is not None:
-                route = await answering.route(routed, salt=settings.get("salt", ""), within=asked)
-                wanted, self.scores, asked.chosen = route.module, route.scores, True
+                self.route = await answering.route(routed, salt=settings.get("salt", ""), within=asked)
+                wanted, asked.chosen = self.route.module, True
             if most is None:
                 tokens = len(await service.prepare(service.engine.tokens_of, prompt))
                 most = room_for_answer(answering.names.length, tokens, _MOST)

@@ -106,7 +106,7 @@ class Messages:
         return {
             **self._message(answer.prompt_tokens, len(answer.tokens)),
             **self._content(answer),
-            "growlm": about(answer, self._conversation.scores),
+            "growlm": about(answer, self._conversation.route),
         }
 
     def _content(self, answer: Generation) -> dict[str, Any]:
@@ -150,7 +150,7 @@ class Messages:
                 yield {"type": "content_block_delta", "index": index, "delta": delta}
                 yield {"type": "content_block_stop", "index": index}
             usage = {"output_tokens": len(item.tokens)}
-            told = about(item, self._conversation.scores)
+            told = about(item, self._conversation.route)
             yield {"type": "message_delta", "delta": self._end(item, calls), "usage": usage, "growlm": told}
             yield {"type": "message_stop"}
 

@@ -135,7 +135,7 @@ class Responses:
         text, calls = calls_in(answer.text, self._conversation.calls) if self._conversation.calls else (answer.text, [])
         said = [self._message(text, cut)] if text or not calls else []
         told |= {"output": [*said, *map(_item, calls)], "usage": usage}
-        return {**told, "growlm": about(answer, self._conversation.scores)}
+        return {**told, "growlm": about(answer, self._conversation.route)}
 
     async def chunks(self, asked: Asked) -> AsyncGenerator[dict[str, Any], None]:
         number = 0

@@ -179,6 +179,8 @@ def learn(
                     f"{store.path}: its router is a transformer that is trained with the whole base; --shard-base is "
                     'for stores of another router ("growlm router --help")'
                 )
+        if config is not None and config.batch_size is not None:
+            ranks.require_divisor(config.batch_size)
         run = LearnRun.prepare(
             store, name, data, config or LearnConfig(), update=update, ranks=ranks, shard_base=shard_base
         )

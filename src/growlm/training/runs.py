@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 
 from growlm.base.placement import Placement
 from growlm.disk.files import bytes_in, locked, write_atomic
-from growlm.errors import ConfigError, NotBetterError, StoreError, TrainingError
+from growlm.errors import ConfigError, IntegrityError, NotBetterError, StoreError, TrainingError
 from growlm.progress import say
 from growlm.store import REFUSED, Store
 from growlm.training.checkpoints import saved_step
@@ -45,6 +46,8 @@ def run_folder(folder: Path, busy: str, *, restart: bool) -> Iterator[Path]:
             empty(folder)
         if done := saved_step(folder):
             say(f"going on after step {done} of an earlier run (--restart begins anew)")
+        elif not restart:
+            _tell_others(folder)
         try:
             yield folder
         except TrainingError:
@@ -86,12 +89,32 @@ def require_same_rows(folder: Path, rows: np.ndarray, begin: Sequence[int]) -> N
 
 def _drop_refused(folder: Path) -> None:
     """Takes away what other runs under the same name have left that were not admitted."""
-    name, dash, _ = folder.name.rpartition("-")
-    for other in folder.parent.glob(f"{name}-*") if dash else ():
-        if other != folder and other.name.rpartition("-")[0] == name and (other / REFUSED).is_file():
+    for other in _others(folder):
+        if (other / REFUSED).is_file():
             with locked(other.with_name(f"{other.name}.lock"), wait=False, keep=False) as mine:
                 if mine:  # else it is being admitted after all
                     shutil.rmtree(other, ignore_errors=True)
+
+
+def _tell_others(folder: Path) -> None:
+    """Says which runs under the same name were stopped that this one does not go on from."""
+    for other in _others(folder):
+        with locked(other.with_name(f"{other.name}.lock"), wait=False, keep=False) as mine:
+            done = 0
+            with suppress(IntegrityError, OSError):
+                done = saved_step(other)
+            if mine and done:  # else it is under way, or has nothing to go on from
+                say(
+                    f"begins anew: a run of this name that was stopped after step {done} has other settings, data, "
+                    f"threads or devices; its command goes on from {other} ({format_size(bytes_in(other))})"
+                )
+
+
+def _others(folder: Path) -> list[Path]:
+    """Folders of other runs under the same name."""
+    name, dash, _ = folder.name.rpartition("-")
+    found = sorted(folder.parent.glob(f"{glob.escape(name)}-*")) if dash else []
+    return [each for each in found if each != folder and each.is_dir() and each.name.rpartition("-")[0] == name]
 
 
 def empty(folder: Path) -> None:

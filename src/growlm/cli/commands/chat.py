@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from growlm.cli.app import app
-from growlm.cli.asking import module_names, open_engine
+from growlm.cli.asking import module_names, none_because, open_engine, require_looks
 from growlm.cli.options import (
     Device,
     ExpertsOn,
@@ -50,6 +50,7 @@ def chat(
         growlm chat brain --memory 2GB
     """
     wanted = module_names(module)
+    require_looks(second_look, module=wanted != ["auto"])
     with open_engine(store, memory, device, experts_on, row_cache, strict, wanted, second_look=second_look) as engine:
         from growlm.engine.chat import Chat
 
@@ -77,7 +78,8 @@ def chat(
                 elif line:
                     turn += 1
                     result = print_stream(talk.say(line, seed=seed + turn), name_of(store))
-                    note(f"[{result.module or 'base'}]")
+                    why = f": {none_because(result.refused)}" if result.refused else ""
+                    note(f"[{result.module or 'base'}{why}]")
             except KeyboardInterrupt:
                 if not sys.stdin.isatty():
                     raise

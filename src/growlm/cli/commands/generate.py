@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from growlm.cli.app import app
-from growlm.cli.asking import module_names, none_because, open_engine
+from growlm.cli.asking import module_names, none_because, open_engine, require_looks
 from growlm.cli.options import (
     Device,
     ExpertsOn,
@@ -138,6 +138,7 @@ def generate(
     if number != 1 and sources:
         raise ConfigError("--sources are told of one answer; leave out --n")
     wanted = module_names(module)
+    require_looks(second_look, mix=mix > 1, reroute=reroute > 0, module=wanted != ["auto"])
     with open_engine(store, memory, device, experts_on, row_cache, strict, wanted, second_look=second_look) as engine:
         if number != 1:
             with reporting(name_of(store)), phase("answering"):
@@ -165,7 +166,7 @@ def generate(
     elif len(result.changes) > 1:
         writers = ", ".join(f"{name or 'base'} from token {at}" for at, name in result.changes)
     elif not result.module and wanted == ["auto"] and len(result.scores) > 1:
-        writers = f"base: {none_because(result.scores)}; --module names one"
+        writers = f"base: {none_because(result.refused)}; name one with --module to have it all the same"
     note(
         f"[{writers}; {format_size(result.resident_bytes)} of weights in memory"
         f"{'; loaded ' + ', '.join(result.loaded) if result.loaded else ''}]"

@@ -76,7 +76,10 @@ def learn(
     opened.find(name)
     idle = {"--restart": restart, "--report": report is not None, "--devices": devices > 1, "--shard-base": shard_base}
     if dry_run and (without := [flag for flag, given in idle.items() if given]):
-        raise ConfigError(f"{' and '.join(without)} does nothing with --dry-run; leave one out")
+        what = " and ".join(without)
+        raise ConfigError(
+            f"{what}: of no use with --dry-run, which trains nothing and counts for one device; leave it out"
+        )
     if dry_run:
         from growlm.training.estimate import estimate
 

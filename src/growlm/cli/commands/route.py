@@ -43,10 +43,11 @@ def route(
     best = max(answer.scores.values(), default=0.0)
     tied = [name for name, score in answer.scores.items() if best - score <= _TIE]
     if as_json:
-        return print_json({"module": answer.module, "scores": answer.scores, "tied": tied if len(tied) > 1 else []})
+        told = {"module": answer.module, "refused": answer.refused, "scores": answer.scores}
+        return print_json(told | {"tied": tied if len(tied) > 1 else []})
     print(answer.module or "none of the modules")
     if second_look and answer.module is None:
-        print(f"  {none_because(answer.scores)}")
+        print(f"  {none_because(answer.refused)}")
     if len(tied) > 1:
         print(f"  {' and '.join(tied)} are as likely, as modules of the same text are; the first of them is chosen")
     for name, score in list(answer.scores.items())[:10]:
