@@ -129,11 +129,23 @@ def _learning(name: Any, defaults: Mapping[str, Any], asked: Any, folder: Path) 
     if not isinstance(update, bool):
         faults.append(f"{name}: update is {update!r}; it is true or false")
     learning = Learning(name, tuple(data), settings, bool(update))
-    if told := _wrong(learning):
-        kind = {key: settings[key] for key in ("kind",) if key in settings}
-        each = [_wrong(replace(learning, settings=kind | {key: value})) for key, value in settings.items()]
-        faults += [f"{name}: {one}" for one in dict.fromkeys(filter(None, each)) or [told]]
+    faults += [f"{name}: {told}" for told in _all_wrong(learning)]
     return learning, faults
+
+
+def _all_wrong(learning: Learning) -> list[str]:
+    """What is told of settings that cannot be: of what is left each time without the one that was told of."""
+    rest, found = dict(learning.settings), []
+    while told := _wrong(replace(learning, settings=rest)):
+        found.append(told)
+        for key in sorted(rest.keys() - {"kind"}, key=lambda key: key not in told):
+            fewer = {name: value for name, value in rest.items() if name != key}
+            if _wrong(replace(learning, settings=fewer)) != told:
+                rest = fewer
+                break
+        else:
+            break
+    return found
 
 
 def _wrong(learning: Learning) -> str | None:
