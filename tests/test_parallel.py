@@ -176,6 +176,30 @@ def test_a_rank_whose_group_is_still_at_work_ends_as_it_should(store):
     assert [status for status, _, _ in told(ranks([[sys.executable, "-c", BUSY, *wrong]] * 2))] == [1, 1]
 
 
+def state(process: int) -> str:
+    """Of a process, as /proc tells it: T is stopped."""
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_a_run_that_is_paused_goes_on_and_needs_no_stdout(store):
+    """Ctrl-Z pauses all of its processes."""
+    options = ["--kind", "lora", "--r", "4", "--devices", "2", "--tokens", "20k", "--epochs", "4"]
+    options += ["--checkpoint-seconds", "0"]
+    line = ["sh", "-c", 'exec "$@" >&-', "sh", *command(store, "signs", *options)]
+    with subprocess.Popen(line, stderr=subprocess.PIPE, text=True) as run:
+        wait_for(lambda: list(Store.open(store).work.glob("signs-*/checkpoint.json")))
+        run.send_signal(signal.SIGTSTP)
+        paused = [run.pid, *children(run.pid)]
+        wait_for(
+            lambda: all(Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()[0] == "T" for one in paused)
+        )
+        run.send_signal(signal.SIGCONT)
+        _, said = run.communicate(timeout=120)
+    assert run.returncode == 0, said
+    assert len(paused) == 3
+    assert "signs" in Store.open(store).modules
+
+
 def test_ranks_end_with_whoever_has_begun_them(store):
     options = ["--kind", "lora", "--devices", "2", "--epochs", "100", "--tokens", "300k", "--checkpoint-seconds", "0.2"]
     with subprocess.Popen(command(store, "signs", *options), stderr=subprocess.PIPE, text=True) as run:
@@ -214,7 +238,7 @@ def test_a_run_of_two_that_is_interrupted_goes_on_where_it_was(store):
     (kept,) = work.glob("signs-*/")
     other = subprocess.run(command(store, "signs", "--kind", "lora"), capture_output=True, text=True, timeout=120)
     assert re.search(
-        rf"begins anew: a run of this name that was stopped after step \d+ .* goes on from {kept} ", other.stderr
+        rf"begins anew: another run of this name, .* step \d+, .*; {kept} .* to that one alone", other.stderr
     )
     assert saved_step(kept)
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from growlm.errors import ConfigError
@@ -21,6 +21,7 @@ from growlm.progress import leave_to_others
 
 _LOOK = 0.1  # seconds between two looks at whether all are well
 _LEAVES = 30.0  # seconds in which the others may end by themselves once one has
+_LEAVES_SOON = 10.0  # and once somebody has asked for it
 _KEPT = 4000  # characters of what a rank has said
 GONE = 75  # exit status of a rank that ends because another one has
 _GOES_ON = "; the same command goes on from the last checkpoint, if there is one"
@@ -32,9 +33,14 @@ def of_several() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
+def is_first() -> bool:
+    """Whether this process tells and writes what several ranks, if there are several, have come to."""
+    return not of_several() or os.environ["RANK"] == "0"
+
+
 def other_rank() -> str:
     """Of a rank that somebody else has started, but for the first, who it is, for messages; else nothing."""
-    if not of_several() or os.environ["RANK"] == "0" or STARTED in os.environ:
+    if is_first() or STARTED in os.environ:
         return ""
     return f"rank {os.environ['RANK']} on {socket.gethostname()}: "
 
@@ -47,7 +53,8 @@ def leave(status: int) -> NoReturn:
     """
     for stream in (sys.stdout, sys.stderr):
         try:
-            stream.flush()
+            if stream is not None:  # it was closed when the process began
+                stream.flush()
         except OSError:  # nobody reads it any more
             status = status or 1
     os._exit(status)
@@ -85,6 +92,7 @@ class _Launch:
         self._ranks: list[subprocess.Popen[bytes]] = []
         self._said = [b""] * devices
         self._listening: list[threading.Thread] = []
+        self._told_to_end = False
         for rank in range(devices):
             known = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": devices, "MASTER_PORT": port}
             environment = {**os.environ, **{key: str(value) for key, value in known.items()}}
@@ -105,10 +113,13 @@ class _Launch:
 
     def wait(self) -> int:
         """The exit status: that of the first rank, or of the one that has failed before it."""
-        told = [signal.SIGTERM]
-        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as of what runs in the background
-            told.append(signal.SIGINT)
-        before = {number: signal.signal(number, lambda number, _: self._tell(number)) for number in told}
+        handlers: dict[signal.Signals, Callable[[int, object], None]] = {
+            signal.SIGTERM: self._tell, signal.SIGINT: self._tell,
+            signal.SIGTSTP: self._pause, signal.SIGCONT: self._go_on,
+        }  # fmt: skip
+        # What is ignored stays so, as Ctrl-C is by what runs in the background.
+        heard = [number for number in handlers if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, handlers[number]) for number in heard}
         try:
             return self._wait()
         finally:
@@ -118,8 +129,10 @@ class _Launch:
     def _wait(self) -> int:
         while not self._over():
             time.sleep(_LOOK)
-        deadline = time.monotonic() + _LEAVES
-        while any(rank.poll() is None for rank in self._ranks) and time.monotonic() < deadline:
+        ended = time.monotonic()
+        while any(rank.poll() is None for rank in self._ranks):
+            if time.monotonic() - ended > (_LEAVES_SOON if self._told_to_end else _LEAVES):
+                break
             time.sleep(_LOOK)
         for rank in self._ranks:
             if rank.poll() is None:
@@ -156,6 +169,22 @@ class _Launch:
         while part := os.read(stream.fileno(), 1 << 16):
             self._said[rank] = (self._said[rank] + part)[-_KEPT:]
 
-    def _tell(self, number: int) -> None:
+    def _tell(self, number: int, _: object) -> None:
+        """The first rank ends the run as it should; once it has gone, the others may not stay."""
+        self._told_to_end = True
         if self._ranks[0].poll() is None:
             self._ranks[0].send_signal(number)
+        else:
+            self._send(signal.SIGKILL)
+
+    def _pause(self, _: int, __: object) -> None:
+        self._send(signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    def _go_on(self, _: int, __: object) -> None:
+        self._send(signal.SIGCONT)
+
+    def _send(self, number: int) -> None:
+        for rank in self._ranks:
+            if rank.poll() is None:
+                rank.send_signal(number)

@@ -27,9 +27,13 @@ _INTERRUPTED = 130  # what shells say of a program that Ctrl-C has ended
 _RESUMED = ("pretrain", "learn", "finetune", "grow", "router", "demo")
 
 
+# Commands that several processes share.
+_TOGETHER = ("learn", "pretrain", "finetune")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: every error that a user or a file can cause becomes one line and a non-zero exit status."""
-    if arguments is None and of_several():
+    if arguments is None and of_several() and sys.argv[1:2] in ([verb] for verb in _TOGETHER):
         leave(_status(_main))
     _main(arguments)
 

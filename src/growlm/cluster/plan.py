@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from growlm.errors import ConfigError, GrowlmError, settings_written
+from growlm.modules.shapes import SHAPES
 from growlm.store.stored_module import is_name
 from growlm.training.config import LearnConfig
 
@@ -121,10 +122,10 @@ def _learning(name: Any, defaults: Mapping[str, Any], asked: Any, folder: Path) 
             data.append(str(place))
             if not place.exists():
                 faults.append(f"{name}: {place}: no such file")
+    for key in sorted((defaults.keys() | asked.keys()) & _OF_ONE):
+        faults.append(f"{name}: {key} is an option of growlm learn alone; leave it out of the plan")
     settings = {**_of_kind(defaults, asked), **{key: value for key, value in asked.items() if key not in _OWN}}
-    for key in sorted(settings.keys() & _OF_ONE):
-        del settings[key]
-        faults.append(f"{name}: {key} is for growlm learn alone; in a plan each module has one process and one device")
+    settings = {key: value for key, value in settings.items() if key not in _OF_ONE}
     update = asked.get("update", False)
     if not isinstance(update, bool):
         faults.append(f"{name}: update is {update!r}; it is true or false")
@@ -138,7 +139,7 @@ def _all_wrong(learning: Learning) -> list[str]:
     rest, found = dict(learning.settings), []
     while told := _wrong(replace(learning, settings=rest)):
         found.append(told)
-        for key in sorted(rest.keys() - {"kind"}, key=lambda key: key not in told):
+        for key in sorted(rest, key=lambda key: (key == "kind", str(key) not in told)):
             fewer = {name: value for name, value in rest.items() if name != key}
             if _wrong(replace(learning, settings=fewer)) != told:
                 rest = fewer
@@ -163,7 +164,8 @@ def _of_kind(defaults: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str,
     if asked.get("kind", defaults.get("kind")) == defaults.get("kind"):
         return dict(defaults)
     of_all = {field.name for field in fields(LearnConfig)}
-    return {key: value for key, value in defaults.items() if key in of_all and key != "kind"}
+    of_a_kind = {"kind"}.union(*(shape.settings() for shape in SHAPES.values())) - of_all
+    return {key: value for key, value in defaults.items() if key not in of_a_kind | {"kind"}}
 
 
 def taken(plan: Sequence[Learning], existing: Mapping[str, Any]) -> list[str]:

@@ -1,7 +1,7 @@
 """Fetching: a thread beside the engine's steps that reads modules, one after another.
 
 A file that hangs, as on a disk far away, holds up its own module alone: after a while another thread reads on, and a
-process that ends does not wait for it. Knows functions; not what they read.
+process that ends waits for it for some seconds only. Knows functions; not what they read.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 HANGS = 10.0  # seconds that others wait for one that is read
-_CLOSING = 5.0  # and that `close` waits for all of them together
+_CLOSING = 5.0  # and that `close`, or the end of the process, waits for all of them together
 _MOST = 16  # threads: where so many hang the disk is gone, and nobody goes on
 _IDLE = 30.0  # and after which a thread that has nothing to do ends
 
@@ -63,6 +63,10 @@ class Fetcher:
 
     def close(self) -> None:
         """What waits is cancelled; what is being read is waited for, but for some seconds only."""
+        _join(self._end())
+
+    def _end(self) -> list[threading.Thread]:
+        """Begins nothing more; the threads that are still at something."""
         with self._changed:
             self._closed = True
             waiting, threads = list(self._queue), list(self._threads)
@@ -70,9 +74,7 @@ class Fetcher:
             self._changed.notify_all()
         for future, _ in waiting:  # not with the lock held: whoever is told may hold another
             future.cancel()
-        end = time.monotonic() + _CLOSING
-        for thread in threads:
-            thread.join(max(end - time.monotonic(), 0))
+        return threads
 
     def _able(self) -> int:
         """Threads that do not hang."""
@@ -106,8 +108,14 @@ _open: weakref.WeakSet[Fetcher] = weakref.WeakSet()
 @atexit.register
 def _close_all() -> None:
     """A thread that comes back from torch while Python shuts down aborts the process."""
-    for fetcher in list(_open):
-        fetcher.close()
+    _join([thread for fetcher in list(_open) for thread in fetcher._end()])
+
+
+def _join(threads: Sequence[threading.Thread]) -> None:
+    """Waits for them, but for some seconds only."""
+    end = time.monotonic() + _CLOSING
+    for thread in threads:
+        thread.join(max(end - time.monotonic(), 0))
 
 
 def _call(future: Future[Any], fetch: Callable[[], Any]) -> None:

@@ -97,16 +97,14 @@ def _drop_refused(folder: Path) -> None:
 
 
 def _tell_others(folder: Path) -> None:
-    """Says which runs under the same name were stopped that this one does not go on from."""
+    """Says which other runs under the same name there are, that this one does not go on from."""
     for other in _others(folder):
-        with locked(other.with_name(f"{other.name}.lock"), wait=False, keep=False) as mine:
-            done = 0
-            with suppress(IntegrityError, OSError):
-                done = saved_step(other)
-            if mine and done:  # else it is under way, or has nothing to go on from
+        with suppress(IntegrityError, OSError):  # what others have left, or take away meanwhile
+            if done := saved_step(other):
                 say(
-                    f"begins anew: a run of this name that was stopped after step {done} has other settings, data, "
-                    f"threads or devices; its command goes on from {other} ({format_size(bytes_in(other))})"
+                    f"begins anew: another run of this name, which has come to step {done}, has other settings, data, "
+                    f"threads or devices, or begins from another version; {other} ({format_size(bytes_in(other))}) is "
+                    "of use to that one alone"
                 )
 
 

@@ -9,7 +9,7 @@ import typer
 
 from growlm.cli.app import app
 from growlm.cli.asking import open_store
-from growlm.cli.launching import run_on
+from growlm.cli.launching import is_first, run_on
 from growlm.cli.options import DataPaths, Devices, Grouped, Json, Restart, StorePath, from_config
 from growlm.cli.output import note, print_json, reports
 from growlm.errors import ConfigError
@@ -88,12 +88,14 @@ def learn(
             return print_json(told.to_json())
         print("\n".join(told.lines()))
         return None
-    run_on(devices)
+    if not is_first():
+        report = None  # the first writes it
     if report is not None:
         from growlm.evaluation.page import check_folder
         from growlm.training.history import FILE
 
         check_folder(report, FILE)
+    run_on(devices)
     from growlm.training.learn import learn as run
 
     result = run(opened, name, data, config, update=update, restart=restart, samples=samples, shard_base=shard_base)
