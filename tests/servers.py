@@ -36,7 +36,7 @@ class Served:
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]})
         self._thread.start()
         wait_for(lambda: self._server.started)
-        self.http = httpx.Client(base_url=self.url, timeout=120)
+        self.http = httpx.Client(base_url=self.url, timeout=30)
 
     def stop(self) -> None:
         self._server.should_exit = True
@@ -60,7 +60,7 @@ class Served:
         return self.service.running_and_waiting() == (0, 0) and self.engine._loop.scheduler.idle
 
 
-def wait_for(there: Any, seconds: float = 120) -> None:
+def wait_for(there: Any, seconds: float = 20) -> None:
     end = time.monotonic() + seconds
     while not there():
         assert time.monotonic() < end

@@ -437,10 +437,14 @@ def test_the_machine_is_measured_by_every_verb(short, tmp_path, monkeypatch):
         sizing, "REHEARSAL", replace(TINY, learn_tokens={"python": 1024}, text_bytes=sizing.REHEARSAL.text_bytes)
     )
     monkeypatch.setattr(machine, "rehearsal", lambda preset: sizing.REHEARSAL)
-    found = machine.measure(1.0, "cpu", "float32")
+    for _ in range(3):  # others on the machine may disturb one of two that are compared
+        found = machine.measure(1.0, "cpu", "float32")
+        if found["tiny"].pretrain > found["tiny"].read:
+            break
     assert list(found) == ["tiny"]  # nothing larger can fit a second
     speeds = found["tiny"]
     assert all(0 < getattr(speeds, name) < 1 for name in ("byte", "pretrain", "learn", "read", "score"))
+    assert speeds.pretrain > speeds.read
     assert set(speeds.fixed) == {"text", "pretrain", "learn", "evaluate", "generate", "report"}
 
 

@@ -123,7 +123,7 @@ def test_a_plan_that_is_stopped_goes_on_where_it_was(store):
         lines: list[str] = []
         listening = threading.Thread(target=lambda: lines.extend(run.stderr or ()))
         listening.start()
-        wait_for(lambda: any("digits: training" in line for line in lines))
+        wait_for(lambda: any("digits: training" in line for line in lines), 60)
         os.killpg(run.pid, signal.SIGINT)
         assert run.wait(60) == 130
         listening.join()
@@ -183,7 +183,7 @@ def test_a_machine_that_dies_costs_no_module(store):
         command = [sys.executable, "-m", "growlm", "learn-all", str(store), str(plan), "--ray", address, "--json"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
             work = Store.open(store).work
-            wait_for(lambda: len([p for p in work.glob("*-*/") if p.is_dir()]) >= 2)  # both machines learn
+            wait_for(lambda: len([p for p in work.glob("*-*/") if p.is_dir()]) >= 2, 90)  # both machines learn
             cluster.stdin.write("kill\n")
             cluster.stdin.flush()
             out, said = run.communicate(timeout=200)

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -127,7 +128,7 @@ def test_a_device_that_dies_ends_the_run_with_one_line_and_the_same_command_goes
     whole = learned(store, "whole", *options)
     with subprocess.Popen(command(store, "signs", *options), stderr=subprocess.PIPE, text=True) as run:
         work = Store.open(store).work
-        wait_for(lambda: list(work.glob("signs-*/checkpoint.json")))
+        wait_for(lambda: list(work.glob("signs-*/checkpoint.json")), 60)
         (second,) = (p for p in children(run.pid) if b"RANK=1" in environment(p))
         os.kill(second, signal.SIGKILL)
         _, said = run.communicate(timeout=60)
@@ -190,9 +191,7 @@ def test_a_run_that_is_paused_goes_on_and_needs_no_stdout(store):
         wait_for(lambda: list(Store.open(store).work.glob("signs-*/checkpoint.json")))
         run.send_signal(signal.SIGTSTP)
         paused = [run.pid, *children(run.pid)]
-        wait_for(
-            lambda: all(Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()[0] == "T" for one in paused)
-        )
+        wait_for(lambda: all(state(one) == "T" for one in paused))
         run.send_signal(signal.SIGCONT)
         _, said = run.communicate(timeout=120)
     assert run.returncode == 0, said
@@ -200,15 +199,54 @@ def test_a_run_that_is_paused_goes_on_and_needs_no_stdout(store):
     assert "signs" in Store.open(store).modules
 
 
+def test_whoever_stays_behind_the_first_ends_once_somebody_asks(store):
+    options = ["--kind", "lora", "--r", "4", "--devices", "2", "--epochs", "100", "--tokens", "300k"]
+    line = command(store, "signs", *options, "--checkpoint-seconds", "0.2")
+    with subprocess.Popen(
+        line, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,  # though the tests ignore it
+    ) as run:  # fmt: skip
+        wait_for(lambda: list(Store.open(store).work.glob("signs-*/checkpoint.json")), 60)
+        second, first = sorted(children(run.pid), key=lambda one: b"RANK=0" in environment(one))
+        os.kill(second, signal.SIGSTOP)  # as one that waits for what never comes
+        os.kill(first, signal.SIGKILL)
+        wait_for(lambda: not Path(f"/proc/{first}").exists())  # its end was seen
+        began = time.monotonic()
+        run.send_signal(signal.SIGINT)
+        _, said = run.communicate(timeout=60)
+        assert time.monotonic() - began < 9  # not after the seconds in which it might end by itself
+    assert run.returncode == 128 + signal.SIGKILL
+    assert said.strip().splitlines()[-1].startswith("growlm: device 0: it was ended by signal 9")
+    assert not Path(f"/proc/{second}").exists()
+
+
+ONE_REPORTS = """
+import os, runpy
+from growlm.evaluation import learning, page
+def refuse(*_):
+    raise AssertionError("another rank than the first has to do with the report")
+if os.environ["RANK"] != "0":
+    learning.write_learning_report = page.check_folder = refuse
+runpy.run_module("growlm", run_name="__main__")
+"""
+
+
+def test_the_first_alone_writes_the_report(store, tmp_path):
+    asked = command(store, "signs", "--kind", "lora", "--r", "4", "--report", str(tmp_path / "report"))[3:]
+    found = told(ranks([[sys.executable, "-c", ONE_REPORTS, *asked]] * 2))
+    assert [status for status, *_ in found] == [0, 0], found
+    assert (tmp_path / "report" / "losses.jsonl").read_text()
+
+
 def test_ranks_end_with_whoever_has_begun_them(store):
     options = ["--kind", "lora", "--devices", "2", "--epochs", "100", "--tokens", "300k", "--checkpoint-seconds", "0.2"]
     with subprocess.Popen(command(store, "signs", *options), stderr=subprocess.PIPE, text=True) as run:
         work = Store.open(store).work
-        wait_for(lambda: list(work.glob("signs-*/checkpoint.json")))
+        wait_for(lambda: list(work.glob("signs-*/checkpoint.json")), 60)
         begun = children(run.pid)
         run.kill()
     assert len(begun) == 2
-    wait_for(lambda: not any(Path(f"/proc/{rank}").exists() for rank in begun))
+    wait_for(lambda: not any(Path(f"/proc/{rank}").exists() for rank in begun), 60)
     assert list(work.glob("signs-*/step-*.safetensors"))
 
 
@@ -228,7 +266,7 @@ def test_a_run_of_two_that_is_interrupted_goes_on_where_it_was(store):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,  # though the tests ignore it
     ) as run:  # fmt: skip
         work = Store.open(store).work
-        wait_for(lambda: list(work.glob("signs-*/checkpoint.json")))
+        wait_for(lambda: list(work.glob("signs-*/checkpoint.json")), 60)
         run.send_signal(signal.SIGINT)
         _, said = run.communicate(timeout=60)
     assert run.returncode == 130
@@ -305,6 +343,7 @@ def test_ranks_that_do_not_agree_say_in_what(store):
 
 SHARED = """
 import sys
+import time
 from pathlib import Path
 from growlm.errors import GrowlmError
 from growlm.training.parallel import joined

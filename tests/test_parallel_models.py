@@ -124,7 +124,7 @@ def test_what_a_run_of_parts_goes_on_from_is_what_the_first_rank_had(text):
     _, whole = trained(text, "pretrain", "whole", *options)
     begun = [*command(text, "pretrain", "out", *options, "--checkpoint-seconds", "0")]
     with subprocess.Popen(begun, stderr=subprocess.PIPE, text=True, start_new_session=True) as run:
-        wait_for(lambda: list(text.parent.glob(".out-*/checkpoint.json")))
+        wait_for(lambda: list(text.parent.glob(".out-*/checkpoint.json")), 60)
         os.killpg(run.pid, signal.SIGTERM)
         _, said = run.communicate(timeout=60)
     assert re.search(r"growlm: stopped after step \d+ of \d+", said), said
@@ -167,7 +167,7 @@ def test_a_model_in_parts_goes_on_from_the_parts_of_its_checkpoint(text):
     options = ["--preset", "tiny", "--tokens", "12k", "--devices", "2", PARTS, "--checkpoint-seconds", "0.2"]
     _, whole = trained(text, "pretrain", "whole", *options)
     with subprocess.Popen(command(text, "pretrain", "out", *options), stderr=subprocess.PIPE, text=True) as run:
-        wait_for(lambda: list(text.parent.glob(".out-*/checkpoint.json")))
+        wait_for(lambda: list(text.parent.glob(".out-*/checkpoint.json")), 60)
         (second,) = (p for p in children(run.pid) if b"RANK=1" in environment(p))
         os.kill(second, signal.SIGKILL)
         _, said = run.communicate(timeout=60)

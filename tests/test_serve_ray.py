@@ -57,7 +57,7 @@ class Cluster:
         self.said: list[str] = []
         self._listening = threading.Thread(target=self._listen, daemon=True)
         self._listening.start()
-        wait_for(lambda: self._process.poll() is not None or any("serving" in line for line in self.said), 300)
+        wait_for(lambda: self._process.poll() is not None or any("serving" in line for line in self.said), 150)
         assert self._process.poll() is None, "".join(self.said)
         (url,) = re.findall(r"http://\S+/v1", "".join(self.said))
         self.http = httpx.Client(base_url=url, timeout=120)
@@ -146,7 +146,7 @@ def test_an_engine_that_is_killed_costs_no_answer_and_no_module_is_mistaken(clus
         os.kill(before[0], signal.SIGKILL)
         found = [answer.result(120) for answer in answers]
     assert found == wanted
-    wait_for(lambda: len(set(cluster.engines()) - {before[0]}) == 2)  # another one has begun in its place
+    wait_for(lambda: len(set(cluster.engines()) - {before[0]}) == 2, 60)  # another one has begun in its place
     assert cluster.streamed(*asked[0]) == wanted[0]
 
 
@@ -175,15 +175,15 @@ def test_a_new_version_is_served_by_all_once_it_is_by_one_and_never_mixed(cluste
     with ThreadPoolExecutor(4) as clients:
         asking = [clients.submit(again, number) for number in range(len(asked))]
         try:
-            wait_for(lambda: all(len(answers) > 2 for answers in found))
+            wait_for(lambda: all(len(answers) > 2 for answers in found), 60)
             add_module(store, store.load_base(), "digits", 99)
             new = alone(cluster.store, asked)
             assert all(one != other for one, other in zip(old, new, strict=True))
-            wait_for(lambda: all(answers[-2:] == [new[n]] * 2 for n, answers in enumerate(found)))
+            wait_for(lambda: all(answers[-2:] == [new[n]] * 2 for n, answers in enumerate(found)), 60)
         finally:
             stop.set()
         for one in asking:
-            one.result(120)
+            one.result(60)
     for number, answers in enumerate(found):
         changed = answers.index(new[number])
         assert set(answers[:changed]) == {old[number]}
@@ -195,7 +195,7 @@ def test_a_version_that_is_withdrawn_is_served_by_none_and_one_that_is_learned_a
     first = alone(cluster.store, asked)
     add_module(store, store.load_base(), "letters", 77)
     second = alone(cluster.store, asked)
-    wait_for(lambda: [cluster.streamed(*one) for one in asked] == second)
+    wait_for(lambda: [cluster.streamed(*one) for one in asked] == second, 60)
     store.remove("letters", version=2)
     assert [cluster.streamed(*one) for one in asked] == first
     store.remove("letters")
@@ -322,7 +322,7 @@ def test_where_no_engine_runs_nobody_waits(tmp_path, monkeypatch):
             asked = await service.ask([PROMPTS[0]], module="signs")
             running[0] = 0
             with pytest.raises(Refusal, match="no engine of the cluster answers"):
-                await asyncio.wait_for(asked.whole(), 60)
+                await asyncio.wait_for(asked.whole(), 10)
             with pytest.raises(Refusal, match="no engine of the cluster answers"):
                 service.require_whole()
             running[0] = 1
@@ -335,7 +335,7 @@ def test_where_no_engine_runs_nobody_waits(tmp_path, monkeypatch):
                     continue
             service.close()
 
-    asyncio.run(asyncio.wait_for(ask(), 120))
+    asyncio.run(asyncio.wait_for(ask(), 20))
 
 
 @given(st.sets(st.uuids().map(str), min_size=2, max_size=12), st.data())

@@ -664,7 +664,7 @@ def test_a_server_that_stops_ends_what_is_asked(made):
     thread.join()
     assert asked[0][-1]["choices"][0]["finish_reason"] in ("length", "stop")  # it was drained
     with pytest.raises(httpx.ConnectError):
-        httpx.get(f"{served.url}/health", timeout=120)
+        httpx.get(f"{served.url}/health")
 
 
 # The command
@@ -689,15 +689,15 @@ def test_the_command_serves_until_it_is_told_to_stop(made):
         link = re.match(r"page: (http://127\.0\.0\.1:\d+)/#key=(\S+), ", process.stderr.readline())
         assert link is not None
         headers = {"Authorization": f"Bearer {link[2]}"}
-        assert httpx.get(f"{link[1]}/admin/jobs", headers=headers, timeout=120).json() == {"data": []}
-        assert httpx.get(f"{link[1]}/admin/jobs", timeout=120).status_code == 401
-        answer = httpx.post(f"http://127.0.0.1:{found[1]}/v1/completions", json=ASK, timeout=120)
+        assert httpx.get(f"{link[1]}/admin/jobs", headers=headers).json() == {"data": []}
+        assert httpx.get(f"{link[1]}/admin/jobs").status_code == 401
+        answer = httpx.post(f"http://127.0.0.1:{found[1]}/v1/completions", json=ASK, timeout=30)
         assert answer.status_code == 200
         with serve(made, "--port", found[1]) as other:
             assert other.communicate(timeout=60)[1].count("cannot listen at 127.0.0.1") == 1
         assert other.returncode == 1
         process.terminate()
-        assert process.wait(timeout=120) in (0, -signal.SIGTERM)
+        assert process.wait(timeout=30) in (0, -signal.SIGTERM)
         lines = [json.loads(line) for line in process.stderr.read().splitlines()]
         assert [line["status"] for line in lines] == [200, 401, 200]
 
@@ -708,14 +708,14 @@ def test_a_second_interruption_cuts_short_what_is_answered_and_is_no_error(made)
         link = next(found for line in process.stderr if (found := re.match(r"page: (\S+)/#key=(\S+),", line)))
         body = {"prompt": "abc", "model": "base", "max_tokens": 200, "ignore_eos": True, "stream": True}
         headers = {"Authorization": f"Bearer {link[2]}"}
-        with httpx.stream("POST", f"{link[1]}/v1/completions", json=body, headers=headers, timeout=120) as response:
+        with httpx.stream("POST", f"{link[1]}/v1/completions", json=body, headers=headers, timeout=30) as response:
             lines = response.iter_lines()
             next(lines)
             process.send_signal(signal.SIGINT)
             told = process.stderr.readline()
             assert told == "1 answer to be ended first, in 30 s at the most; Ctrl-C ends it now\n"
-            process.send_signal(signal.SIGINT)
-            assert process.wait(timeout=120) == 130
+            process.send_signal(signal.SIGINT)  # not before: two that come at once are one
+            assert process.wait(timeout=30) == 130
         assert process.stderr.read() == "growlm: interrupted\n"
 
 
@@ -725,12 +725,12 @@ def test_an_answer_that_does_not_end_in_time_is_told_so_and_the_server_ends_well
         link = next(found for line in process.stderr if (found := re.match(r"page: (\S+)/#key=(\S+),", line)))
         body = {"prompt": "abc", "model": "base", "max_tokens": 250, "logprobs": 20, "stream": True}
         headers = {"Authorization": f"Bearer {link[2]}"}
-        with httpx.stream("POST", f"{link[1]}/v1/completions", json=body, headers=headers, timeout=120) as response:
+        with httpx.stream("POST", f"{link[1]}/v1/completions", json=body, headers=headers, timeout=30) as response:
             lines = response.iter_lines()
             next(lines)
             process.send_signal(signal.SIGINT)
             events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
-        assert process.wait(timeout=120) == 0
+        assert process.wait(timeout=30) == 0
         assert "Traceback" not in process.stderr.read()
         if len(events) < 250:  # it was not through before
             assert events[-1]["error"]["code"] == "shutting_down"

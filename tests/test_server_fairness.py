@@ -83,10 +83,10 @@ def test_who_reads_nothing_of_a_stream_holds_no_place_and_is_left(made, monkeypa
         served._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         with sent(served, body) as client:
             wait_for(lambda: served.service.running_and_waiting() != (0, 0))
-            wait_for(lambda: served.service.running_and_waiting() == (0, 0))
+            wait_for(lambda: served.service.running_and_waiting() == (0, 0), 60)
             assert served.post("/v1/completions", **ASK).status_code == 200
             time.sleep(1.5)  # nothing is read meanwhile, and the server gives up
-            client.settimeout(60)
+            client.settimeout(20)
             got = 0
             while part := client.recv(1 << 20):
                 got += len(part)
@@ -130,7 +130,7 @@ def test_a_timeout_is_for_all_that_a_request_waits_for(made, monkeypatch):
         began = time.monotonic()
         response = served.post("/v1/completions", **ASK)
         assert (response.status_code, response.json()["error"]["code"]) == (504, "timeout")
-        assert time.monotonic() - began < 30  # what it waits for never ends
+        assert time.monotonic() - began < 3
         holds.set()
         wait_for(served.idle)
         step = served.engine.step
@@ -151,7 +151,7 @@ def test_a_limited_keys_first_router_is_waited_for_by_nobody_else(made, monkeypa
 
         def slow(asking: Asking, names: Any) -> Any:
             if names is not None and not asking._reloading.has_router(frozenset(names)):
-                waits.wait(120)
+                waits.wait(20)
             return among(asking, names)
 
         monkeypatch.setattr(Asking, "among", slow)
@@ -168,7 +168,7 @@ def test_a_limited_keys_first_router_is_waited_for_by_nobody_else(made, monkeypa
         began = time.monotonic()
         for path, body in (("/v1/completions", ASK), ("/tokenize", {"prompt": "abc"})):
             assert served.http.post(path, json=body, headers=headers).status_code == 200
-        assert time.monotonic() - began < 60
+        assert time.monotonic() - began < 5
         assert found == []
         waits.set()
         thread.join()
@@ -200,7 +200,7 @@ def test_a_text_that_is_much_too_long_is_refused_before_all_of_it_is_read(made, 
 def test_a_body_that_stalls_is_given_up(made, monkeypatch):
     monkeypatch.setattr(door, "_BODY_TAKES", 0.5)
     with serving(made, keys=Keys(["k"])) as served, sent(served, ASK, of_it=0.5, key="k") as client:
-        client.settimeout(60)
+        client.settimeout(10)
         assert client.recv(4096).startswith(b"HTTP/1.1 408 ")
         answer = served.http.post("/v1/completions", json=ASK, headers={"Authorization": "Bearer k"})
         assert answer.status_code == 200  # whose client is waited for long after its body has come

@@ -141,7 +141,7 @@ def test_jobs_that_are_left_or_die_leave_store_and_server_whole(served):
         assert found["state"] == "running" or not found["seconds"]
         return found["progress"].get("title") == "training"
 
-    wait_for(lambda: training(first))
+    wait_for(lambda: training(first), 60)
     progress = admin(served, "GET", f"jobs/{first}").json()["progress"]
     assert 0 <= progress["done"] < progress["total"]
     assert chat(served, "abc de").get("choices")  # others are answered meanwhile
@@ -149,7 +149,7 @@ def test_jobs_that_are_left_or_die_leave_store_and_server_whole(served):
     assert left["state"] == "cancelled"
     # One that is killed, as by a machine that runs out of memory.
     second = begun(served, "learn", "signs", files=["signs.txt"], **long)
-    wait_for(lambda: training(second))
+    wait_for(lambda: training(second), 60)
     jobs = [job for job in served.jobs.all() if job.id == second]
     os.killpg(jobs[0].process.pid, signal.SIGKILL)
     last = ended(served, second)[-1]
@@ -174,7 +174,7 @@ def test_a_server_that_stops_ends_its_jobs(tmp_path, folder):
     make_store(tmp_path, "llama", {"letters": {"kind": "lora", "r": 4}})
     with taught(tmp_path / "store", Files(folder)) as served:
         job = begun(served, "learn", "signs", files=["signs.txt"], **{**SHORT, "tokens": 2_000_000})
-        wait_for(lambda: admin(served, "GET", f"jobs/{job}").json()["progress"])
+        wait_for(lambda: admin(served, "GET", f"jobs/{job}").json()["progress"], 60)
         process = served.jobs.all()[0].process
     assert process.returncode is not None
     assert Store.open(tmp_path / "store").verify() == []
@@ -188,11 +188,9 @@ def test_a_server_that_is_killed_takes_its_job_along(tmp_path, folder):
         assert server.stderr is not None
         link = next(found for line in server.stderr if (found := re.match(r"page: (\S+)/#key=(\S+),", line)))
         body = {"verb": "learn", "module": "signs", "files": ["signs.txt"], **SHORT, "tokens": 2_000_000}
-        with httpx.Client(
-            base_url=f"{link[1]}/admin/", headers={"Authorization": f"Bearer {link[2]}"}, timeout=120
-        ) as http:
+        with httpx.Client(base_url=f"{link[1]}/admin/", headers={"Authorization": f"Bearer {link[2]}"}) as http:
             job = http.post("jobs", json=body).json()["id"]
-            wait_for(lambda: http.get(f"jobs/{job}").json()["progress"].get("title") == "training")
+            wait_for(lambda: http.get(f"jobs/{job}").json()["progress"].get("title") == "training", 60)
         (process,) = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
         server.kill()
         wait_for(lambda: not Path(f"/proc/{process}").exists())

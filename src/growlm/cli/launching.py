@@ -30,7 +30,11 @@ STARTED = "GROWLM_STARTED_RANKS"  # in the environment of those that are looked 
 
 def of_several() -> bool:
     """Whether this process is one of several ranks, whoever has started it."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+    if "WORLD_SIZE" not in os.environ:
+        return False  # which needs no torch to tell
+    from growlm.training.parallel import launched
+
+    return launched()
 
 
 def is_first() -> bool:
@@ -68,13 +72,12 @@ def run_on(devices: int) -> None:
         ConfigError: there are not so many devices.
     """
     from growlm.base.placement import num_gpus
-    from growlm.training.parallel import launched
 
     if devices < 1:
         raise ConfigError(f"--devices is {devices}; it must be at least 1")
     if STARTED in os.environ:
         return end_with_parent()
-    if devices == 1 or launched():
+    if devices == 1 or of_several():
         return None
     if 0 < num_gpus() < devices:
         raise ConfigError(f"--devices is {devices}; this machine has {num_gpus()}")

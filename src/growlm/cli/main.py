@@ -26,14 +26,13 @@ _INTERRUPTED = 130  # what shells say of a program that Ctrl-C has ended
 # Commands that save as they go.
 _RESUMED = ("pretrain", "learn", "finetune", "grow", "router", "demo")
 
-
 # Commands that several processes share.
 _TOGETHER = ("learn", "pretrain", "finetune")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: every error that a user or a file can cause becomes one line and a non-zero exit status."""
-    if arguments is None and of_several() and sys.argv[1:2] in ([verb] for verb in _TOGETHER):
+    if arguments is None and sys.argv[1:] and sys.argv[1] in _TOGETHER and of_several():
         leave(_status(_main))
     _main(arguments)
 
