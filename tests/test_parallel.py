@@ -191,8 +191,10 @@ def test_a_run_that_is_paused_goes_on_and_needs_no_stdout(store):
         wait_for(lambda: list(Store.open(store).work.glob("signs-*/checkpoint.json")))
         run.send_signal(signal.SIGTSTP)
         paused = [run.pid, *children(run.pid)]
-        wait_for(lambda: all(state(one) == "T" for one in paused))
-        run.send_signal(signal.SIGCONT)
+        try:
+            wait_for(lambda: all(state(one) == "T" for one in paused))
+        finally:
+            run.send_signal(signal.SIGCONT)
         _, said = run.communicate(timeout=120)
     assert run.returncode == 0, said
     assert len(paused) == 3
